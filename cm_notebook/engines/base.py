@@ -1,0 +1,157 @@
+"""The one narrow seam between a run and whoever does the work.
+
+Strategy: an engine turns a prompt into a stream of agent events, and knows nothing of workflows, gates or journals. It
+translates foreign errors into ``EngineError`` once, here in ``engines/``; any other exception is a bug and surfaces.
+Where a turn needs something of its run (to ask a person), it calls what the request carries.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from ..errors import EngineNotFound, did_you_mean
+from ..events import Usage
+from ..workflow import Agent, Verdict
+
+
+@dataclass(slots=True)
+class AgentRequest:
+    """One turn to be done.
+
+    Attributes
+    ----------
+    agent
+        Who is asked; of a function agent, the function with it.
+    prompt
+        The exact text, templates filled in.
+    step, path, attempt, turn, iteration
+        Which turn of the run this is; numbers count from 1.
+    feedback
+        Why the last attempt was rejected, or why a module sent the run back; ``None`` in a first attempt.
+    inputs, outputs
+        The run's inputs, and the approved texts by step.
+    workspace
+        Folder to work in; absolute.
+    session_id
+        The agent's own conversation to continue.
+    timeout_s
+        Seconds the turn may take. The run enforces it; an engine may pass it on.
+    ask_human
+        Asks a person and returns the answer; waiting is not counted in `timeout_s`.
+    """
+
+    agent: Agent
+    prompt: str
+    step: str
+    path: str
+    attempt: int = 1
+    turn: int = 1
+    iteration: int = 1
+    system: str | None = None
+    model: str | None = None
+    reasoning_effort: str | None = None
+    session_id: str | None = None
+    feedback: str | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    workspace: str = "."
+    timeout_s: float | None = None
+    ask_human: Callable[[str], Awaitable[str]] | None = None
+
+
+@dataclass(slots=True)
+class Delta:
+    """A piece of the answer as it is written. Live only, never journaled."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class SessionStarted:
+    """The agent's conversation has this id and can be continued."""
+
+    session_id: str
+
+
+@dataclass(slots=True)
+class UsageReported:
+    """What the turn used so far; the last report counts."""
+
+    usage: Usage
+    cost_usd: float | None = None
+
+
+@dataclass(slots=True)
+class TurnDone:
+    """The whole answer. Every stream ends with exactly one.
+
+    ``output``: a validated value (JSON-ready) when the agent gave one. ``duration_s``: only when it was not measured now
+    (a tape). ``note``: one line that the view says beside the answer.
+    """
+
+    text: str
+    output: Any = None
+    verdict: Verdict | None = None
+    duration_s: float | None = None
+    note: str | None = None
+
+
+AgentEvent = Delta | SessionStarted | UsageReported | TurnDone
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Turns a prompt into a stream of agent events."""
+
+    name: str
+
+    def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
+        """Do one turn and yield what the agent does, as it does it.
+
+        Yields
+        ------
+        AgentEvent
+            Any number of ``Delta``, ``SessionStarted``, ``UsageReported``, then one ``TurnDone``.
+
+        Raises
+        ------
+        EngineError    The turn failed; the kind says whether trying again may help.
+        """
+        ...
+
+
+_engines: dict[str, Engine] = {}
+
+
+def register_engine(engine: Engine) -> None:
+    """Make `engine` known under its ``name``; one of the same name is replaced."""
+    _engines[engine.name] = engine
+
+
+def engine_names() -> list[str]:
+    """The engines that can be named: registered ones, and those that installed packages offer."""
+    offered = importlib.metadata.entry_points(group="cm_notebook.engines")
+    return sorted({*_engines, *(point.name for point in offered)})
+
+
+def find_engine(name: str) -> Engine:
+    """The engine of that name.
+
+    Raises
+    ------
+    EngineNotFound    Nobody offers it; the message lists who is there.
+    """
+    if name not in _engines:
+        for point in importlib.metadata.entry_points(group="cm_notebook.engines", name=name):
+            register_engine(point.load()())
+            break
+        else:
+            raise EngineNotFound(
+                f"there is no engine {name!r}. {did_you_mean(name, engine_names(), 'Engines')} "
+                "A package that offers one registers it in the entry-point group 'cm_notebook.engines'.",
+                engine=name,
+            )
+    return _engines[name]

@@ -1,0 +1,369 @@
+"""What can happen in a run: facts, in the past tense, and nothing about screens.
+
+Strategy: a run *is* the list of these events. Each is a small pydantic model told apart by ``type``; ``seq`` (1, 2, 3 …
+within the run) and ``at`` (Unix time in seconds) are given by the journal when the event is recorded. A text is stored
+in one event only; whoever needs it again holds a ``Ref`` to that event. What an event *means* is said in ``state.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .workflow import Verdict
+
+Mode = Literal["step-by-step", "gates", "unattended"]
+"""Who drives: a pause after every step, a pause where a step asks for one, or no pause at all."""
+
+RunEnd = Literal["completed", "stopped", "failed"]
+
+GateKind = Literal["review", "start", "verdict", "exhausted", "failed", "stale", "question", "may_have_run"]
+Action = Literal["approve", "reject", "retry", "skip", "answer", "stop"]
+
+ACTIONS: dict[GateKind, tuple[Action, ...]] = {
+    "review": ("approve", "reject", "skip", "stop"),
+    "start": ("approve", "skip", "stop"),
+    "verdict": ("approve", "reject", "retry", "skip", "stop"),
+    "exhausted": ("approve", "retry", "skip", "stop"),
+    "failed": ("retry", "skip", "stop"),
+    "stale": ("approve", "retry", "skip", "stop"),
+    "question": ("answer", "stop"),
+    "may_have_run": ("approve", "retry", "skip", "stop"),
+}
+"""What may be decided at each kind of gate."""
+
+EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted")
+"""Where approving may carry an edited text."""
+
+
+class Ref(NamedTuple):
+    """A text that stands in another event: which event, and which of its texts (``""``: the answer of a turn)."""
+
+    seq: int
+    name: str = ""
+
+
+Part = str | Ref
+"""A piece of a prompt: literal text, or where the text stands."""
+
+
+class Fact(BaseModel):
+    """Base of what is written to the journal: unknown keys are refused, so damage is noticed."""
+
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+
+class Usage(Fact):
+    """Tokens that a turn used; ``estimated`` when we counted instead of the service."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    estimated: bool = False
+
+    def __add__(self, other: Usage) -> Usage:
+        """Both together."""
+        return Usage(
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            estimated=self.estimated or other.estimated,
+        )
+
+
+class ErrorInfo(Fact):
+    """An error as it is kept: its class, its one line, and more to read."""
+
+    kind: str
+    message: str
+    detail: str | None = None
+
+
+class Gate(Fact):
+    """A pause for a decision. It is on disk before anyone sees it.
+
+    Attributes
+    ----------
+    id
+        ``run/path/attempt/ordinal``; whoever decides must name it.
+    kind
+        What is to be decided, see ``ACTIONS``.
+    payload
+        What the person should know: ``reason``, ``question``, ``error``, ``note``.
+    digest
+        SHA-256 of the text that is decided about; what was approved is what runs.
+    actions
+        The decisions that are possible.
+    opened_at
+        Unix time in seconds.
+    """
+
+    id: str
+    kind: GateKind
+    step: str
+    path: str
+    attempt: int
+    payload: dict[str, Any] = Field(default_factory=dict)
+    digest: str
+    actions: tuple[Action, ...]
+    opened_at: float = Field(default=0.0, exclude=True)
+
+
+class Decision(Fact):
+    """The answer to a gate.
+
+    Attributes
+    ----------
+    action
+        One of the gate's ``actions``.
+    feedback
+        Why it is rejected, or the answer to a question.
+    output
+        The edited text to go on with (approve).
+    prompt
+        The edited prompt to try again with (retry).
+    count
+        How many more iterations (retry at ``exhausted``).
+    by
+        Who decided: ``"you"``, ``"tape"``, ``"on_gate"``, ``"unattended mode"`` …
+    at
+        Unix time in seconds; set when it is recorded.
+    """
+
+    action: Action
+    feedback: str | None = None
+    output: str | None = None
+    prompt: str | None = None
+    count: int = Field(default=1, ge=1)
+    by: str = "you"
+    at: float = Field(default=0.0, exclude=True)
+
+
+class BaseEvent(Fact):
+    """A fact with its place and time. Both are columns of the journal, so the body leaves them out."""
+
+    seq: int = Field(default=0, exclude=True)
+    at: float = Field(default=0.0, exclude=True)
+
+
+class RunStarted(BaseEvent):
+    """The run exists. ``recorded``: the name under which its tape was recorded."""
+
+    type: Literal["RunStarted"] = Field(default="RunStarted", exclude=True)
+    run_id: str
+    workflow: dict[str, Any]
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    fingerprints: dict[str, str] = Field(default_factory=dict)
+    until: str | None = None
+    workspace: str | None = None
+    recorded: str | None = None
+
+
+class RunResumed(BaseEvent):
+    """The run goes on after it had ended or its process had died."""
+
+    type: Literal["RunResumed"] = Field(default="RunResumed", exclude=True)
+    by: str = "you"
+    reason: str = ""
+    until: str | None = None
+
+
+class RunPaused(BaseEvent):
+    """Nothing new starts until ``RunUnpaused``; what runs may finish."""
+
+    type: Literal["RunPaused"] = Field(default="RunPaused", exclude=True)
+    reason: str = ""
+
+
+class RunUnpaused(BaseEvent):
+    """The run goes on, up to and including the step ``until`` when that is given."""
+
+    type: Literal["RunUnpaused"] = Field(default="RunUnpaused", exclude=True)
+    until: str | None = None
+
+
+class ModeChanged(BaseEvent):
+    """Somebody else drives from now on."""
+
+    type: Literal["ModeChanged"] = Field(default="ModeChanged", exclude=True)
+    mode: Mode
+
+
+class RunFinished(BaseEvent):
+    """Nothing goes on by itself any more."""
+
+    type: Literal["RunFinished"] = Field(default="RunFinished", exclude=True)
+    status: RunEnd
+    reason: str = ""
+
+
+class StepAdded(BaseEvent):
+    """A step was put after the step ``after``, or last; with agents and inputs that came with it."""
+
+    type: Literal["StepAdded"] = Field(default="StepAdded", exclude=True)
+    step: dict[str, Any]
+    after: str | None = None
+    agents: list[dict[str, Any]] = Field(default_factory=list)
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    fingerprint: str
+
+
+class StepChanged(BaseEvent):
+    """A step is defined anew; if it had run, its output is stale now."""
+
+    type: Literal["StepChanged"] = Field(default="StepChanged", exclude=True)
+    step: dict[str, Any]
+    agents: list[dict[str, Any]] = Field(default_factory=list)
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    fingerprint: str
+
+
+class StepRemoved(BaseEvent):
+    """The step is no longer part of the workflow."""
+
+    type: Literal["StepRemoved"] = Field(default="StepRemoved", exclude=True)
+    step: str
+
+
+class StepSkipped(BaseEvent):
+    """The step was passed over by rule; an output it had is kept."""
+
+    type: Literal["StepSkipped"] = Field(default="StepSkipped", exclude=True)
+    step: str
+    path: str
+    reason: str
+
+
+class TurnStarted(BaseEvent):
+    """A prompt was sent. The text is that of ``prompt`` and then ``context``; ``digest`` is its SHA-256."""
+
+    type: Literal["TurnStarted"] = Field(default="TurnStarted", exclude=True)
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    iteration: int = 1
+    prompt: tuple[Part, ...] = ()
+    context: tuple[Part, ...] | None = None
+    digest: str
+    session_id: str | None = None
+    engine: str
+
+
+class TurnFinished(BaseEvent):
+    """The agent answered. ``duration_s`` only where it was not measured here (a tape); ``note`` is said beside it."""
+
+    type: Literal["TurnFinished"] = Field(default="TurnFinished", exclude=True)
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    text: str
+    output: Any = None
+    verdict: Verdict | None = None
+    usage: Usage | None = None
+    cost_usd: float | None = None
+    session_id: str | None = None
+    duration_s: float | None = None
+    note: str | None = None
+
+
+class TurnFailed(BaseEvent):
+    """The turn failed; it is tried again in ``retry_in_s`` seconds, or (``None``) not unasked."""
+
+    type: Literal["TurnFailed"] = Field(default="TurnFailed", exclude=True)
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    error: ErrorInfo
+    retry_in_s: float | None = None
+
+
+class TurnCutShort(BaseEvent):
+    """The turn was stopped, or its process died, before it ended."""
+
+    type: Literal["TurnCutShort"] = Field(default="TurnCutShort", exclude=True)
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    reason: str = ""
+
+
+class GateOpened(BaseEvent):
+    """The run waits for a decision. ``prompt`` and ``context``: the prompt that a ``start`` gate asks about."""
+
+    type: Literal["GateOpened"] = Field(default="GateOpened", exclude=True)
+    gate: Gate
+    prompt: tuple[Part, ...] | None = None
+    context: tuple[Part, ...] | None = None
+
+
+class GateDecided(BaseEvent):
+    """The gate has its answer, the only one it will ever have."""
+
+    type: Literal["GateDecided"] = Field(default="GateDecided", exclude=True)
+    gate_id: str
+    decision: Decision
+
+
+class LoopedBack(BaseEvent):
+    """A module sent the run back to the step ``to``; ``iteration`` is the pass that begins."""
+
+    type: Literal["LoopedBack"] = Field(default="LoopedBack", exclude=True)
+    module: str
+    to: str
+    iteration: int
+    reason: Part = ""
+
+
+class Rewound(BaseEvent):
+    """The step ``to`` runs again; later outputs are stale, or (``later``) are made again too."""
+
+    type: Literal["Rewound"] = Field(default="Rewound", exclude=True)
+    to: str
+    later: bool = False
+
+
+AnyEvent = (
+    RunStarted
+    | RunResumed
+    | RunPaused
+    | RunUnpaused
+    | ModeChanged
+    | RunFinished
+    | StepAdded
+    | StepChanged
+    | StepRemoved
+    | StepSkipped
+    | TurnStarted
+    | TurnFinished
+    | TurnFailed
+    | TurnCutShort
+    | GateOpened
+    | GateDecided
+    | LoopedBack
+    | Rewound
+)
+TYPES: dict[str, type[BaseEvent]] = {kind.__name__: kind for kind in get_args(AnyEvent)}
+"""The kinds of event, by name."""
+
+
+def body(event: BaseEvent) -> str:
+    """The event as JSON, without what the journal keeps in columns."""
+    return event.model_dump_json(exclude_none=True)
+
+
+def read(type_name: str, seq: int, at: float, text: str) -> AnyEvent:
+    """The event that :func:`body` wrote.
+
+    Raises
+    ------
+    ValueError    The kind is unknown or the body does not fit it (pydantic's ``ValidationError`` is a ``ValueError``).
+    """
+    kind = TYPES.get(type_name)
+    if kind is None:
+        raise ValueError(f"event {seq} has the unknown type {type_name!r}")
+    event = kind.model_validate_json(text)
+    event.seq, event.at = seq, at
+    return event  # type: ignore[return-value]

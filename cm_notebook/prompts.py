@@ -1,0 +1,261 @@
+"""Templates: what a prompt may name, and the parts it is made of.
+
+Strategy: only ``{{ name }}`` and ``{{ name.field }}`` are special, so that prompts may hold any code or LaTeX. A template
+is split once into literals and names; composing it puts *references* where names stood, because a text that is already
+in the journal is never stored again. Values are never expanded a second time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from .errors import WorkflowError, did_you_mean
+from .events import Part, Ref
+from .workflow import NAME, RESERVED, Module, Separator, Step, Workflow
+
+if TYPE_CHECKING:
+    from .state import Attempt, RunState, StepState
+
+_HOLE = re.compile(rf"\{{\{{\s*({NAME})(?:\.({NAME}))?\s*\}}\}}")
+LOOP_FIELDS = ("reason", "iteration")
+
+
+class Hole(NamedTuple):
+    """A place in a template: ``{{ name }}`` or ``{{ name.field }}``."""
+
+    name: str
+    field: str | None
+
+
+@functools.lru_cache(maxsize=4096)
+def parse(template: str, raw: bool = False) -> tuple[str | Hole, ...]:
+    """The literals and holes of `template`, in order; one literal when `raw`."""
+    if raw:
+        return (template,)
+    parts: list[str | Hole] = []
+    end = 0
+    for found in _HOLE.finditer(template):
+        if found.start() > end:
+            parts.append(template[end : found.start()])
+        parts.append(Hole(found[1], found[2]))
+        end = found.end()
+    if end < len(template) or not parts:
+        parts.append(template[end:])
+    return tuple(parts)
+
+
+def holes(template: str, raw: bool = False) -> list[Hole]:
+    """The places of `template` that are filled in."""
+    return [part for part in parse(template, raw) if isinstance(part, Hole)]
+
+
+def pieces(parts: Iterable[Part], texts: Mapping[Ref, str | tuple[Part, ...]]) -> Iterator[str]:
+    """The literal texts that `parts` stand for, in order; a reference may lead to parts again."""
+    stack = [iter(parts)]
+    while stack:
+        part = next(stack[-1], None)
+        if part is None:
+            stack.pop()
+        elif isinstance(part, str):
+            yield part
+        else:
+            found = texts[part]
+            if isinstance(found, str):
+                yield found
+            else:
+                stack.append(iter(found))
+
+
+def text_of(parts: Iterable[Part], texts: Mapping[Ref, str | tuple[Part, ...]]) -> str:
+    """The text that `parts` make together."""
+    return "".join(pieces(parts, texts))
+
+
+def digest(text: str) -> str:
+    """SHA-256 of `text`, as hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def step_names(steps: Iterable[Step | Module | Separator]) -> dict[str, str]:
+    """The template names of steps: each id, and with ``_`` for ``-``."""
+    names: dict[str, str] = {}
+    for item in steps:
+        if not isinstance(item, Separator):
+            names.setdefault(item.id.replace("-", "_"), item.id)
+            names[item.id] = item.id
+    return names
+
+
+def check_templates(workflow: Workflow, inputs: Iterable[str]) -> None:
+    """Refuse a template that names what will not be there: an unknown name is an error at the start, not a hole.
+
+    A step may name an earlier step, or a later one that a loop has run before; that is empty in the first pass.
+
+    Raises
+    ------
+    WorkflowError    With the step, the name, and the nearest right one.
+    """
+    given = set(inputs)
+    names = step_names(workflow.steps)
+    order = [item for item in workflow.steps if not isinstance(item, Separator)]
+    looped: set[str] = set()
+    for index, item in enumerate(order):
+        if isinstance(item, Module):
+            looped.update(other.id for other in order[max(0, index - item.loop_steps) : index + 1])
+    earlier: set[str] = set()
+    for item in order:
+        for template in item.prompts(workflow.agent(item.agent)):
+            for hole in holes(template, item.raw):
+                _check_hole(item, hole, given, names, earlier, looped)
+        earlier.add(item.id)
+
+
+def _check_hole(item: Step, hole: Hole, given: set[str], names: dict[str, str], earlier: set[str], looped: set[str]) -> None:
+    written = "{{ " + hole.name + (f".{hole.field}" if hole.field else "") + " }}"
+    if hole.name == "loop":
+        if hole.field not in LOOP_FIELDS:
+            raise WorkflowError(f"step {item.id!r} uses {written}. Known: {{{{ loop.reason }}}}, {{{{ loop.iteration }}}}.")
+        return
+    if hole.name in RESERVED or hole.name in given:
+        return
+    if hole.name in names:
+        named = names[hole.name]
+        if named in earlier or (named in looped and item.id in looped):
+            return
+        raise WorkflowError(
+            f"step {item.id!r} uses {written}, which has not run by then. Put {named!r} before {item.id!r}."
+        )
+    known = sorted(given | set(names) | set(RESERVED))
+    raise WorkflowError(
+        f"step {item.id!r} uses {written}, which is not defined. {did_you_mean(hole.name, known, 'Defined')} "
+        "For literal braces use raw=True (--raw)."
+    )
+
+
+# -- composing --------------------------------------------------------------------------------------------------------
+
+
+def compose(state: RunState, step: StepState) -> tuple[tuple[Part, ...], tuple[Part, ...] | None]:
+    """What is sent in the next turn of `step`: the parts of its prompt, and of the context appended to it.
+
+    In this order of precedence: an edited prompt as it is; after a rejection the feedback alone, where the agent's own
+    session is continued, else the last prompt, the last answer and the feedback; else the template, with what the module
+    said that sent the run back, and with earlier outputs as ``context`` when the template names none.
+    """
+    redo = step.redo
+    if redo is not None and redo.prompt is not None:
+        return (redo.prompt,), None
+    templates = step.step.prompts(state.agents.get(step.step.agent))
+    parsed = parse(templates[step.turn - 1], step.step.raw)
+    names = {part.name for part in parsed if isinstance(part, Hole)}
+    if parsed == ("",):
+        return (), None  # a function without a prompt reads its Turn
+    feedback = redo.feedback if redo is not None else None
+    if feedback is not None and "feedback" not in names and (rejected := _rejected(step)) is not None:
+        if rejected.session_id is not None:
+            return (feedback,), None
+        answer: tuple[Part, ...] = (rejected.answer,) if rejected.answer is not None else ()
+        before: Part = Ref(rejected.turns[-1], "prompt") if rejected.turns else ""
+        return (before, "\n\n## Your last answer\n\n", *answer, "\n\n## Feedback on it\n\n", feedback), None
+    parts = tuple(_filled(state, step, part, feedback) if isinstance(part, Hole) else part for part in parsed)
+    if step.turn > 1:
+        return parts, None
+    if step.looped_by is not None and "loop" not in names:
+        parts += _loop_block(state, step.looped_by, step.iteration)
+    context = None if _names_a_step(state, templates, step.step.raw) else _context(state, step)
+    return parts, context
+
+
+def _rejected(step: StepState) -> Attempt | None:
+    """The attempt that the feedback is about; attempts cut short since do not count."""
+    for attempt in reversed(step.attempts):
+        if attempt.decision is not None and attempt.decision.action == "reject":
+            return attempt
+    return None
+
+
+def _filled(state: RunState, step: StepState, hole: Hole, feedback: Ref | None) -> Part:
+    """What stands in place of `hole`; a step that gave no output gives no text."""
+    if hole.name == "feedback":
+        return feedback if feedback is not None else ""
+    if hole.name == "previous":
+        return _previous(state, step) or ""
+    if hole.name == "loop":
+        if hole.field == "iteration":
+            return str(step.iteration)
+        module = state.loop_of(step)
+        loop = state.loops.get(module.id) if module is not None else None
+        return loop.reason if loop is not None else ""
+    named = _step_named(state, hole.name)
+    if named is not None and (named.approved is not None or hole.name not in state.input_refs):
+        where = named.approved
+        if where is not None and hole.field is not None:
+            where = Ref(where.seq, f".{hole.field}")
+        return where if where in state.texts else ""
+    where = state.input_refs.get(hole.name)
+    if where is not None and hole.field is not None:
+        where = Ref(where.seq, f"{hole.name}.{hole.field}")
+    return where if where in state.texts else ""
+
+
+def _step_named(state: RunState, name: str) -> StepState | None:
+    return state.steps.get(name) or state.steps.get(name.replace("_", "-"))
+
+
+def _names_a_step(state: RunState, templates: Iterable[str], raw: bool) -> bool:
+    found = (hole.name for template in templates for hole in holes(template, raw))
+    return any(name == "previous" or _step_named(state, name) is not None for name in found)
+
+
+def _previous(state: RunState, step: StepState) -> Ref | None:
+    for index in range(step.index - 1, -1, -1):
+        if (approved := state.order[index].approved) is not None:
+            return approved
+    return None
+
+
+def _context(state: RunState, step: StepState) -> tuple[Part, ...] | None:
+    wanted = step.step.context
+    if wanted == "none":
+        return None
+    if wanted == "all":
+        return _all(state, step)
+    if wanted == "previous":
+        chosen = [other for other in reversed(state.order[max(0, step.index - 1) : step.index]) if other.approved]
+        if not chosen and (where := _previous(state, step)) is not None:
+            chosen = [other for other in state.order[: step.index] if other.approved == where]
+    else:
+        chosen = [state.steps[name] for name in wanted if name in state.steps]
+    return tuple(part for other in chosen for part in _headed(other)) or None
+
+
+def _all(state: RunState, step: StepState) -> tuple[Part, ...] | None:
+    """Every earlier output. What the last such block held is named as a whole, so a long chain stays small."""
+    start, parts = 0, []
+    if state.context_all is not None:
+        where, index, epoch = state.context_all
+        if epoch == state.epoch and index <= step.index:
+            start, parts = index, [where]
+    new: list[Part] = [part for other in state.order[start : step.index] for part in _headed(other)]
+    return (*parts, *new) or None
+
+
+def _headed(step: StepState) -> tuple[Part, ...]:
+    return (f"\n\n## Output of {step.id}\n\n", step.approved) if step.approved is not None else ()
+
+
+def _loop_block(state: RunState, module_id: str, iteration: int) -> tuple[Part, ...]:
+    loop = state.loops.get(module_id)
+    if loop is None:
+        return ()
+    parts: tuple[Part, ...] = ()
+    said = state.text(loop.reason) if isinstance(loop.reason, Ref) else loop.reason
+    if said:
+        parts += (f"\n\n## Not accepted yet by {module_id} (pass {iteration})\n\n", loop.reason)
+    if loop.output is not None and state.text(loop.output) not in ("", said):
+        parts += (f"\n\n## Output of {module_id}\n\n", loop.output)
+    return parts

@@ -1,0 +1,576 @@
+"""What is to be done: agents, steps, modules, workflows, and the verdicts that steer loops.
+
+Strategy: plain pydantic data that refuses nonsense by name as soon as it is built, before any I/O. Nothing here runs.
+A workflow is a list of steps; each step names the agent that does the work. The arrow string
+``planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?`` is a second spelling of that list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import WorkflowError, did_you_mean
+
+if TYPE_CHECKING:
+    from .run import Run
+
+AutonomousMode = Literal["never", "always"] | bool
+GatePlace = Literal["after", "before", "both"]
+NAME = r"[A-Za-z_][\w-]*"
+_NAME = re.compile(NAME)
+RESERVED = ("previous", "feedback", "loop")
+"""Template names with a meaning of their own; no step or input may take them."""
+
+
+class Model(BaseModel):
+    """Data that says in one line what is wrong with it."""
+
+    model_config = ConfigDict(extra="forbid", defer_build=True, arbitrary_types_allowed=True)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise WorkflowError(_one_line(type(self), data, error)) from None
+
+
+def _one_line(model: type[BaseModel], data: Mapping[str, Any], error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    owner = data.get("id") or data.get("agent") or data.get("name")
+    subject = f"{model.__name__.lower()} {owner!r}" if owner else model.__name__.lower()
+    if problem["type"] == "extra_forbidden":
+        known = [name for name in model.model_fields if not name.startswith("_")]
+        return f"{subject}: there is no option {where!r}. {did_you_mean(where, known, 'Options')}"
+    if problem["type"] == "missing":
+        return f"{subject}: {where!r} is missing."
+    return f"{subject}: {where}={problem['input']!r} is not valid: {problem['msg'].removeprefix('Value error, ')}."
+
+
+class Verdict(Model):
+    """What a module says after looking at the work.
+
+    ``continue`` goes on, ``loop`` goes back, ``pause`` asks a person, ``stop`` ends the run, ``error`` fails the step.
+    ``score`` is the module's own measure, shown beside the iteration.
+    """
+
+    action: Literal["continue", "loop", "pause", "stop", "error"]
+    reason: str = ""
+    score: float | None = None
+
+    @classmethod
+    def from_text(cls, text: str) -> Verdict | None:
+        """The last JSON object in `text` that is a verdict; ``None`` when there is none.
+
+        Only the last 64 kB are searched and at most 200 places tried, so hostile text costs nothing.
+        """
+        tail, decoder = text[-65536:], json.JSONDecoder()
+        end = len(tail)
+        for _ in range(200):
+            end = tail.rfind("{", 0, end)
+            if end < 0:
+                return None
+            try:
+                value, _length = decoder.raw_decode(tail, end)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict) and "action" in value:
+                try:
+                    return cls(**{key: value[key] for key in ("action", "reason", "score") if value.get(key) is not None})
+                except WorkflowError:
+                    return None  # the last word was meant as a verdict and is malformed: never guess an earlier one
+        return None
+
+
+class Agent(Model):
+    """Who does the work: an engine's model with a prompt, or a Python function.
+
+    Parameters
+    ----------
+    id
+        Its name, also the default id of the step it works in.
+    prompt
+        Template of what it is told: ``{{ goal }}`` (an input), ``{{ planner }}`` (a step's approved text),
+        ``{{ previous }}``, ``{{ feedback }}``, ``{{ loop.reason }}``, ``{{ loop.iteration }}``.
+    system
+        System prompt, sent as it is.
+    engine, model, reasoning_effort
+        Which engine runs it and how; ``None`` leaves the choice to step, workflow and configuration.
+    """
+
+    id: str
+    prompt: str = ""
+    system: str | None = None
+    engine: str | None = None
+    model: str | None = None
+    reasoning_effort: str | None = None
+    implementation: str | None = None
+    """For a function: its name and a digest of its source, so that a change is noticed."""
+    function: Callable[..., Any] | None = Field(default=None, exclude=True, repr=False)
+
+    def __init__(self, id: str, prompt: str = "", **options: Any) -> None:
+        super().__init__(id=id, prompt=prompt, **options)
+        _check_name("agent", self.id)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function behind a function agent, as if it had not been decorated."""
+        if self.function is None:
+            raise WorkflowError(f"agent {self.id!r} is not a Python function; run it as a step of a workflow.")
+        return self.function(*args, **kwargs)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def agent(id: str, **options: Any) -> Callable[[_Function], Agent]:
+    """Decorator: make a Python function, sync or async, an agent named `id`.
+
+    The function gets a ``Turn`` and returns ``str``, ``Verdict`` or a pydantic model. Sync functions run in a thread.
+    """
+    if not isinstance(id, str):
+        raise WorkflowError('@cm.agent needs a name: write @cm.agent("quality-gate") above the function.')
+
+    def decorate(function: _Function) -> Agent:
+        made = Agent(id=id, function=function, implementation=_implementation(function), **options)
+        made.__doc__ = function.__doc__
+        return made
+
+    return decorate
+
+
+def _implementation(function: Callable[..., Any]) -> str:
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        source = repr(getattr(getattr(function, "__code__", None), "co_code", ""))
+    digest = hashlib.sha256(source.encode("utf-8", "replace")).hexdigest()[:16]
+    return f"{getattr(function, '__qualname__', type(function).__name__)}:{digest}"
+
+
+class Step(Model):
+    """One step of a workflow; make it with :func:`step`, where the fields are explained."""
+
+    kind: Literal["step"] = "step"
+    agent: str
+    id: str = ""
+    interactive: bool | None = None
+    prompt: str | list[str] | None = None
+    engine: str | None = None
+    model: str | None = None
+    reasoning_effort: str | None = None
+    execute_once: bool = False
+    context: Literal["previous", "all", "none"] | list[str] = "previous"
+    gate: GatePlace = "after"
+    timeout_s: float | None = Field(default=None, gt=0)
+    retries: int = Field(default=2, ge=0)
+    idempotent: bool = True
+    raw: bool = False
+
+    def model_post_init(self, context: Any, /) -> None:
+        """The id defaults to the agent's name."""
+        if not self.id:
+            self.id = self.agent
+        _check_name("step", self.id)
+
+    def prompts(self, agent: Agent | None) -> tuple[str, ...]:
+        """The prompt templates of this step's turns, in order; at least one."""
+        if isinstance(self.prompt, str):
+            return (self.prompt,)
+        if self.prompt:
+            return tuple(self.prompt)
+        return (agent.prompt if agent is not None else "",)
+
+
+class Module(Step):
+    """A step that may send the run back; make it with :func:`module`."""
+
+    kind: Literal["module"] = "module"  # type: ignore[assignment]
+    loop_steps: int = Field(default=1, ge=1)
+    loop_max_iterations: int | None = Field(default=None, ge=0)
+    loop_skip: list[str] = Field(default_factory=list)
+    on_exhausted: Literal["pause", "continue", "fail"] = "pause"
+
+
+class Separator(Model):
+    """A line in the timeline; it is passed over and does not count in ``loop_steps``."""
+
+    kind: Literal["separator"] = "separator"
+    text: str = ""
+
+
+AnyStep = Step | Module | Separator
+
+
+def step(
+    agent: str,
+    *,
+    id: str | None = None,
+    interactive: bool | None = None,
+    prompt: str | list[str] | None = None,
+    engine: str | None = None,
+    model: str | None = None,
+    reasoning_effort: str | None = None,
+    execute_once: bool = False,
+    context: Literal["previous", "all", "none"] | list[str] = "previous",
+    gate: GatePlace = "after",
+    timeout_s: float | None = None,
+    retries: int = 2,
+    idempotent: bool = True,
+    raw: bool = False,
+) -> Step:
+    """A step in which `agent` does its work.
+
+    Parameters
+    ----------
+    agent
+        Id of the agent. With `prompt`, an agent of that name is made if there is none.
+    id
+        The step's own name when it is not the agent's.
+    interactive
+        ``True`` pauses for a person, ``False`` does not, ``None`` means as the workflow's mode says. In manual mode
+        every step pauses.
+    prompt
+        A template that replaces the agent's, or a list of them, sent in turn into the same agent session.
+    engine, model, reasoning_effort
+        Replace the agent's.
+    execute_once
+        Not repeated when a loop goes over it again; its output is kept.
+    context
+        Which approved outputs are appended to a prompt that names no earlier step: the ``"previous"`` one, ``"all"``,
+        ``"none"``, or those of the named steps.
+    gate
+        Where a pause falls: ``"after"`` the turn, ``"before"`` it (the prompt is approved), or ``"both"``.
+    timeout_s
+        Seconds a turn may take, waiting for a person not counted; ``None`` waits for ever.
+    retries
+        How often a turn is tried again unasked after a rate limit, an overload or a dropped connection.
+    idempotent
+        ``False``: after a crash in mid-turn a person is asked before it runs again.
+    raw
+        ``True``: the prompt is sent as written, ``{{ }}`` included.
+
+    Raises
+    ------
+    WorkflowError    A wrong name or value.
+    """
+    return Step(**{key: value for key, value in locals().items() if not (key == "id" and value is None)})
+
+
+def module(
+    agent: str,
+    *,
+    loop_steps: int = 1,
+    loop_max_iterations: int | None = None,
+    loop_skip: Iterable[str] = (),
+    on_exhausted: Literal["pause", "continue", "fail"] = "pause",
+    **options: Any,
+) -> Module:
+    """A step whose verdict may send the run back.
+
+    Parameters
+    ----------
+    agent
+        Id of the agent that judges: a function that returns a ``Verdict``, or a model whose answer ends with
+        ``{"action": "continue" | "loop" | "pause" | "stop" | "error", "reason": "…"}``.
+    loop_steps
+        How many executable steps to go back (separators do not count).
+    loop_max_iterations
+        How many jumps back are permitted; ``None`` means no limit.
+    loop_skip
+        Ids of steps that are passed over while this loop is active.
+    on_exhausted
+        What happens when the jumps are used up: ``"pause"`` asks a person, ``"continue"`` goes on with the last
+        output, ``"fail"`` ends the run as failed.
+    **options
+        As for :func:`step`.
+    """
+    skipped = [loop_skip] if isinstance(loop_skip, str) else list(loop_skip)
+    return Module(
+        agent=agent,
+        loop_steps=loop_steps,
+        loop_max_iterations=loop_max_iterations,
+        loop_skip=skipped,
+        on_exhausted=on_exhausted,
+        **options,
+    )
+
+
+def separator(text: str = "") -> Separator:
+    """A line in the timeline with `text` on it."""
+    return Separator(text=text)
+
+
+class Workflow(Model):
+    """A named list of steps and the agents that do them.
+
+    Parameters
+    ----------
+    name
+        What people call it.
+    steps
+        A list of :func:`step`, :func:`module`, :func:`separator` (a plain string is a step), or the arrow string
+        ``"planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?"``.
+    agents
+        The agents that the steps name.
+    autonomous_mode
+        ``"never"``: every step pauses, locked. ``"always"``: only steps with ``interactive=True`` pause, locked.
+        ``True`` / ``False``: start that way, and the user may switch while it runs.
+    inputs
+        Default values of template names.
+    engine
+        Engine of all agents and steps that name none.
+
+    Raises
+    ------
+    WorkflowError    Unknown agent, duplicate step id, a loop beyond the start, an empty prompt, …
+    """
+
+    name: str
+    steps: list[Step | Module | Separator] = Field(default_factory=list)
+    agents: list[Agent] = Field(default_factory=list)
+    autonomous_mode: AutonomousMode = True
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    specification: str | None = None
+    engine: str | None = None
+
+    def __init__(self, name: str, **data: Any) -> None:
+        steps = data.get("steps", [])
+        if isinstance(steps, str):
+            data["steps"] = parse_steps(steps)
+        elif isinstance(steps, (list, tuple)):
+            data["steps"] = [as_step(number, item) for number, item in enumerate(steps, 1)]
+        mode = data.get("autonomous_mode", True)
+        if mode not in ("never", "always", True, False):
+            raise WorkflowError(
+                f"workflow {name!r}: autonomous_mode={mode!r} is not known. Use 'never', 'always', True or False."
+            )
+        super().__init__(name=name, **data)
+        if not self.name.strip():
+            raise WorkflowError("workflow: name is empty. Give it a name, for instance 'Careful Builder'.")
+        self.agents = complete_agents(self.agents, self.steps)
+        check(self)
+
+    def agent(self, id: str) -> Agent:
+        """The agent named `id`; a ``WorkflowError`` lists the defined ones."""
+        for candidate in self.agents:
+            if candidate.id == id:
+                return candidate
+        raise WorkflowError(_no_agent(id, self.agents))
+
+    def start(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> Run:
+        """Start a run and return it at once.
+
+        Parameters
+        ----------
+        inputs
+            Values of template names, over the workflow's own.
+        **options
+            Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until, on_gate, tape, loop``.
+        """
+        from .run import Run  # the run knows the workflow, not the other way round; this is only the short way to it
+
+        return Run.start(self, inputs, **options)
+
+    def graph(self, format: Literal["svg", "mermaid", "text"] = "svg") -> str:
+        """A picture of the steps: an SVG document, a Mermaid flowchart, or plain text."""
+        from .render import svg
+        from .state import RunState
+
+        return svg.graph(RunState.of(self), format)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data from which :meth:`from_dict` builds the same workflow (functions by name only)."""
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        data["steps"] = [{"kind": item.kind, **item.model_dump(mode="json", exclude_defaults=True)} for item in self.steps]
+        return data
+
+    @classmethod
+    def restore(cls, data: Mapping[str, Any]) -> Workflow:
+        """The workflow of a journal: its functions are known by name only and can be looked at, not run."""
+        return cls(**data)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], agents: Iterable[Agent] = ()) -> Workflow:
+        """A workflow from :meth:`to_dict`'s data; `agents` supplies the Python functions, by id.
+
+        Raises
+        ------
+        WorkflowError    The data is not a workflow, or names a function that `agents` does not hold.
+        """
+        if not isinstance(data, Mapping) or "name" not in data:
+            raise WorkflowError("this is not a workflow: a JSON object with 'name' and 'steps' is expected.")
+        given = {item.id: item for item in agents}
+        merged: list[Agent] = []
+        for item in data.get("agents", []):
+            made = item if isinstance(item, Agent) else Agent(**item)
+            if made.implementation and made.function is None:
+                if made.id not in given:
+                    raise WorkflowError(
+                        f"agent {made.id!r} is a Python function ({made.implementation.split(':')[0]}), which cannot be "
+                        f"restored from data. Pass it: agents=[{made.id.replace('-', '_')}], or workflow=."
+                    )
+                made = given[made.id]
+            merged.append(made)
+        known = {item.id for item in merged}
+        merged += [item for item in given.values() if item.id not in known]
+        return cls(**{**data, "agents": merged})
+
+
+def complete_agents(agents: Iterable[Agent], steps: Iterable[AnyStep]) -> list[Agent]:
+    """`agents`, and one for each step that has a prompt but no agent of its name."""
+    result = list(agents)
+    known = {item.id for item in result}
+    for item in steps:
+        if not isinstance(item, Separator) and item.prompt and item.agent not in known:
+            first = item.prompt if isinstance(item.prompt, str) else item.prompt[0]
+            result.append(Agent(id=item.agent, prompt=first))
+            known.add(item.agent)
+    return result
+
+
+def check(workflow: Workflow) -> None:
+    """Refuse what cannot run; every message names the step and what would be right."""
+    seen: dict[str, int] = {}
+    agents: dict[str, Agent] = {}
+    for defined in workflow.agents:
+        if defined.id in agents:
+            raise WorkflowError(f"agent {defined.id!r} is defined twice. Keep one of them, or give one another id.")
+        agents[defined.id] = defined
+    for name in workflow.inputs:
+        if name in RESERVED:
+            raise WorkflowError(f"input {name!r}: the name is taken ({', '.join(RESERVED)} have a meaning of their own).")
+    executable: list[Step] = []
+    for number, item in enumerate(workflow.steps, 1):
+        if isinstance(item, Separator):
+            continue
+        where = f"step {number}"
+        if item.id in seen:
+            raise WorkflowError(
+                f"{where}: the id {item.id!r} is already step {seen[item.id]}. Give one of them another: "
+                f'cm.step({item.agent!r}, id="{item.id}-2").'
+            )
+        if item.agent not in agents:
+            raise WorkflowError(f"{where}: {_no_agent(item.agent, workflow.agents)}")
+        if agents[item.agent].implementation is None:
+            for prompt in item.prompts(agents[item.agent]):
+                if not prompt.strip():
+                    raise WorkflowError(f"{where} ({item.id!r}): the prompt is empty. Write what the agent should do.")
+        if item.id in RESERVED:
+            raise WorkflowError(f"{where}: the id {item.id!r} is taken by templates. Use another.")
+        if isinstance(item, Module):
+            _check_loop(where, item, executable)
+        if isinstance(item.context, list):
+            for name in item.context:
+                if name not in seen:
+                    raise WorkflowError(f"{where}: context names {name!r}. {did_you_mean(name, seen, 'Earlier steps')}")
+        seen[item.id] = number
+        executable.append(item)
+
+
+def _check_loop(where: str, item: Module, before: list[Step]) -> None:
+    if item.loop_steps > len(before):
+        raise WorkflowError(
+            f"{where} ({item.id!r}): loop_steps={item.loop_steps} goes back beyond the start; "
+            f"{len(before)} step{'s' if len(before) != 1 else ''} stand before it."
+        )
+    inside = [other.id for other in before[len(before) - item.loop_steps :]]
+    for name in item.loop_skip:
+        if name not in inside:
+            raise WorkflowError(
+                f"{where} ({item.id!r}): loop_skip names {name!r}. {did_you_mean(name, inside, 'Steps of this loop')}"
+            )
+
+
+def _no_agent(id: str, agents: Iterable[Agent]) -> str:
+    return f"agent {id!r} is not defined. {did_you_mean(id, [item.id for item in agents], 'Defined')}"
+
+
+def fingerprint(step: Step, agent: Agent) -> str:
+    """A digest of all that decides what a step does: its options, and its agent's prompt, engine, model or source."""
+    facts = [step.model_dump(mode="json", exclude_defaults=True), agent.model_dump(mode="json", exclude_defaults=True)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _check_name(what: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise WorkflowError(
+            f"{what} {name!r}: a name starts with a letter and holds letters, digits, '-' and '_', for instance 'quality-gate'."
+        )
+
+
+def as_step(number: int, item: Any) -> AnyStep:
+    """A step from a name, from :meth:`Workflow.to_dict`'s data, or as it is; `number` is its place, for the message."""
+    if isinstance(item, (Step, Separator)):
+        return item
+    if isinstance(item, str):
+        return Step(agent=item)
+    if isinstance(item, Mapping):
+        kinds: dict[Any, type[AnyStep]] = {"step": Step, "module": Module, "separator": Separator}
+        kind = item.get("kind", "step")
+        if kind not in kinds:
+            raise WorkflowError(f"step {number}: kind={kind!r} is not known. {did_you_mean(str(kind), kinds, 'Kinds')}")
+        return kinds[kind](**cast("dict[str, Any]", item))
+    raise WorkflowError(f"step {number}: {item!r} is not a step. Use cm.step(…), cm.module(…), cm.separator(…) or a name.")
+
+
+_TOKEN = re.compile(rf"\s*(?:(?P<arrow>->|→)|(?P<name>{NAME})(?P<rest>\s*\((?P<options>[^()]*)\))?\s*(?P<ask>\?)?)")
+
+
+def parse_steps(text: str) -> list[AnyStep]:
+    """The steps of an arrow string.
+
+    ``a -> b? -> gate(loop 1, max 5, skip a) -> c``: ``?`` pauses for a person, ``(…)`` makes a module.
+
+    Raises
+    ------
+    WorkflowError    With the column of what cannot be read.
+    """
+    steps: list[AnyStep] = []
+    position, want_name = 0, True
+    while text[position:].strip():
+        found = _TOKEN.match(text, position)
+        start = position + len(text[position:]) - len(text[position:].lstrip())
+        if found is None or bool(found["arrow"]) is want_name:
+            here = text[start : start + 12].strip()
+            wanted = "a step's name" if want_name else "'->'"
+            raise WorkflowError(
+                f"steps, column {start + 1}: {wanted} is expected at {here!r}. "
+                "Write for instance: planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?"
+            )
+        if found["name"]:
+            steps.append(_arrow_step(found, start))
+        want_name = bool(found["arrow"])
+        position = found.end()
+    if steps and want_name:
+        raise WorkflowError(f"steps, column {len(text.rstrip()) + 1}: a step's name is missing after the last '->'.")
+    if not steps:
+        raise WorkflowError("steps: the line is empty. Write for instance: planner -> implementer -> reviewer?")
+    return steps
+
+
+def _arrow_step(found: re.Match[str], start: int) -> AnyStep:
+    interactive = True if found["ask"] else None
+    if found["rest"] is None:
+        return Step(agent=found["name"], interactive=interactive)
+    options: dict[str, Any] = {}
+    names = {"loop": "loop_steps", "max": "loop_max_iterations", "skip": "loop_skip"}
+    for part in filter(None, (piece.strip() for piece in found["options"].split(","))):
+        key, _, value = part.partition(" ")
+        if key not in names:
+            raise WorkflowError(
+                f"steps, column {start + 1}: {found['name']}({part}) is not understood. {did_you_mean(key, names, 'Options')}"
+            )
+        if key == "skip":
+            options["loop_skip"] = value.split()
+        elif value.strip().isdigit():
+            options[names[key]] = int(value)
+        else:
+            raise WorkflowError(f"steps, column {start + 1}: {found['name']}({part}): a number is expected after {key!r}.")
+    return Module(agent=found["name"], interactive=interactive, **options)
