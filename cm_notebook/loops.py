@@ -106,8 +106,9 @@ def run_sync(
         )
     deadline = _deadline(timeout_s)
     while not future.done():
+        piece = _next_slice(deadline, timeout_s)
         with contextlib.suppress(TimeoutError, concurrent.futures.CancelledError):
-            future.exception(timeout=_next_slice(deadline, timeout_s))
+            future.exception(timeout=piece)
     return future.result()
 
 
@@ -127,8 +128,9 @@ async def wait_detached(future: concurrent.futures.Future[T], timeout_s: float |
     future.add_done_callback(wake)
     deadline = _deadline(timeout_s)
     while not future.done():
+        piece = _next_slice(deadline, timeout_s)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(finished.wait(), _next_slice(deadline, timeout_s))
+            await asyncio.wait_for(finished.wait(), piece)
     return future.result()
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import WorkflowError, did_you_mean
 from .events import Part, Ref
-from .workflow import NAME, RESERVED, Module, Separator, Step, Workflow
+from .workflow import NAME, RESERVED, Agent, Module, Separator, Step, Workflow
 
 if TYPE_CHECKING:
     from .state import Attempt, RunState, StepState
@@ -134,6 +135,20 @@ def _check_hole(item: Step, hole: Hole, given: set[str], names: dict[str, str], 
         f"step {item.id!r} uses {written}, which is not defined. {did_you_mean(hole.name, known, 'Defined')} "
         "For literal braces use raw=True (--raw)."
     )
+
+
+def fingerprint(step: Step, agent: Agent, inputs: Mapping[str, object]) -> str:
+    """A digest of all that decides what a step is told to do.
+
+    Its options, its agent's prompt, engine, model or source, and the values of the inputs that its templates name.
+    """
+    named = {hole.name for template in step.prompts(agent) for hole in holes(template, step.raw)}
+    facts = [
+        step.model_dump(mode="json", exclude_defaults=True),
+        agent.model_dump(mode="json", exclude_defaults=True),
+        {name: inputs[name] for name in sorted(named) if name in inputs},
+    ]
+    return digest(json.dumps(facts, sort_keys=True))[:16]
 
 
 # -- composing --------------------------------------------------------------------------------------------------------

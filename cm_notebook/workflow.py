@@ -364,6 +364,11 @@ class Workflow(Model):
                 return candidate
         raise WorkflowError(_no_agent(id, self.agents))
 
+    @property
+    def executable(self) -> list[Step]:
+        """The steps that are run: all but the separators."""
+        return [item for item in self.steps if not isinstance(item, Separator)]
+
     def start(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> Run:
         """Start a run and return it at once.
 
@@ -388,7 +393,7 @@ class Workflow(Model):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data from which :meth:`from_dict` builds the same workflow (functions by name only)."""
         data = self.model_dump(mode="json", exclude_defaults=True)
-        data["steps"] = [{"kind": item.kind, **item.model_dump(mode="json", exclude_defaults=True)} for item in self.steps]
+        data["steps"] = [step_data(item) for item in self.steps]
         return data
 
     @classmethod
@@ -492,12 +497,6 @@ def _no_agent(id: str, agents: Iterable[Agent]) -> str:
     return f"agent {id!r} is not defined. {did_you_mean(id, [item.id for item in agents], 'Defined')}"
 
 
-def fingerprint(step: Step, agent: Agent) -> str:
-    """A digest of all that decides what a step does: its options, and its agent's prompt, engine, model or source."""
-    facts = [step.model_dump(mode="json", exclude_defaults=True), agent.model_dump(mode="json", exclude_defaults=True)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "replace")).hexdigest()[:16]
-
-
 def _check_name(what: str, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise WorkflowError(
@@ -518,6 +517,11 @@ def as_step(number: int, item: Any) -> AnyStep:
             raise WorkflowError(f"step {number}: kind={kind!r} is not known. {did_you_mean(str(kind), kinds, 'Kinds')}")
         return kinds[kind](**cast("dict[str, Any]", item))
     raise WorkflowError(f"step {number}: {item!r} is not a step. Use cm.step(…), cm.module(…), cm.separator(…) or a name.")
+
+
+def step_data(item: AnyStep) -> dict[str, Any]:
+    """JSON-ready data from which :func:`as_step` makes the same step."""
+    return {"kind": item.kind, **item.model_dump(mode="json", exclude_defaults=True)}
 
 
 _TOKEN = re.compile(rf"\s*(?:(?P<arrow>->|→)|(?P<name>{NAME})(?P<rest>\s*\((?P<options>[^()]*)\))?\s*(?P<ask>\?)?)")

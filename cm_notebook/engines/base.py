@@ -29,6 +29,9 @@ class AgentRequest:
         The exact text, templates filled in.
     step, path, attempt, turn, iteration
         Which turn of the run this is; numbers count from 1.
+    ordinal
+        Which turn of this agent in the run, over all its steps and attempts, from 1. Turns that ended count, by an
+        answer or an error; one that was cut short does not, so a resumed run counts on where it was. 0: not known.
     feedback
         Why the last attempt was rejected, or why a module sent the run back; ``None`` in a first attempt.
     inputs, outputs
@@ -50,6 +53,7 @@ class AgentRequest:
     attempt: int = 1
     turn: int = 1
     iteration: int = 1
+    ordinal: int = 0
     system: str | None = None
     model: str | None = None
     reasoning_effort: str | None = None
@@ -88,8 +92,9 @@ class UsageReported:
 class TurnDone:
     """The whole answer. Every stream ends with exactly one.
 
-    ``output``: a validated value (JSON-ready) when the agent gave one. ``duration_s``: only when it was not measured now
-    (a tape). ``note``: one line that the view says beside the answer.
+    ``output``: a validated value (JSON-ready) when the agent gave one. ``verdict``: when the agent gave one apart from its
+    text; an engine whose agents only write leaves ``None``, and the run reads a module's text (``Verdict.from_text``).
+    ``duration_s``: only when it was not measured now (a tape). ``note``: one line that the view says beside the answer.
     """
 
     text: str

@@ -99,7 +99,7 @@ def open_notebook(
     cache = request.config.cache
     name = re.sub(r"\W+", "-", request.node.name).strip("-")
     servers: list[JupyterServer] = []
-    opened = len(chromium.context.pages)
+    before = chromium.pages()
 
     def open_notebook(
         notebook: Sequence[Cell] | Path, *, app: App = "lab", kernel: str = KERNELS[-1], theme: Theme = "light"
@@ -122,7 +122,7 @@ def open_notebook(
 
     yield open_notebook
 
-    tabs = chromium.context.pages[opened:]
+    tabs = [page for page in chromium.pages() if page not in before]
     report = request.node.stash.get(_REPORT, None)
     if report is not None and report.failed:
         for number, tab in enumerate(tabs):

@@ -1,0 +1,130 @@
+"""Workflows of AI agents in the notebook, with a person deciding at the right moments.
+
+This page is the table of contents. ``workflow.py`` says what is to be done, ``run.py`` does it, ``state.py`` says what
+what has happened means; ``engines/`` are those who do the work, ``render/`` and ``jupyter/`` show it.
+
+    import cm_notebook as cm
+
+    planner = cm.Agent(id="planner", prompt="Plan {{ goal }} in at most five steps.")
+    workflow = cm.Workflow("Careful Builder", agents=[planner], steps="planner?", inputs={"goal": "a todo CLI"})
+    run = workflow.start()          # returns at once; in a notebook the run's view is the cell's output
+    run.approve("planner")          # or press the button under the cell
+    run.wait()["planner"].text
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .engines.base import (
+    AgentEvent,
+    AgentRequest,
+    Delta,
+    Engine,
+    SessionStarted,
+    TurnDone,
+    UsageReported,
+    register_engine,
+)
+from .engines.functions import Turn
+from .engines.scripted import Reply, ScriptedEngine
+from .errors import (
+    AlreadyDecided,
+    CodeMachineError,
+    EngineAuthError,
+    EngineError,
+    EngineExited,
+    EngineNotFound,
+    EngineProtocolError,
+    EngineRateLimited,
+    EngineTimeout,
+    EngineUnavailable,
+    GatePending,
+    JournalError,
+    ReplayMismatch,
+    RunFailed,
+    RunLocked,
+    TransitionError,
+    WorkflowError,
+)
+from .events import Decision, Gate, Usage
+from .feed import LiveText
+from .journal import Journal, MemoryJournal
+from .run import Run, StepView, current, resume, runs
+from .state import Attempt
+from .workflow import Agent, Module, Separator, Step, Verdict, Workflow, agent, module, separator, step
+
+__all__ = [
+    "Agent",
+    "AgentEvent",
+    "AgentRequest",
+    "AlreadyDecided",
+    "Attempt",
+    "CodeMachineError",
+    "Decision",
+    "Delta",
+    "Engine",
+    "EngineAuthError",
+    "EngineError",
+    "EngineExited",
+    "EngineNotFound",
+    "EngineProtocolError",
+    "EngineRateLimited",
+    "EngineTimeout",
+    "EngineUnavailable",
+    "Gate",
+    "GatePending",
+    "Journal",
+    "JournalError",
+    "LiveText",
+    "MemoryJournal",
+    "Module",
+    "ReplayMismatch",
+    "Reply",
+    "Run",
+    "RunFailed",
+    "RunLocked",
+    "ScriptedEngine",
+    "Separator",
+    "SessionStarted",
+    "Step",
+    "StepView",
+    "TransitionError",
+    "Turn",
+    "TurnDone",
+    "Usage",
+    "UsageReported",
+    "Verdict",
+    "Workflow",
+    "WorkflowError",
+    "agent",
+    "current",
+    "doctor",
+    "module",
+    "register_engine",
+    "resume",
+    "runs",
+    "separator",
+    "step",
+]
+
+
+def doctor() -> Any:
+    """What is here and what is missing: kernel, front end, journal, engines, and how to mend each."""
+    from .doctor import examine
+
+    return examine()
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """``%load_ext cm_notebook``."""
+    from .jupyter import load
+
+    load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """``%unload_ext cm_notebook``."""
+    from .jupyter import unload
+
+    unload(shell)

@@ -1,0 +1,130 @@
+"""The engine that calls nobody: it plays a tape, or shows the prompt that would have been sent.
+
+Strategy: one answer, two audiences. Where nobody is there (``strict``) a tape is a test: a turn that it does not hold, or
+holds for another prompt, ends the run with ``ReplayMismatch``. Where a person decides, their words may lead anywhere: the
+nearest recorded answer is given, and a note says that no model has read them. Nothing is invented, no session, no usage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+
+from ..errors import ReplayMismatch
+from ..events import Usage
+from ..tape import Tape, TapedTurn
+from ..workflow import Verdict
+from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
+from .scripted import words
+
+NOT_CALLED = "offline: no model was called"
+BESIDE = "recorded answer: your words reached no model"
+PAST_END = "past the end of the tape, the last recorded answer again: your words reached no model"
+
+_WORD_S = 0.02
+_TICK_S = 0.01
+"""Pieces that are due sooner than this are not waited for."""
+
+
+class OfflineEngine:
+    """Plays recorded answers; without a tape it answers with the prompt.
+
+    Parameters
+    ----------
+    tape
+        A :class:`~cm_notebook.tape.Tape` or its file.
+    strict
+        Whether what the tape does not hold is an error. For where nobody is there.
+    delay
+        The longest that a turn takes, in seconds; recorded pauses are shortened in proportion. 0: none at all.
+    """
+
+    name = "offline"
+
+    def __init__(
+        self, tape: Tape | str | os.PathLike[str] | None = None, *, strict: bool = False, delay: float = 1.0
+    ) -> None:
+        self.tape = tape if tape is None or isinstance(tape, Tape) else Tape.read(tape)
+        self.strict, self.delay = strict, delay
+
+    async def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
+        """Yield what the tape holds for this turn.
+
+        Raises
+        ------
+        ReplayMismatch    Strict, and the tape has no answer for this turn, or for another prompt than this.
+        """
+        taped, note = self._found(request)
+        if taped is None:
+            text = unsent(request)
+            yield Delta(text)
+            yield TurnDone(text, note=note)
+            return
+        if taped.session_id is not None:
+            yield SessionStarted(taped.session_id)
+        async for delta in self._paced(taped):
+            yield delta
+        if taped.usage is not None or taped.cost_usd is not None:
+            yield UsageReported(taped.usage or Usage(), taped.cost_usd)
+        yield TurnDone(
+            taped.text, output=taped.output, verdict=taped.verdict, duration_s=taped.duration_s, note=note
+        )
+
+    def _found(self, request: AgentRequest) -> tuple[TapedTurn | None, str | None]:
+        """The recorded turn to play, and what is to be said beside it."""
+        if self.tape is None:
+            return None, NOT_CALLED
+        where = (request.path, request.attempt, request.turn)
+        taped = self.tape.turn(*where)
+        if taped is None:
+            if self.strict:
+                raise ReplayMismatch(self._missing(request))
+            taped = self.tape.nearest(*where)
+            return taped, NOT_CALLED if taped is None else PAST_END
+        difference = taped.prompt.difference(request.prompt) if taped.prompt is not None else None
+        if difference is None:
+            return taped, None
+        if self.strict:
+            raise ReplayMismatch(
+                f'The tape has no answer for "{request.path}" with this prompt; it changed here: {difference}. {self._again()}'
+            )
+        return taped, BESIDE
+
+    def _missing(self, request: AgentRequest) -> str:
+        tape = self.tape
+        held = ", ".join(map(str, tape.attempts(request.path))) if tape is not None else ""
+        turn = f", turn {request.turn}" if request.turn > 1 else ""
+        has = f"it has attempt {held}" if held else "it has none for that step"
+        return f'The tape has no answer for "{request.path}", attempt {request.attempt}{turn}; {has}. {self._again()}'
+
+    def _again(self) -> str:
+        source = self.tape.source if self.tape is not None else "FILE"
+        return f"`%cm run --record {source}` records again; this calls a model."
+
+    async def _paced(self, taped: TapedTurn) -> AsyncIterator[Delta]:
+        """The text as it was streamed, in at most `delay` seconds."""
+        if self.delay <= 0:
+            if taped.text:
+                yield Delta(taped.text)
+            return
+        pieces = taped.pieces() if taped.events else [(n * _WORD_S, word) for n, word in enumerate(words(taped.text), 1)]
+        total_s = pieces[-1][0] if pieces else 0.0
+        pace = min(1.0, self.delay / total_s) if total_s else 0.0
+        clock = asyncio.get_running_loop().time
+        start = clock()
+        for at_s, piece in pieces:
+            wait_s = start + at_s * pace - clock()
+            if wait_s > _TICK_S:
+                await asyncio.sleep(wait_s)
+            yield Delta(piece)
+
+
+def unsent(request: AgentRequest) -> str:
+    """What the step shows when no model is called: the prompt, marked as such, and never a verdict."""
+    quoted = "\n".join(f"> {line}".rstrip() for line in request.prompt.split("\n"))
+    text = f"**Offline: no model was called.** {request.agent.id} would have been sent:\n\n{quoted}"
+    if Verdict.from_text(text) is not None:
+        # the prompt shows its agent how a verdict looks: that example must not be taken for one
+        text += '\n\nNo verdict was given: {"action": null}'
+    return text

@@ -1,0 +1,141 @@
+"""An agent that says what it was told to say: the double for tests and demonstrations.
+
+Strategy: which reply a turn gets is decided by counting, and the run does the counting (``AgentRequest.ordinal``), from
+its events: a turn that ended, by an answer or an error, has used up its reply; one that was cut short has not. So a run
+that is resumed, by a new engine in a new process, goes on in the script where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ReplayMismatch, WorkflowError, did_you_mean
+from ..events import Usage
+from ..workflow import Verdict
+from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a scripted agent does in one turn.
+
+    Attributes
+    ----------
+    text
+        The answer. Left out, it is what `deltas` add up to, or the verdict's reason.
+    deltas
+        The pieces in which it is streamed; ``None``: word by word.
+    usage, cost_usd
+        What is reported as used.
+    delay_s
+        Seconds that the turn takes, spread over the pieces.
+    error
+        Raised at the end, after the pieces, instead of an answer.
+    session_id
+        The conversation that the agent says it has begun.
+    verdict, output
+        As an engine may give them beside the text.
+    """
+
+    text: str = ""
+    deltas: Sequence[str] | None = None
+    usage: Usage | None = None
+    cost_usd: float | None = None
+    delay_s: float = 0.0
+    error: Exception | None = None
+    session_id: str | None = None
+    verdict: Verdict | None = None
+    output: Any = None
+
+    def __post_init__(self) -> None:
+        whole = "".join(self.deltas) if self.deltas is not None else self.verdict.reason if self.verdict else ""
+        if not self.text:
+            object.__setattr__(self, "text", whole)
+        elif self.deltas is not None and whole != self.text:
+            raise WorkflowError(f"reply {self.text[:40]!r}: its deltas add up to {whole[:40]!r}. Leave one of them out.")
+        if self.delay_s < 0:
+            raise WorkflowError(f"reply {self.text[:40]!r}: delay_s={self.delay_s!r} is negative.")
+
+
+class ScriptedEngine:
+    """Gives the n-th turn of an agent its n-th reply.
+
+    Parameters
+    ----------
+    script
+        The replies of each agent, in order; plain text is a reply.
+
+    Notes
+    -----
+    Turns are counted per agent, over all its steps, attempts, chained prompts and automatic retries, across a resume; a
+    turn that was cut short gets the same reply again. Outside a run (``ordinal`` is 0) the engine counts by the same rule.
+
+    Examples
+    --------
+    >>> engine = ScriptedEngine({
+    ...     "planner": ["1. Write it.", "1. Write it. 2. Test it."],
+    ...     "reviewer": [Reply(error=EngineRateLimited("busy")), '{"action": "continue"}'],
+    ... })
+    """
+
+    name = "scripted"
+
+    def __init__(self, script: Mapping[str, str | Reply | Iterable[str | Reply]]) -> None:
+        self.script = {agent: _replies(agent, said) for agent, said in script.items()}
+        self._ended: dict[str, int] = {}
+
+    async def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
+        """Yield the reply whose turn it is.
+
+        Raises
+        ------
+        ReplayMismatch    The script has no reply for this turn.
+        Exception         The reply's ``error``.
+        """
+        agent = request.agent.id
+        number = request.ordinal or self._ended.get(agent, 0) + 1
+        reply = self._reply(agent, number)
+        if reply.session_id is not None:
+            yield SessionStarted(reply.session_id)
+        pieces = words(reply.text) if reply.deltas is None else reply.deltas
+        pause_s = reply.delay_s / max(1, len(pieces))
+        for piece in pieces or ("",):
+            if pause_s:
+                await asyncio.sleep(pause_s)
+            if piece:
+                yield Delta(piece)
+        if reply.usage is not None or reply.cost_usd is not None:
+            yield UsageReported(reply.usage or Usage(), reply.cost_usd)
+        self._ended[agent] = number
+        if reply.error is not None:
+            raise reply.error
+        yield TurnDone(reply.text, output=reply.output, verdict=reply.verdict)
+
+    def _reply(self, agent: str, number: int) -> Reply:
+        if agent not in self.script:
+            known = did_you_mean(agent, self.script, "In the script")
+            raise ReplayMismatch(f"the script has no replies for agent {agent!r} (turn {number}). {known}")
+        replies = self.script[agent]
+        if number > len(replies):
+            raise ReplayMismatch(
+                f"the script has no reply for turn {number} of agent {agent!r}; it has {len(replies)}. "
+                f"Add one to ScriptedEngine({{{agent!r}: […]}})."
+            )
+        return replies[number - 1]
+
+
+def _replies(agent: str, said: str | Reply | Iterable[str | Reply]) -> list[Reply]:
+    listed = [said] if isinstance(said, (str, Reply)) else list(said)
+    for number, reply in enumerate(listed, 1):
+        if not isinstance(reply, (str, Reply)):
+            raise WorkflowError(f"script of {agent!r}, reply {number}: {reply!r} is neither text nor a cm.Reply.")
+    return [reply if isinstance(reply, Reply) else Reply(reply) for reply in listed]
+
+
+def words(text: str) -> list[str]:
+    """`text` in pieces of one word each, with the blanks that follow it."""
+    return re.findall(r"\S+\s*|\s+", text)

@@ -1,0 +1,85 @@
+"""What a run tells those who watch it: recorded events, and the text that is being written.
+
+Strategy: the run puts things in on its own thread; each watcher has a ``Feed`` and takes all there is in one go, on its
+thread, when it is ready. It is woken once for any number of things, and text that nobody has taken yet is one piece, so
+neither a fast agent nor a slow watcher costs anything.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .events import AnyEvent
+
+
+@dataclass(slots=True)
+class LiveText:
+    """Text that an agent wrote just now. It is not an event: what counts is the answer at the end of the turn."""
+
+    path: str
+    attempt: int
+    text: str
+
+
+class Feed:
+    """What has happened since the last :meth:`take`.
+
+    Parameters
+    ----------
+    wake
+        Called on the run's thread when there is something to take, once until it is taken. It must be short.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._things: list[AnyEvent | tuple[str, int, list[str]]] = []
+        self._woken = False
+
+    def put(self, event: AnyEvent) -> None:
+        """Add a recorded event."""
+        with self._lock:
+            self._things.append(event)
+            wake, self._woken = not self._woken, True
+        if wake:
+            self._wake()
+
+    def put_text(self, path: str, attempt: int, text: str) -> None:
+        """Add live text; what stands last and is of the same turn grows."""
+        with self._lock:
+            last = self._things[-1] if self._things else None
+            if isinstance(last, tuple) and last[0] == path and last[1] == attempt:
+                last[2].append(text)
+                if len(last[2]) > 4096:
+                    last[2][:] = ["".join(last[2])]
+            else:
+                self._things.append((path, attempt, [text]))
+            wake, self._woken = not self._woken, True
+        if wake:
+            self._wake()
+
+    def take(self) -> list[AnyEvent | LiveText]:
+        """Everything since the last time, in order."""
+        with self._lock:
+            things, self._things, self._woken = self._things, [], False
+        return [LiveText(thing[0], thing[1], "".join(thing[2])) if isinstance(thing, tuple) else thing for thing in things]
+
+
+class Draft:
+    """The text of a turn that is being written, from its start."""
+
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
+        self._parts: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Append a piece."""
+        self._parts.append(text)
+
+    def text(self) -> str:
+        """All of it; called from any thread."""
+        parts = self._parts
+        whole = "".join(parts[:])
+        return whole

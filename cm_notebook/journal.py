@@ -1,0 +1,383 @@
+"""Where events are kept: append-only, in order, and on disk before anyone sees them.
+
+Strategy: one SQLite file in WAL mode with ``synchronous=FULL``; all that one pass of a run records is one transaction,
+so one fsync. An event is a row with one integer key, ``run number << 32 | seq``. Events are all there is: what else one
+wants to know about a run is read out of them.
+
+Several processes may write. Whoever wants to takes the write lock first (``begin``), and gets what others have recorded
+meanwhile; so the check "is this legal now?" is always made on all there is. Who *drives* a run holds a lock on a file of
+its own, which the operating system lets go of when the process dies, however it dies.
+
+``MemoryJournal`` is the same without a disk: a list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import events as facts
+from .errors import JournalError, RunLocked, did_you_mean
+from .events import AnyEvent
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+APPLICATION_ID = 0x434D4E42  # "CMNB", so that another program's database is not taken for a journal
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE runs (no INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, name TEXT NOT NULL, notebook TEXT,"
+        " created_at REAL NOT NULL)",
+        "CREATE TABLE events (id INTEGER PRIMARY KEY, at REAL NOT NULL, type TEXT NOT NULL, body TEXT NOT NULL)",
+    ),
+)
+"""The statements that lead from version n to n + 1; a journal of version n has had the first n."""
+
+_SELECT = "SELECT id, at, type, body FROM events WHERE id > ? AND id < ? ORDER BY id"
+
+BUSY_S = 5.0
+"""Seconds to wait for another process to finish its transaction."""
+
+
+class RunInfo(NamedTuple):
+    """What identifies a run. ``created_at`` is Unix time in seconds."""
+
+    id: str
+    name: str
+    notebook: str | None
+    created_at: float
+
+
+class MemoryJournal:
+    """A journal that ends with the process."""
+
+    path = ":memory:"
+    durable = False
+
+    def __init__(self) -> None:
+        self._runs: dict[str, tuple[RunInfo, list[AnyEvent]]] = {}
+        self._driven: set[str] = set()
+
+    def create(self, run_id: str, name: str, notebook: str | None) -> None:
+        """Make room for a new run."""
+        self._runs[run_id] = (RunInfo(run_id, name, notebook, time.time()), [])
+
+    def begin(self, run_id: str, after: int) -> list[AnyEvent]:
+        """Start to write; returns the events after `after` that others have recorded."""
+        return self._runs[run_id][1][after:]
+
+    def commit(self, run_id: str, events: Sequence[AnyEvent]) -> None:
+        """Keep `events`, whose ``seq`` follow what is there."""
+        self._runs[run_id][1].extend(events)
+
+    def rollback(self) -> None:
+        """Write nothing after all."""
+
+    def changed(self, run_id: str) -> bool:
+        """Whether somebody else may have written."""
+        return False
+
+    def events(self, run_id: str, after: int = 0) -> list[AnyEvent]:
+        """The events of a run, from ``seq`` `after` + 1 on."""
+        if run_id not in self._runs:
+            raise JournalError(f"there is no run {run_id!r}. {did_you_mean(run_id, self._runs, 'Runs')}", path=self.path)
+        return self._runs[run_id][1][after:]
+
+    def runs(self) -> list[RunInfo]:
+        """All runs, newest first."""
+        return [info for info, _ in reversed(self._runs.values())]
+
+    def drive(self, run_id: str) -> None:
+        """Become the one who drives this run."""
+        if run_id in self._driven:
+            raise RunLocked(f"run {run_id!r} is driven already.", path=self.path)
+        self._driven.add(run_id)
+
+    def release(self, run_id: str) -> None:
+        """Drive it no more."""
+        self._driven.discard(run_id)
+
+
+class Journal:
+    """A journal in a file.
+
+    Parameters
+    ----------
+    path
+        Made, readable by its owner only, when there is none. What is there and cannot be used is never replaced.
+
+    Raises
+    ------
+    JournalError    The file is no journal, is damaged, read-only, locked or of a newer version.
+    """
+
+    durable = True
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = str(Path(path).absolute())
+        self._write = threading.RLock()
+        self._read = threading.Lock()
+        self._numbers: dict[str, int] = {}
+        self._leases: dict[str, BaseFileLock] = {}
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._inserts: dict[int, str] = {}
+        with self._translated():
+            _make(Path(self.path))
+            self._writer = self._connect()
+            self._migrate()
+            self._reader = self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        return connection
+
+    def _migrate(self) -> None:
+        execute = self._writer.execute
+        (mark,), (version,) = execute("PRAGMA application_id").fetchone(), execute("PRAGMA user_version").fetchone()
+        if mark != APPLICATION_ID:
+            raise JournalError(f"{self.path} is a database of another program. Name another file.", path=self.path)
+        if version > len(MIGRATIONS):
+            raise JournalError(
+                f"{self.path} was written by a newer version of cm_notebook (format {version}; this one knows "
+                f"{len(MIGRATIONS)}). Install the newer version: pip install -U cm-notebook.",
+                path=self.path,
+            )
+        for number in range(version, len(MIGRATIONS)):
+            execute("BEGIN IMMEDIATE")
+            if execute("PRAGMA user_version").fetchone()[0] == number:  # nobody was faster
+                for statement in MIGRATIONS[number]:
+                    execute(statement)
+                execute(f"PRAGMA user_version={number + 1}")
+            execute("COMMIT")
+        execute("SELECT no, id, name, notebook, created_at FROM runs LIMIT 1")
+        execute("SELECT id, at, type, body FROM events LIMIT 1")
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise JournalError(_explain(self.path, error), path=self.path) from error
+        except OSError as error:
+            raise JournalError(f"the journal {self.path} cannot be opened: {error.strerror or error}.", path=self.path) from error
+
+    def create(self, run_id: str, name: str, notebook: str | None) -> None:
+        """Make room for a new run."""
+        with self._write, self._translated():
+            done = self._writer.execute(
+                "INSERT INTO runs (id, name, notebook, created_at) VALUES (?, ?, ?, ?)", (run_id, name, notebook, time.time())
+            )
+            self._numbers[run_id] = int(done.lastrowid or 0)
+
+    def _base(self, run_id: str) -> int:
+        number = self._numbers.get(run_id)
+        if number is None:
+            with self._read, self._translated():
+                row = self._reader.execute("SELECT no FROM runs WHERE id = ?", (run_id,)).fetchone()
+            if row is None:
+                known = [info.id for info in self.runs()]
+                raise JournalError(
+                    f"there is no run {run_id!r} in {self.path}. {did_you_mean(run_id, known, 'Runs')}", path=self.path
+                )
+            number = self._numbers[run_id] = int(row[0])
+        return number << 32
+
+    def begin(self, run_id: str, after: int) -> list[AnyEvent]:
+        """Take the write lock; returns the events after `after` that others have recorded meanwhile.
+
+        Ends with :meth:`commit` or :meth:`rollback`; until then nobody else writes.
+        """
+        base = self._base(run_id)
+        self._write.acquire()
+        try:
+            with self._translated():
+                execute = self._writer.execute
+                execute("BEGIN IMMEDIATE")
+                version = execute("PRAGMA data_version").fetchone()[0]
+                if self._seen.get(run_id) == (version, after):
+                    return []
+                rows = execute(_SELECT, (base + after, base + (1 << 32)))
+                found = _read_rows(rows, self.path)
+                self._seen[run_id] = (version, found[-1].seq if found else after)
+                return found
+        except BaseException:
+            self.rollback()
+            raise
+
+    def commit(self, run_id: str, events: Sequence[AnyEvent]) -> None:
+        """Make `events` durable and let go of the write lock.
+
+        Raises
+        ------
+        JournalError    They could not be written (disk full, read-only …); none of them was.
+        """
+        base = self._base(run_id)
+        try:
+            with self._translated():
+                execute = self._writer.execute
+                for start in range(0, len(events), 64):
+                    some = events[start : start + 64]
+                    values: list[object] = []
+                    for event in some:
+                        values += (base + event.seq, event.at, event.type, facts.body(event))
+                    execute(self._insert(len(some)), values)
+                execute("COMMIT")
+        except BaseException:
+            self.rollback()
+            raise
+        if events:
+            self._seen[run_id] = (self._seen[run_id][0], events[-1].seq)
+        self._write.release()
+
+    def _insert(self, count: int) -> str:
+        statement = self._inserts.get(count)
+        if statement is None:
+            rows = ", ".join(["(?, ?, ?, ?)"] * count)
+            statement = self._inserts[count] = f"INSERT INTO events (id, at, type, body) VALUES {rows}"  # noqa: S608
+        return statement
+
+    def rollback(self) -> None:
+        """Write nothing after all, and let go of the write lock."""
+        try:
+            with contextlib.suppress(sqlite3.Error):
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+        finally:
+            self._write.release()
+
+    def changed(self, run_id: str) -> bool:
+        """Whether another process has written since the run's last ``begin``; costs microseconds."""
+        with self._write, self._translated():
+            version = self._writer.execute("PRAGMA data_version").fetchone()[0]
+        return run_id not in self._seen or bool(version != self._seen[run_id][0])
+
+    def events(self, run_id: str, after: int = 0) -> list[AnyEvent]:
+        """The events of a run, from ``seq`` `after` + 1 on.
+
+        Raises
+        ------
+        JournalError    There is no such run, or a row is damaged; the message names it.
+        """
+        base = self._base(run_id)
+        with self._read, self._translated():
+            return _read_rows(self._reader.execute(_SELECT, (base + after, base + (1 << 32))), self.path)
+
+    def runs(self) -> list[RunInfo]:
+        """All runs, newest first."""
+        with self._read, self._translated():
+            rows = self._reader.execute("SELECT id, name, notebook, created_at FROM runs ORDER BY no DESC").fetchall()
+        return [RunInfo(*row) for row in rows]
+
+    def drive(self, run_id: str) -> None:
+        """Become the one who drives this run, until :meth:`release` or the end of the process.
+
+        Raises
+        ------
+        RunLocked    Another process does.
+        """
+        from filelock import FileLock, Timeout  # only durable runs need it
+
+        folder = Path(self.path + "-locks")
+        with self._translated():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            lock = FileLock(folder / f"{run_id}.lock", mode=0o600, thread_local=False)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise RunLocked(
+                    f"run {run_id!r} is driven by another process or notebook. It can still be read and decided; "
+                    "end the other one to drive it here.",
+                    path=self.path,
+                ) from None
+        self._leases[run_id] = lock
+
+    def release(self, run_id: str) -> None:
+        """Drive it no more."""
+        lock = self._leases.pop(run_id, None)
+        if lock is not None:
+            lock.release()  # the file stays: removing it would let two processes lock two files of one name
+
+
+AnyJournal = Journal | MemoryJournal
+_opened: dict[str, AnyJournal] = {}
+_opening = threading.Lock()
+
+
+def open_journal(where: str | os.PathLike[str] | AnyJournal) -> AnyJournal:
+    """The journal at `where`: a path, ``":memory:"``, or a journal as it is. One object a file in this process."""
+    if isinstance(where, (Journal, MemoryJournal)):
+        return where
+    name = str(where)
+    if name == ":memory:":
+        return MemoryJournal()
+    key = f"{os.getpid()}:{Path(name).absolute()}"
+    with _opening:
+        if key not in _opened or not Path(name).exists():
+            _opened[key] = Journal(name)
+        return _opened[key]
+
+
+def _read_rows(rows: Iterator[tuple[int, float, str, str]] | sqlite3.Cursor, path: str) -> list[AnyEvent]:
+    found: list[AnyEvent] = []
+    for key, at, type_name, text in rows:
+        try:
+            found.append(facts.read(type_name, key & 0xFFFFFFFF, at, text))
+        except (ValueError, TypeError) as error:
+            line = str(error).splitlines()[0]
+            raise JournalError(f"{path} is damaged at event {key & 0xFFFFFFFF} ({type_name}): {line}.", path=path) from error
+    return found
+
+
+def _make(path: Path) -> None:
+    """Make a new journal whole, under another name first: a crash leaves no half of one."""
+    if path.exists():
+        if path.is_dir():
+            raise JournalError(f"{path} is a folder. Name a file for the journal.", path=str(path))
+        if path.stat().st_size == 0:
+            raise JournalError(
+                f"{path} is empty: it was cut off, or is no journal. Move it away to begin a new one.", path=str(path)
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent.name == ".cm_notebook" and not (ignore := path.parent / ".gitignore").exists():
+        ignore.write_text("*\n", encoding="ascii")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        with contextlib.closing(sqlite3.connect(draft)) as connection:
+            connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+            connection.execute("PRAGMA user_version=0")
+            connection.commit()
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass  # somebody was faster: theirs counts
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _explain(path: str, error: sqlite3.Error) -> str:
+    """SQLite's words with what to do about them."""
+    said = str(error)
+    if "readonly" in said or "attempt to write" in said:
+        return f"the journal {path} is read-only. Make it writable, or name another with journal=."
+    if "locked" in said or "busy" in said:
+        return f"the journal {path} is locked by another program ({BUSY_S:g} s waited). End it, or name another with journal=."
+    if "full" in said:
+        return f"the journal {path} could not be written: the disk is full. What is recorded is safe; make room and resume."
+    if "not a database" in said or "malformed" in said or "no such table" in said or "no such column" in said:
+        return f"the journal {path} is damaged or no journal ({said}). It was left as it is; move it away to begin a new one."
+    if "unable to open" in said:
+        return f"the journal {path} cannot be opened: is its folder there and writable?"
+    return f"the journal {path} cannot be used: {said}."

@@ -1,0 +1,549 @@
+"""The run as HTML: the pieces that the live view and the saved one share, and the saved one itself.
+
+Strategy: small functions from the state to a string, put together by ``run_html``. A step becomes a *card* (``details``
+with one summary line), an open gate a *bar*, the run a *header*. The live view shows the same pieces and only adds what
+moves, so the two cannot drift apart and nothing jumps when a run ends.
+
+The saved HTML must look right where nobody trusts it: inline ``style=`` in the forms JupyterLab's sanitizer keeps, no
+style sheet, script or class; the graph is an ``<img>``. It does not know the theme: text takes the page's colour,
+backgrounds are translucent, and the colours of states are borders and marks that reach 3 : 1 on white and on #111. A
+state is always a word too. One element a line, so that a diff of a notebook is readable.
+
+Texts of agents pass through ``markdown.to_html`` or ``_esc``, nothing else. A step shows ``STEP_LIMIT`` bytes of text, a
+run ``RUN_LIMIT`` bytes of HTML; what is left out is said, with the command that shows it.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from ..errors import TransitionError
+from ..events import Gate
+from ..state import Attempt, RunState, StepState
+from ..workflow import Separator
+from . import diff, svg, text
+from .markdown import clean, clip, to_html
+from .text import Look, Tone, look, one_line
+
+STEP_LIMIT = 64_000
+"""Bytes of text shown of one step."""
+RUN_LIMIT = 1_000_000
+"""Bytes of HTML of one run."""
+PROMPT_LIMIT = 16_000
+OLD_LIMIT = 16_000
+"""Bytes shown of a prompt, and of an attempt that is not the last one."""
+ATTEMPTS_SHOWN = 8
+"""Earlier attempts shown of one step."""
+FOLD = 5
+"""From this many on, finished steps in a row become one line; so do steps that have not begun."""
+
+COLOURS: dict[Tone, str] = {
+    "done": "#1a7f37",
+    "waiting": "#9a6700",
+    "running": "#0969da",
+    "failed": "#cf222e",
+    "pending": "#6e7781",
+    "skipped": "#6e7781",
+}
+"""Borders and marks: 3 : 1 on white and on #111. White text on them reaches 4.5 : 1."""
+RULE = "#8c8c8c"
+
+FRAME = f"border:1px solid {RULE};border-radius:8px;padding:10px 14px;margin:4px 0;font-size:13px;line-height:1.5"
+_FAINT = "opacity:0.78"
+_SMALL = f"font-size:12px;{_FAINT}"
+_CODE = "font-family:monospace;font-size:12px;background:rgba(128,128,128,0.14);padding:0 3px"
+_PRE = (
+    "margin:4px 0 8px;padding:6px 8px;background:rgba(128,128,128,0.12);font-family:monospace;font-size:12px;"
+    "white-space:pre-wrap;overflow-wrap:break-word;max-height:320px;overflow:auto"
+)
+_CELL = f"border:1px solid {RULE};padding:2px 9px"
+
+
+# -- the smallest pieces ----------------------------------------------------------------------------------------------
+
+
+def _esc(text: str) -> str:
+    return html.escape(clean(text))
+
+
+def inline(text: str) -> str:
+    """A sentence as HTML: escaped, with what stands in backticks as code."""
+    return re.sub(r"`([^`]{1,80})`", rf'<code style="{_CODE}">\1</code>', _esc(text))
+
+
+def pill(seen: Look) -> str:
+    """A state: its word in a mark of its colour; filled when it wants attention."""
+    colour = COLOURS[seen.tone]
+    look = f"background:{colour};color:#fff" if seen.tone in ("waiting", "running", "failed") else ""
+    return (
+        f'<span style="border:1px solid {colour};border-radius:10px;padding:0 8px;font-size:12px;white-space:nowrap'
+        f'{";" + look if look else ""}">{_esc(seen.word)}</span>'
+    )
+
+
+def faint(*words: str) -> str:
+    """Less important words, a dot between them."""
+    said = " · ".join(filter(None, words))
+    return f'<span style="{_FAINT}">{inline(said)}</span>' if said else ""
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _line(text: str, style: str = _SMALL) -> str:
+    return f'<div style="{style};margin:2px 0">{inline(text)}</div>\n'
+
+
+def _fold(summary: str, body: str, *, open: bool = False) -> str:
+    """Something behind a click; `summary` is plain text."""
+    return (
+        f'<details{" open" if open else ""} style="margin:4px 0">\n'
+        f'<summary style="cursor:pointer;{_SMALL}">{inline(summary)}</summary>\n{body}</details>\n'
+    )
+
+
+def _shown(text: str, limit: int, more: str, *, plain: bool = False) -> str:
+    """A text of an agent, at most `limit` bytes of it; `more` is the command that shows all."""
+    cut = clip(text, limit)
+    made = [_pre(cut.head) if plain else to_html(cut.head)]
+    if cut.tail:
+        said = f"{cut.omitted_chars:,} characters left out. Show all {_size(cut.total_bytes)}: `{more}`"
+        made += [_line(said, f"border-left:3px solid {RULE};padding:0 0 0 8px"), _pre(cut.tail) if plain else to_html(cut.tail)]
+    return "".join(made)
+
+
+def _pre(text: str) -> str:
+    return f'<pre style="{_PRE}">\n{_esc(text)}</pre>\n'  # a browser drops the first newline
+
+
+_size = text.size
+
+
+# -- a step -----------------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """A card in parts, for the view that fills it piece by piece."""
+
+    summary: str
+    """One line: name, state, what it took."""
+    body: str
+    """Everything else; ``""`` when there is nothing to show yet."""
+    open: bool
+    """Whether it deserves to be open: it runs, waits or failed."""
+    tone: Tone
+
+
+def card_parts(
+    state: RunState, step: StepState, *, now: float | None = None, limit: int = STEP_LIMIT, full: bool = False
+) -> Parts:
+    """The card of `step` in parts.
+
+    Parameters
+    ----------
+    now
+        Unix seconds, for the time of an attempt that runs.
+    limit
+        Bytes of text to show.
+    full
+        Show everything, whatever its size.
+    """
+    seen = look(state, step)
+    wants = seen.tone in ("running", "waiting", "failed")
+    return Parts(_summary(state, step, seen, now), _body(state, step, 1 << 40 if full else limit), wants, seen.tone)
+
+
+def card(
+    state: RunState,
+    step: StepState,
+    *,
+    open: bool | None = None,
+    now: float | None = None,
+    limit: int = STEP_LIMIT,
+    full: bool = False,
+    live: bool = False,
+) -> str:
+    """One step as HTML: a line that opens to its attempts, output, changes and prompt.
+
+    Parameters
+    ----------
+    open
+        ``None``: open when it runs, waits or failed.
+    live
+        For the live view: marked with ``data-step``.
+    """
+    return _frame_card(step, card_parts(state, step, now=now, limit=limit, full=full), open, live)
+
+
+def _frame_card(step: StepState, parts: Parts, open: bool | None, live: bool = False) -> str:
+    mark = f' data-step="{_esc(step.id)}"' if live else ""
+    dash = "dashed" if step.stale else "solid"
+    style = f"border-left:3px {dash} {COLOURS[parts.tone]};padding:1px 0 1px 10px;margin:6px 0"
+    if not parts.body:
+        return f'<div{mark} style="{style}">{parts.summary}</div>\n'
+    is_open = parts.open if open is None else open
+    return (
+        f'<details{mark}{" open" if is_open else ""} style="{style}">\n'
+        f'<summary style="cursor:pointer">{parts.summary}</summary>\n'
+        f'<div style="margin:6px 0 4px">\n{parts.body}</div>\n</details>\n'
+    )
+
+
+def _summary(state: RunState, step: StepState, seen: Look, now: float | None) -> str:
+    words = text.total(state, step.attempts, now).words()
+    if len(step.attempts) > 1:
+        words.append(f"{len(step.attempts)} attempts")
+    if step.iteration > 1:
+        words.append(f"pass {step.iteration}")
+    if step.status == "retrying" and state.ended is None:
+        words.append(text.retry_words(state, step, now))
+    words += [text.waits_for(state, step), one_line(step.note or "", 120)]
+    return f"<b>{_esc(step.id)}</b> {pill(seen)} {faint(*words)}"
+
+
+def _body(state: RunState, step: StepState, limit: int) -> str:
+    parts = []
+    if step.stale:
+        parts.append(_line(f"Stale: {text.stale_words(state, step)}. Run from here: `%cm rewind {step.id}`"))
+    if loop := text.loop_words(step):
+        parts.append(_line(f"Passes: {loop}"))
+    parts += _earlier(state, step, limit)
+    if step.last is not None:
+        parts += _last(state, step, step.last, limit)
+    parts += [_line(f"Asked: {text.quoted(asked, 400)} Answered: {text.quoted(given, 400)}") for asked, given in step.answers]
+    if step.gate is not None and step.gate.kind == "question":
+        parts.append(_quote(to_html(str(step.gate.payload.get("question", ""))[:8000]), "waiting"))
+    if step.gate is not None and step.gate.kind == "start" and step.redo is not None:
+        parts.append(_line("The prompt that would be sent:"))
+        parts.append(_shown(state.text(step.redo.prompt), PROMPT_LIMIT, f"%cm show {step.id} --full", plain=True))
+    return "".join(parts)
+
+
+def _earlier(state: RunState, step: StepState, limit: int) -> list[str]:
+    """The attempts before the last, each on a line that opens: how it ended is the summary."""
+    before = step.attempts[:-1]
+    parts = []
+    if len(before) > ATTEMPTS_SHOWN:
+        hidden = len(before) - ATTEMPTS_SHOWN
+        parts.append(_line(f"{hidden} earlier attempts are not shown: `%cm show {step.id} --attempt 1`"))
+    each = min(OLD_LIMIT, max(limit // 4 // ATTEMPTS_SHOWN, 400)) if limit < STEP_LIMIT else OLD_LIMIT
+    for attempt in before[-ATTEMPTS_SHOWN:]:
+        more = f"%cm show {step.id} --attempt {attempt.number} --full"
+        ended = text.outcome(state, attempt)
+        body = _shown(attempt.text, each, more) if attempt.text else ""
+        body = body + _errors(attempt) or _line("It gave no output.")
+        parts.append(_fold(f"Attempt {attempt.number}{': ' + ended if ended else ''}", body))
+    return parts
+
+
+def _last(state: RunState, step: StepState, attempt: Attempt, limit: int) -> list[str]:
+    """The attempt that counts: its output, how it ended, what changed, and its prompt."""
+    parts = []
+    several = len(step.attempts) > 1
+    if several:
+        parts.append(_line(f"Attempt {attempt.number}{', edited' if attempt.edited else ''}:"))
+    if attempt.text:
+        parts.append(_shown(attempt.text, limit, f"%cm show {step.id} --full"))
+    elif step.status in ("running", "asking"):
+        parts.append(_line("It is at work; nothing to show yet."))
+    elif attempt.answer is not None:
+        parts.append(_line("It finished without output."))
+    if attempt.note:
+        parts.append(_quote(_line(_capital(one_line(attempt.note, 300)), ""), "waiting"))
+    parts.append(_errors(attempt))
+    ended = text.outcome(state, attempt)
+    if ended and not (attempt.error is not None and attempt.decision is None and attempt.answer is None):
+        parts.append(_line(_capital(ended) + ("" if ended[-1] in ".”" else ".")))
+    previous = next((other for other in reversed(step.attempts[:-1]) if other.text), None)
+    if previous is not None and attempt.text:
+        changed = _bounded_diff(previous, attempt, limit)
+        parts.append(_fold(f"What changed since attempt {previous.number}", changed))
+    if prompt := attempt.prompt:
+        shown = _shown(prompt, min(PROMPT_LIMIT, limit), f"%cm show {step.id} --full", plain=True)
+        engine = f" sent to {attempt.engine}" if attempt.engine not in ("", "offline") else ""
+        parts.append(_fold(f"Prompt{engine}", shown))
+    return parts
+
+
+def _bounded_diff(old: Attempt, new: Attempt, limit: int) -> str:
+    if len(old.text) + len(new.text) > 2 * limit:
+        return _line(f"Too long to show here: `%cm diff … {old.number} {new.number}`")
+    return diff.between(old.text, new.text)
+
+
+def _quote(inner: str, tone: Tone) -> str:
+    return f'<div style="border-left:3px solid {COLOURS[tone]};padding:2px 0 2px 8px;margin:4px 0">\n{inner}</div>\n'
+
+
+def _errors(attempt: Attempt) -> str:
+    """What went wrong, the newest last; more to read is folded."""
+    parts = []
+    for error in attempt.errors[-5:]:
+        inner = f'<div><b>{_esc(one_line(error.kind, 60))}</b>: {_esc(one_line(error.message, 600))}</div>\n'
+        if error.detail:
+            inner += _fold("Details", _shown(error.detail, 8_000, "%cm show … --full", plain=True))
+        parts.append(_quote(inner, "failed"))
+    return "".join(parts)
+
+
+# -- a gate -----------------------------------------------------------------------------------------------------------
+
+
+def gate_bar(state: RunState, gate: Gate, *, again: bool = True) -> str:
+    """What the run waits for, and how to answer, where there are no buttons.
+
+    Parameters
+    ----------
+    again
+        Whether running the cell again brings the buttons back: not in the answer of ``%cm show``.
+    """
+    first, _, rest = text.gate_sentence(state, gate).partition(". ")
+    whole = f"<b>{inline(first + ('.' if rest else ''))}</b> {inline(rest)}" if rest else f"<b>{inline(first)}</b>"
+    answers = " ".join(f'<code style="{_CODE};white-space:nowrap">{_esc(way.magic)}</code>' for way in text.ways(state, gate))
+    lead = "Run this cell again to decide, or use one of:" if again else "To decide:"
+    return (
+        f'<div style="border-top:1px solid {RULE};margin:10px 0 0;padding:8px 0 0">\n'
+        f"<div>{whole}</div>\n"
+        f'<div style="font-size:12px;margin:4px 0 0">{lead} {answers}</div>\n'
+        "</div>\n"
+    )
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def header_words(state: RunState, now: float | None = None) -> str:
+    """What it took, and its mode: the part of the header that changes while it runs."""
+    mode = f"mode: {state.mode}" + (" (locked)" if state.locked is not None else "")
+    return faint(*text.run_total(state, now).words(), mode)
+
+
+def header(state: RunState, now: float | None = None) -> str:
+    """Name and state of the run, what it took, and where its answers came from."""
+    name = _esc(one_line(state.name, 80))
+    run = "" if state.recorded is not None or not state.run_id else f"run `{one_line(state.run_id, 60)}`"
+    lines = [
+        f'<div style="margin:0 0 6px"><b style="font-size:15px">{name}</b> {pill(text.run_look(state))} '
+        f"{header_words(state, now)}</div>\n"
+    ]
+    if said := " · ".join(filter(None, (_capital(text.source(state)), run, _resumed(state)))):
+        lines.append(_line(said, f"{_SMALL};margin:0 0 6px"))
+    return "".join(lines)
+
+
+def _resumed(state: RunState) -> str:
+    if not state.resumed:
+        return ""
+    last = state.resumed[-1]
+    at = f", {text.clock(last.at)}" if last.at and state.recorded is None else ""
+    reason = f" ({one_line(last.reason, 120)})" if last.reason else ""
+    return f"Resumed by {one_line(last.by, 60)}{at}{reason}"
+
+
+def run_html(state: RunState, steps: Sequence[str] | None = None, *, now: float | None = None, full: bool = False) -> str:
+    """The run, or some of its steps, as it is saved in a notebook.
+
+    Parameters
+    ----------
+    state
+        The run.
+    steps
+        Ids of the steps to show, for the cell of a step; ``None`` shows all, with header and graph.
+    now
+        Unix seconds, for the time of what runs.
+    full
+        Show everything, whatever its size.
+    """
+    chosen = state.order if steps is None else [state.step(id) for id in steps]
+    limit = STEP_LIMIT if len(chosen) < 8 else max(2_000, RUN_LIMIT // 2 // len(chosen))
+    while True:
+        cards = _cards(state, chosen, now, limit, full, fold=steps is None)
+        if full or len(cards.encode("utf-8", "replace")) <= RUN_LIMIT or limit < 200:
+            break
+        limit //= 4
+    if steps is None:
+        parts = [header(state, now), svg.graph_img(state) + "\n" if state.order else "", cards]
+        gates = list(state.gates.values())
+    else:
+        parts = [cards]
+        ids = {step.id for step in chosen}
+        held = any(text.waits_for(state, step) for step in chosen)
+        gates = [gate for gate in state.gates.values() if gate.step in ids or held]
+    parts += [gate_bar(state, gate) for gate in gates]
+    if steps is None and not gates:
+        parts.append(_line(text.sentence(state, now), f"margin:8px 0 0;{_FAINT}"))
+    if steps is not None:
+        parts.append(_line(_place_words(state, chosen)))
+    return f'<div style="{FRAME}">\n{"".join(parts)}</div>\n'
+
+
+def _place_words(state: RunState, chosen: Sequence[StepState]) -> str:
+    places = ", ".join(str(step.index + 1) for step in chosen)
+    said = [f"Step {places} of {len(state.order)} in {one_line(state.name, 80)}", text.source(state)]
+    return " · ".join(filter(None, said))
+
+
+def _cards(state: RunState, chosen: Sequence[StepState], now: float | None, limit: int, full: bool, *, fold: bool) -> str:
+    """The cards in order, with the separators between them; many alike become one line."""
+    focus = _focus(state, chosen)
+    parts: list[str] = []
+    for caption, group in _groups(state, chosen, focus if fold else list(chosen)):
+        if caption is not None:
+            parts.append(f'<div style="{_SMALL};margin:10px 0 2px">{_esc(caption) or "—"}</div>\n')
+        elif len(group) >= FOLD and fold:
+            parts.append(_folded(state, group, now, limit, full))
+        else:
+            for step in group:
+                made = card_parts(state, step, now=now, limit=limit, full=full)
+                parts.append(_frame_card(step, made, made.open or step in focus))
+    return "".join(parts)
+
+
+def _focus(state: RunState, chosen: Sequence[StepState]) -> list[StepState]:
+    """The steps that stay open: what runs, waits or failed; else the last one with an output."""
+    wanting = [step for step in chosen if look(state, step).tone in ("running", "waiting", "failed") and step.attempts]
+    if wanting:
+        return wanting
+    return [step for step in chosen if step.last is not None and step.last.text][-1:]
+
+
+def _groups(
+    state: RunState, chosen: Sequence[StepState], alone: Sequence[StepState]
+) -> Iterable[tuple[str | None, list[StepState]]]:
+    """Steps in a row that may be folded together; a separator comes by itself, as its text."""
+    ids = {step.id for step in chosen}
+    kept = {step.id for step in alone}
+    row: list[StepState] = []
+
+    def kind(step: StepState) -> str:
+        return step.id if step.id in kept else "done" if step.settled else "pending" if not step.attempts else step.id
+
+    for item in state.items:
+        if isinstance(item, Separator):
+            if len(ids) == len(state.order):
+                if row:
+                    yield None, row
+                    row = []
+                yield one_line(item.text, 90), []
+            continue
+        if item.id not in ids:
+            continue
+        step = state.steps[item.id]
+        if row and kind(row[-1]) != kind(step):
+            yield None, row
+            row = []
+        row.append(step)
+    if row:
+        yield None, row
+
+
+def _folded(state: RunState, group: list[StepState], now: float | None, limit: int, full: bool) -> str:
+    """Many steps of a kind as one line: ``16 done · 63 s · $0.048``."""
+    tone: Tone = "done" if group[0].settled else "pending"
+    style = f"border-left:3px solid {COLOURS[tone]};padding:1px 0 1px 10px;margin:6px 0"
+    if tone == "pending":
+        names = f"{group[0].id} to {group[-1].id}" if len(group) > 4 else ", ".join(step.id for step in group)
+        waits = text.waits_for(state, group[0])
+        return f'<div style="{style}">{pill(Look(f"{len(group)} pending", tone))} {faint(names, waits)}</div>\n'
+    skipped = sum(step.status == "skipped" for step in group)
+    words = [*text.total(state, (attempt for step in group for attempt in step.attempts)).words()]
+    again = [f"{step.id} took {len(step.attempts)} attempts" for step in group if len(step.attempts) > 1]
+    words += [f"{skipped} skipped"] if skipped else []
+    words += again if len(again) <= 3 else [f"{len(again)} took several attempts"]
+    inner = "".join(card(state, step, open=False, now=now, limit=limit, full=full) for step in group)
+    return (
+        f'<details style="{style}">\n'
+        f'<summary style="cursor:pointer">{pill(Look(f"{len(group) - skipped} done", tone))} {faint(*words)}</summary>\n'
+        f"{inner}</details>\n"
+    )
+
+
+# -- answers of single commands ---------------------------------------------------------------------------------------
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Cells are HTML already."""
+    lines = [f'<table style="border-collapse:collapse;font-size:13px;margin:4px 0">\n<thead>\n<tr>']
+    for number, cell in enumerate(head):
+        lines.append(f'<th scope="col" style="{_CELL};text-align:{"right" if number in right else "left"}">{cell}</th>')
+    lines.append("</tr>\n</thead>\n<tbody>")
+    for row in rows:
+        lines.append("<tr>")
+        for number, cell in enumerate(row):
+            lines.append(f'<td style="{_CELL};text-align:{"right" if number in right else "left"}">{cell}</td>')
+        lines.append("</tr>")
+    return "\n".join([*lines, "</tbody>\n</table>\n"])
+
+
+def status_html(state: RunState, now: float | None = None) -> str:
+    """States, times, tokens and costs as one table."""
+    rows = []
+    looks = [*(look(state, step) for step in state.order), text.run_look(state)]
+    for cells, seen in zip(text.status_rows(state, now), looks, strict=True):
+        rows.append([f"<b>{_esc(cells[0])}</b>", pill(seen), *(_esc(cell) for cell in cells[2:])])
+    said = _line(" · ".join(filter(None, (text.source(state), text.sentence(state, now)))))
+    name = f'<div><b>{_esc(one_line(state.name, 80))}</b></div>\n'
+    return f"<div>\n{name}{_table(text.STATUS_COLUMNS, rows, right=(2, 3, 4, 5))}{said}</div>\n"
+
+
+def find_attempt(step: StepState, number: int | None) -> Attempt:
+    """The attempt of that number; a negative one counts from the end, ``None`` is the last.
+
+    Raises
+    ------
+    TransitionError    There is none; the message says which there are.
+    """
+    if not step.attempts:
+        raise TransitionError(f"{step.id!r} has not run yet.")
+    if number is None:
+        return step.attempts[-1]
+    if number < 0 and -number <= len(step.attempts):
+        return step.attempts[number]
+    for attempt in step.attempts:
+        if attempt.number == number:
+            return attempt
+    numbers = f"1 to {step.attempt}" if step.attempt > 1 else "only 1"
+    raise TransitionError(f"{step.id!r} has no attempt {number}; there is {numbers}.")
+
+
+def diff_html(state: RunState, step: StepState, a: int = -2, b: int = -1) -> str:
+    """What changed in a step's output from attempt `a` to attempt `b` (numbers, or negative from the end)."""
+    old, new = find_attempt(step, a), find_attempt(step, b)
+    head = f"<div><b>{_esc(step.id)}</b> {faint(f'attempt {old.number} to attempt {new.number}')}</div>\n"
+    said = text.outcome(state, old)
+    why = _line(f"Attempt {old.number}: {said}") if said else ""
+    return f'<div style="{FRAME}">\n{head}{why}{diff.between(old.text, new.text)}</div>\n'
+
+
+def show_html(state: RunState, step: StepState, attempt: int | None = None, full: bool = False) -> str:
+    """One step, or one attempt of it, opened."""
+    limit = 1 << 40 if full else STEP_LIMIT
+    if attempt is None:
+        body = card(state, step, open=True, full=full)
+        if step.gate is not None:
+            body += gate_bar(state, step.gate, again=False)
+        return f'<div style="{FRAME}">\n{body}</div>\n'
+    chosen = find_attempt(step, attempt)
+    words = [f"attempt {chosen.number} of {step.attempt}", *text.total(state, [chosen]).words(), text.outcome(state, chosen)]
+    head = f"<div><b>{_esc(step.id)}</b> {faint(*words)}</div>\n"
+    more = f"%cm show {step.id} --attempt {chosen.number} --full"
+    output = _shown(chosen.text, limit, more) if chosen.text else _line("It gave no output.")
+    prompt = chosen.prompt
+    sent = _fold("Prompt", _shown(prompt, limit, more, plain=True)) if prompt else ""
+    return f'<div style="{FRAME}">\n{head}{output}{_errors(chosen)}{sent}</div>\n'
+
+
+def runs_html(runs: Iterable[tuple[str, str, str, float]]) -> str:
+    """Runs given as ``(id, name, status, started_at)`` as a table, with how to go on with one."""
+    tones: dict[str, Tone] = {"running": "running", "waiting": "waiting", "paused": "waiting", "completed": "done"}
+    rows = []
+    for id, name, status, when in text.runs_rows(runs):
+        state = pill(Look(status, tones.get(status, "failed")))
+        rows.append([f'<code style="{_CODE}">{_esc(id)}</code>', _esc(name), state, _esc(when)])
+    if not rows:
+        return _line("There are no runs yet.")
+    return f"<div>\n{_table(('Run', 'Workflow', 'State', 'Started'), rows)}{_line('To go on with one: `%cm resume RUN`')}</div>\n"

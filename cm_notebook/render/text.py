@@ -1,0 +1,669 @@
+"""A run in words: what every view says, in one place, so that they cannot say different things.
+
+Strategy: three layers. Numbers (``duration``, ``tokens``, ``cost``, ``clock``) become short words. A step becomes a
+``Look``: the word for its state and the tone that a drawing gives it. From these come the sentences (``sentence``,
+``gate_sentence``, ``story``), the lines of a headless run (``event_line``) and the tables of ``text/plain``.
+
+A run from a tape says the same each time it is executed: no clock time and no duration that this machine measured.
+``spent`` and ``clock_of`` are the two places that see to it.
+
+Nothing here is HTML; texts of agents are cleaned and cut to one line, and whoever makes HTML of them escapes them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+from ..events import (
+    EDITABLE,
+    Action,
+    BaseEvent,
+    Decision,
+    Gate,
+    GateDecided,
+    GateOpened,
+    LoopedBack,
+    ModeChanged,
+    Rewound,
+    RunFinished,
+    RunPaused,
+    RunResumed,
+    RunStarted,
+    RunUnpaused,
+    StepAdded,
+    StepChanged,
+    StepRemoved,
+    StepSkipped,
+    TurnCutShort,
+    TurnFailed,
+    TurnFinished,
+    Usage,
+)
+from ..state import STATUS_WORDS, Attempt, RunState, StepState
+from ..workflow import Module, Separator
+from .markdown import clean
+
+Tone = Literal["done", "waiting", "running", "failed", "pending", "skipped"]
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float | None, space: str = " ") -> str:
+    """Seconds in words (``4.6 s``, ``38 s``, ``2 min 05 s``, ``1 h 02 min``); ``""`` when not known."""
+    if seconds is None:
+        return ""
+    if seconds < 0.05:
+        return f"<0.1{space}s"
+    if seconds < 19.95:
+        return f"{seconds:.1f}{space}s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole}{space}s"
+    if whole < 3600:
+        return f"{whole // 60}{space}min{space}{whole % 60:02d}{space}s"
+    return f"{whole // 3600}{space}h{space}{whole % 3600 // 60:02d}{space}min"
+
+
+def tokens(count: int | None, estimated: bool = False) -> str:
+    """A number of tokens in words (``640 tok``, ``1.6k tok``, ``2.1M tok``), after ``~`` when we counted; else ``""``."""
+    if not count:
+        return ""
+    mark = "~" if estimated else ""
+    if count < 1000:
+        return f"{mark}{count} tok"
+    for limit, unit, scale in ((9_950, "k", 1e3), (999_500, "k", 1e3), (9_950_000, "M", 1e6)):
+        if count < limit:
+            return f"{mark}{count / scale:.{0 if limit == 999_500 else 1}f}{unit} tok"
+    return f"{mark}{count / 1e6:.0f}M tok"
+
+
+def cost(usd: float | None, estimated: bool = False) -> str:
+    """US dollars in words (``$0.008``, ``$1.20``), after ``~`` when estimated; ``""`` when nothing was paid or known."""
+    if not usd:
+        return ""
+    digits = 2 if usd >= 0.995 else 3 if usd >= 0.0005 else 4
+    return f"{'~' if estimated else ''}${usd:.{digits}f}" if usd >= 0.00005 else "<$0.0001"
+
+
+def clock(at: float) -> str:
+    """Unix seconds as the wall clock of this machine shows them: ``12:31``."""
+    return time.strftime("%H:%M", time.localtime(at))
+
+
+def size(count: int) -> str:
+    """Bytes in words: ``640 B``, ``212 kB``, ``1.4 MB``."""
+    if count < 1000:
+        return f"{count} B"
+    return f"{count / 1e3:.0f} kB" if count < 999_500 else f"{count / 1e6:.1f} MB"
+
+
+def one_line(text: object, limit: int = 160) -> str:
+    """The text cleaned, on one line, cut after `limit` characters with ``…``."""
+    line = " ".join(clean(str(text)[: 20 * limit]).split())
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def quoted(text: object, limit: int = 160) -> str:
+    """The text on one line, in quotation marks."""
+    return f"“{one_line(text, limit)}”"
+
+
+def _ended(text: str) -> str:
+    """The text with a full stop, unless it ends a sentence by itself."""
+    return text if not text or text[-1] in ".!?…”" else text + "."
+
+
+# -- what was spent ---------------------------------------------------------------------------------------------------
+
+
+def spent(state: RunState, attempt: Attempt, now: float | None = None) -> float | None:
+    """Seconds an attempt took, waiting for a person not counted; of a tape only what was recorded.
+
+    With `now` (Unix seconds), of one that runs too.
+    """
+    if state.recorded is not None or attempt.engine == "offline":
+        return attempt.measured_s
+    if attempt.ended_at is None and now is not None and not attempt.edited:
+        return max(0.0, now - attempt.started_at - attempt.asked_s)
+    return attempt.duration_s
+
+
+class Spent(NamedTuple):
+    """What some attempts took together; ``seconds`` is ``None`` when it is not known of any."""
+
+    seconds: float | None
+    usage: Usage | None
+    cost_usd: float
+
+    def words(self) -> list[str]:
+        """Time, tokens and cost, those that are known."""
+        estimated = self.usage is not None and self.usage.estimated
+        count = self.usage.input_tokens + self.usage.output_tokens if self.usage is not None else 0
+        said = [duration(self.seconds), tokens(count, estimated), cost(self.cost_usd, estimated)]
+        return [word for word in said if word]
+
+
+def total(state: RunState, attempts: Iterable[Attempt], now: float | None = None) -> Spent:
+    """The sum over `attempts`."""
+    seconds: float | None = None
+    usage: Usage | None = None
+    paid = 0.0
+    for attempt in attempts:
+        if (took := spent(state, attempt, now)) is not None:
+            seconds = (seconds or 0.0) + took
+        if attempt.edited:
+            continue
+        if attempt.usage is not None:
+            usage = attempt.usage if usage is None else usage + attempt.usage
+        paid += attempt.cost_usd or 0.0
+    return Spent(seconds, usage, paid)
+
+
+def run_total(state: RunState, now: float | None = None) -> Spent:
+    """What the whole run took: seconds of work (not of waiting), tokens, cost."""
+    seconds = total(state, (attempt for step in state.order for attempt in step.attempts), now).seconds
+    usage = state.usage if state.usage.input_tokens + state.usage.output_tokens else None
+    return Spent(seconds, usage, state.cost_usd)
+
+
+def source(state: RunState) -> str:
+    """Where the answers came from, when not from a model: a recording, or the offline engine; else ``""``."""
+    if state.recorded is not None:
+        return f"recorded ({one_line(state.recorded, 60)}): no model was called"
+    if any(attempt.engine == "offline" for step in state.order for attempt in step.attempts):
+        return "offline: no model was called"
+    return ""
+
+
+# -- a step and the run in a word -------------------------------------------------------------------------------------
+
+
+class Look(NamedTuple):
+    """A state as it is shown: the word, and the tone that colours and icons follow."""
+
+    word: str
+    tone: Tone
+
+
+_TONES: dict[str, Tone] = {
+    "pending": "pending",
+    "ready": "pending",
+    "running": "running",
+    "asking": "waiting",
+    "retrying": "running",
+    "due": "waiting",
+    "waiting": "waiting",
+    "looping": "running",
+    "finished": "done",
+    "skipped": "skipped",
+}
+
+
+def look(state: RunState, step: StepState) -> Look:
+    """How `step` stands."""
+    kind = step.gate.kind if step.gate is not None else step.due.kind if step.due is not None else None
+    if step.status in ("due", "waiting") and kind == "failed":
+        return Look("failed", "failed")
+    if state.ended is not None:
+        if step.status in ("due", "waiting"):
+            return Look("not decided", "waiting")
+        if step.last is not None and step.last.cut_short and step.status in ("ready", "asking", "running"):
+            return Look("cut short", "failed")
+        if step.status == "retrying":
+            return Look("failed", "failed")
+    if step.stale:
+        return Look("stale", _TONES[step.status])
+    last = step.last
+    if step.status == "finished" and last is not None and last.decision is not None:
+        return Look("edited" if last.edited else "approved", "done")
+    return Look(STATUS_WORDS[step.status], _TONES[step.status])
+
+
+def run_look(state: RunState) -> Look:
+    """How the run stands."""
+    if state.status == "waiting":
+        return Look("waiting for you", "waiting")
+    tones: dict[str, Tone] = {
+        "running": "running",
+        "paused": "waiting",
+        "completed": "done",
+        "stopped": "failed",
+        "failed": "failed",
+    }
+    return Look("done" if state.status == "completed" else state.status, tones[state.status])
+
+
+def will_stop(state: RunState, step: StepState, place: Literal["before", "after"]) -> bool:
+    """Whether a gate will stop the run before or after `step`'s work, as the mode is now."""
+    if step.settled or state.ended is not None or state.mode == "unattended":
+        return False
+    if place == "before" and (step.status != "pending" or step.turn > 1):
+        return False
+    return step.step.gate in (place, "both") and state.pauses(step.step)
+
+
+def counts(state: RunState) -> str:
+    """How many steps stand how: ``4 done, 1 skipped``."""
+    settled = [step.status for step in state.order if step.settled]
+    parts = [f"{settled.count('finished')} of {len(state.order)} done"]
+    if skipped := settled.count("skipped"):
+        parts.append(f"{skipped} skipped")
+    return ", ".join(parts)
+
+
+# -- gates ------------------------------------------------------------------------------------------------------------
+
+
+class Way(NamedTuple):
+    """One way to answer a gate: its action, what the button says, and the magic that does the same."""
+
+    action: Action | Literal["edit"]
+    label: str
+    magic: str
+
+
+_LABELS: dict[tuple[str, str], str] = {
+    ("start", "approve"): "Send it",
+    ("verdict", "approve"): "Continue",
+    ("verdict", "reject"): "Loop…",
+    ("exhausted", "approve"): "Accept the last",
+    ("exhausted", "retry"): "1 more",
+    ("stale", "approve"): "Keep",
+    ("stale", "retry"): "Run from here",
+    ("may_have_run", "approve"): "It did",
+    ("may_have_run", "retry"): "Run again",
+}
+_MAGICS = {"reject": "%%cm reject", "answer": "%%cm answer"}
+"""Those with words of the person's: as a cell, because a line that ends in ``?`` opens IPython's help."""
+
+
+def ways(state: RunState, gate: Gate) -> list[Way]:
+    """How `gate` can be answered, in the order of the buttons; the step is named when several gates are open."""
+    several = len(state.gates) > 1
+    found: list[Way] = []
+    for action in gate.actions:
+        if action == "reject" and not isinstance(state.steps[gate.step].step, Module) and gate.kind == "verdict":
+            label = "Reject…"
+        else:
+            label = _LABELS.get((gate.kind, action)) or action.capitalize() + ("…" if action in _MAGICS else "")
+        magic = _MAGICS.get(action, f"%cm {action}")
+        if several:
+            magic += f" --step {gate.step}" if action in _MAGICS else f" {gate.step}" if action != "stop" else ""
+        found.append(Way(action, label, magic))
+    if gate.kind in EDITABLE:
+        place = next((index for index, way in enumerate(found) if way.action in ("skip", "stop")), len(found))
+        found.insert(place, Way("edit", "Edit", "%cm edit" + (f" {gate.step}" if several else "")))
+    return found
+
+
+def following(state: RunState, step: StepState) -> str:
+    """What comes after `step`: ``Next: deployer.``, or that it is the last."""
+    after = state.after(step)
+    return f"Next: {after.id}." if after is not None else "It is the last step."
+
+
+def gate_sentence(state: RunState, gate: Gate) -> str:
+    """What the run waits for at `gate`, why, and what the answers mean."""
+    step = state.steps[gate.step]
+    said = gate.payload
+    reason = _ended(one_line(said.get("reason", ""), 300))
+    if gate.kind == "review":
+        more = said.get("next_prompt")
+        prompts = len(step.step.prompts(state.agents.get(step.step.agent)))
+        goes_on = f"Next: its prompt {more} of {prompts}." if more else following(state, step)
+        return " ".join(filter(None, (f"{step.id} is waiting for you.", goes_on, one_line(said.get("note", ""), 300))))
+    if gate.kind == "start":
+        return f"{step.id} is about to start. This is its prompt: send it, edit it, or skip the step."
+    if gate.kind == "verdict":
+        meaning = (
+            "Continue goes on; Loop goes back with your words."
+            if isinstance(step.step, Module)
+            else ("Continue goes on; Reject runs it again with your words.")
+        )
+        return f"{step.id} needs your verdict. {reason} {meaning}"
+    if gate.kind == "exhausted":
+        return f"{step.id}: {reason[:1].lower()}{reason[1:]} Accept the last output, allow one more, or stop."
+    if gate.kind == "failed":
+        error = _ended(one_line(said.get("error", "no reason was given"), 300))
+        tries = len(step.last.errors) if step.last is not None else 1
+        times = f" after {tries} tries" if tries > 1 else f" (attempt {gate.attempt})" if gate.attempt > 1 else ""
+        return f"{step.id} failed{times}: {error} Retry, skip it, or stop."
+    if gate.kind == "stale":
+        return f"{step.id} is stale: {stale_words(state, step)}. Keep it, or run from here."
+    if gate.kind == "question":
+        return f"{step.id} asks: {quoted(said.get('question', ''), 600)}"
+    return f"{reason or f'{step.id} may have run.'} Did it? If not, run it again."
+
+
+def stale_words(state: RunState, step: StepState) -> str:
+    """Why `step` is stale: ``planner changed after this ran``."""
+    if step.approved is not None:
+        newer = [
+            other.id
+            for other in state.order[: step.index]
+            if other.approved is not None and other.approved.seq > step.approved.seq
+        ]
+        if newer:
+            return f"{newer[-1]} changed after this ran"
+    return "something it builds on changed after it ran"
+
+
+def sentence(state: RunState, now: float | None = None) -> str:
+    """What state the run is in and what comes next."""
+    if state.ended == "completed":
+        return f"Finished: {counts(state)}."
+    if state.ended is not None:
+        reason = _ended(one_line(state.reason, 400))
+        start = "Failed" if state.ended == "failed" else "Stopped"
+        if reason.lower().startswith("stopped"):
+            reason, start = reason[7:].lstrip(": "), "Stopped"
+            return f"{start} {reason} {counts(state)}. `%cm run` goes on.".replace("Stopped .", "Stopped.")
+        return f"{start}{': ' + reason if reason else '.'} {counts(state)}. `%cm run` goes on."
+    if state.gates:
+        return " ".join(gate_sentence(state, gate) for gate in state.gates.values())
+    if state.running:
+        return " ".join(_running(state, step) for step in state.running.values())
+    step = state.current
+    if state.paused:
+        why = f" ({one_line(state.pause_reason, 120)})" if state.pause_reason else ""
+        return f"Paused{why}. " + (f"Next: {step.id}. " if step is not None else "") + "`%cm run` goes on."
+    if step is None:
+        return f"{counts(state)}."
+    if step.status == "retrying":
+        return f"{step.id}: {retry_words(state, step, now)}."
+    return f"{step.id} is next."
+
+
+def _running(state: RunState, step: StepState) -> str:
+    details = attempt_words(step)
+    return f"{step.id} is running{f' ({details})' if details else ''}. {following(state, step)}"
+
+
+def attempt_words(step: StepState) -> str:
+    """Which attempt and pass: ``attempt 2, pass 3``; ``""`` for the first of each."""
+    parts = [f"attempt {step.attempt}"] if step.attempt > 1 and step.attempt != step.iteration else []
+    if step.iteration > 1:
+        parts.append(f"pass {step.iteration}")
+    return ", ".join(parts)
+
+
+def retry_words(state: RunState, step: StepState, now: float | None = None) -> str:
+    """The countdown of an automatic retry: ``rate limited, again in 4 s (2 of 3)``."""
+    last = step.last
+    tried = len(last.errors) if last is not None else 0
+    why = one_line(last.error.message, 160).rstrip(".") if last is not None and last.error is not None else "failed"
+    in_s = (
+        ""
+        if step.retry_at is None or state.recorded is not None
+        else (f" in {duration(max(0.0, step.retry_at - (state.at if now is None else now)))}")
+    )
+    return f"{why}, again{in_s} ({tried + 1} of {step.step.retries + 1})"
+
+
+def waits_for(state: RunState, step: StepState) -> str:
+    """Why a step that has not begun does not run: ``starts when planner is approved``; ``""`` if nothing holds it."""
+    if state.ended is not None or step.status not in ("pending", "ready"):
+        return ""
+    for gate in state.gates.values():
+        other = state.steps[gate.step]
+        if other.index < step.index:
+            return f"starts when {other.id} is {'approved' if gate.kind == 'review' else 'decided'}"
+    return "the run is paused" if state.paused and step is state.current else ""
+
+
+# -- what happened ----------------------------------------------------------------------------------------------------
+
+_DONE = {"approve": "approved", "reject": "rejected", "retry": "retried", "skip": "skipped", "answer": "answered"}
+
+
+def clock_of(state: RunState, decision: Decision) -> str:
+    """When it was decided, or ``""``: a tape gives the same bytes each time, so it has no time of day."""
+    return clock(decision.at) if decision.at and decision.by != "tape" and state.recorded is None else ""
+
+
+def decided(state: RunState, decision: Decision) -> str:
+    """The decision in words: ``rejected by you, 12:31: “name the tests”``."""
+    by = "(recorded)" if decision.by == "tape" else f"by {one_line(decision.by, 60)}"
+    at = clock_of(state, decision)
+    done = "edited and approved" if decision.output is not None else _DONE.get(decision.action, "stopped")
+    why = f": {quoted(decision.feedback)}" if decision.feedback else ""
+    return f"{done} {by}{f', {at}' if at else ''}{why}"
+
+
+def outcome(state: RunState, attempt: Attempt) -> str:
+    """How an attempt ended: its verdict, error and decision; ``""`` when it ended plainly."""
+    parts: list[str] = []
+    verdict = attempt.verdict
+    if verdict is not None and not attempt.edited:
+        score = f" ({verdict.score:g})" if verdict.score is not None else ""
+        why = f": {quoted(verdict.reason)}" if verdict.reason else ""
+        parts.append(f"said {verdict.action}{score}{why}")
+    if attempt.error is not None and (attempt.answer is None or verdict is not None):
+        if verdict is None or verdict.action != "error":
+            parts.append(f"failed: {quoted(attempt.error.message)}")
+    if attempt.cut_short:
+        parts.append(f"cut short: {one_line(attempt.cut_short)}")
+    decision = attempt.decision
+    if decision is not None:
+        replaced = decision.output is not None and not attempt.edited
+        parts.append("replaced by an edited text" if replaced else decided(state, decision))
+    return "; ".join(parts)
+
+
+def story(state: RunState, step: StepState) -> str:
+    """What became of each attempt: ``attempt 1 rejected by you: “name the tests”; attempt 2 approved by you``."""
+    told = [(attempt.number, outcome(state, attempt)) for attempt in step.attempts]
+    if len(told) == 1:
+        return told[0][1]
+    return "; ".join(f"attempt {number} {words}" for number, words in told if words)
+
+
+def loop_words(step: StepState) -> str:
+    """A module's passes: ``1 loop 0.52 · 2 loop 0.71 · 3 continue 0.9 (max 5 repeats)``; ``""`` for other steps."""
+    module = step.step
+    if not isinstance(module, Module) or not step.attempts:
+        return ""
+    chips = []
+    for attempt in step.attempts[-12:]:
+        verdict = attempt.verdict
+        score = f" {verdict.score:g}" if verdict is not None and verdict.score is not None else ""
+        said = (
+            verdict.action
+            if verdict is not None
+            else "failed"
+            if attempt.error
+            else ("no verdict" if attempt.answer is not None else "cut short" if attempt.cut_short else "running")
+        )
+        chips.append(f"{attempt.number} {said}{score}")
+    if len(step.attempts) > 12:
+        chips.insert(0, "…")
+    return f"{' · '.join(chips)} ({loop_limit(module)})"
+
+
+def loop_limit(module: Module) -> str:
+    """``max 5``, or ``no limit``."""
+    return "no limit" if module.loop_max_iterations is None else f"max {module.loop_max_iterations}"
+
+
+# -- lines and tables -------------------------------------------------------------------------------------------------
+
+
+def event_line(state: RunState, event: BaseEvent) -> str | None:
+    """The headless line for `event`, after it was applied to `state`; ``None`` when it is not worth a line."""
+    words = _event_words(state, event)
+    return f"cm: {words}" if words else None
+
+
+def _event_words(state: RunState, event: BaseEvent) -> str | None:
+    # One branch per kind of event; those that another line says anyway (TurnStarted, GateOpened of …) give none.
+    if isinstance(event, RunStarted):
+        count = len(state.order)
+        said = source(state)
+        return f"{one_line(state.name, 80)} started: {count} step{'s' if count != 1 else ''}, mode {state.mode}" + (
+            f", {said}" if said else ""
+        )
+    if isinstance(event, RunResumed):
+        return f"{one_line(state.name, 80)} goes on" + (f": {one_line(event.reason)}" if event.reason else "")
+    if isinstance(event, RunPaused):
+        return "paused" + (f": {one_line(event.reason)}" if event.reason else "")
+    if isinstance(event, RunUnpaused):
+        return "goes on" + (f" as far as {event.until}" if event.until else "")
+    if isinstance(event, ModeChanged):
+        return f"mode {event.mode}"
+    if isinstance(event, RunFinished):
+        parts = [one_line(state.name, 80), event.status, *_short(run_total(state).words())]
+        return " ".join(parts) + (f": {one_line(event.reason, 300)}" if event.reason else "")
+    if isinstance(event, StepAdded):
+        id = event.step.get("id") or event.step.get("agent")
+        return f"{id} added" if id else None
+    if isinstance(event, StepChanged):
+        return f"{event.step.get('id') or event.step.get('agent')} changed"
+    if isinstance(event, StepRemoved):
+        return f"{event.step} removed"
+    if isinstance(event, StepSkipped):
+        return f"{event.step} skipped: {one_line(event.reason)}"
+    if isinstance(event, TurnFinished):
+        return _turn_line(state, event)
+    if isinstance(event, TurnFailed):
+        tries = state.steps[event.step].step.retries + 1 if event.step in state.steps else 0
+        again = ""
+        if event.retry_in_s is not None:
+            errors = state.steps[event.step].last.errors if event.step in state.steps else []  # type: ignore[union-attr]
+            again = f"; again in {duration(event.retry_in_s, '')} ({len(errors) + 1} of {tries})"
+        return f"{event.step} failed: {one_line(event.error.message, 300)}{again}{_attempt(event.attempt)}"
+    if isinstance(event, TurnCutShort):
+        return f"{event.step} cut short: {one_line(event.reason or 'stopped')}{_attempt(event.attempt)}"
+    if isinstance(event, GateOpened):
+        if event.gate.kind == "failed":  # what failed was the line before
+            return f"{event.gate.step} waits: {' · '.join(way.magic for way in ways(state, event.gate))}"
+        return f"gate: {gate_sentence(state, event.gate)}"
+    if isinstance(event, GateDecided):
+        return f"{gate_step(event.gate_id)} {decided(state, event.decision)}"
+    if isinstance(event, LoopedBack):
+        module = state.steps[event.module].step if event.module in state.steps else None
+        limit = f", {loop_limit(module)}" if isinstance(module, Module) else ""
+        reason = event.reason if isinstance(event.reason, str) else state.text(event.reason)
+        return f"{event.module} goes back to {event.to} (pass {event.iteration}{limit})" + (
+            f": {one_line(reason)}" if reason else ""
+        )
+    if isinstance(event, Rewound):
+        return f"back to {event.to}"
+    return None
+
+
+def gate_step(gate_id: str) -> str:
+    """The path of the step that a gate's id (``run/path/attempt/ordinal``) names."""
+    return gate_id.partition("/")[2].rsplit("/", 2)[0]
+
+
+def _attempt(number: int) -> str:
+    return f" (attempt {number})" if number > 1 else ""
+
+
+def _short(words: Iterable[str]) -> list[str]:
+    """As in a log: no space between number and ``s``."""
+    return [word.replace(" s", "s").replace(" min", "min").replace(" h", "h") for word in words]
+
+
+def _turn_line(state: RunState, event: TurnFinished) -> str:
+    step = state.steps.get(event.step)
+    attempt = next((a for a in step.attempts if a.number == event.attempt), None) if step is not None else None
+    action = event.verdict.action if event.verdict is not None else "continue"
+    word = "ok" if action == "continue" else action
+    if event.verdict is not None and event.verdict.score is not None:
+        word += f" ({event.verdict.score:g})"
+    took = spent(state, attempt) if attempt is not None else None
+    words = [event.step, word, *_short(Spent(took, event.usage, event.cost_usd or 0.0).words())]
+    if event.turn > 1:
+        words.append(f"prompt {event.turn}")
+    why = f": {one_line(event.verdict.reason)}" if event.verdict is not None and event.verdict.reason else ""
+    note = f"; {one_line(event.note)}" if event.note else ""
+    return " ".join(words) + _attempt(event.attempt) + why + note
+
+
+def table(rows: list[list[str]], right: Iterable[int] = ()) -> list[str]:
+    """Rows as aligned lines, two spaces between columns; `right`: columns whose cells end in line."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    ends = set(right)
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if n in ends else cell.ljust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+STATUS_COLUMNS = ("Step", "State", "Time", "Tokens", "Cost", "Attempts")
+
+
+def status_rows(state: RunState, now: float | None = None) -> list[list[str]]:
+    """A row of ``STATUS_COLUMNS`` for each step, and their sum."""
+    rows = []
+    for step in state.order:
+        rows.append(
+            [step.id, look(state, step).word, *_sums(total(state, step.attempts, now)), str(len(step.attempts) or "")]
+        )
+    attempts = sum(len(step.attempts) for step in state.order)
+    rows.append(["total", run_look(state).word, *_sums(run_total(state, now)), str(attempts or "")])
+    return rows
+
+
+def _sums(taken: Spent) -> list[str]:
+    estimated = taken.usage is not None and taken.usage.estimated
+    count = taken.usage.input_tokens + taken.usage.output_tokens if taken.usage is not None else 0
+    return [duration(taken.seconds), tokens(count, estimated).removesuffix(" tok"), cost(taken.cost_usd, estimated)]
+
+
+def status_table(state: RunState, now: float | None = None) -> str:
+    """States, times, tokens and costs as an aligned table."""
+    return "\n".join(table([list(STATUS_COLUMNS), *status_rows(state, now)], right=(2, 3, 4, 5)))
+
+
+def headline(state: RunState, now: float | None = None) -> str:
+    """Name, state, time, tokens, cost and source in one line."""
+    parts = [run_look(state).word, *run_total(state, now).words(), source(state)]
+    return f"{one_line(state.name, 80)}: {' · '.join(filter(None, parts))}"
+
+
+def run_text(state: RunState, now: float | None = None) -> str:
+    """The run as ``text/plain``: its headline, a line per step with what became of it, and what comes next."""
+    rows = []
+    for step in state.order:
+        taken = " ".join(total(state, step.attempts, now).words())
+        note = "; ".join(filter(None, (story(state, step), one_line(step.note or ""), waits_for(state, step))))
+        rows.append([step.id, look(state, step).word, f"{taken}{f'  ({note})' if note and taken else note}"])
+    made = iter(table(rows))
+    lines = [headline(state, now)]
+    for item in state.items:
+        lines.append(f"  -- {one_line(item.text, 80)}".rstrip() if isinstance(item, Separator) else f"  {next(made)}")
+    lines.append(sentence(state, now))
+    for gate in state.gates.values():
+        lines.append("  " + " · ".join(way.magic for way in ways(state, gate)))
+    return "\n".join(lines)
+
+
+def show_text(state: RunState, step: StepState, attempt: Attempt | None = None) -> str:
+    """One step as ``text/plain``: a line about it, then its whole output."""
+    shown = attempt if attempt is not None else step.last
+    words = [f"{step.id}: {look(state, step).word}"]
+    if shown is not None:
+        words += [f"attempt {shown.number} of {step.attempt}"] if step.attempt > 1 else []
+        words += [*total(state, [shown]).words(), outcome(state, shown)]
+        if shown.note:
+            words.append(one_line(shown.note))
+    head = " · ".join(filter(None, words))
+    text = clean(shown.text) if shown is not None else ""
+    return f"{head}\n\n{text}" if text else head
+
+
+def runs_rows(runs: Iterable[Any]) -> list[list[str]]:
+    """Rows (id, name, state, started) of runs given as ``(id, name, status, started_at)``."""
+    rows = []
+    for id, name, status, started_at in runs:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(started_at)) if started_at else ""
+        rows.append([one_line(id, 80), one_line(name, 80), one_line(status, 40), when])
+    return rows

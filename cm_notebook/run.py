@@ -1,0 +1,1503 @@
+"""One execution of a workflow: the loop that acts on what ``state.py`` says.
+
+Strategy: a run has an inbox and one synchronous pass. Turns that ended, decisions, other threads: all only put a
+*proposal* into the inbox. The pass, on the run's own loop, does the rest without interruption:
+
+    take the journal's write lock, with what other processes recorded     ┐
+    → proposals become events, checked and applied one by one (record)    │ one transaction,
+    → ask next_actions, record what it says, until there is nothing to do │ one fsync
+    → commit                                                              ┘
+    → show the events, answer the proposers, start the turns
+
+``record`` is the only place where an event comes into being. What was there when the pass ran shares its transaction, so
+the end of one step and the start of the next are one write. Nothing is shown or started before it is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import secrets
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from . import state as meaning
+from .config import setting
+from .engines.base import AgentRequest, Delta, Engine, SessionStarted, TurnDone, UsageReported, find_engine
+from .errors import (
+    AlreadyDecided,
+    CodeMachineError,
+    EngineError,
+    EngineTimeout,
+    GatePending,
+    JournalError,
+    RunFailed,
+    TransitionError,
+    WorkflowError,
+    did_you_mean,
+)
+from .events import (
+    Action,
+    AnyEvent,
+    Decision,
+    ErrorInfo,
+    Gate,
+    GateDecided,
+    GateOpened,
+    Mode,
+    ModeChanged,
+    Rewound,
+    RunFinished,
+    RunPaused,
+    RunResumed,
+    RunStarted,
+    RunUnpaused,
+    StepAdded,
+    StepChanged,
+    StepRemoved,
+    TurnCutShort,
+    TurnFailed,
+    TurnFinished,
+    TurnStarted,
+    Usage,
+)
+from .feed import Draft, Feed, LiveText
+from .journal import AnyJournal, open_journal
+from .loops import engine_loop, run_sync, running_loop, wait_detached
+from .prompts import check_templates, digest, fingerprint, text_of
+from .state import Attempt, Record, RunState, StartTurn, StepState, Status, apply, next_actions
+from .workflow import Agent, Module, Separator, Step, Verdict, Workflow, complete_agents, step_data
+
+GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
+Proposal = Callable[[], Iterable[AnyEvent]]
+
+POLL_S = 0.25
+"""How often an open gate is looked for in the journal, where another process may have answered it."""
+YIELD_EVERY = 64
+"""After so many pieces of text other turns get their chance."""
+
+_driven: weakref.WeakValueDictionary[tuple[str, str], Run] = weakref.WeakValueDictionary()
+_current: Run | None = None
+
+
+class Run:
+    """A run: watch it, decide at its gates, wait for it. Made by ``Workflow.start`` and :func:`resume`.
+
+    Every method may be called from any thread. Attributes of the contract: ``id, status, mode, gates, events, usage,
+    cost_usd, workflow, state``; ``run["planner"]`` is one of its steps.
+    """
+
+    def __init__(self, run_id: str, journal: AnyJournal) -> None:
+        self.id = run_id
+        self.error: BaseException | None = None
+        self.notebook: str | None = None
+        self._journal = journal
+        self._state = RunState()
+        self._lock = threading.RLock()
+        self._inbox: deque[tuple[Proposal, concurrent.futures.Future[None] | None]] = deque()
+        self._batch: list[AnyEvent] = []
+        self._scheduled = False
+        self._feeds: list[Feed] = []
+        self._rest: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._agents: dict[str, Agent] = {}
+        self._driving = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._engine: str | Engine | None = None
+        self._tape: Any = None
+        self._on_gate: GatePolicy | None = None
+        self._somebody = True
+        self._tasks: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        self._drafts: dict[str, Draft] = {}
+        self._questions: dict[str, asyncio.Future[str]] = {}
+        self._asked: set[str] = set()
+        self._stuck: Gate | None = None
+        self._rejected: set[str] = set()
+        self._folder_made = False
+
+    # -- coming into being --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def start(
+        cls,
+        workflow: Workflow,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        engine: str | Engine | None = None,
+        journal: str | os.PathLike[str] | AnyJournal | None = None,
+        workspace: str | os.PathLike[str] | None = None,
+        until: str | None = None,
+        on_gate: GatePolicy | None = None,
+        tape: Any = None,
+        loop: Literal["thread", "kernel"] = "thread",
+        notebook: str | None = None,
+    ) -> Run:
+        """Start a run of `workflow` and return it at once.
+
+        Parameters
+        ----------
+        inputs
+            Values of template names, over the workflow's own; JSON-ready.
+        engine
+            A name: the engine of agents and steps that name none. An engine itself: does all that is not a function.
+        journal
+            A path, ``":memory:"`` or a journal; by default ``.cm_notebook/journal.db`` below the working folder.
+        workspace
+            Folder the agents work in; by default an empty one below ``.cm_notebook/work``.
+        until
+            Id of a step: pause when it is done.
+        on_gate
+            Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
+            that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open.
+        tape
+            A recorded run to play instead of calling engines.
+        loop
+            ``"thread"``: the run has the engine's own thread. ``"kernel"``: the loop that runs here, for objects bound
+            to it.
+        notebook
+            Under what the run is found again when its cell runs after a restart.
+
+        Raises
+        ------
+        WorkflowError     A template names what is not there, an input cannot be kept, `until` is no step.
+        EngineNotFound    A step's engine is not there.
+        JournalError      The journal cannot be used.
+        """
+        values = _checked_inputs({**workflow.inputs, **(inputs or {})})
+        check_templates(workflow, values)
+        if until is not None and until not in (known := [item.id for item in workflow.executable]):
+            raise WorkflowError(f"until={until!r} is not a step. {did_you_mean(until, known, 'Steps')}")
+        run = cls(f"r-{secrets.token_hex(4)}", open_journal(journal if journal is not None else setting("journal")))
+        run.notebook = notebook
+        run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, loop=loop)
+        run._state.engine = workflow.engine
+        for item in workflow.executable:
+            run._engine_for(item)
+        run._journal.create(run.id, workflow.name, notebook)
+        run._drive()
+        started = RunStarted(
+            run_id=run.id,
+            workflow=workflow.to_dict(),
+            inputs=values,
+            fingerprints=_fingerprints(workflow, values),
+            until=until,
+            workspace=str(Path(workspace).absolute()) if workspace is not None else None,
+            recorded=run._tape.run_name if run._tape is not None else None,
+        )
+        run._propose(lambda: [started])
+        return run._become_current()
+
+    @classmethod
+    def open(cls, run_id: str, journal: str | os.PathLike[str] | AnyJournal | None = None) -> Run:
+        """The run as its journal has it, to read and to decide; whoever drives it is not disturbed.
+
+        Raises
+        ------
+        JournalError    There is no such run.
+        """
+        where = open_journal(journal if journal is not None else setting("journal"))
+        driven = _driven.get((where.path, run_id))
+        if driven is not None and driven._driving:
+            return driven
+        run = cls(run_id, where)
+        run._reload()
+        if run._state.ended is not None:
+            run._come_to_rest()
+        return run
+
+    def _reload(self) -> None:
+        state = RunState()
+        for event in self._journal.events(self.id):
+            try:
+                apply(state, event)
+            except CodeMachineError as error:
+                raise JournalError(
+                    f"run {self.id!r} in {self._journal.path} does not make sense at event {event.seq}: {error}",
+                    path=self._journal.path,
+                ) from error
+        self._state = state
+
+    def _prepare(
+        self,
+        agents: Iterable[Agent],
+        *,
+        engine: str | Engine | None = None,
+        tape: Any = None,
+        on_gate: GatePolicy | None = None,
+        loop: Literal["thread", "kernel"] = "thread",
+    ) -> None:
+        """Take what is needed for driving, from the thread that asks for it."""
+        self._agents.update({agent.id: agent for agent in agents})
+        self._engine = engine
+        self._on_gate = on_gate if on_gate is not None else cast("GatePolicy | None", setting("on_gate"))
+        if isinstance(self._on_gate, str) and self._on_gate not in ("approve", "reject", "stop"):
+            hint = did_you_mean(self._on_gate, ("approve", "reject", "stop"), "Possible")
+            raise WorkflowError(f"on_gate={self._on_gate!r} is not known. {hint}")
+        self._somebody = somebody()
+        if tape is not None:
+            from .engines.offline import OfflineEngine
+            from .tape import Tape
+
+            self._tape = tape if isinstance(tape, Tape) else Tape.read(tape)
+            self._engine = OfflineEngine(tape=self._tape, strict=not self._somebody, delay=self._somebody)
+        if loop == "kernel":
+            self._loop = running_loop()
+            if self._loop is None:
+                raise WorkflowError('loop="kernel" needs a running event loop: call it in a cell or in a coroutine.')
+        elif loop == "thread":
+            self._loop = engine_loop()
+        else:
+            raise WorkflowError(f"loop={loop!r} is not known. Use 'thread' or 'kernel'.")
+
+    def _drive(self) -> None:
+        if not self._driving:
+            self._journal.drive(self.id)
+            self._driving = True
+            _driven[self._journal.path, self.id] = self
+
+    def _become_current(self) -> Run:
+        global _current
+        _current = self
+        return self
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[RunState]:
+        """The run's state, which does not change inside the ``with`` block."""
+        with self._lock:
+            yield self._state
+
+    @property
+    def state(self) -> RunState:
+        """The run's state; to read several things that belong together use :meth:`reading`."""
+        with self._lock:
+            return self._state
+
+    @property
+    def status(self) -> Status:
+        """``running, waiting, paused, completed, stopped`` or ``failed``."""
+        return self.state.status
+
+    @property
+    def mode(self) -> Mode:
+        """``step-by-step``, ``gates`` or ``unattended``."""
+        return self.state.mode
+
+    @property
+    def gates(self) -> list[Gate]:
+        """The open gates, oldest first."""
+        with self._lock:
+            return list(self._state.gates.values())
+
+    @property
+    def events(self) -> list[AnyEvent]:
+        """All that has happened, in order, from the journal."""
+        return self._journal.events(self.id)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of all turns together."""
+        return self.state.usage
+
+    @property
+    def cost_usd(self) -> float:
+        """US dollars of all turns together."""
+        return self.state.cost_usd
+
+    @property
+    def workflow(self) -> Workflow:
+        """The workflow as it is now, with the steps added since the start."""
+        with self._lock:
+            state = self._state
+            mode: Any = state.locked or (state.mode != "step-by-step")
+            return Workflow(
+                state.name,
+                steps=[*state.items],
+                agents=[self._agents.get(agent.id, agent) for agent in state.agents.values()],
+                autonomous_mode=mode,
+                inputs=dict(state.inputs),
+                engine=state.engine,
+            )
+
+    def __getitem__(self, step: str) -> StepView:
+        """One step, by its id."""
+        with self._lock:
+            return StepView(self, self._state.step(step).id)
+
+    def __iter__(self) -> Iterator[StepView]:
+        """Its steps, in order."""
+        with self._lock:
+            return iter([StepView(self, step.id) for step in self._state.order])
+
+    def draft(self, path: str) -> str:
+        """The text that is being written there now; ``""`` when nothing is."""
+        draft = self._drafts.get(path)
+        return draft.text() if draft is not None else ""
+
+    def watch(self, wake: Callable[[], None]) -> Feed:
+        """A feed of what happens from now on; `wake` is called on the run's thread when there is something."""
+        feed = Feed(wake)
+        with self._lock:
+            self._feeds.append(feed)
+        return feed
+
+    def unwatch(self, feed: Feed) -> None:
+        """Close a feed."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._feeds.remove(feed)
+
+    async def stream(self) -> AsyncIterator[AnyEvent | LiveText]:
+        """Events and live text as they happen, until the run rests; on any loop."""
+        loop, awake = asyncio.get_running_loop(), asyncio.Event()
+        feed = self.watch(lambda: loop.call_soon_threadsafe(awake.set))
+        self._rest.add_done_callback(lambda _rest: _quietly(loop, awake.set))
+        try:
+            while True:
+                resting = self._rest.done()
+                things = feed.take()
+                for thing in things:
+                    yield thing
+                if resting and not things:
+                    return
+                if not things:
+                    await awake.wait()
+                awake.clear()
+        finally:
+            self.unwatch(feed)
+
+    # -- waiting ------------------------------------------------------------------------------------------------------
+
+    def wait(self, timeout_s: float | None = None) -> Run:
+        """Wait until the run has ended or is paused; returns the run.
+
+        Parameters
+        ----------
+        timeout_s
+            Seconds; ``None`` waits for ever. The run goes on when the time is over.
+
+        Raises
+        ------
+        RunFailed       It failed; the message is the reason.
+        GatePending     It waits at a gate and nobody is there to answer.
+        TimeoutError    It takes longer.
+        """
+        self._check_driven()
+        host = _kernel_host()
+        if host is not None:
+            host.wait_in_cell(self._rest, timeout_s, loop=self._loop)
+        else:
+            run_sync(self._rest, timeout_s, loop=self._loop)
+        return self
+
+    def __await__(self) -> Generator[Any, None, Run]:
+        """``await run``: as :meth:`wait`, on any loop; interrupting the wait leaves the run going on."""
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> Run:
+        self._check_driven()
+        await wait_detached(self._rest)
+        return self
+
+    def _check_driven(self) -> None:
+        if not self._driving and not self._rest.done():
+            raise TransitionError(f"run {self.id!r} is not driven here. Go on with it: cm.resume({self.id!r}).")
+
+    # -- deciding -----------------------------------------------------------------------------------------------------
+
+    def approve(self, step: str | None = None, *, output: str | None = None) -> Run:
+        """Go on with what the gate shows, or with `output` in its place."""
+        return self._answer(step, Decision(action="approve", output=output))
+
+    def reject(self, feedback: str, step: str | None = None) -> Run:
+        """Have it made again, with `feedback`."""
+        return self._answer(step, Decision(action="reject", feedback=feedback))
+
+    def retry(self, step: str | None = None, *, prompt: str | None = None, count: int = 1) -> Run:
+        """Try again, with `prompt` instead of the last one; at an exhausted loop, `count` more iterations."""
+        return self._answer(step, Decision(action="retry", prompt=prompt, count=count))
+
+    def skip(self, step: str | None = None) -> Run:
+        """Go on without this step's output."""
+        return self._answer(step, Decision(action="skip"))
+
+    def answer(self, text: str, step: str | None = None) -> Run:
+        """Answer the question that a step asks."""
+        return self._answer(step, Decision(action="answer", feedback=text))
+
+    def decide(self, gate_id: str, decision: Decision, *, digest: str | None = None) -> Run:
+        """Answer the gate of that id.
+
+        Parameters
+        ----------
+        digest
+            What the decider saw (``Gate.digest``); another one is refused.
+
+        Raises
+        ------
+        AlreadyDecided     Somebody was faster, or the gate is closed; nothing was changed.
+        TransitionError    The gate cannot be answered like this; nothing was changed.
+        """
+
+        def propose() -> list[AnyEvent]:
+            gate = meaning.gate_of(self._state, gate_id)
+            if digest is not None and digest != gate.digest:
+                raise AlreadyDecided(f"{gate.step!r} shows something else by now; nothing was changed. Look again.")
+            return [GateDecided(gate_id=gate_id, decision=decision)]
+
+        self._propose(propose)
+        return self
+
+    def _answer(self, step: str | None, decision: Decision) -> Run:
+        return self.decide(self.gate(step).id, decision)
+
+    def gate(self, step: str | None = None) -> Gate:
+        """The open gate of `step`, or the only one that is open.
+
+        Raises
+        ------
+        TransitionError    There is none, or more than one and no step was named.
+        """
+        self._catch_up()
+        with self._lock:
+            opened = list(self._state.gates.values())
+            if step is None:
+                if len(opened) == 1:
+                    return opened[0]
+                if not opened:
+                    raise TransitionError(f"no gate is open: run {self.id!r} is {self._state.status}.")
+                raise TransitionError(f"several gates are open; name the step: {', '.join(gate.step for gate in opened)}.")
+            found = self._state.step(step)
+            if found.gate is not None:
+                return found.gate
+            last = found.last
+            if last is not None and last.decision is not None:
+                raise AlreadyDecided(f"{found.id!r} was {meaning.already(last.decision)}")
+            raise TransitionError(f"{found.id!r} has no open gate: it is {meaning.STATUS_WORDS[found.status]}.")
+
+    # -- steering -----------------------------------------------------------------------------------------------------
+
+    def pause(self) -> Run:
+        """Let what runs finish and start nothing new."""
+        self._propose(lambda: [RunPaused(reason="paused by you")])
+        return self
+
+    def unpause(self, until: str | None = None) -> Run:
+        """Go on, up to and including the step `until` when that is given."""
+
+        def propose() -> list[AnyEvent]:
+            if until is not None:
+                self._state.step(until)
+            return [RunUnpaused(until=until)]
+
+        self._propose(propose)
+        return self
+
+    def next(self) -> Run:
+        """Run exactly one step, then pause; returns at once, and can be awaited."""
+        self._reopen()
+
+        def propose() -> list[AnyEvent]:
+            step = self._state.current
+            if step is None:
+                raise TransitionError(f"run {self.id!r} has no step left.")
+            return [RunUnpaused(until=step.id)]
+
+        self._propose(propose)
+        return self
+
+    def stop(self) -> Run:
+        """End the run as ``stopped``: what runs is cancelled. It can be resumed."""
+
+        def propose() -> list[AnyEvent]:
+            if self._state.ended is not None:
+                raise TransitionError(f"run {self.id!r} is {self._state.ended} already.")
+            cut = [meaning.cut_short(step, "stopped by you") for step in self._under_way()]
+            return [*cut, RunFinished(status="stopped", reason="stopped by you")]
+
+        self._propose(propose)
+        return self
+
+    def set_mode(self, mode: Mode) -> Run:
+        """Who drives from now on: ``step-by-step``, ``gates`` or ``unattended``; an open gate stays open."""
+        modes = ("step-by-step", "gates", "unattended")
+        if mode not in modes:
+            raise WorkflowError(f"there is no mode {mode!r}. {did_you_mean(mode, modes, 'Modes')}")
+        self._propose(lambda: [ModeChanged(mode=mode)])
+        return self
+
+    def rerun(self, step: str, *, later: bool = False) -> Run:
+        """Run a step again as a new attempt; later outputs are then stale, or with `later` made again too."""
+        self._reopen(until=None)
+
+        def propose() -> list[AnyEvent]:
+            self._state.step(step)
+            cut = [meaning.cut_short(other, f"{step} runs again") for other in self._under_way()]
+            return [*cut, Rewound(to=step, later=later)]
+
+        self._propose(propose)
+        return self
+
+    def _under_way(self) -> list[StepState]:
+        """Steps whose turn runs or is about to be tried again."""
+        state = self._state
+        current = state.current
+        waits = [current] if current is not None and current.status == "retrying" else []
+        return [*state.running.values(), *waits]
+
+    # -- building while it lives --------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        step: str | Step | Separator,
+        after: str | None = None,
+        *,
+        agents: Iterable[Agent] = (),
+        inputs: Mapping[str, Any] | None = None,
+    ) -> StepView | None:
+        """Put a step last, or after the step `after`; a completed run goes on with it.
+
+        Returns
+        -------
+        StepView or None
+            The new step; ``None`` for a separator.
+
+        Raises
+        ------
+        WorkflowError    The workflow would not be right with it; nothing was changed.
+        """
+        from .workflow import as_step
+
+        item = as_step(len(self.state.order) + 1, step)
+        given = list(agents)
+        values = _checked_inputs(inputs or {})
+        self._extend(item, after, given, values)
+        if isinstance(item, Separator):
+            return None
+        return self[item.id]
+
+    def _extend(self, item: Step | Separator, after: str | None, agents: list[Agent], inputs: dict[str, Any]) -> None:
+        with self._lock:
+            items = list(self._state.items)
+            place = len(items)
+            if after is not None:
+                place = items.index(self._state.step(after).step) + 1
+            items.insert(place, item)
+            made = self._checked(items, agents, inputs)
+        self._reopen()
+        self._propose(lambda: [self._added(item, after, made, inputs)])
+
+    def _checked(self, items: list[Step | Separator], agents: Iterable[Agent], inputs: Mapping[str, Any]) -> Workflow:
+        """The workflow with these steps, agents and inputs; refuses what cannot run before anything changes."""
+        state = self._state
+        known = {agent.id: self._agents.get(agent.id, agent) for agent in state.agents.values()}
+        known.update({agent.id: agent for agent in agents})
+        values = {**state.inputs, **inputs}
+        made = Workflow(state.name, steps=list(items), agents=list(known.values()), inputs=values, engine=state.engine)
+        check_templates(made, values)
+        self._agents.update({agent.id: agent for agent in made.agents})
+        for item in made.executable:
+            if item.id not in state.steps:
+                self._engine_for(item)
+        return made
+
+    def _added(self, item: Step | Separator, after: str | None, made: Workflow, inputs: dict[str, Any]) -> StepAdded:
+        return StepAdded(step=step_data(item), after=after, **self._definition(item, made, inputs))
+
+    def _definition(self, item: Step | Separator, made: Workflow, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What comes with a step that is added or changed: its agent if that is new, its inputs, its fingerprint."""
+        if isinstance(item, Separator):
+            return {"fingerprint": "", "inputs": inputs}
+        agent = made.agent(item.agent)
+        data = agent.model_dump(mode="json", exclude_defaults=True)
+        known = self._state.agents.get(agent.id)
+        same = known is not None and known.model_dump(mode="json", exclude_defaults=True) == data
+        new = {name: value for name, value in inputs.items() if self._state.inputs.get(name, _MISSING) != value}
+        return {
+            "agents": [] if same else [data],
+            "inputs": new,
+            "fingerprint": fingerprint(item, agent, made.inputs),
+        }
+
+    def remove(self, step: str) -> Run:
+        """Take a step out.
+
+        Raises
+        ------
+        WorkflowError    Another step needs it; nothing was changed.
+        """
+        with self._lock:
+            gone = self._state.step(step)
+            self._checked([item for item in self._state.items if item is not gone.step], (), {})
+        self._reopen()
+
+        def propose() -> list[AnyEvent]:
+            cut = [meaning.cut_short(gone, "removed")] if gone in self._under_way() else []
+            return [*cut, StepRemoved(step=gone.id)]
+
+        self._propose(propose)
+        return self
+
+    def replace(self, step: Step, *, agents: Iterable[Agent] = (), inputs: Mapping[str, Any] | None = None) -> bool:
+        """Define a step anew; what it had made is stale then. Returns whether anything was different.
+
+        Raises
+        ------
+        WorkflowError    The workflow would not be right with it; nothing was changed.
+        """
+        values = _checked_inputs(inputs or {})
+        with self._lock:
+            old = self._state.step(step.id)
+            items = [step if item is old.step else item for item in self._state.items]
+            made = self._checked(items, agents, values)
+            definition = self._definition(step, made, values)
+            if definition["fingerprint"] == old.fingerprint:
+                return False
+        self._reopen()
+
+        def propose() -> list[AnyEvent]:
+            cut = [meaning.cut_short(old, "defined anew")] if old in self._under_way() else []
+            return [*cut, StepChanged(step=step_data(step), **definition)]
+
+        self._propose(propose)
+        return True
+
+    def revise(self, workflow: Workflow, inputs: Mapping[str, Any] | None = None) -> list[str]:
+        """Go on by an edited definition of the same workflow.
+
+        Returns
+        -------
+        list of str
+            Ids of the steps that had run and are stale now.
+
+        Raises
+        ------
+        WorkflowError    A step that has run is renamed, deleted or stands elsewhere; nothing was changed.
+        """
+        values = _checked_inputs({**self.state.inputs, **workflow.inputs, **(inputs or {})})
+        check_templates(workflow, values)
+        with self._lock:
+            events = self._revision(workflow, values)
+        if not events:
+            return []
+        self._agents.update({agent.id: agent for agent in workflow.agents})
+        self._reopen()
+        self._propose(lambda: events)
+        with self._lock:
+            return [step.id for step in self._state.order if step.stale]
+
+    def _revision(self, workflow: Workflow, values: dict[str, Any]) -> list[AnyEvent]:
+        """The events that lead from the steps as they are to `workflow`'s."""
+        state = self._state
+        old, new = [step.id for step in state.order], [item.id for item in workflow.executable]
+        gone = [id for id in old if id not in new]
+        ran = [id for id in gone if state.steps[id].attempts]
+        hint = f"Start a new run for the new workflow (`%cm workflow {state.name} --new`, or workflow.start())."
+        if ran:
+            raise WorkflowError(f"step {ran[0]!r} has run and is no longer in the workflow. {hint}")
+        kept = [id for id in old if id in new]
+        if kept != [id for id in new if id in old]:
+            moved = next(a for a, b in zip(kept, [id for id in new if id in old], strict=True) if a != b)
+            raise WorkflowError(f"step {moved!r} stands elsewhere now. {hint}")
+        events: list[AnyEvent] = [StepRemoved(step=id) for id in gone]
+        before: str | None = None
+        for item in workflow.executable:
+            definition = self._definition(item, workflow, values)
+            if item.id not in state.steps:
+                events.append(StepAdded(step=step_data(item), after=before, **definition))
+            elif definition["fingerprint"] != state.steps[item.id].fingerprint:
+                if state.steps[item.id] in self._under_way():
+                    events.append(meaning.cut_short(state.steps[item.id], "defined anew"))
+                events.append(StepChanged(step=step_data(item), **definition))
+            before = item.id
+        return events
+
+    def _reopen(self, until: str | None = None) -> None:
+        """Go on with a run that has ended, because something new is asked of it."""
+        if self._driving and self._state.ended is None:
+            return
+        if self._loop is None:
+            raise TransitionError(f"run {self.id!r} is not driven here. Resume it first: cm.resume({self.id!r}).")
+        self._drive()
+        self._propose(lambda: [RunResumed(until=until)] if self._state.ended is not None else [])
+
+    # -- recording ----------------------------------------------------------------------------------------------------
+
+    def _propose(self, proposal: Proposal, *, wait: bool = True) -> None:
+        """Have `proposal` made into events; with `wait`, returns when they are on disk, or raises why not."""
+        if not wait:
+            self._inbox.append((proposal, None))
+            self._schedule()
+            return
+        reply: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._inbox.append((proposal, reply))
+        if not self._driving or self._loop is None or running_loop() is self._loop:
+            self._pass()
+        else:
+            self._schedule()
+        reply.result()
+
+    def _schedule(self) -> None:
+        if not self._scheduled and self._loop is not None:
+            self._scheduled = True
+            if running_loop() is self._loop:
+                self._loop.call_soon(self._pass)
+            else:
+                self._loop.call_soon_threadsafe(self._pass)
+
+    def _pass(self) -> None:
+        """All that is to be done now, as one transaction; see the top of this file."""
+        self._scheduled = False
+        replies: list[tuple[concurrent.futures.Future[None], CodeMachineError | None]] = []
+        starts: list[TurnStarted] = []
+        prompts: list[str] = []
+        begun = False
+        with self._lock:
+            batch = self._batch = []
+            try:
+                seen = self._journal.begin(self.id, self._state.seq)
+                begun = True
+                for event in seen:
+                    apply(self._state, event)
+                while self._inbox:
+                    proposal, reply = self._inbox.popleft()
+                    refused = self._record_all(proposal)
+                    if reply is not None:
+                        replies.append((reply, refused))
+                if self._driving:
+                    self._act(starts, prompts)
+                begun = False
+                if batch:
+                    self._journal.commit(self.id, batch)
+                else:
+                    self._journal.rollback()
+            except BaseException as error:
+                if begun:
+                    self._journal.rollback()
+                self._pass_failed(error, replies)
+                return
+            finally:
+                self._batch = []
+            shown = [*seen, *batch]
+            for feed in self._feeds:
+                for event in shown:
+                    feed.put(event)
+            if shown and self._rest.done():
+                self._rest = concurrent.futures.Future()  # before the proposers go on: they may wait for it next
+        for reply, refused in replies:
+            reply.set_exception(refused) if refused is not None else reply.set_result(None)
+        if self._driving:
+            self._follow(shown, starts, prompts)
+
+    def _record_all(self, proposal: Proposal) -> CodeMachineError | None:
+        try:
+            for event in proposal():
+                self.record(event)
+        except CodeMachineError as error:
+            return error
+        return None
+
+    def record(self, event: AnyEvent) -> None:
+        """Give `event` its place and time, check it, apply it: the only way anything happens in a run.
+
+        It is made durable, and only then shown, at the end of the pass that records it.
+
+        Raises
+        ------
+        TransitionError    It is not legal now; nothing was changed.
+        """
+        event.seq = self._state.seq + 1
+        event.at = max(time.time(), self._state.at)
+        apply(self._state, event)
+        self._batch.append(event)
+
+    def _act(self, starts: list[TurnStarted], prompts: list[str]) -> None:
+        """Record all that follows from the state, until only turns and people can go on."""
+        progress = True
+        while progress:
+            progress = False
+            for action in next_actions(self._state):
+                if isinstance(action, Record):
+                    self.record(action.event)
+                    progress = True
+                elif action.not_before is not None and action.not_before > time.time():
+                    delay = action.not_before - time.time()
+                    cast("asyncio.AbstractEventLoop", self._loop).call_later(delay, self._schedule)
+                else:
+                    started, text = self._turn_started(action)
+                    self.record(started)
+                    starts.append(started)
+                    prompts.append(text)
+                    progress = True
+
+    def _turn_started(self, action: StartTurn) -> tuple[TurnStarted, str]:
+        step = action.step
+        text = text_of(action.prompt + (action.context or ()), self._state.texts)
+        started = TurnStarted(
+            step=step.id,
+            path=step.path,
+            attempt=action.attempt,
+            turn=action.turn,
+            iteration=step.iteration,
+            prompt=action.prompt,
+            context=action.context,
+            digest=digest(text),
+            session_id=action.session_id,
+            engine=self._engine_name(step.step),
+        )
+        return started, text
+
+    def _follow(self, events: list[AnyEvent], starts: list[TurnStarted], prompts: list[str]) -> None:
+        """What is on disk now has its effect outside: turns start and stop, gates are put to whoever may answer."""
+        state = self._state
+        for event in events:
+            if isinstance(event, TurnCutShort):
+                running = self._tasks.pop(event.path, None)
+                if running is not None:
+                    running[1].cancel()
+            elif isinstance(event, GateDecided):
+                self._tell_turn(event)
+            elif isinstance(event, RunResumed):
+                self.error, self._stuck = None, None
+        for started, prompt in zip(starts, prompts, strict=True):
+            self._launch(started, prompt)
+        for gate in list(state.gates.values()):
+            if gate.id not in self._asked:
+                self._asked.add(gate.id)
+                self._put_to(gate)
+        if state.gates and self._journal.durable:
+            cast("asyncio.AbstractEventLoop", self._loop).call_later(POLL_S, self._poll)
+        self._come_to_rest()
+
+    def _poll(self) -> None:
+        if self._driving and self._state.gates and not self._scheduled:
+            if self._journal.changed(self.id):
+                self._pass()
+            else:
+                cast("asyncio.AbstractEventLoop", self._loop).call_later(POLL_S, self._poll)
+
+    def _catch_up(self) -> None:
+        """Read what other processes have recorded, where nobody does it for us."""
+        if not self._driving:
+            self._propose(lambda: [])
+
+    def _resting(self) -> bool:
+        """Whether the run goes no further until somebody does something."""
+        state = self._state
+        if self._stuck is not None and self._stuck.id not in state.gates:
+            self._stuck = None
+        return state.ended is not None or state.status == "paused" or self._stuck is not None
+
+    def _come_to_rest(self) -> None:
+        """Tell those who wait that the run goes no further by itself, and how it ended."""
+        if self._rest.done() or not self._resting():
+            return
+        state = self._state
+        if state.ended is not None:
+            self._driving = False
+            self._journal.release(self.id)
+        if state.ended == "failed":
+            failed = RunFailed(state.reason or f"run {self.id!r} failed.", run_id=self.id)
+            failed.__cause__ = self.error
+            as_itself = self.error is not None and not isinstance(self.error, EngineError)
+            self._rest.set_exception(self.error if as_itself and self.error is not None else failed)
+        elif self._stuck is not None and state.ended is None:
+            self._rest.set_exception(GatePending(_nobody_there(self._stuck), gate=self._stuck, run=self))
+        else:
+            self._rest.set_result(None)
+
+    def _pass_failed(
+        self, error: BaseException, replies: list[tuple[concurrent.futures.Future[None], CodeMachineError | None]]
+    ) -> None:
+        """Nothing of this pass was kept: go back to what is on disk, and tell everybody who waits."""
+        waiting = [reply for reply, _refused in replies]
+        waiting += [reply for _proposal, reply in self._inbox if reply is not None]
+        self._inbox.clear()
+        self.error = error
+        if self._driving:
+            self._driving = False
+            for _seq, task in self._tasks.values():
+                task.cancel()
+            self._tasks.clear()
+            self._journal.release(self.id)
+            if self._rest.done():
+                self._rest = concurrent.futures.Future()
+            self._rest.set_exception(error)
+        with contextlib.suppress(CodeMachineError):
+            self._reload()
+        for reply in waiting:
+            reply.set_exception(error)
+
+    # -- gates that answer themselves ---------------------------------------------------------------------------------
+
+    def _put_to(self, gate: Gate) -> None:
+        """Ask those who may answer in place of a person: the mode, the tape, the policy; else it waits."""
+        if self._state.mode == "unattended" and "approve" in gate.actions:
+            self._decide_soon(gate, Decision(action="approve", by="unattended mode"))
+            return
+        taped = self._tape.decision(gate) if self._tape is not None and not self._somebody else None
+        if taped is not None:
+            self._decide_soon(gate, taped)
+        elif callable(self._on_gate):
+            threading.Thread(target=self._ask_policy, args=(gate, self._on_gate), daemon=True, name="cm-on-gate").start()
+        elif self._on_gate is not None and self._on_gate in gate.actions and gate.step not in self._rejected:
+            feedback = None
+            if self._on_gate == "reject":
+                self._rejected.add(gate.step)
+                feedback = "Rejected by the policy on_gate='reject'."
+            self._decide_soon(gate, Decision(action=self._on_gate, feedback=feedback, by="on_gate"))
+        else:
+            self._unanswered(gate)
+
+    def _ask_policy(self, gate: Gate, policy: Callable[[Gate], Decision | Action | None]) -> None:
+        try:
+            said = policy(gate)
+            decision = Decision(action=said, by="on_gate") if isinstance(said, str) else said
+        except Exception as error:
+            info = ErrorInfo(kind=type(error).__name__, message=f"on_gate raised {type(error).__name__}: {error}")
+            self.error = error
+            self._propose(lambda: [RunFinished(status="failed", reason=info.message)], wait=False)
+            return
+        if decision is not None:
+            self._decide_soon(gate, decision)
+        elif self._loop is not None:
+            self._loop.call_soon_threadsafe(lambda: (self._unanswered(gate), self._come_to_rest()))
+
+    def _decide_soon(self, gate: Gate, decision: Decision) -> None:
+        def propose() -> list[AnyEvent]:
+            if gate.id not in self._state.gates:
+                return []  # a person was faster
+            return [GateDecided(gate_id=gate.id, decision=decision)]
+
+        self._propose(propose, wait=False)
+
+    def _unanswered(self, gate: Gate) -> None:
+        if self._somebody:
+            return
+        if gate.kind == "failed":
+            reason = f"{gate.step}: {gate.payload.get('error', 'failed')}"
+            self._propose(lambda: [RunFinished(status="failed", reason=reason)], wait=False)
+        else:
+            self._stuck = gate
+
+    # -- turns --------------------------------------------------------------------------------------------------------
+
+    def _engine_for(self, step: Step) -> Engine:
+        """Who does this step: the function, the tape, the engine given, or the one named nearest to the step."""
+        agent = self._agents.get(step.agent) or self._state.agents[step.agent]
+        if agent.implementation is not None:
+            from .engines.functions import ENGINE
+
+            return ENGINE
+        if self._engine is not None and not isinstance(self._engine, str):
+            return self._engine
+        name = step.engine or agent.engine or self._engine or self._state.engine or setting("engine")
+        return find_engine(name)
+
+    def _engine_name(self, step: Step) -> str:
+        try:
+            return self._engine_for(step).name
+        except EngineError as error:
+            return error.engine or "unknown"
+
+    def _launch(self, started: TurnStarted, prompt: str) -> None:
+        loop = cast("asyncio.AbstractEventLoop", self._loop)
+        self._drafts[started.path] = Draft(started.attempt)
+        task = loop.create_task(self._turn(started, prompt))
+        self._tasks[started.path] = (started.seq, task)
+
+    async def _turn(self, started: TurnStarted, prompt: str) -> None:
+        """Do one turn and propose how it ended. Cancelled when the turn was cut short, which is recorded by then."""
+        step = self._state.steps[started.step].step
+        where = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
+        done: TurnDone | None = None
+        usage: UsageReported | None = None
+        session_id: str | None = None
+        written = 0
+        event: AnyEvent
+        crashed: Exception | None = None
+        limit = asyncio.timeout(step.timeout_s)
+        try:
+            async with limit:
+                request = self._request(started, prompt, limit)
+                async with contextlib.aclosing(cast("Any", self._engine_for(step).stream(request))) as stream:
+                    async for told in stream:
+                        if type(told) is Delta:
+                            self._write(started, told.text)
+                            written += 1
+                            if written % YIELD_EVERY == 0:
+                                await asyncio.sleep(0)
+                        elif isinstance(told, TurnDone):
+                            done = told
+                        elif isinstance(told, UsageReported):
+                            usage = told
+                        elif isinstance(told, SessionStarted):
+                            session_id = told.session_id
+            if done is None:
+                raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
+            event = TurnFinished(
+                **where,
+                text=_sound(done.text),
+                output=done.output,
+                verdict=self._verdict(step, done),
+                usage=usage.usage if usage is not None else None,
+                cost_usd=usage.cost_usd if usage is not None else None,
+                session_id=session_id,
+                duration_s=done.duration_s,
+                note=done.note,
+            )
+        except EngineError as error:
+            event = self._failure(where, error, self._retry_in_s(started, step, error))
+        except Exception as error:
+            if isinstance(error, TimeoutError) and limit.expired():
+                text = f"{started.step} did not finish within {step.timeout_s:g} s. Retry, or give it more time: timeout_s=…"
+                event = self._failure(where, EngineTimeout(text), None)
+            else:  # not an engine's error: a tape that differs, or a bug; it ends the run as itself
+                crashed = error
+                event = self._failure(where, error, None)
+        self._propose(lambda: self._turn_ended(started, event, crashed), wait=False)
+
+    def _turn_ended(self, started: TurnStarted, event: AnyEvent, crashed: Exception | None) -> list[AnyEvent]:
+        """The end of a turn as events; none when the turn was cut short meanwhile."""
+        running = self._tasks.get(started.path)
+        if running is None or running[0] != started.seq:
+            return []
+        del self._tasks[started.path]
+        self._drafts.pop(started.path, None)
+        if crashed is None:
+            return [event]
+        self.error = crashed
+        others = [meaning.cut_short(step, "the run failed") for step in self._under_way() if step.path != started.path]
+        return [event, *others, RunFinished(status="failed", reason=f"{started.step}: {crashed}")]
+
+    def _request(self, started: TurnStarted, prompt: str, limit: asyncio.Timeout) -> AgentRequest:
+        with self._lock:
+            state = self._state
+            step = state.steps[started.step]
+            agent = self._agents.get(step.step.agent) or state.agents[step.step.agent]
+            feedback = step.redo.feedback if step.redo is not None else None
+            loop = state.loops.get(step.looped_by) if step.looped_by is not None else None
+            if feedback is None and loop is not None:
+                reason = loop.reason
+                said: str | None = reason if isinstance(reason, str) else state.text(reason)
+            else:
+                said = state.text(feedback) if feedback is not None else None
+            return AgentRequest(
+                agent=agent,
+                prompt=prompt,
+                step=started.step,
+                path=started.path,
+                attempt=started.attempt,
+                turn=started.turn,
+                iteration=started.iteration,
+                system=agent.system,
+                model=step.step.model or agent.model,
+                reasoning_effort=step.step.reasoning_effort or agent.reasoning_effort,
+                session_id=started.session_id,
+                feedback=said or None,
+                inputs=state.inputs,
+                outputs=_Outputs(self),
+                workspace=self._workspace(),
+                timeout_s=step.step.timeout_s,
+                ask_human=_Asking(self, started, limit),
+            )
+
+    def _workspace(self) -> str:
+        where = self._state.workspace or str(Path(".cm_notebook", "work", self.id).absolute())
+        if not self._folder_made:
+            folder = Path(where)
+            folder.mkdir(parents=True, exist_ok=True)
+            own = folder.parent.parent
+            if self._state.workspace is None and not (own / ".gitignore").exists():
+                (own / ".gitignore").write_text("*\n", encoding="ascii")
+            self._folder_made = True
+        return where
+
+    def _verdict(self, step: Step, done: TurnDone) -> Verdict | None:
+        if done.verdict is not None or not isinstance(step, Module):
+            return done.verdict
+        return Verdict.from_text(done.text)
+
+    def _failure(self, where: dict[str, Any], error: Exception, retry_in_s: float | None) -> TurnFailed:
+        detail = getattr(error, "detail", None)
+        if not isinstance(error, CodeMachineError):
+            detail = "".join(traceback.format_exception(error))
+        info = ErrorInfo(kind=type(error).__name__, message=_sound(str(error) or type(error).__name__), detail=detail)
+        if isinstance(error, EngineError):
+            self.error = error
+        return TurnFailed(**where, error=info, retry_in_s=retry_in_s)
+
+    def _retry_in_s(self, started: TurnStarted, step: Step, error: EngineError) -> float | None:
+        """Seconds until the turn is tried again unasked: what the service asks for, else 1, 2, 4 … 60."""
+        with self._lock:
+            last = self._state.steps[started.step].last
+            failures = len(last.errors) if last is not None else 0
+        if not error.retryable or failures >= step.retries:
+            return None
+        return error.retry_after_s if error.retry_after_s is not None else float(min(60, 2**failures))
+
+    def _write(self, started: TurnStarted, text: str) -> None:
+        draft = self._drafts.get(started.path)
+        if draft is not None:
+            draft.add(text)
+        for feed in self._feeds:
+            feed.put_text(started.path, started.attempt, text)
+
+    def _tell_turn(self, event: GateDecided) -> None:
+        waiting = self._questions.pop(event.gate_id, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(event.decision.feedback or "")
+
+    # -- showing ------------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id} {self.state.name!r}: {self.status}>"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from .render import html, text
+
+        with self.reading() as state:
+            return {"text/plain": text.run_text(state), "text/html": html.run_html(state)}
+
+    def graph(self, format: Literal["svg", "mermaid", "text"] = "svg") -> str:
+        """A picture of the steps and where they stand."""
+        from .render import svg
+
+        with self.reading() as state:
+            return svg.graph(state, format)
+
+
+class _Outputs(Mapping[str, str]):
+    """The approved texts by step, looked up when asked for: a run of ten thousand steps copies nothing."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __getitem__(self, step: str) -> str:
+        with self._run.reading() as state:
+            found = state.steps.get(step) or state.steps.get(step.replace("_", "-"))
+            if found is None or found.approved is None:
+                raise KeyError(step)
+            return state.text(found.approved)
+
+    def __iter__(self) -> Iterator[str]:
+        with self._run.reading() as state:
+            return iter([step.id for step in state.order if step.approved is not None])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class _Asking:
+    """``ask_human`` of one turn: opens a ``question`` gate and waits, which its time-out does not count."""
+
+    def __init__(self, run: Run, started: TurnStarted, limit: asyncio.Timeout) -> None:
+        self._run, self._started, self._limit = run, started, limit
+        self._one_at_a_time = asyncio.Lock()
+
+    async def __call__(self, question: str) -> str:
+        run, loop = self._run, asyncio.get_running_loop()
+        async with self._one_at_a_time:
+            step = run._state.steps[self._started.step]
+            if step.resent and step.resent[0][0] == question:
+                return step.resent.pop(0)[1]  # answered before the process died
+            due = self._limit.when()
+            self._limit.reschedule(None)
+            asked = loop.time()
+            answer: asyncio.Future[str] = loop.create_future()
+
+            def propose() -> list[AnyEvent]:
+                gate = meaning.ask(run._state, step, question)
+                run._questions[gate.gate.id] = answer
+                return [gate]
+
+            run._propose(propose)
+            said = await answer
+            if due is not None:
+                self._limit.reschedule(due + loop.time() - asked)
+            return said
+
+
+class StepView:
+    """One step of a run: what it said, and how it came to that."""
+
+    def __init__(self, run: Run, id: str) -> None:
+        self.run, self.id = run, id
+
+    @property
+    def _step(self) -> StepState:
+        return self.run._state.step(self.id)
+
+    @property
+    def status(self) -> str:
+        """``pending, queued, running, asks you, tries again, waiting, done`` or ``skipped``."""
+        with self.run.reading():
+            return meaning.STATUS_WORDS[self._step.status]
+
+    @property
+    def stale(self) -> bool:
+        """Whether something it builds on has changed since."""
+        with self.run.reading():
+            return self._step.stale
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """Its attempts, oldest first."""
+        with self.run.reading():
+            return list(self._step.attempts)
+
+    @property
+    def text(self) -> str:
+        """The output that later steps see; ``""`` when it was skipped.
+
+        Raises
+        ------
+        GatePending    Its gate is undecided, or it has not run yet.
+        """
+        with self.run.reading() as state:
+            step = self._settled()
+            return state.text(step.approved)
+
+    @property
+    def output(self) -> Any:
+        """The validated value, as JSON-ready data; ``None`` when the agent gave only text.
+
+        Raises
+        ------
+        GatePending    As for :attr:`text`.
+        """
+        with self.run.reading():
+            step = self._settled()
+            return step.attempts[-1].output if step.attempts else None
+
+    def _settled(self) -> StepState:
+        step = self._step
+        if step.gate is not None:
+            raise GatePending(
+                f'"{step.id}" is waiting for your decision. Decide here (or `%cm approve`), then run this cell again.',
+                gate=step.gate,
+                run=self.run,
+            )
+        if step.status not in ("finished", "skipped"):
+            word = meaning.STATUS_WORDS[step.status]
+            raise GatePending(f'"{step.id}" is {word}: it has no result yet. Wait for it: `await run`.', run=self.run)
+        return step
+
+    @property
+    def prompt(self) -> str:
+        """The exact prompt of the last attempt; ``""`` before the first."""
+        attempts = self.attempts
+        return attempts[-1].prompt if attempts else ""
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of all its attempts together."""
+        return sum((attempt.usage for attempt in self.attempts if attempt.usage is not None), Usage())
+
+    @property
+    def cost_usd(self) -> float:
+        """US dollars of all its attempts together."""
+        return sum(attempt.cost_usd or 0.0 for attempt in self.attempts)
+
+    @property
+    def duration_s(self) -> float | None:
+        """Seconds that the last attempt took, waiting for a person not counted."""
+        attempts = self.attempts
+        return attempts[-1].duration_s if attempts else None
+
+    def diff(self, a: int = -2, b: int = -1) -> str:
+        """What changed from attempt `a` to attempt `b` (1, 2 …, or counted from the end), as a unified diff.
+
+        Raises
+        ------
+        TransitionError    There is no such attempt.
+        """
+        from .render import diff
+
+        old, new = self.attempt(a), self.attempt(b)
+        return diff.text(old.text, new.text)
+
+    def attempt(self, number: int = -1) -> Attempt:
+        """The attempt of that number: 1, 2 …, or counted from the end: -1, -2 …"""
+        attempts = self.attempts
+        for place, candidate in enumerate(attempts):
+            if number in (candidate.number, place - len(attempts)):
+                return candidate
+        made = ", ".join(str(candidate.number) for candidate in attempts) or "none"
+        raise TransitionError(f"step {self.id!r} has no attempt {number}. Attempts: {made}.")
+
+    def __repr__(self) -> str:
+        return f"<Step {self.id}: {self.status}>"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from .render import html, text
+
+        with self.run.reading() as state:
+            return {"text/plain": text.run_text(state, [self.id]), "text/html": html.run_html(state, [self.id])}
+
+
+# -- module functions -------------------------------------------------------------------------------------------------
+
+
+def current() -> Run:
+    """The run that was started or resumed last.
+
+    Raises
+    ------
+    TransitionError    There is none yet.
+    """
+    if _current is None:
+        raise TransitionError("there is no run yet. Start one: run = workflow.start(), or `%cm run` in a notebook.")
+    return _current
+
+
+def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run]:
+    """All runs of a journal, newest first, to read and to decide; those driven here are the very objects."""
+    where = open_journal(journal if journal is not None else setting("journal"))
+    found = []
+    for info in where.runs():
+        run = Run.open(info.id, where)
+        run.notebook = info.notebook
+        found.append(run)
+    return found
+
+
+def resume(
+    run_id: str,
+    workflow: Workflow | None = None,
+    *,
+    journal: str | os.PathLike[str] | AnyJournal | None = None,
+    agents: Iterable[Agent] = (),
+    until: str | None = None,
+    reason: str = "resumed",
+    **options: Any,
+) -> Run:
+    """Go on with a run from its journal; finished steps and decisions are kept.
+
+    Parameters
+    ----------
+    workflow
+        Its definition as it is now: steps that changed are stale. Needed for the Python functions among its agents,
+        unless `agents` has them.
+    until
+        Id of a step: pause when it is done.
+    reason
+        What had happened, for those who look.
+    **options
+        ``engine, on_gate, tape, loop`` of :meth:`Run.start`.
+
+    Raises
+    ------
+    RunLocked          Another process drives it.
+    JournalError       There is no such run.
+    TransitionError    It is completed.
+    WorkflowError      A function is missing, or `workflow` is no edit of this run's.
+    """
+    run = Run.open(run_id, journal)
+    if run._driving:
+        return run._become_current()
+    with run.reading() as state:
+        if state.ended == "completed":
+            raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")
+        given = {agent.id: agent for agent in (*agents, *(workflow.agents if workflow is not None else ()))}
+        for agent in state.agents.values():
+            if agent.implementation is not None and getattr(given.get(agent.id), "function", None) is None:
+                raise WorkflowError(
+                    f"agent {agent.id!r} is a Python function, which a journal cannot keep. "
+                    f"Pass it: cm.resume({run_id!r}, agents=[{agent.id.replace('-', '_')}]), or workflow=."
+                )
+    run._prepare(given.values(), **options)
+    run._drive()
+
+    def propose() -> list[AnyEvent]:
+        cut = [meaning.cut_short(step, reason) for step in run._under_way()]
+        return [RunResumed(reason=reason, until=until), *cut]
+
+    try:
+        run._reload()  # what the one who drove it before wrote until the last moment
+        if workflow is not None:
+            values = _checked_inputs({**run.state.inputs, **workflow.inputs})
+            check_templates(workflow, values)
+            edits = run._revision(workflow, values)
+        else:
+            edits = []
+        run._propose(lambda: [*propose(), *edits])
+    except CodeMachineError:
+        run._driving = False
+        run._journal.release(run_id)
+        raise
+    return run._become_current()
+
+
+def somebody() -> bool:
+    """Whether a person can answer a gate: ``CM_HEADLESS``, else the notebook's front end, else a terminal."""
+    headless = setting("headless")
+    if headless is not None:
+        return not headless
+    host = _kernel_host()
+    if host is not None:
+        return bool(host.somebody())
+    try:
+        return sys.stdin is not None and sys.stdin.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def _kernel_host() -> Any:
+    """What knows the kernel, when this process is one."""
+    if "ipykernel" not in sys.modules:
+        return None
+    from .jupyter import bridge
+
+    return bridge if bridge.kernel() is not None else None
+
+
+def _nobody_there(gate: Gate) -> str:
+    return (
+        f'Stopped at the gate "{gate.step}": nobody can answer here. Play a tape with a decision (`--tape`), '
+        "or pass `--on-gate approve` if that is what you want."
+    )
+
+
+_MISSING = object()
+
+
+def _fingerprints(workflow: Workflow, inputs: Mapping[str, Any]) -> dict[str, str]:
+    return {item.id: fingerprint(item, workflow.agent(item.agent), inputs) for item in workflow.executable}
+
+
+def _checked_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs as plain JSON data; refuses by name what cannot be kept."""
+    import json
+
+    for name, value in inputs.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise WorkflowError(
+                f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
+                f"Pass its text: str({name})."
+            ) from None
+    return dict(inputs)
+
+
+def _sound(text: str) -> str:
+    """`text` without what UTF-8 cannot hold (lone surrogates)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode("utf-8")
+    return text
+
+
+def _quietly(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
+        loop.call_soon_threadsafe(callback)

@@ -1,0 +1,318 @@
+"""Tapes: the turns and decisions of a run, in a file from which they can be played again.
+
+Strategy: JSON Lines, small enough to read in a diff and simple enough to write by hand. The first line says what it is;
+every other line is one turn or one decision, and says itself where in a run it belongs, so no line depends on another:
+
+    {"tape": 1, "run": "careful-builder-1", "workflow": "careful-builder"}
+    {"path": "planner", "attempt": 1, "text": "1. Write it."}
+    {"gate": {"path": "planner", "attempt": 1, "kind": "review"}, "decision": {"action": "reject", "feedback": "Test it."}}
+    {"path": "planner", "attempt": 2, "prompt": {"sha256": "9f86…", "start": "Plan a todo CLI"},
+     "events": [[310, 13], [640, 11]], "text": "1. Write it. 2. Test it.", "usage": {"input_tokens": 41,
+     "output_tokens": 12}, "cost_usd": 0.0004, "duration_s": 0.7}
+
+(the last two are one line). A turn needs ``path``, ``attempt`` and ``text``; ``turn`` counts chained prompts. ``events``
+says how the text arrived, ``[ms since the start, characters]`` each, and never repeats it. Where nothing is said about the
+prompt, any will do. A reader takes a version that it knows and refuses every key that it does not, by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from .errors import TransitionError, WorkflowError, did_you_mean
+from .events import ACTIONS, Decision, Fact, Gate, GateKind, Usage
+from .prompts import digest
+from .state import check_decision
+from .workflow import Verdict
+
+VERSION = 1
+_DAY_MS = 86_400_000
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+Counted = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Header(Fact):
+    """The first line. ``run``: the name that a run from this tape goes by; ``recorded_at``: an ISO 8601 date, to read."""
+
+    tape: Literal[1] = 1
+    run: str | None = None
+    workflow: str | None = None
+    recorded_at: str | None = None
+
+
+class Prompt(Fact):
+    """The prompt that a turn answered: its ``text``, or its ``sha256`` with the ``start`` that tells a reader which it was.
+
+    On a tape a plain string will do: the prompt's text, or its digest.
+    """
+
+    sha256: Annotated[str, Field(pattern=_DIGEST.pattern + "$")] | None = None
+    start: str = ""
+    text: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"sha256": data} if _DIGEST.fullmatch(data) else {"text": data}
+        return data
+
+    def difference(self, now: str) -> str | None:
+        """Where the prompt `now` differs from this one, in a few words; ``None`` when it does not."""
+        if self.text is not None:
+            return None if self.text == now else _apart(self.text, now)
+        if self.sha256 is None or self.sha256 == digest(now):
+            return None
+        if not self.start:
+            return f"the tape holds a digest only; the prompt begins now {_short(now)!r}"
+        if not now.startswith(self.start):
+            return _apart(self.start, now[: len(self.start)])
+        rest = now[len(self.start) :]
+        return f"after {_short(self.start, end=True)!r}, of which the tape holds a digest only; there it says now {_short(rest)!r}"
+
+
+class TapedTurn(Fact):
+    """One turn as it was recorded. ``session_id`` only where the agent had a conversation that later turns continued."""
+
+    path: str
+    attempt: Counted
+    turn: Counted = 1
+    prompt: Prompt | None = None
+    session_id: str | None = None
+    events: list[tuple[Annotated[int, Field(ge=0, le=_DAY_MS)], Annotated[int, Field(ge=0)]]] = Field(default_factory=list)
+    text: str
+    output: Any = None
+    verdict: Verdict | None = None
+    usage: Usage | None = None
+    cost_usd: Amount | None = None
+    duration_s: Amount | None = None
+
+    def pieces(self) -> list[tuple[float, str]]:
+        """The text as it arrived: seconds since the start, and a piece. All of the text, also when it was edited since."""
+        found: list[tuple[float, str]] = []
+        start, at_ms = 0, 0
+        for ms, length in self.events:
+            at_ms = max(at_ms, ms)
+            if piece := self.text[start : start + length]:
+                found.append((at_ms / 1000, piece))
+            start += length
+        if rest := self.text[start:]:
+            found.append((at_ms / 1000, rest))
+        return found
+
+
+class GatePlace(Fact):
+    """Which gate a decision answers. ``ordinal``, the last part of a gate's id, tells apart several of one kind."""
+
+    path: str
+    attempt: Counted
+    kind: GateKind
+    ordinal: Counted | None = None
+
+
+class TapedDecision(Fact):
+    """A gate and its answer."""
+
+    gate: GatePlace
+    decision: Decision
+
+
+_PARTS: dict[str, type[Fact]] = {"gate": GatePlace, "decision": Decision, "prompt": Prompt, "usage": Usage}
+_Line = TypeVar("_Line", bound=Fact)
+
+
+@dataclass(slots=True)
+class Tape:
+    """What was recorded of a run, found by place. Make one with :meth:`read`.
+
+    Attributes
+    ----------
+    source
+        The file, for messages.
+    turns
+        By path, attempt and turn.
+    decisions
+        By path, attempt and kind of gate; in the order of the file.
+    """
+
+    source: str
+    header: Header
+    turns: dict[tuple[str, int, int], TapedTurn] = field(default_factory=dict)
+    decisions: dict[tuple[str, int, str], list[TapedDecision]] = field(default_factory=dict)
+    _asked: dict[tuple[str, str], list[str]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Tape:
+        """The tape in the file `path`.
+
+        Raises
+        ------
+        WorkflowError    It cannot be read, or is not a tape; the message names file, line and what is wrong.
+        """
+        source = os.fspath(path)
+        try:
+            data = Path(source).read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise WorkflowError(f"tape {source!r} cannot be read: {reason}.") from None
+        return cls.parse(data, source)
+
+    @classmethod
+    def parse(cls, data: bytes, source: str = "tape") -> Tape:
+        """The tape that `data` holds; as :meth:`read`."""
+        tape: Tape | None = None
+        # only "\n" ends a line: str.splitlines would also break at characters that JSON allows inside a text
+        for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                value = _value(line)
+                if tape is None:
+                    tape = cls(source, _header(value))
+                else:
+                    tape._add(value)
+            except WorkflowError as error:
+                raise WorkflowError(f"{source}, line {number}: {error}") from None
+        if tape is None:
+            raise WorkflowError(f"{source} is empty. A tape begins with {_BEGINNING}.")
+        return tape
+
+    def _add(self, value: dict[str, Any]) -> None:
+        if "gate" in value or "decision" in value:
+            taped = _checked(TapedDecision, value)
+            place = taped.gate
+            _check_answer(taped)
+            self.decisions.setdefault((place.path, place.attempt, place.kind), []).append(taped)
+            return
+        if "path" not in value:
+            raise WorkflowError("a turn has 'path', 'attempt' and 'text'; a decision has 'gate' and 'decision'.")
+        turn = _checked(TapedTurn, value)
+        key = (turn.path, turn.attempt, turn.turn)
+        if key in self.turns:
+            raise WorkflowError(f"{turn.path!r}, attempt {turn.attempt}, turn {turn.turn} is on the tape already.")
+        self.turns[key] = turn
+
+    @property
+    def run_name(self) -> str:
+        """The name that a run from this tape goes by."""
+        return self.header.run or Path(self.source).stem
+
+    def turn(self, path: str, attempt: int, turn: int = 1) -> TapedTurn | None:
+        """What was recorded there; ``None`` when nothing was."""
+        return self.turns.get((path, attempt, turn))
+
+    def nearest(self, path: str, attempt: int, turn: int = 1) -> TapedTurn | None:
+        """What stands in for a turn that was not recorded: the last one before it at that `path`, else the first after."""
+
+        def closeness(taped: TapedTurn) -> tuple[bool, bool, int, int]:
+            before = taped.attempt <= attempt
+            return taped.turn == turn, before, taped.attempt if before else -taped.attempt, taped.turn
+
+        return max((taped for taped in self.turns.values() if taped.path == path), key=closeness, default=None)
+
+    def attempts(self, path: str) -> list[int]:
+        """The attempts that were recorded at `path`, in order."""
+        return sorted({taped.attempt for taped in self.turns.values() if taped.path == path})
+
+    def decision(self, gate: Gate) -> Decision | None:
+        """The recorded answer to `gate`, as by ``"tape"``; ``None`` when there is none.
+
+        Found by path, attempt and kind. Of several there, the one with the gate's ordinal; of those without an ordinal,
+        the first for the first gate that is asked about here, the second for the second, and none is given twice.
+        """
+        lines = self.decisions.get((gate.path, gate.attempt, gate.kind), [])
+        place, _, ordinal = gate.id.rpartition("/")
+        found = next((line for line in lines if str(line.gate.ordinal) == ordinal), None)
+        if found is None:
+            free = [line for line in lines if line.gate.ordinal is None]
+            asked = self._asked.setdefault((place, gate.kind), [])
+            if gate.id not in asked:
+                asked.append(gate.id)
+            number = asked.index(gate.id)
+            found = free[number] if number < len(free) else None
+        return found.decision.model_copy(update={"by": "tape"}) if found is not None else None
+
+
+_BEGINNING = '{"tape": 1, "run": "a name"}'
+
+
+def _value(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair could not be journaled
+    except UnicodeError:
+        raise WorkflowError("this is not UTF-8 text.") from None
+    except json.JSONDecodeError as error:
+        raise WorkflowError(f"this is not JSON: {error.msg}, column {error.colno}.") from None
+    except (ValueError, RecursionError) as error:
+        raise WorkflowError(f"this is not JSON that can be read: {str(error)[:80]}.") from None
+    if not isinstance(value, dict):
+        raise WorkflowError(f"a JSON object is expected, not {_short(repr(value))}.")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _header(value: dict[str, Any]) -> Header:
+    version = value.get("tape")
+    if version is None:
+        raise WorkflowError(f"this is not a tape, which begins with {_BEGINNING}.")
+    if type(version) is not int or version != VERSION:
+        raise WorkflowError(
+            f"this tape has the version {_short(repr(version))}; this cm_notebook reads {VERSION}. "
+            "A newer one may read it: pip install -U cm-notebook."
+        )
+    return _checked(Header, value)
+
+
+def _checked(kind: type[_Line], value: dict[str, Any]) -> _Line:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+    *parents, last = problem["loc"] or ("",)
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        owner = _PARTS.get(str(parents[-1]), kind) if parents else kind
+        raise WorkflowError(f"there is no {where!r}. {did_you_mean(str(last), owner.model_fields, 'Possible')}")
+    if problem["type"] == "missing":
+        raise WorkflowError(f"{where!r} is missing.")
+    raise WorkflowError(f"{where} = {_short(repr(problem['input']))}: {problem['msg'].removeprefix('Value error, ')}.")
+
+
+def _check_answer(taped: TapedDecision) -> None:
+    """Refuse now what would be refused when it is played."""
+    place = taped.gate
+    gate = Gate(
+        id="", kind=place.kind, step=place.path, path=place.path, attempt=place.attempt, digest="", actions=ACTIONS[place.kind]
+    )
+    try:
+        check_decision(gate, taped.decision)
+    except TransitionError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def _short(text: str, *, end: bool = False) -> str:
+    """The beginning of `text`, or its end."""
+    if len(text) <= 60:
+        return text
+    return f"…{text[-60:]}" if end else f"{text[:60]}…"
+
+
+def _apart(then: str, now: str) -> str:
+    """Both texts from a little before the first character in which they differ."""
+    same = len(os.path.commonprefix((then, now)))
+    start = max(0, same - 20)
+    before = "…" if start else ""
+    return f"recorded {before + _short(then[start:])!r}, now {before + _short(now[start:])!r}"

@@ -1,0 +1,183 @@
+"""A difference shows every word of both texts, escaped, within bounds."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cm_notebook.render import diff
+from cm_notebook.render.markdown import clean
+
+HIDDEN = ("added ", "removed ")
+
+
+class Page(HTMLParser):
+    """Reads a difference: the text of each tag, without the words for screen readers."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.pieces: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        assert tag in ("div", "pre", "p", "ins", "del", "span"), tag
+        assert [name for name, _ in attrs] == ["style"], attrs
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "span":
+            assert data == HIDDEN[self.open[-2] == "del"]
+        elif self.open:
+            self.pieces.append((self.open[-1], data))
+
+    def side(self, *tags: str) -> str:
+        return "".join(data for tag, data in self.pieces if tag in tags)
+
+
+PROSE = st.lists(
+    st.sampled_from(["plan", "the", "tests ", " ", "\n", "<b>", "&amp;", ".", "é", "a", "\u202e", "'"])
+).map(" ".join)
+LINES = st.lists(st.sampled_from(["a", "b", "", "c d", "<x>", "}"]), max_size=30).map("\n".join)
+
+
+@given(PROSE | st.text(), PROSE | st.text())
+@settings(max_examples=200)
+def test_words_hold_both_texts(old, new):
+    page = Page(diff.words(old, new))
+    if clean(old) == clean(new):
+        assert page.side("p") == "No changes."
+    elif "…" not in page.side("div"):
+        assert page.side("div", "del") == clean(old)
+        assert page.side("div", "ins") == clean(new)
+
+
+@given(LINES, LINES)
+@settings(max_examples=300)
+def test_a_unified_diff_turns_one_text_into_the_other(old, new):
+    patch = diff.text(old, new)
+    assert _patched(old, patch) == new
+    assert "".join(data for tag, data in Page(diff.lines(old, new)).pieces).rstrip("\n") == patch.rstrip("\n")
+
+
+def _patched(old: str, patch: str) -> str:
+    if patch == "No changes.\n":
+        return old
+    before, after, at = (old.split("\n") if old else []), [], 0
+    for line in patch.removesuffix("\n").split("\n"):
+        if found := re.fullmatch(r"@@ -(\d+),(\d+) \+\d+,\d+ @@", line):
+            start = int(found[1]) - (found[2] != "0")
+            after += before[at:start]
+            at = start
+            continue
+        if line[0] in " -":
+            assert before[at] == line[1:]
+            at += 1
+        if line[0] in " +":
+            after.append(line[1:])
+    return "\n".join(after + before[at:])
+
+
+@given(LINES, LINES)
+def test_a_comparison_without_budget_is_coarse_and_right(old, new):
+    whole, diff.BUDGET = diff.BUDGET, 0
+    try:
+        assert _patched(old, diff.text(old, new)) == new
+    finally:
+        diff.BUDGET = whole
+
+
+def test_words():
+    html = diff.words("The plan has three steps.", "The plan has four short steps.")
+    assert Page(html).pieces == [("div", "The plan has"), ("del", " three"), ("ins", " four short"), ("div", " steps.")]
+    assert re.findall(r">(added|removed) </span>", html) == ["removed", "added"]
+    assert "color:" not in html.replace("background-color:", "")
+
+
+def test_long_unchanged_stretches_are_folded():
+    words = [f"word{number}" for number in range(300)]
+    shown = Page(diff.words(" ".join(words), " ".join([*words[:150], "NEW", *words[151:]]))).side("div", "ins")
+    assert shown.startswith("… word125 ")
+    assert " word149 NEW word151 " in shown
+    assert shown.endswith(" word175 …")
+
+
+def test_lines_have_context_and_heads():
+    old = "\n".join(str(number) for number in range(30))
+    new = old.replace("\n5\n", "\nfive\n").replace("\n20\n", "\n")
+    assert diff.text(old, new).splitlines() == [
+        *["@@ -3,7 +3,7 @@", " 2", " 3", " 4", "-5", "+five", " 6", " 7", " 8"],
+        *["@@ -18,7 +18,6 @@", " 17", " 18", " 19", "-20", " 21", " 22", " 23"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("", "x", "@@ -0,0 +1,1 @@\n+x\n"),
+        ("x", "", "@@ -1,1 +0,0 @@\n-x\n"),
+        ("x", "x\n", "@@ -1,1 +1,2 @@\n x\n+\n"),
+        ("x\r\n", "x\n", "No changes.\n"),
+        ("", "", "No changes.\n"),
+    ],
+)
+def test_small_texts(old, new, expected):
+    assert diff.text(old, new) == expected
+
+
+@pytest.mark.parametrize("show", [diff.words, diff.lines, diff.between])
+def test_markup_is_text(show):
+    html = show("<script>a</script>", "<img src=x onerror='y'>\n</pre></div>")
+    Page(html)
+    assert "<script" not in html
+    assert "<img" not in html
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("def f(x):\n    return x + 1\n\nprint(f(2))\n", True),
+        ('{\n  "a": 1,\n  "b": [2]\n}\n', True),
+        ("x = 1\ny = 2\nrun(x)\n", True),
+        ("function f() {\n  return 1;\n}\n", True),
+        ("First look at the tests. Then fix them.\n", False),
+        ("# Plan\n\n1. Read `a.py`\n2. Fix the test (it fails)\n\n- done\n", False),
+        ("If it fails, try again.\nReturn later.\n", False),
+        ("", False),
+    ],
+)
+def test_prose_by_words_and_code_by_lines(text, code):
+    shown = diff.between(text, text + "More.\n")
+    assert shown == (diff.lines if code else diff.words)(text, text + "More.\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("a b " * 7_000, "b a " * 7_000),
+        ("a\nb\n" * 4_000, "b\na\n" * 4_000),
+        ("x\n" * 9_000, "y\n" * 9_000),
+        ("\n".join(map(str, range(9_000))), "\n".join(map(str, range(9_000, 0, -1)))),
+        ("x" * 900_000, "y" * 900_000),
+    ],
+)
+def test_hostile_texts_are_compared_within_bounds(old, new):
+    for html in (diff.words(old, new), diff.lines(old, new)):
+        Page(html)
+
+
+def test_too_large_says_so():
+    shown = "Too large to compare: 15001 lines and 8001 lines."
+    old, new = "a\n" * 15_000, "b\n" * 8_000
+    assert diff.text(old, new) == shown + "\n"
+    assert Page(diff.lines(old, new)).side("p") == shown
+    assert Page(diff.words(old * 2, new * 2)).side("p").startswith("Too large")
