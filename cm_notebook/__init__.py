@@ -50,8 +50,9 @@ from .errors import (
 from .events import Decision, Gate, Usage
 from .feed import LiveText
 from .journal import Journal, MemoryJournal
-from .run import Run, StepView, current, resume, runs
+from .run import Run, current, resume, runs
 from .state import Attempt
+from .steps import StepView
 from .workflow import Agent, Module, Separator, Step, Verdict, Workflow, agent, module, separator, step
 
 __all__ = [

@@ -74,7 +74,16 @@ def _fitting(name: str, kind: Kind, value: Any, where: str) -> Any:
     if kind == "switch":
         if isinstance(value, bool):
             return value
-        words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+        words = {
+            "1": True,
+            "true": True,
+            "yes": True,
+            "on": True,
+            "0": False,
+            "false": False,
+            "no": False,
+            "off": False,
+        }
         if str(value).strip().lower() not in words:
             raise CodeMachineError(f"{where}={value!r}: {name} is a switch. Use 1 or 0.")
         return words[str(value).strip().lower()]

@@ -64,7 +64,9 @@ class Feed:
         """Everything since the last time, in order."""
         with self._lock:
             things, self._things, self._woken = self._things, [], False
-        return [LiveText(thing[0], thing[1], "".join(thing[2])) if isinstance(thing, tuple) else thing for thing in things]
+        return [
+            LiveText(thing[0], thing[1], "".join(thing[2])) if isinstance(thing, tuple) else thing for thing in things
+        ]
 
 
 class Draft:

@@ -41,6 +41,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 _SELECT = "SELECT id, at, type, body FROM events WHERE id > ? AND id < ? ORDER BY id"
 
+OWN_FOLDER = ".cm_notebook"
 BUSY_S = 5.0
 """Seconds to wait for another process to finish its transaction."""
 
@@ -86,7 +87,9 @@ class MemoryJournal:
     def events(self, run_id: str, after: int = 0) -> list[AnyEvent]:
         """The events of a run, from ``seq`` `after` + 1 on."""
         if run_id not in self._runs:
-            raise JournalError(f"there is no run {run_id!r}. {did_you_mean(run_id, self._runs, 'Runs')}", path=self.path)
+            raise JournalError(
+                f"there is no run {run_id!r}. {did_you_mean(run_id, self._runs, 'Runs')}", path=self.path
+            )
         return self._runs[run_id][1][after:]
 
     def runs(self) -> list[RunInfo]:
@@ -167,13 +170,16 @@ class Journal:
         except sqlite3.Error as error:
             raise JournalError(_explain(self.path, error), path=self.path) from error
         except OSError as error:
-            raise JournalError(f"the journal {self.path} cannot be opened: {error.strerror or error}.", path=self.path) from error
+            raise JournalError(
+                f"the journal {self.path} cannot be opened: {error.strerror or error}.", path=self.path
+            ) from error
 
     def create(self, run_id: str, name: str, notebook: str | None) -> None:
         """Make room for a new run."""
         with self._write, self._translated():
             done = self._writer.execute(
-                "INSERT INTO runs (id, name, notebook, created_at) VALUES (?, ?, ?, ?)", (run_id, name, notebook, time.time())
+                "INSERT INTO runs (id, name, notebook, created_at) VALUES (?, ?, ?, ?)",
+                (run_id, name, notebook, time.time()),
             )
             self._numbers[run_id] = int(done.lastrowid or 0)
 
@@ -241,7 +247,7 @@ class Journal:
         statement = self._inserts.get(count)
         if statement is None:
             rows = ", ".join(["(?, ?, ?, ?)"] * count)
-            statement = self._inserts[count] = f"INSERT INTO events (id, at, type, body) VALUES {rows}"  # noqa: S608
+            statement = self._inserts[count] = f"INSERT INTO events (id, at, type, body) VALUES {rows}"
         return statement
 
     def rollback(self) -> None:
@@ -332,8 +338,20 @@ def _read_rows(rows: Iterator[tuple[int, float, str, str]] | sqlite3.Cursor, pat
             found.append(facts.read(type_name, key & 0xFFFFFFFF, at, text))
         except (ValueError, TypeError) as error:
             line = str(error).splitlines()[0]
-            raise JournalError(f"{path} is damaged at event {key & 0xFFFFFFFF} ({type_name}): {line}.", path=path) from error
+            raise JournalError(
+                f"{path} is damaged at event {key & 0xFFFFFFFF} ({type_name}): {line}.", path=path
+            ) from error
     return found
+
+
+def own_folder() -> Path:
+    """``.cm_notebook`` below the working folder, where journals and work are kept out of the user's git."""
+    folder = Path(OWN_FOLDER)
+    folder.mkdir(exist_ok=True)
+    ignore = folder / ".gitignore"
+    if not ignore.exists():
+        ignore.write_text("*\n", encoding="ascii")
+    return folder
 
 
 def _make(path: Path) -> None:
@@ -347,8 +365,8 @@ def _make(path: Path) -> None:
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.parent.name == ".cm_notebook" and not (ignore := path.parent / ".gitignore").exists():
-        ignore.write_text("*\n", encoding="ascii")
+    if path.parent.absolute() == Path(OWN_FOLDER).absolute():
+        own_folder()
     draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     try:

@@ -103,29 +103,36 @@ def check_templates(workflow: Workflow, inputs: Iterable[str]) -> None:
     given = set(inputs)
     names = step_names(workflow.steps)
     order = [item for item in workflow.steps if not isinstance(item, Separator)]
-    looped: set[str] = set()
+    loops: list[set[str]] = []
     for index, item in enumerate(order):
         if isinstance(item, Module):
-            looped.update(other.id for other in order[max(0, index - item.loop_steps) : index + 1])
+            loops.append({other.id for other in order[max(0, index - item.loop_steps) : index + 1]})
     earlier: set[str] = set()
     for item in order:
+        looped = set[str]().union(*(loop for loop in loops if item.id in loop))
         for template in item.prompts(workflow.agent(item.agent)):
             for hole in holes(template, item.raw):
                 _check_hole(item, hole, given, names, earlier, looped)
         earlier.add(item.id)
 
 
-def _check_hole(item: Step, hole: Hole, given: set[str], names: dict[str, str], earlier: set[str], looped: set[str]) -> None:
+def _check_hole(
+    item: Step, hole: Hole, given: set[str], names: dict[str, str], earlier: set[str], looped: set[str]
+) -> None:
     written = "{{ " + hole.name + (f".{hole.field}" if hole.field else "") + " }}"
     if hole.name == "loop":
         if hole.field not in LOOP_FIELDS:
-            raise WorkflowError(f"step {item.id!r} uses {written}. Known: {{{{ loop.reason }}}}, {{{{ loop.iteration }}}}.")
+            raise WorkflowError(
+                f"step {item.id!r} uses {written}. Known: {{{{ loop.reason }}}}, {{{{ loop.iteration }}}}."
+            )
         return
+    if hole.name == "feedback" and hole.field is not None:
+        raise WorkflowError(f"step {item.id!r} uses {written}, but feedback has no fields. Write {{{{ feedback }}}}.")
     if hole.name in RESERVED or hole.name in given:
         return
     if hole.name in names:
         named = names[hole.name]
-        if named in earlier or (named in looped and item.id in looped):
+        if named in earlier or named in looped:
             return
         raise WorkflowError(
             f"step {item.id!r} uses {written}, which has not run by then. Put {named!r} before {item.id!r}."
@@ -198,12 +205,14 @@ def _filled(state: RunState, step: StepState, hole: Hole, feedback: Ref | None) 
     if hole.name == "feedback":
         return feedback if feedback is not None else ""
     if hole.name == "previous":
-        return _previous(state, step) or ""
+        before = _previous(state, step)
+        where = Ref(before.seq, f".{hole.field}") if before is not None and hole.field is not None else before
+        return where if where in state.texts else ""
     if hole.name == "loop":
         if hole.field == "iteration":
             return str(step.iteration)
         module = state.loop_of(step)
-        loop = state.loops.get(module.id) if module is not None else None
+        loop = state.loops.get(step.looped_by or (module.id if module is not None else ""))
         return loop.reason if loop is not None else ""
     named = _step_named(state, hole.name)
     if named is not None and (named.approved is not None or hole.name not in state.input_refs):
@@ -218,7 +227,7 @@ def _filled(state: RunState, step: StepState, hole: Hole, feedback: Ref | None) 
 
 
 def _step_named(state: RunState, name: str) -> StepState | None:
-    return state.steps.get(name) or state.steps.get(name.replace("_", "-"))
+    return state.named(name)
 
 
 def _names_a_step(state: RunState, templates: Iterable[str], raw: bool) -> bool:

@@ -23,21 +23,21 @@ import secrets
 import sys
 import threading
 import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from . import edits
 from . import state as meaning
 from .config import setting
-from .engines.base import AgentRequest, Delta, Engine, SessionStarted, TurnDone, UsageReported, find_engine
+from .engines.base import AgentRequest, Engine, find_engine
+from .engines.functions import FunctionEngine
 from .errors import (
     AlreadyDecided,
     CodeMachineError,
     EngineError,
-    EngineTimeout,
     GatePending,
     JournalError,
     RunFailed,
@@ -52,7 +52,6 @@ from .events import (
     ErrorInfo,
     Gate,
     GateDecided,
-    GateOpened,
     Mode,
     ModeChanged,
     Rewound,
@@ -61,30 +60,26 @@ from .events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
-    StepAdded,
-    StepChanged,
-    StepRemoved,
     TurnCutShort,
-    TurnFailed,
-    TurnFinished,
     TurnStarted,
     Usage,
 )
 from .feed import Draft, Feed, LiveText
-from .journal import AnyJournal, open_journal
+from .journal import AnyJournal, open_journal, own_folder
 from .loops import engine_loop, run_sync, running_loop, wait_detached
-from .prompts import check_templates, digest, fingerprint, text_of
-from .state import Attempt, Record, RunState, StartTurn, StepState, Status, apply, next_actions
-from .workflow import Agent, Module, Separator, Step, Verdict, Workflow, complete_agents, step_data
+from .prompts import check_templates, digest, text_of
+from .state import Record, RunState, StartTurn, Status, apply, next_actions
+from .steps import StepView
+from .turns import Ending, take_turn
+from .workflow import Agent, Separator, Step, Workflow, as_step
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
 Proposal = Callable[[], Iterable[AnyEvent]]
 
 POLL_S = 0.25
 """How often an open gate is looked for in the journal, where another process may have answered it."""
-YIELD_EVERY = 64
-"""After so many pieces of text other turns get their chance."""
 
+_FUNCTIONS = FunctionEngine()
 _driven: weakref.WeakValueDictionary[tuple[str, str], Run] = weakref.WeakValueDictionary()
 _current: Run | None = None
 
@@ -121,7 +116,8 @@ class Run:
         self._asked: set[str] = set()
         self._stuck: Gate | None = None
         self._rejected: set[str] = set()
-        self._folder_made = False
+        self._folder: Path | None = None
+        self._lookout: asyncio.TimerHandle | None = None
 
     # -- coming into being --------------------------------------------------------------------------------------------
 
@@ -171,7 +167,7 @@ class Run:
         EngineNotFound    A step's engine is not there.
         JournalError      The journal cannot be used.
         """
-        values = _checked_inputs({**workflow.inputs, **(inputs or {})})
+        values = edits.checked_inputs({**workflow.inputs, **(inputs or {})})
         check_templates(workflow, values)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
             raise WorkflowError(f"until={until!r} is not a step. {did_you_mean(until, known, 'Steps')}")
@@ -187,7 +183,7 @@ class Run:
             run_id=run.id,
             workflow=workflow.to_dict(),
             inputs=values,
-            fingerprints=_fingerprints(workflow, values),
+            fingerprints=edits.fingerprints(workflow, values),
             until=until,
             workspace=str(Path(workspace).absolute()) if workspace is not None else None,
             recorded=run._tape.run_name if run._tape is not None else None,
@@ -356,11 +352,14 @@ class Run:
             self._feeds.remove(feed)
 
     async def stream(self) -> AsyncIterator[AnyEvent | LiveText]:
-        """Events and live text as they happen, until the run rests; on any loop."""
+        """All events from the start, then events and live text as they happen, until the run rests; on any loop."""
         loop, awake = asyncio.get_running_loop(), asyncio.Event()
-        feed = self.watch(lambda: loop.call_soon_threadsafe(awake.set))
+        with self._lock:
+            feed, past = self.watch(lambda: _quietly(loop, awake.set)), self.events
         self._rest.add_done_callback(lambda _rest: _quietly(loop, awake.set))
         try:
+            for event in past:
+                yield event
             while True:
                 resting = self._rest.done()
                 things = feed.take()
@@ -474,7 +473,9 @@ class Run:
                     return opened[0]
                 if not opened:
                     raise TransitionError(f"no gate is open: run {self.id!r} is {self._state.status}.")
-                raise TransitionError(f"several gates are open; name the step: {', '.join(gate.step for gate in opened)}.")
+                raise TransitionError(
+                    f"several gates are open; name the step: {', '.join(gate.step for gate in opened)}."
+                )
             found = self._state.step(step)
             if found.gate is not None:
                 return found.gate
@@ -503,7 +504,6 @@ class Run:
 
     def next(self) -> Run:
         """Run exactly one step, then pause; returns at once, and can be awaited."""
-        self._reopen()
 
         def propose() -> list[AnyEvent]:
             step = self._state.current
@@ -511,7 +511,7 @@ class Run:
                 raise TransitionError(f"run {self.id!r} has no step left.")
             return [RunUnpaused(until=step.id)]
 
-        self._propose(propose)
+        self._go_on(propose)
         return self
 
     def stop(self) -> Run:
@@ -520,7 +520,7 @@ class Run:
         def propose() -> list[AnyEvent]:
             if self._state.ended is not None:
                 raise TransitionError(f"run {self.id!r} is {self._state.ended} already.")
-            cut = [meaning.cut_short(step, "stopped by you") for step in self._under_way()]
+            cut = [meaning.cut_short(step, "stopped by you") for step in self._state.under_way]
             return [*cut, RunFinished(status="stopped", reason="stopped by you")]
 
         self._propose(propose)
@@ -536,22 +536,14 @@ class Run:
 
     def rerun(self, step: str, *, later: bool = False) -> Run:
         """Run a step again as a new attempt; later outputs are then stale, or with `later` made again too."""
-        self._reopen(until=None)
 
         def propose() -> list[AnyEvent]:
             self._state.step(step)
-            cut = [meaning.cut_short(other, f"{step} runs again") for other in self._under_way()]
+            cut = [meaning.cut_short(other, f"{step} runs again") for other in self._state.under_way]
             return [*cut, Rewound(to=step, later=later)]
 
-        self._propose(propose)
+        self._go_on(propose)
         return self
-
-    def _under_way(self) -> list[StepState]:
-        """Steps whose turn runs or is about to be tried again."""
-        state = self._state
-        current = state.current
-        waits = [current] if current is not None and current.status == "retrying" else []
-        return [*state.running.values(), *waits]
 
     # -- building while it lives --------------------------------------------------------------------------------------
 
@@ -574,58 +566,14 @@ class Run:
         ------
         WorkflowError    The workflow would not be right with it; nothing was changed.
         """
-        from .workflow import as_step
-
-        item = as_step(len(self.state.order) + 1, step)
-        given = list(agents)
-        values = _checked_inputs(inputs or {})
-        self._extend(item, after, given, values)
-        if isinstance(item, Separator):
-            return None
-        return self[item.id]
-
-    def _extend(self, item: Step | Separator, after: str | None, agents: list[Agent], inputs: dict[str, Any]) -> None:
+        item, values = as_step(len(self.state.order) + 1, step), edits.checked_inputs(inputs or {})
         with self._lock:
             items = list(self._state.items)
-            place = len(items)
-            if after is not None:
-                place = items.index(self._state.step(after).step) + 1
+            place = len(items) if after is None else items.index(self._state.step(after).step) + 1
             items.insert(place, item)
-            made = self._checked(items, agents, inputs)
-        self._reopen()
-        self._propose(lambda: [self._added(item, after, made, inputs)])
-
-    def _checked(self, items: list[Step | Separator], agents: Iterable[Agent], inputs: Mapping[str, Any]) -> Workflow:
-        """The workflow with these steps, agents and inputs; refuses what cannot run before anything changes."""
-        state = self._state
-        known = {agent.id: self._agents.get(agent.id, agent) for agent in state.agents.values()}
-        known.update({agent.id: agent for agent in agents})
-        values = {**state.inputs, **inputs}
-        made = Workflow(state.name, steps=list(items), agents=list(known.values()), inputs=values, engine=state.engine)
-        check_templates(made, values)
-        self._agents.update({agent.id: agent for agent in made.agents})
-        for item in made.executable:
-            if item.id not in state.steps:
-                self._engine_for(item)
-        return made
-
-    def _added(self, item: Step | Separator, after: str | None, made: Workflow, inputs: dict[str, Any]) -> StepAdded:
-        return StepAdded(step=step_data(item), after=after, **self._definition(item, made, inputs))
-
-    def _definition(self, item: Step | Separator, made: Workflow, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What comes with a step that is added or changed: its agent if that is new, its inputs, its fingerprint."""
-        if isinstance(item, Separator):
-            return {"fingerprint": "", "inputs": inputs}
-        agent = made.agent(item.agent)
-        data = agent.model_dump(mode="json", exclude_defaults=True)
-        known = self._state.agents.get(agent.id)
-        same = known is not None and known.model_dump(mode="json", exclude_defaults=True) == data
-        new = {name: value for name, value in inputs.items() if self._state.inputs.get(name, _MISSING) != value}
-        return {
-            "agents": [] if same else [data],
-            "inputs": new,
-            "fingerprint": fingerprint(item, agent, made.inputs),
-        }
+            made = self._changed(items, agents, values)
+        self._go_on(lambda: [edits.addition(self._state, item, after, made, values)])
+        return None if isinstance(item, Separator) else self[item.id]
 
     def remove(self, step: str) -> Run:
         """Take a step out.
@@ -636,14 +584,8 @@ class Run:
         """
         with self._lock:
             gone = self._state.step(step)
-            self._checked([item for item in self._state.items if item is not gone.step], (), {})
-        self._reopen()
-
-        def propose() -> list[AnyEvent]:
-            cut = [meaning.cut_short(gone, "removed")] if gone in self._under_way() else []
-            return [*cut, StepRemoved(step=gone.id)]
-
-        self._propose(propose)
+            self._changed([item for item in self._state.items if item is not gone.step], (), {})
+        self._go_on(lambda: edits.removal(self._state, gone.id))
         return self
 
     def replace(self, step: Step, *, agents: Iterable[Agent] = (), inputs: Mapping[str, Any] | None = None) -> bool:
@@ -653,21 +595,13 @@ class Run:
         ------
         WorkflowError    The workflow would not be right with it; nothing was changed.
         """
-        values = _checked_inputs(inputs or {})
+        values = edits.checked_inputs(inputs or {})
         with self._lock:
             old = self._state.step(step.id)
-            items = [step if item is old.step else item for item in self._state.items]
-            made = self._checked(items, agents, values)
-            definition = self._definition(step, made, values)
-            if definition["fingerprint"] == old.fingerprint:
+            made = self._changed([step if item is old.step else item for item in self._state.items], agents, values)
+            if not edits.replacement(self._state, step, made, values):
                 return False
-        self._reopen()
-
-        def propose() -> list[AnyEvent]:
-            cut = [meaning.cut_short(old, "defined anew")] if old in self._under_way() else []
-            return [*cut, StepChanged(step=step_data(step), **definition)]
-
-        self._propose(propose)
+        self._go_on(lambda: edits.replacement(self._state, step, made, values))
         return True
 
     def revise(self, workflow: Workflow, inputs: Mapping[str, Any] | None = None) -> list[str]:
@@ -682,52 +616,45 @@ class Run:
         ------
         WorkflowError    A step that has run is renamed, deleted or stands elsewhere; nothing was changed.
         """
-        values = _checked_inputs({**self.state.inputs, **workflow.inputs, **(inputs or {})})
+        values = edits.checked_inputs({**self.state.inputs, **workflow.inputs, **(inputs or {})})
         check_templates(workflow, values)
         with self._lock:
-            events = self._revision(workflow, values)
-        if not events:
-            return []
+            different = edits.revision(self._state, workflow, values)
         self._agents.update({agent.id: agent for agent in workflow.agents})
-        self._reopen()
-        self._propose(lambda: events)
+        if different:
+            self._go_on(lambda: edits.revision(self._state, workflow, values))
         with self._lock:
             return [step.id for step in self._state.order if step.stale]
 
-    def _revision(self, workflow: Workflow, values: dict[str, Any]) -> list[AnyEvent]:
-        """The events that lead from the steps as they are to `workflow`'s."""
-        state = self._state
-        old, new = [step.id for step in state.order], [item.id for item in workflow.executable]
-        gone = [id for id in old if id not in new]
-        ran = [id for id in gone if state.steps[id].attempts]
-        hint = f"Start a new run for the new workflow (`%cm workflow {state.name} --new`, or workflow.start())."
-        if ran:
-            raise WorkflowError(f"step {ran[0]!r} has run and is no longer in the workflow. {hint}")
-        kept = [id for id in old if id in new]
-        if kept != [id for id in new if id in old]:
-            moved = next(a for a, b in zip(kept, [id for id in new if id in old], strict=True) if a != b)
-            raise WorkflowError(f"step {moved!r} stands elsewhere now. {hint}")
-        events: list[AnyEvent] = [StepRemoved(step=id) for id in gone]
-        before: str | None = None
-        for item in workflow.executable:
-            definition = self._definition(item, workflow, values)
-            if item.id not in state.steps:
-                events.append(StepAdded(step=step_data(item), after=before, **definition))
-            elif definition["fingerprint"] != state.steps[item.id].fingerprint:
-                if state.steps[item.id] in self._under_way():
-                    events.append(meaning.cut_short(state.steps[item.id], "defined anew"))
-                events.append(StepChanged(step=step_data(item), **definition))
-            before = item.id
-        return events
+    def _changed(self, items: list[Step | Separator], agents: Iterable[Agent], inputs: Mapping[str, Any]) -> Workflow:
+        """The workflow with these steps; refused here, before anything changes, if it cannot run."""
+        given = {**self._agents, **{agent.id: agent for agent in agents}}
+        made = edits.changed(self._state, items, given, inputs)
+        self._agents.update({agent.id: agent for agent in made.agents})
+        for item in made.executable:
+            if item.id not in self._state.steps:
+                self._engine_for(item)
+        return made
 
-    def _reopen(self, until: str | None = None) -> None:
-        """Go on with a run that has ended, because something new is asked of it."""
-        if self._driving and self._state.ended is None:
-            return
+    def _go_on(self, proposal: Callable[[], list[AnyEvent]]) -> None:
+        """As ``_propose``, but a run that has ended is resumed for it."""
         if self._loop is None:
             raise TransitionError(f"run {self.id!r} is not driven here. Resume it first: cm.resume({self.id!r}).")
         self._drive()
-        self._propose(lambda: [RunResumed(until=until)] if self._state.ended is not None else [])
+
+        def propose() -> list[AnyEvent]:
+            wanted = proposal()
+            return [RunResumed(), *wanted] if self._state.ended is not None else wanted
+
+        try:
+            self._propose(propose)
+        finally:
+            if self._state.ended is not None and self._rest.done():
+                self._let_go()  # it was refused, and the run is where it was
+
+    def _let_go(self) -> None:
+        self._driving = False
+        self._journal.release(self.id)
 
     # -- recording ----------------------------------------------------------------------------------------------------
 
@@ -873,16 +800,19 @@ class Run:
             if gate.id not in self._asked:
                 self._asked.add(gate.id)
                 self._put_to(gate)
-        if state.gates and self._journal.durable:
-            cast("asyncio.AbstractEventLoop", self._loop).call_later(POLL_S, self._poll)
+        self._look_out()
         self._come_to_rest()
 
-    def _poll(self) -> None:
-        if self._driving and self._state.gates and not self._scheduled:
-            if self._journal.changed(self.id):
-                self._pass()
-            else:
-                cast("asyncio.AbstractEventLoop", self._loop).call_later(POLL_S, self._poll)
+    def _look_out(self) -> None:
+        """While a gate is open, look now and then whether another process has answered it."""
+        if self._driving and self._state.gates and self._journal.durable and self._lookout is None:
+            self._lookout = cast("asyncio.AbstractEventLoop", self._loop).call_later(POLL_S, self._look)
+
+    def _look(self) -> None:
+        self._lookout = None
+        if self._driving and self._journal.changed(self.id):
+            self._pass()
+        self._look_out()
 
     def _catch_up(self) -> None:
         """Read what other processes have recorded, where nobody does it for us."""
@@ -902,8 +832,7 @@ class Run:
             return
         state = self._state
         if state.ended is not None:
-            self._driving = False
-            self._journal.release(self.id)
+            self._let_go()
         if state.ended == "failed":
             failed = RunFailed(state.reason or f"run {self.id!r} failed.", run_id=self.id)
             failed.__cause__ = self.error
@@ -947,7 +876,9 @@ class Run:
         if taped is not None:
             self._decide_soon(gate, taped)
         elif callable(self._on_gate):
-            threading.Thread(target=self._ask_policy, args=(gate, self._on_gate), daemon=True, name="cm-on-gate").start()
+            threading.Thread(
+                target=self._ask_policy, args=(gate, self._on_gate), daemon=True, name="cm-on-gate"
+            ).start()
         elif self._on_gate is not None and self._on_gate in gate.actions and gate.step not in self._rejected:
             feedback = None
             if self._on_gate == "reject":
@@ -960,16 +891,16 @@ class Run:
     def _ask_policy(self, gate: Gate, policy: Callable[[Gate], Decision | Action | None]) -> None:
         try:
             said = policy(gate)
-            decision = Decision(action=said, by="on_gate") if isinstance(said, str) else said
+            decision = Decision(action=said) if isinstance(said, str) else said
         except Exception as error:
             info = ErrorInfo(kind=type(error).__name__, message=f"on_gate raised {type(error).__name__}: {error}")
             self.error = error
             self._propose(lambda: [RunFinished(status="failed", reason=info.message)], wait=False)
             return
         if decision is not None:
-            self._decide_soon(gate, decision)
+            self._decide_soon(gate, decision.model_copy(update={"by": "on_gate"}))
         elif self._loop is not None:
-            self._loop.call_soon_threadsafe(lambda: (self._unanswered(gate), self._come_to_rest()))
+            self._loop.call_soon_threadsafe(self._nobody_answered, gate)
 
     def _decide_soon(self, gate: Gate, decision: Decision) -> None:
         def propose() -> list[AnyEvent]:
@@ -978,6 +909,10 @@ class Run:
             return [GateDecided(gate_id=gate.id, decision=decision)]
 
         self._propose(propose, wait=False)
+
+    def _nobody_answered(self, gate: Gate) -> None:
+        self._unanswered(gate)
+        self._come_to_rest()
 
     def _unanswered(self, gate: Gate) -> None:
         if self._somebody:
@@ -994,9 +929,7 @@ class Run:
         """Who does this step: the function, the tape, the engine given, or the one named nearest to the step."""
         agent = self._agents.get(step.agent) or self._state.agents[step.agent]
         if agent.implementation is not None:
-            from .engines.functions import ENGINE
-
-            return ENGINE
+            return _FUNCTIONS
         if self._engine is not None and not isinstance(self._engine, str):
             return self._engine
         name = step.engine or agent.engine or self._engine or self._state.engine or setting("engine")
@@ -1016,67 +949,37 @@ class Run:
 
     async def _turn(self, started: TurnStarted, prompt: str) -> None:
         """Do one turn and propose how it ended. Cancelled when the turn was cut short, which is recorded by then."""
-        step = self._state.steps[started.step].step
-        where = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
-        done: TurnDone | None = None
-        usage: UsageReported | None = None
-        session_id: str | None = None
-        written = 0
-        event: AnyEvent
-        crashed: Exception | None = None
-        limit = asyncio.timeout(step.timeout_s)
-        try:
-            async with limit:
-                request = self._request(started, prompt, limit)
-                async with contextlib.aclosing(cast("Any", self._engine_for(step).stream(request))) as stream:
-                    async for told in stream:
-                        if type(told) is Delta:
-                            self._write(started, told.text)
-                            written += 1
-                            if written % YIELD_EVERY == 0:
-                                await asyncio.sleep(0)
-                        elif isinstance(told, TurnDone):
-                            done = told
-                        elif isinstance(told, UsageReported):
-                            usage = told
-                        elif isinstance(told, SessionStarted):
-                            session_id = told.session_id
-            if done is None:
-                raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
-            event = TurnFinished(
-                **where,
-                text=_sound(done.text),
-                output=done.output,
-                verdict=self._verdict(step, done),
-                usage=usage.usage if usage is not None else None,
-                cost_usd=usage.cost_usd if usage is not None else None,
-                session_id=session_id,
-                duration_s=done.duration_s,
-                note=done.note,
-            )
-        except EngineError as error:
-            event = self._failure(where, error, self._retry_in_s(started, step, error))
-        except Exception as error:
-            if isinstance(error, TimeoutError) and limit.expired():
-                text = f"{started.step} did not finish within {step.timeout_s:g} s. Retry, or give it more time: timeout_s=…"
-                event = self._failure(where, EngineTimeout(text), None)
-            else:  # not an engine's error: a tape that differs, or a bug; it ends the run as itself
-                crashed = error
-                event = self._failure(where, error, None)
-        self._propose(lambda: self._turn_ended(started, event, crashed), wait=False)
+        with self._lock:
+            state = self._state.steps[started.step]
+            step, failures = state.step, len(state.attempts[-1].errors)
+            limit = asyncio.timeout(step.timeout_s)
+            request = self._request(started, prompt, limit)
+        ending = await take_turn(
+            started,
+            step,
+            lambda: self._engine_for(step),
+            request,
+            limit,
+            lambda text: self._write(started, text),
+            failures,
+        )
+        self._propose(lambda: self._turn_ended(started, ending), wait=False)
 
-    def _turn_ended(self, started: TurnStarted, event: AnyEvent, crashed: Exception | None) -> list[AnyEvent]:
+    def _turn_ended(self, started: TurnStarted, ending: Ending) -> list[AnyEvent]:
         """The end of a turn as events; none when the turn was cut short meanwhile."""
         running = self._tasks.get(started.path)
         if running is None or running[0] != started.seq:
             return []
         del self._tasks[started.path]
         self._drafts.pop(started.path, None)
-        if crashed is None:
-            return [event]
-        self.error = crashed
-        others = [meaning.cut_short(step, "the run failed") for step in self._under_way() if step.path != started.path]
-        return [event, *others, RunFinished(status="failed", reason=f"{started.step}: {crashed}")]
+        if ending.error is not None:
+            self.error = ending.error
+        if not ending.fatal:
+            return [ending.event]
+        others = [
+            meaning.cut_short(step, "the run failed") for step in self._state.under_way if step.path != started.path
+        ]
+        return [ending.event, *others, RunFinished(status="failed", reason=f"{started.step}: {ending.error}")]
 
     def _request(self, started: TurnStarted, prompt: str, limit: asyncio.Timeout) -> AgentRequest:
         with self._lock:
@@ -1098,6 +1001,7 @@ class Run:
                 attempt=started.attempt,
                 turn=started.turn,
                 iteration=started.iteration,
+                ordinal=state.turns_ended.get(agent.id, 0) + 1,
                 system=agent.system,
                 model=step.step.model or agent.model,
                 reasoning_effort=step.step.reasoning_effort or agent.reasoning_effort,
@@ -1110,39 +1014,13 @@ class Run:
                 ask_human=_Asking(self, started, limit),
             )
 
-    def _workspace(self) -> str:
-        where = self._state.workspace or str(Path(".cm_notebook", "work", self.id).absolute())
-        if not self._folder_made:
-            folder = Path(where)
-            folder.mkdir(parents=True, exist_ok=True)
-            own = folder.parent.parent
-            if self._state.workspace is None and not (own / ".gitignore").exists():
-                (own / ".gitignore").write_text("*\n", encoding="ascii")
-            self._folder_made = True
-        return where
-
-    def _verdict(self, step: Step, done: TurnDone) -> Verdict | None:
-        if done.verdict is not None or not isinstance(step, Module):
-            return done.verdict
-        return Verdict.from_text(done.text)
-
-    def _failure(self, where: dict[str, Any], error: Exception, retry_in_s: float | None) -> TurnFailed:
-        detail = getattr(error, "detail", None)
-        if not isinstance(error, CodeMachineError):
-            detail = "".join(traceback.format_exception(error))
-        info = ErrorInfo(kind=type(error).__name__, message=_sound(str(error) or type(error).__name__), detail=detail)
-        if isinstance(error, EngineError):
-            self.error = error
-        return TurnFailed(**where, error=info, retry_in_s=retry_in_s)
-
-    def _retry_in_s(self, started: TurnStarted, step: Step, error: EngineError) -> float | None:
-        """Seconds until the turn is tried again unasked: what the service asks for, else 1, 2, 4 … 60."""
-        with self._lock:
-            last = self._state.steps[started.step].last
-            failures = len(last.errors) if last is not None else 0
-        if not error.retryable or failures >= step.retries:
-            return None
-        return error.retry_after_s if error.retry_after_s is not None else float(min(60, 2**failures))
+    def _workspace(self) -> Path:
+        """The folder to work in; made when the first turn needs it."""
+        if self._folder is None:
+            given = self._state.workspace
+            self._folder = Path(given) if given is not None else own_folder().joinpath("work", self.id).absolute()
+            self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder
 
     def _write(self, started: TurnStarted, text: str) -> None:
         draft = self._drafts.get(started.path)
@@ -1226,124 +1104,6 @@ class _Asking:
             return said
 
 
-class StepView:
-    """One step of a run: what it said, and how it came to that."""
-
-    def __init__(self, run: Run, id: str) -> None:
-        self.run, self.id = run, id
-
-    @property
-    def _step(self) -> StepState:
-        return self.run._state.step(self.id)
-
-    @property
-    def status(self) -> str:
-        """``pending, queued, running, asks you, tries again, waiting, done`` or ``skipped``."""
-        with self.run.reading():
-            return meaning.STATUS_WORDS[self._step.status]
-
-    @property
-    def stale(self) -> bool:
-        """Whether something it builds on has changed since."""
-        with self.run.reading():
-            return self._step.stale
-
-    @property
-    def attempts(self) -> list[Attempt]:
-        """Its attempts, oldest first."""
-        with self.run.reading():
-            return list(self._step.attempts)
-
-    @property
-    def text(self) -> str:
-        """The output that later steps see; ``""`` when it was skipped.
-
-        Raises
-        ------
-        GatePending    Its gate is undecided, or it has not run yet.
-        """
-        with self.run.reading() as state:
-            step = self._settled()
-            return state.text(step.approved)
-
-    @property
-    def output(self) -> Any:
-        """The validated value, as JSON-ready data; ``None`` when the agent gave only text.
-
-        Raises
-        ------
-        GatePending    As for :attr:`text`.
-        """
-        with self.run.reading():
-            step = self._settled()
-            return step.attempts[-1].output if step.attempts else None
-
-    def _settled(self) -> StepState:
-        step = self._step
-        if step.gate is not None:
-            raise GatePending(
-                f'"{step.id}" is waiting for your decision. Decide here (or `%cm approve`), then run this cell again.',
-                gate=step.gate,
-                run=self.run,
-            )
-        if step.status not in ("finished", "skipped"):
-            word = meaning.STATUS_WORDS[step.status]
-            raise GatePending(f'"{step.id}" is {word}: it has no result yet. Wait for it: `await run`.', run=self.run)
-        return step
-
-    @property
-    def prompt(self) -> str:
-        """The exact prompt of the last attempt; ``""`` before the first."""
-        attempts = self.attempts
-        return attempts[-1].prompt if attempts else ""
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens of all its attempts together."""
-        return sum((attempt.usage for attempt in self.attempts if attempt.usage is not None), Usage())
-
-    @property
-    def cost_usd(self) -> float:
-        """US dollars of all its attempts together."""
-        return sum(attempt.cost_usd or 0.0 for attempt in self.attempts)
-
-    @property
-    def duration_s(self) -> float | None:
-        """Seconds that the last attempt took, waiting for a person not counted."""
-        attempts = self.attempts
-        return attempts[-1].duration_s if attempts else None
-
-    def diff(self, a: int = -2, b: int = -1) -> str:
-        """What changed from attempt `a` to attempt `b` (1, 2 …, or counted from the end), as a unified diff.
-
-        Raises
-        ------
-        TransitionError    There is no such attempt.
-        """
-        from .render import diff
-
-        old, new = self.attempt(a), self.attempt(b)
-        return diff.text(old.text, new.text)
-
-    def attempt(self, number: int = -1) -> Attempt:
-        """The attempt of that number: 1, 2 …, or counted from the end: -1, -2 …"""
-        attempts = self.attempts
-        for place, candidate in enumerate(attempts):
-            if number in (candidate.number, place - len(attempts)):
-                return candidate
-        made = ", ".join(str(candidate.number) for candidate in attempts) or "none"
-        raise TransitionError(f"step {self.id!r} has no attempt {number}. Attempts: {made}.")
-
-    def __repr__(self) -> str:
-        return f"<Step {self.id}: {self.status}>"
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        from .render import html, text
-
-        with self.run.reading() as state:
-            return {"text/plain": text.run_text(state, [self.id]), "text/html": html.run_html(state, [self.id])}
-
-
 # -- module functions -------------------------------------------------------------------------------------------------
 
 
@@ -1418,21 +1178,19 @@ def resume(
     run._drive()
 
     def propose() -> list[AnyEvent]:
-        cut = [meaning.cut_short(step, reason) for step in run._under_way()]
+        cut = [meaning.cut_short(step, reason) for step in run._state.under_way]
         return [RunResumed(reason=reason, until=until), *cut]
 
     try:
         run._reload()  # what the one who drove it before wrote until the last moment
+        different: list[AnyEvent] = []
         if workflow is not None:
-            values = _checked_inputs({**run.state.inputs, **workflow.inputs})
+            values = edits.checked_inputs({**run.state.inputs, **workflow.inputs})
             check_templates(workflow, values)
-            edits = run._revision(workflow, values)
-        else:
-            edits = []
-        run._propose(lambda: [*propose(), *edits])
+            different = edits.revision(run._state, workflow, values)
+        run._propose(lambda: [*propose(), *different])
     except CodeMachineError:
-        run._driving = False
-        run._journal.release(run_id)
+        run._let_go()
         raise
     return run._become_current()
 
@@ -1465,37 +1223,6 @@ def _nobody_there(gate: Gate) -> str:
         f'Stopped at the gate "{gate.step}": nobody can answer here. Play a tape with a decision (`--tape`), '
         "or pass `--on-gate approve` if that is what you want."
     )
-
-
-_MISSING = object()
-
-
-def _fingerprints(workflow: Workflow, inputs: Mapping[str, Any]) -> dict[str, str]:
-    return {item.id: fingerprint(item, workflow.agent(item.agent), inputs) for item in workflow.executable}
-
-
-def _checked_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs as plain JSON data; refuses by name what cannot be kept."""
-    import json
-
-    for name, value in inputs.items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError):
-            raise WorkflowError(
-                f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
-                f"Pass its text: str({name})."
-            ) from None
-    return dict(inputs)
-
-
-def _sound(text: str) -> str:
-    """`text` without what UTF-8 cannot hold (lone surrogates)."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode("utf-8")
-    return text
 
 
 def _quietly(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

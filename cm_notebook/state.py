@@ -81,7 +81,11 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "TurnCutShort": ("ready", "due"),
         "GateOpened": ("asking",),  # question
     },
-    "asking": {"GateDecided": ("running", "asking"), "TurnFailed": ("retrying", "due"), "TurnCutShort": ("ready", "due")},
+    "asking": {
+        "GateDecided": ("running", "asking"),
+        "TurnFailed": ("retrying", "due"),
+        "TurnCutShort": ("ready", "due"),
+    },
     "retrying": {"TurnStarted": ("running",), "TurnCutShort": ("ready", "due"), "Rewound": ("ready",)},
     "due": {"GateOpened": ("waiting",), "Rewound": ("ready",)},
     "waiting": {
@@ -284,9 +288,13 @@ class RunState:
     engine: str | None = None
     order: list[StepState] = field(default_factory=list)
     steps: dict[str, StepState] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    """The ids of steps by their other spelling, with ``_`` for ``-``."""
     cursor: int = 0
     frontier: int = 0
     """One past the last step that ever settled: beyond it nothing can be stale."""
+    removed: dict[str, int] = field(default_factory=dict)
+    """Gates that steps since removed have had: a step of that name counts on, so no id of a gate comes twice."""
     running: dict[str, StepState] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
     """The open ones, by id, oldest first."""
@@ -308,6 +316,8 @@ class RunState:
     """The end that has been decided on and is to be recorded."""
     ended: RunEnd | None = None
     reason: str = ""
+    turns_ended: dict[str, int] = field(default_factory=dict)
+    """Turns of each agent that ended, by an answer or an error."""
     usage: Usage = field(default_factory=Usage)
     cost_usd: float = 0.0
     workspace: str | None = None
@@ -339,9 +349,20 @@ class RunState:
         """The step under the cursor; ``None`` past the last one."""
         return self.order[self.cursor] if self.cursor < len(self.order) else None
 
+    def named(self, name: str) -> StepState | None:
+        """The step of that id, or of that id with ``_`` for ``-``."""
+        return self.steps.get(name) or self.steps.get(self.names.get(name, ""))
+
+    @property
+    def under_way(self) -> list[StepState]:
+        """The steps whose turn runs, or is about to be tried again."""
+        current = self.current
+        waits = [current] if current is not None and current.status == "retrying" else []
+        return [*self.running.values(), *waits]
+
     def step(self, id: str) -> StepState:
         """The step named `id`; a ``TransitionError`` lists the right names."""
-        found = self.steps.get(id) or self.steps.get(id.replace("_", "-"))
+        found = self.named(id)
         if found is None:
             raise TransitionError(f"there is no step {id!r}. {did_you_mean(id, self.steps, 'Steps')}")
         return found
@@ -490,6 +511,7 @@ def _step_added(state: RunState, event: StepAdded) -> None:
     if not isinstance(item, Separator):
         added = state.steps[item.id]
         added.fingerprint = event.fingerprint
+        added.gates = state.removed.pop(item.id, 0)
         state.cursor = min(state.cursor, added.index)
 
 
@@ -505,13 +527,13 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
     place = next(number for number, other in enumerate(state.items) if other is step.step)
     state.items[place] = item
     step.step, step.fingerprint = item, event.fingerprint
+    _close(state, step, reopen=True)
     if step.status in ("finished", "skipped"):
         step.stale = True
         state.cursor = min(state.cursor, step.index)
     elif step.status != "pending":
         # what waits for a decision was made by the old definition: it is made again
-        _close(state, step)
-        step.status, step.due, step.redo, step.turn = ("ready" if step.attempts else "pending"), None, None, 1
+        _begin_again(step, "ready" if step.attempts else "pending")
 
 
 def _step_removed(state: RunState, event: StepRemoved) -> None:
@@ -521,6 +543,9 @@ def _step_removed(state: RunState, event: StepRemoved) -> None:
     _close(state, step)
     state.items = [item for item in state.items if item is not step.step]
     del state.steps[step.id]
+    state.loops.pop(step.id, None)
+    state.removed[step.id] = step.gates
+    state.until_reached = state.until_reached or state.until == step.id
     if step.index < state.cursor:
         state.cursor -= 1
     _reindex(state)
@@ -536,15 +561,21 @@ def _step_skipped(state: RunState, event: StepSkipped) -> None:
 
 def _turn_started(state: RunState, event: TurnStarted) -> None:
     step = _met(state, event.step, event)
-    if event.attempt not in (step.attempt, step.attempt + 1):
-        raise TransitionError(f"step {step.id!r} is at attempt {step.attempt}; {event.attempt} cannot start.")
+    if (event.attempt, event.turn) != (_next_attempt(step), step.turn):
+        raise TransitionError(
+            f"attempt {event.attempt}, turn {event.turn} of step {step.id!r} cannot start; attempt "
+            f"{_next_attempt(step)}, turn {step.turn} is next."
+        )
     if event.attempt > step.attempt:
         made = Attempt(state.texts, event.attempt, event.iteration, engine=event.engine, started_at=event.at)
         step.attempts.append(made)
         step.answers = []
     last = step.attempts[-1]
-    if step.status == "retrying" and last.turns:
+    if step.status == "retrying":
         last.turns.pop()
+    elif last.ended_at is not None:
+        last.asked_s += max(0.0, event.at - last.ended_at)  # a person looked at the answer to the prompt before
+    last.ended_at = None
     last.turns.append(event.seq)
     last.session_id = event.session_id
     state.texts[Ref(event.seq, "prompt")] = event.prompt + (event.context or ())
@@ -553,22 +584,21 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         state.texts[here] = event.context
         if step.step.context == "all":
             state.context_all = (here, step.index, state.epoch)
-    step.status, step.turn, step.retry_at, step.note = "running", event.turn, None, None
+    step.status, step.retry_at, step.note = "running", None, None
     state.running[step.path] = step
 
 
 def _turn_finished(state: RunState, event: TurnFinished) -> None:
     step, last = _turn_met(state, event)
-    if step.status == "asking":
-        raise TransitionError(f"step {step.id!r} still waits for the answer to its question.")
     del state.running[step.path]
+    _count_turn(state, step)
     here = Ref(event.seq)
     state.texts[here] = event.text
     last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
     if isinstance(event.output, dict):
-        for name, value in event.output.items():
-            state.texts[Ref(event.seq, f".{name}")] = as_text(value)
+        for key, value in event.output.items():
+            state.texts[Ref(event.seq, f".{key}")] = as_text(value)
     if event.duration_s is not None:
         last.measured_s = (last.measured_s or 0.0) + event.duration_s
     if event.usage is not None:
@@ -671,6 +701,7 @@ def _owe(step: StepState, due: Due) -> None:
 def _turn_failed(state: RunState, event: TurnFailed) -> None:
     step, last = _turn_met(state, event)
     _stop_running(state, step)
+    _count_turn(state, step)
     last.errors.append(event.error)
     last.ended_at = event.at
     if event.retry_in_s is not None:
@@ -684,7 +715,7 @@ def _turn_cut_short(state: RunState, event: TurnCutShort) -> None:
     _stop_running(state, step)
     last.cut_short, last.ended_at = event.reason or "stopped", event.at
     step.retry_at = None
-    step.resent = step.answers
+    step.resent = [*step.resent, *step.answers]
     if step.step.idempotent:
         step.status = "ready"
         step.redo = step.redo or Redo()
@@ -692,6 +723,11 @@ def _turn_cut_short(state: RunState, event: TurnCutShort) -> None:
     else:
         reason = f"{step.id} was cut short ({last.cut_short}) and may have had its effect."
         _owe(step, Due("may_have_run", {"reason": reason}, (reason,)))
+
+
+def _count_turn(state: RunState, step: StepState) -> None:
+    agent = step.step.agent
+    state.turns_ended[agent] = state.turns_ended.get(agent, 0) + 1
 
 
 def _stop_running(state: RunState, step: StepState) -> None:
@@ -703,7 +739,8 @@ def _stop_running(state: RunState, step: StepState) -> None:
 def _gate_opened(state: RunState, event: GateOpened) -> None:
     gate = event.gate
     step = _met(state, gate.step, event)
-    if (gate.kind == "question") is not (step.status == "running"):
+    fits = {"pending": "start", "running": "question", "due": step.due and step.due.kind}
+    if gate.kind != fits.get(step.status, "stale") or (gate.kind == "stale" and not step.stale):
         raise TransitionError(f"a {gate.kind!r} gate cannot open while step {step.id!r} is {step.status}.")
     gate.opened_at = event.at
     step.status = "asking" if gate.kind == "question" else "waiting"
@@ -730,9 +767,10 @@ def gate_of(state: RunState, gate_id: str) -> Gate:
     before = state.decisions.get(gate_id)
     if before is not None:
         raise AlreadyDecided(already(before))
-    step = state.steps.get(gate_id.split("/")[1]) if gate_id.count("/") >= 3 else None
-    if step is not None and int(gate_id.rsplit("/", 1)[1]) <= step.gates:
-        raise AlreadyDecided(f"that gate of {step.id!r} is closed: its turn is over. Nothing was changed.")
+    place = gate_id.split("/")
+    earlier = state.steps.get("/".join(place[1:-2]))
+    if earlier is not None and place[-1] in map(str, range(1, earlier.gates + 1)):
+        raise AlreadyDecided(f"that gate of {earlier.id!r} is closed: its turn is over. Nothing was changed.")
     opened = ", ".join(state.gates) or "none"
     raise TransitionError(f"there is no gate {gate_id!r}. Open: {opened}.")
 
@@ -751,13 +789,19 @@ def check_decision(gate: Gate, decision: Decision) -> None:
     """Refuse an answer that does not fit the gate; the message says what would."""
     if decision.action not in gate.actions:
         can = ", ".join(gate.actions)
-        raise TransitionError(f"the {gate.kind} gate of {gate.step!r} cannot be answered with {decision.action!r}. Possible: {can}.")
+        raise TransitionError(
+            f"the {gate.kind} gate of {gate.step!r} cannot be answered with {decision.action!r}. Possible: {can}."
+        )
     if decision.action == "reject" and not (decision.feedback or "").strip():
-        raise TransitionError(f"say why {gate.step!r} is rejected: its agent gets your words, for instance 'name the tests'.")
+        raise TransitionError(
+            f"say why {gate.step!r} is rejected: its agent gets your words, for instance 'name the tests'."
+        )
     if decision.action == "answer" and not (decision.feedback or "").strip():
         raise TransitionError(f"the answer to {gate.step!r} is empty.")
     if decision.output is not None and (decision.action != "approve" or gate.kind not in EDITABLE):
-        raise TransitionError(f"an edited text goes with approve at {', '.join(EDITABLE)}, not with {decision.action} at {gate.kind}.")
+        raise TransitionError(
+            f"an edited text goes with approve at {', '.join(EDITABLE)}, not with {decision.action} at {gate.kind}."
+        )
     if decision.prompt is not None and decision.action != "retry":
         raise TransitionError("an edited prompt goes with retry.")
 
@@ -810,6 +854,7 @@ def _edited(state: RunState, step: StepState, decision: Decision, seq: int) -> A
     if decision.output is None:
         return last
     made = Attempt(state.texts, last.number + 1, last.iteration, engine=last.engine, edited=True)
+    made.started_at = made.ended_at = decision.at
     made.turns, made.answer, made.decision = list(last.turns), Ref(seq, "output"), decision
     made.verdict = last.verdict if last.verdict is None else Verdict.from_text(decision.output) or last.verdict
     made.session_id = last.session_id
@@ -905,14 +950,16 @@ _DECIDED: dict[tuple[GateKind, Action], _Effect] = {
 def _looped_back(state: RunState, event: LoopedBack) -> None:
     step = _met(state, event.module, event)
     target = state.step(event.to)
+    if target.index > step.index:
+        raise TransitionError(f"{step.id!r} cannot go back to {target.id!r}, which comes after it.")
     loop = state.loops.setdefault(step.id, Loop())
     loop.count += 1
     loop.active = True
     for inside in state.order[target.index : step.index + 1]:
         if isinstance(inside.step, Module) and inside is not step:
             state.loops[inside.id] = Loop()  # an inner loop begins anew
-        inside.status, inside.turn, inside.stale = "pending", 1, False
-        inside.redo, inside.due, inside.looped_by = None, None, None
+        _begin_again(inside, "pending")
+        inside.looped_by = None
         inside.iteration = event.iteration
     target.looped_by = step.id
     state.epoch += 1
@@ -925,14 +972,20 @@ def _rewound(state: RunState, event: Rewound) -> None:
     target = _met(state, event.to, event)
     if state.running:
         raise TransitionError(f"{', '.join(state.running)} is running; it is cut short first.")
-    for later in state.order[target.index + 1 : max(state.frontier, state.cursor + 1)]:
-        _close(state, later)
+    if target.status == "pending" and target.index > state.cursor:
+        raise TransitionError(f"step {target.id!r} has not run yet; {state.order[state.cursor].id!r} comes first.")
+    for later in state.order[target.index + 1 :]:
+        _close(state, later, reopen=True)
         if later.status not in ("finished", "skipped") or event.later:
-            later.status, later.turn, later.redo, later.due, later.stale = "pending", 1, None, None, False
+            _begin_again(later, "pending")
+        if isinstance(later.step, Module) and later.index - later.step.loop_steps > target.index:
+            state.loops.pop(later.id, None)  # its loop has not begun yet
+            for inside in state.order[later.index - later.step.loop_steps : later.index + 1]:
+                inside.iteration, inside.looped_by = 1, None
     _close(state, target)
-    target.status, target.turn, target.stale, target.due = "ready", 1, False, None
+    _begin_again(target, "ready")
     target.redo = Redo(answered=True)
-    state.cursor = target.index
+    state.cursor = min(state.cursor, target.index)
     state.epoch += 1
 
 
@@ -964,7 +1017,7 @@ def _settle(state: RunState, step: StepState, status: Literal["finished", "skipp
     step.due, step.redo, step.looped_by, step.resent = None, None, None, []
     if step.id in state.loops:
         state.loops[step.id] = Loop()
-    if step.index + 1 < state.frontier:
+    if step.index < state.frontier:
         state.epoch += 1
         for later in state.order[step.index + 1 : state.frontier]:
             if later.status in ("finished", "skipped"):
@@ -978,6 +1031,18 @@ def _settle(state: RunState, step: StepState, status: Literal["finished", "skipp
 def _advance(state: RunState) -> None:
     while state.cursor < len(state.order) and state.order[state.cursor].settled:
         state.cursor += 1
+
+
+def _begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
+    """The step runs anew, from its first prompt."""
+    step.status, step.turn, step.stale = status, 1, False
+    step.redo, step.due, step.retry_at = None, None, None
+
+
+def _next_attempt(step: StepState) -> int:
+    """The number of the attempt that the next turn belongs to: a chained prompt and a second try stay in theirs."""
+    same = step.status == "retrying" or (step.turn > 1 and step.redo is None and step.attempts)
+    return step.attempt if same else step.attempt + 1
 
 
 def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
@@ -1003,19 +1068,21 @@ def _append(state: RunState, item: Step | Separator) -> None:
         made = StepState(item, item.id, len(state.order))
         state.order.append(made)
         state.steps[item.id] = made
+        state.names.setdefault(item.id.replace("-", "_"), item.id)
 
 
 def _reindex(state: RunState) -> None:
     """After an insertion or a removal: the steps in order, each knowing its place."""
     known = {id(step.step): step for step in state.order}
     cursor = state.current
-    state.order = []
+    state.order, state.names = [], {}
     for item in state.items:
         if not isinstance(item, Separator):
             step = known.get(id(item)) or StepState(item, item.id, 0)
             step.index = len(state.order)
             state.order.append(step)
             state.steps[item.id] = step
+            state.names.setdefault(item.id.replace("-", "_"), item.id)
     settled = [step.index for step in state.order if step.status in ("finished", "skipped")]
     state.frontier = max(settled, default=-1) + 1
     if cursor is not None and cursor.id in state.steps:
@@ -1057,14 +1124,12 @@ def next_actions(state: RunState) -> list[StartTurn | Record]:
         return _end(state)
     step = state.current
     if step is None:
-        if state.running:
-            return []
         return [Record(RunFinished(status="completed"))]
     if step.status == "due":
         return [Record(_open(state, step, cast("Due", step.due)))]
     if step.status == "looping":
         return [Record(_loop_back(state, step))]
-    if step.status in ("running", "asking", "waiting") or state.paused:
+    if step.status == "waiting" or state.running or state.paused:
         return []
     if state.until_reached:
         return [Record(RunPaused(reason=f"as far as {state.until}"))]
@@ -1072,8 +1137,8 @@ def next_actions(state: RunState) -> list[StartTurn | Record]:
         reason = f"{step.id} was made before something it builds on changed."
         due = Due("stale", {"reason": reason}, (step.approved,) if step.approved is not None else (reason,))
         return [Record(_open(state, step, due))]
-    if step.status == "pending" and (reason := _skip_reason(state, step)):
-        return [Record(StepSkipped(step=step.id, path=step.path, reason=reason))]
+    if step.status == "pending" and (rule := _skip_reason(state, step)):
+        return [Record(StepSkipped(step=step.id, path=step.path, reason=rule))]
     return [_start(state, step)]
 
 
@@ -1142,11 +1207,10 @@ def _start(state: RunState, step: StepState) -> StartTurn | Record:
     if first and not asked and step.step.gate in ("before", "both") and state.pauses(step.step):
         return Record(_open(state, step, Due("start", {}, prompt + (context or ())), prompt, context))
     last = step.last
-    same = last is not None and (step.status == "retrying" or (step.turn > 1 and step.redo is None))
     keeps_session = last is not None and step.status != "pending"
     return StartTurn(
         step=step,
-        attempt=step.attempt if same else step.attempt + 1,
+        attempt=_next_attempt(step),
         turn=step.turn,
         prompt=prompt,
         context=context,

@@ -5,14 +5,15 @@ every other line is one turn or one decision, and says itself where in a run it 
 
     {"tape": 1, "run": "careful-builder-1", "workflow": "careful-builder"}
     {"path": "planner", "attempt": 1, "text": "1. Write it."}
-    {"gate": {"path": "planner", "attempt": 1, "kind": "review"}, "decision": {"action": "reject", "feedback": "Test it."}}
+    {"gate": {"path": "planner", "attempt": 1, "kind": "review"}, "decision": {"action": "reject", "feedback": "Test!"}}
     {"path": "planner", "attempt": 2, "prompt": {"sha256": "9f86…", "start": "Plan a todo CLI"},
      "events": [[310, 13], [640, 11]], "text": "1. Write it. 2. Test it.", "usage": {"input_tokens": 41,
      "output_tokens": 12}, "cost_usd": 0.0004, "duration_s": 0.7}
 
-(the last two are one line). A turn needs ``path``, ``attempt`` and ``text``; ``turn`` counts chained prompts. ``events``
-says how the text arrived, ``[ms since the start, characters]`` each, and never repeats it. Where nothing is said about the
-prompt, any will do. A reader takes a version that it knows and refuses every key that it does not, by name.
+(the last three are one line). A turn needs ``path``, ``attempt`` and ``text``; ``turn`` counts chained prompts.
+``events`` says how the text arrived, ``[ms since the start, characters]`` each, and never repeats it. Where nothing is
+said about the prompt, any will do. A reader takes the versions that it knows, and refuses by name every key that it
+does not.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ from .state import check_decision
 from .workflow import Verdict
 
 VERSION = 1
-_DAY_MS = 86_400_000
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Counted = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=0)]
+Millis = Annotated[int, Field(ge=0, le=86_400_000)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Header(Fact):
-    """The first line. ``run``: the name that a run from this tape goes by; ``recorded_at``: an ISO 8601 date, to read."""
+    """The first line. ``run``: what a run from this tape is called; ``recorded_at``: an ISO 8601 date, to read."""
 
     tape: Literal[1] = 1
     run: str | None = None
@@ -50,7 +52,7 @@ class Header(Fact):
 
 
 class Prompt(Fact):
-    """The prompt that a turn answered: its ``text``, or its ``sha256`` with the ``start`` that tells a reader which it was.
+    """The prompt that a turn answered: its ``text``, or its ``sha256`` with the ``start`` that tells which it was.
 
     On a tape a plain string will do: the prompt's text, or its digest.
     """
@@ -77,18 +79,18 @@ class Prompt(Fact):
         if not now.startswith(self.start):
             return _apart(self.start, now[: len(self.start)])
         rest = now[len(self.start) :]
-        return f"after {_short(self.start, end=True)!r}, of which the tape holds a digest only; there it says now {_short(rest)!r}"
+        return f"somewhere after {_short(self.start, end=True)!r} (the tape keeps no more of it), now {_short(rest)!r}"
 
 
 class TapedTurn(Fact):
-    """One turn as it was recorded. ``session_id`` only where the agent had a conversation that later turns continued."""
+    """One turn as it was recorded. ``session_id``: of the conversation that later turns continued, if there was one."""
 
     path: str
     attempt: Counted
     turn: Counted = 1
     prompt: Prompt | None = None
     session_id: str | None = None
-    events: list[tuple[Annotated[int, Field(ge=0, le=_DAY_MS)], Annotated[int, Field(ge=0)]]] = Field(default_factory=list)
+    events: list[tuple[Millis, Length]] = Field(default_factory=list)
     text: str
     output: Any = None
     verdict: Verdict | None = None
@@ -97,7 +99,7 @@ class TapedTurn(Fact):
     duration_s: Amount | None = None
 
     def pieces(self) -> list[tuple[float, str]]:
-        """The text as it arrived: seconds since the start, and a piece. All of the text, also when it was edited since."""
+        """The text as it arrived: seconds since the start, and a piece. All of it, also when it was edited since."""
         found: list[tuple[float, str]] = []
         start, at_ms = 0, 0
         for ms, length in self.events:
@@ -211,7 +213,7 @@ class Tape:
         return self.turns.get((path, attempt, turn))
 
     def nearest(self, path: str, attempt: int, turn: int = 1) -> TapedTurn | None:
-        """What stands in for a turn that was not recorded: the last one before it at that `path`, else the first after."""
+        """What stands in for a turn that is not there: the last one before it at that `path`, else the first after."""
 
         def closeness(taped: TapedTurn) -> tuple[bool, bool, int, int]:
             before = taped.attempt <= attempt
@@ -234,7 +236,7 @@ class Tape:
         found = next((line for line in lines if str(line.gate.ordinal) == ordinal), None)
         if found is None:
             free = [line for line in lines if line.gate.ordinal is None]
-            asked = self._asked.setdefault((place, gate.kind), [])
+            asked = self._asked.setdefault((place, gate.kind), []) if free else []
             if gate.id not in asked:
                 asked.append(gate.id)
             number = asked.index(gate.id)
@@ -295,7 +297,13 @@ def _check_answer(taped: TapedDecision) -> None:
     """Refuse now what would be refused when it is played."""
     place = taped.gate
     gate = Gate(
-        id="", kind=place.kind, step=place.path, path=place.path, attempt=place.attempt, digest="", actions=ACTIONS[place.kind]
+        id="",
+        kind=place.kind,
+        step=place.path,
+        path=place.path,
+        attempt=place.attempt,
+        digest="",
+        actions=ACTIONS[place.kind],
     )
     try:
         check_decision(gate, taped.decision)
@@ -312,7 +320,7 @@ def _short(text: str, *, end: bool = False) -> str:
 
 def _apart(then: str, now: str) -> str:
     """Both texts from a little before the first character in which they differ."""
-    same = len(os.path.commonprefix((then, now)))
+    same = next((n for n, (a, b) in enumerate(zip(then, now, strict=False)) if a != b), min(len(then), len(now)))
     start = max(0, same - 20)
     before = "…" if start else ""
     return f"recorded {before + _short(then[start:])!r}, now {before + _short(now[start:])!r}"

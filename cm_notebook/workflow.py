@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 AutonomousMode = Literal["never", "always"] | bool
 GatePlace = Literal["after", "before", "both"]
-NAME = r"[A-Za-z_][\w-]*"
+NAME = r"[A-Za-z_](?:\w|-(?!>))*"
 _NAME = re.compile(NAME)
+_MEANT = re.compile(r"""["']action["']\s*:""")
 RESERVED = ("previous", "feedback", "loop")
 """Template names with a meaning of their own; no step or input may take them."""
 
@@ -43,7 +44,8 @@ class Model(BaseModel):
 
 def _one_line(model: type[BaseModel], data: Mapping[str, Any], error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    first, *rest = problem["loc"] or ("",)
+    where = ".".join(str(part) for part in (first, *(part for part in rest if isinstance(part, int))))
     owner = data.get("id") or data.get("agent") or data.get("name")
     subject = f"{model.__name__.lower()} {owner!r}" if owner else model.__name__.lower()
     if problem["type"] == "extra_forbidden":
@@ -78,12 +80,16 @@ class Verdict(Model):
             if end < 0:
                 return None
             try:
-                value, _length = decoder.raw_decode(tail, end)
+                value, close = decoder.raw_decode(tail, end)
             except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict) and "action" in value:
+                if _MEANT.search(tail, close):
+                    return None  # a later one was meant, and cannot be read
                 try:
-                    return cls(**{key: value[key] for key in ("action", "reason", "score") if value.get(key) is not None})
+                    return cls(
+                        **{key: value[key] for key in ("action", "reason", "score") if value.get(key) is not None}
+                    )
                 except WorkflowError:
                     return None  # the last word was meant as a verdict and is malformed: never guess an earlier one
         return None
@@ -413,8 +419,11 @@ class Workflow(Model):
             raise WorkflowError("this is not a workflow: a JSON object with 'name' and 'steps' is expected.")
         given = {item.id: item for item in agents}
         merged: list[Agent] = []
-        for item in data.get("agents", []):
-            made = item if isinstance(item, Agent) else Agent(**item)
+        described = data.get("agents", [])
+        if not isinstance(described, list) or not all(isinstance(item, (Agent, Mapping)) for item in described):
+            raise WorkflowError(f"workflow {data['name']!r}: agents={described!r} is not a list of agents.")
+        for item in described:
+            made = item if isinstance(item, Agent) else Agent(**{"id": "", **item})
             if made.implementation and made.function is None:
                 if made.id not in given:
                     raise WorkflowError(
@@ -450,7 +459,9 @@ def check(workflow: Workflow) -> None:
         agents[defined.id] = defined
     for name in workflow.inputs:
         if name in RESERVED:
-            raise WorkflowError(f"input {name!r}: the name is taken ({', '.join(RESERVED)} have a meaning of their own).")
+            raise WorkflowError(
+                f"input {name!r}: the name is taken ({', '.join(RESERVED)} have a meaning of their own)."
+            )
     executable: list[Step] = []
     for number, item in enumerate(workflow.steps, 1):
         if isinstance(item, Separator):
@@ -513,10 +524,12 @@ def as_step(number: int, item: Any) -> AnyStep:
     if isinstance(item, Mapping):
         kinds: dict[Any, type[AnyStep]] = {"step": Step, "module": Module, "separator": Separator}
         kind = item.get("kind", "step")
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise WorkflowError(f"step {number}: kind={kind!r} is not known. {did_you_mean(str(kind), kinds, 'Kinds')}")
         return kinds[kind](**cast("dict[str, Any]", item))
-    raise WorkflowError(f"step {number}: {item!r} is not a step. Use cm.step(…), cm.module(…), cm.separator(…) or a name.")
+    raise WorkflowError(
+        f"step {number}: {item!r} is not a step. Use cm.step(…), cm.module(…), cm.separator(…) or a name."
+    )
 
 
 def step_data(item: AnyStep) -> dict[str, Any]:
@@ -565,7 +578,7 @@ def _arrow_step(found: re.Match[str], start: int) -> AnyStep:
         return Step(agent=found["name"], interactive=interactive)
     options: dict[str, Any] = {}
     names = {"loop": "loop_steps", "max": "loop_max_iterations", "skip": "loop_skip"}
-    for part in filter(None, (piece.strip() for piece in found["options"].split(","))):
+    for part in filter(None, (" ".join(piece.split()) for piece in found["options"].split(","))):
         key, _, value = part.partition(" ")
         if key not in names:
             raise WorkflowError(
@@ -573,8 +586,10 @@ def _arrow_step(found: re.Match[str], start: int) -> AnyStep:
             )
         if key == "skip":
             options["loop_skip"] = value.split()
-        elif value.strip().isdigit():
+        elif re.fullmatch("[0-9]{1,9}", value):
             options[names[key]] = int(value)
         else:
-            raise WorkflowError(f"steps, column {start + 1}: {found['name']}({part}): a number is expected after {key!r}.")
+            raise WorkflowError(
+                f"steps, column {start + 1}: {found['name']}({part}): a number is expected after {key!r}."
+            )
     return Module(agent=found["name"], interactive=interactive, **options)

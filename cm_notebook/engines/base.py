@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import EngineNotFound, did_you_mean
@@ -61,7 +62,7 @@ class AgentRequest:
     feedback: str | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     outputs: Mapping[str, str] = field(default_factory=dict)
-    workspace: str = "."
+    workspace: Path = Path()
     timeout_s: float | None = None
     ask_human: Callable[[str], Awaitable[str]] | None = None
 
@@ -92,8 +93,8 @@ class UsageReported:
 class TurnDone:
     """The whole answer. Every stream ends with exactly one.
 
-    ``output``: a validated value (JSON-ready) when the agent gave one. ``verdict``: when the agent gave one apart from its
-    text; an engine whose agents only write leaves ``None``, and the run reads a module's text (``Verdict.from_text``).
+    ``output``: a validated value (JSON-ready) when the agent gave one. ``verdict``: when the agent gave one apart from
+    its text; engines whose agents only write leave ``None``, and the run reads a module's text (``Verdict.from_text``).
     ``duration_s``: only when it was not measured now (a tape). ``note``: one line that the view says beside the answer.
     """
 

@@ -1,15 +1,16 @@
 """Python functions as agents: what a function is told, and how it runs.
 
-Strategy: the function gets a ``Turn`` and works beside the stream, an async one on the loop, a sync one in a daemon thread
-of its own. A ``_Line`` joins the two: what the function emits, in whatever thread, waits in one buffer, and the loop is
-woken once per batch. When the turn is over before the function is, an async function is cancelled; a thread cannot be, so
-it is let go: whatever it next asks of its ``Turn`` raises ``_TurnOver``, and a thread that asks nothing delays nobody.
+Strategy: the function gets a ``Turn`` and works beside the stream, an async one on the loop, a sync one in a daemon
+thread of its own. A ``_Line`` joins the two: what the function emits, in whatever thread, waits in one buffer, and the
+loop is woken once per batch. When the turn is over before the function is, an async function is cancelled. A thread
+cannot be, so it is let go: what it next asks of its ``Turn`` raises ``_TurnOver``; one that asks nothing delays nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
 import inspect
 import threading
@@ -93,13 +94,13 @@ class Turn:
 class _Line:
     """Joins a function to the stream that the run reads: text one way, answers the other."""
 
-    __slots__ = ("ask", "asked", "loop", "news", "open", "pieces", "thread", "woken")
+    __slots__ = ("ask", "asked", "loop", "open", "pieces", "thread", "waiter", "woken")
 
     def __init__(self, ask: Callable[[str], Awaitable[str]] | None) -> None:
         self.ask = ask
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
-        self.news = asyncio.Event()
+        self.waiter: asyncio.Future[None] | None = None
         self.open = True
         self.woken = False
         self.pieces: list[str] = []
@@ -118,23 +119,32 @@ class _Line:
             return  # whoever takes the batch clears the flag first, so this piece is in it
         self.woken = True
         if threading.get_ident() == self.thread:
-            self.news.set()
+            self.wake()
         else:
-            self.loop.call_soon_threadsafe(self.news.set)
+            self.loop.call_soon_threadsafe(self.wake)
 
     def take(self) -> str:
         """All that was handed over since the last time."""
         self.woken = False
-        self.news.clear()
         batch = self.pieces[:]
         del self.pieces[: len(batch)]  # not a new list: another thread may be about to append to this one
         return "".join(batch)
+
+    async def news(self) -> None:
+        """Wait for the next :meth:`wake`. On the loop, as that is, so none is missed between looking and waiting."""
+        self.waiter = self.loop.create_future()
+        await self.waiter
+
+    def wake(self, _ended: object = None) -> None:
+        """There is something to take, or the function has ended."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
 
     def ask_and_wait(self, question: str) -> str:
         """Ask from another thread, and block it until the answer is there or the turn is over."""
 
         async def put() -> str:
-            assert self.ask is not None  # noqa: S101 - checked by Turn
+            assert self.ask is not None  # checked by Turn
             return await self.ask(question)
 
         answer = asyncio.run_coroutine_threadsafe(put(), self.loop)
@@ -170,8 +180,8 @@ class FunctionEngine:
 
         Raises
         ------
-        EngineError            The function raised; ``detail`` is its traceback. An ``EngineError`` of its own passes as it
-                               is, so that ``EngineRateLimited`` is tried again.
+        EngineError            The function raised; ``detail`` is its traceback. An ``EngineError`` of its own passes as
+                               it is, so that ``EngineRateLimited`` is tried again.
         EngineProtocolError    It returned something else than ``str``, ``Verdict`` or a pydantic model.
         """
         function = request.agent.function
@@ -183,15 +193,15 @@ class FunctionEngine:
             )
         line = _Line(request.ask_human)
         task = line.loop.create_task(_call(function, _turn(request, line)))
-        task.add_done_callback(lambda _: line.news.set())
+        task.add_done_callback(line.wake)
         try:
             while True:
                 if text := line.take():
-                    yield Delta(_plain(text))
+                    yield Delta(text)
                 elif task.done():
                     break
                 else:
-                    await line.news.wait()
+                    await line.news()
         finally:
             line.close()
             if not task.done():
@@ -215,7 +225,7 @@ def _turn(request: AgentRequest, line: _Line) -> Turn:
         iteration=request.iteration,
         inputs=request.inputs,
         outputs=request.outputs,
-        workspace=Path(request.workspace),
+        workspace=request.workspace,
         _line=line,
     )
 
@@ -251,10 +261,8 @@ async def _in_thread(function: Callable[[Turn], Any], turn: Turn) -> tuple[Any, 
             value = context.run(function, turn)
         except BaseException as error:
             failure = error
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the turn was over long ago
             loop.call_soon_threadsafe(settle, value, failure)
-        except RuntimeError:
-            pass  # the loop is closed: the turn was over long ago
 
     threading.Thread(target=work, name=f"cm {turn.path}", daemon=True).start()
     return await ended
@@ -262,9 +270,9 @@ async def _in_thread(function: Callable[[Turn], Any], turn: Turn) -> tuple[Any, 
 
 def _done(request: AgentRequest, value: Any) -> TurnDone:
     if isinstance(value, str):
-        return TurnDone(_plain(str(value)))
+        return TurnDone(str(value))
     if isinstance(value, Verdict):
-        return TurnDone(_plain(value.reason), verdict=value)
+        return TurnDone(value.reason, verdict=value)
     name = request.agent.id
     right = "A function agent returns str, cm.Verdict or a pydantic model"
     if isinstance(value, BaseModel):
@@ -272,16 +280,14 @@ def _done(request: AgentRequest, value: Any) -> TurnDone:
             return TurnDone(value.model_dump_json(indent=2), output=value.model_dump(mode="json"))
         except ValueError as error:
             problem = f"agent {name!r} returned a {type(value).__name__} that cannot be written as JSON: {error}"
-            raise EngineProtocolError(_plain(problem), **_where(request)) from error
+            raise EngineProtocolError(problem, **_where(request)) from error
     if value is None:
-        said, hint = "None", "; is a return missing at its end?"
+        said, hint = "None", "; a return is missing at its end."
     elif inspect.isgenerator(value) or inspect.isasyncgen(value):
         said, hint = "a generator", "; to stream, call turn.emit(text) and return the whole text."
     else:
         said, hint = type(value).__name__, "; make it text with str(…) or json.dumps(…)."
-    raise EngineProtocolError(
-        f"agent {name!r} returned {said}. {right}{hint}", line=_plain(repr(value)[:500]), **_where(request)
-    )
+    raise EngineProtocolError(f"agent {name!r} returned {said}. {right}{hint}", **_where(request))
 
 
 def _translated(request: AgentRequest, error: BaseException) -> BaseException:
@@ -302,15 +308,10 @@ def _translated(request: AgentRequest, error: BaseException) -> BaseException:
         said = ""
     problem = f"agent {request.agent.id!r} raised {type(error).__name__}" + (f": {said[:500]}" if said else "")
     detail = "".join(traceback.format_exception(type(error), error, frames))
-    made = EngineError(_plain(problem), detail=_plain(detail), **_where(request))
+    made = EngineError(problem, detail=detail, **_where(request))
     made.__cause__ = error
     return made
 
 
 def _where(request: AgentRequest) -> dict[str, Any]:
     return {"engine": FunctionEngine.name, "step": request.step, "attempt": request.attempt}
-
-
-def _plain(text: str) -> str:
-    """`text` that can be written as UTF-8: undecodable bytes of a child's output come as lone surrogates."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

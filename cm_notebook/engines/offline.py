@@ -1,8 +1,9 @@
 """The engine that calls nobody: it plays a tape, or shows the prompt that would have been sent.
 
-Strategy: one answer, two audiences. Where nobody is there (``strict``) a tape is a test: a turn that it does not hold, or
-holds for another prompt, ends the run with ``ReplayMismatch``. Where a person decides, their words may lead anywhere: the
-nearest recorded answer is given, and a note says that no model has read them. Nothing is invented, no session, no usage.
+Strategy: one answer, two audiences. Where nobody is there (``strict``) a tape is a test: a turn that it does not hold,
+or holds for another prompt, ends the run with ``ReplayMismatch``. Where a person decides, their words may lead
+anywhere: the nearest recorded answer is given, and a note says that no model has read them. Nothing is invented,
+neither session nor usage.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .scripted import words
 
 NOT_CALLED = "offline: no model was called"
 BESIDE = "recorded answer: your words reached no model"
-PAST_END = "past the end of the tape, the last recorded answer again: your words reached no model"
+REPEATED = "recorded answer again, as the tape has none for this attempt: your words reached no model"
 
 _WORD_S = 0.02
 _TICK_S = 0.01
@@ -63,13 +64,16 @@ class OfflineEngine:
             return
         if taped.session_id is not None:
             yield SessionStarted(taped.session_id)
-        async for delta in self._paced(taped):
-            yield delta
+        clock = asyncio.get_running_loop().time
+        start = clock()
+        for due_s, piece in self._paced(taped):
+            wait_s = start + due_s - clock()
+            if wait_s > _TICK_S:
+                await asyncio.sleep(wait_s)
+            yield Delta(piece)
         if taped.usage is not None or taped.cost_usd is not None:
             yield UsageReported(taped.usage or Usage(), taped.cost_usd)
-        yield TurnDone(
-            taped.text, output=taped.output, verdict=taped.verdict, duration_s=taped.duration_s, note=note
-        )
+        yield TurnDone(taped.text, output=taped.output, verdict=taped.verdict, duration_s=taped.duration_s, note=note)
 
     def _found(self, request: AgentRequest) -> tuple[TapedTurn | None, str | None]:
         """The recorded turn to play, and what is to be said beside it."""
@@ -81,13 +85,14 @@ class OfflineEngine:
             if self.strict:
                 raise ReplayMismatch(self._missing(request))
             taped = self.tape.nearest(*where)
-            return taped, NOT_CALLED if taped is None else PAST_END
+            return taped, NOT_CALLED if taped is None else REPEATED
         difference = taped.prompt.difference(request.prompt) if taped.prompt is not None else None
         if difference is None:
             return taped, None
         if self.strict:
             raise ReplayMismatch(
-                f'The tape has no answer for "{request.path}" with this prompt; it changed here: {difference}. {self._again()}'
+                f'The tape has no answer for "{request.path}" with this prompt; it changed here: {difference}. '
+                + self._again()
             )
         return taped, BESIDE
 
@@ -102,22 +107,16 @@ class OfflineEngine:
         source = self.tape.source if self.tape is not None else "FILE"
         return f"`%cm run --record {source}` records again; this calls a model."
 
-    async def _paced(self, taped: TapedTurn) -> AsyncIterator[Delta]:
-        """The text as it was streamed, in at most `delay` seconds."""
+    def _paced(self, taped: TapedTurn) -> list[tuple[float, str]]:
+        """The text as it was streamed, in at most `delay` seconds: when each piece is due, and the piece."""
         if self.delay <= 0:
-            if taped.text:
-                yield Delta(taped.text)
-            return
-        pieces = taped.pieces() if taped.events else [(n * _WORD_S, word) for n, word in enumerate(words(taped.text), 1)]
+            return [(0.0, taped.text)] if taped.text else []
+        pieces = taped.pieces()
+        if not taped.events:
+            pieces = [(number * _WORD_S, word) for number, word in enumerate(words(taped.text), 1)]
         total_s = pieces[-1][0] if pieces else 0.0
         pace = min(1.0, self.delay / total_s) if total_s else 0.0
-        clock = asyncio.get_running_loop().time
-        start = clock()
-        for at_s, piece in pieces:
-            wait_s = start + at_s * pace - clock()
-            if wait_s > _TICK_S:
-                await asyncio.sleep(wait_s)
-            yield Delta(piece)
+        return [(at_s * pace, piece) for at_s, piece in pieces]
 
 
 def unsent(request: AgentRequest) -> str:

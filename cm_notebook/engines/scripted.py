@@ -56,7 +56,7 @@ class Reply:
         if not self.text:
             object.__setattr__(self, "text", whole)
         elif self.deltas is not None and whole != self.text:
-            raise WorkflowError(f"reply {self.text[:40]!r}: its deltas add up to {whole[:40]!r}. Leave one of them out.")
+            raise WorkflowError(f"reply {self.text[:40]!r}: its deltas make {whole[:40]!r}. Leave one of them out.")
         if self.delay_s < 0:
             raise WorkflowError(f"reply {self.text[:40]!r}: delay_s={self.delay_s!r} is negative.")
 
@@ -72,7 +72,8 @@ class ScriptedEngine:
     Notes
     -----
     Turns are counted per agent, over all its steps, attempts, chained prompts and automatic retries, across a resume; a
-    turn that was cut short gets the same reply again. Outside a run (``ordinal`` is 0) the engine counts by the same rule.
+    turn that was cut short gets the same reply again. Where the request does not say which turn it is (``ordinal`` is
+    0, outside a run), the engine counts by the same rule.
 
     Examples
     --------

@@ -9,8 +9,8 @@ style sheet, script or class; the graph is an ``<img>``. It does not know the th
 backgrounds are translucent, and the colours of states are borders and marks that reach 3 : 1 on white and on #111. A
 state is always a word too. One element a line, so that a diff of a notebook is readable.
 
-Texts of agents pass through ``markdown.to_html`` or ``_esc``, nothing else. A step shows ``STEP_LIMIT`` bytes of text, a
-run ``RUN_LIMIT`` bytes of HTML; what is left out is said, with the command that shows it.
+Texts of agents pass through ``markdown.to_html`` or ``_esc``, nothing else. A step shows ``STEP_LIMIT`` bytes of text,
+a run ``RUN_LIMIT`` bytes of HTML; what is left out is said, with the command that shows it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ..errors import TransitionError
 from ..events import Gate
 from ..state import Attempt, RunState, StepState
 from ..workflow import Separator
-from . import diff, svg, text
+from . import diff, svg
+from . import text as say
 from .markdown import clean, clip, to_html
 from .text import Look, Tone, look, one_line
 
@@ -77,11 +78,9 @@ def inline(text: str) -> str:
 def pill(seen: Look) -> str:
     """A state: its word in a mark of its colour; filled when it wants attention."""
     colour = COLOURS[seen.tone]
-    look = f"background:{colour};color:#fff" if seen.tone in ("waiting", "running", "failed") else ""
-    return (
-        f'<span style="border:1px solid {colour};border-radius:10px;padding:0 8px;font-size:12px;white-space:nowrap'
-        f'{";" + look if look else ""}">{_esc(seen.word)}</span>'
-    )
+    filled = f";background:{colour};color:#fff" if seen.tone in ("waiting", "running", "failed") else ""
+    style = f"border:1px solid {colour};border-radius:10px;padding:0 8px;font-size:12px;white-space:nowrap{filled}"
+    return f'<span style="{style}">{_esc(seen.word)}</span>'
 
 
 def faint(*words: str) -> str:
@@ -111,16 +110,16 @@ def _shown(text: str, limit: int, more: str, *, plain: bool = False) -> str:
     cut = clip(text, limit)
     made = [_pre(cut.head) if plain else to_html(cut.head)]
     if cut.tail:
-        said = f"{cut.omitted_chars:,} characters left out. Show all {_size(cut.total_bytes)}: `{more}`"
-        made += [_line(said, f"border-left:3px solid {RULE};padding:0 0 0 8px"), _pre(cut.tail) if plain else to_html(cut.tail)]
+        said = f"{cut.omitted_chars:,} characters left out. Show all {say.size(cut.total_bytes)}: `{more}`"
+        made += [
+            _line(said, f"border-left:3px solid {RULE};padding:0 0 0 8px"),
+            _pre(cut.tail) if plain else to_html(cut.tail),
+        ]
     return "".join(made)
 
 
 def _pre(text: str) -> str:
     return f'<pre style="{_PRE}">\n{_esc(text)}</pre>\n'  # a browser drops the first newline
-
-
-_size = text.size
 
 
 # -- a step -----------------------------------------------------------------------------------------------------------
@@ -194,27 +193,36 @@ def _frame_card(step: StepState, parts: Parts, open: bool | None, live: bool = F
 
 
 def _summary(state: RunState, step: StepState, seen: Look, now: float | None) -> str:
-    words = text.total(state, step.attempts, now).words()
+    words = say.total(state, step.attempts, now).words()
     if len(step.attempts) > 1:
         words.append(f"{len(step.attempts)} attempts")
     if step.iteration > 1:
         words.append(f"pass {step.iteration}")
     if step.status == "retrying" and state.ended is None:
-        words.append(text.retry_words(state, step, now))
-    words += [text.waits_for(state, step), one_line(step.note or "", 120)]
-    return f"<b>{_esc(step.id)}</b> {pill(seen)} {faint(*words)}"
+        words.append(say.retry_words(state, step, now))
+    words += [say.waits_for(state, step), one_line(step.note or "", 120)]
+    told = one_line(say.story(state, step), 400) if step.settled else ""
+    line = ""
+    if told and len(step.attempts) > 1:
+        line = f'\n<span style="display:block;{_SMALL}">{inline(_capital(told))}</span>'
+    elif told:
+        words.append(told)
+    return f"<b>{_esc(step.id)}</b> {pill(seen)} {faint(*words)}{line}"
 
 
 def _body(state: RunState, step: StepState, limit: int) -> str:
     parts = []
     if step.stale:
-        parts.append(_line(f"Stale: {text.stale_words(state, step)}. Run from here: `%cm rewind {step.id}`"))
-    if loop := text.loop_words(step):
+        again = f" Run from here: `%cm rewind {step.id}`" if step.gate is None else ""
+        parts.append(_line(f"Stale: {say.stale_words(state, step)}.{again}"))
+    if loop := say.loop_words(step):
         parts.append(_line(f"Passes: {loop}"))
     parts += _earlier(state, step, limit)
     if step.last is not None:
         parts += _last(state, step, step.last, limit)
-    parts += [_line(f"Asked: {text.quoted(asked, 400)} Answered: {text.quoted(given, 400)}") for asked, given in step.answers]
+    parts += [
+        _line(f"Asked: {say.quoted(asked, 400)} Answered: {say.quoted(given, 400)}") for asked, given in step.answers
+    ]
     if step.gate is not None and step.gate.kind == "question":
         parts.append(_quote(to_html(str(step.gate.payload.get("question", ""))[:8000]), "waiting"))
     if step.gate is not None and step.gate.kind == "start" and step.redo is not None:
@@ -233,7 +241,7 @@ def _earlier(state: RunState, step: StepState, limit: int) -> list[str]:
     each = min(OLD_LIMIT, max(limit // 4 // ATTEMPTS_SHOWN, 400)) if limit < STEP_LIMIT else OLD_LIMIT
     for attempt in before[-ATTEMPTS_SHOWN:]:
         more = f"%cm show {step.id} --attempt {attempt.number} --full"
-        ended = text.outcome(state, attempt)
+        ended = say.outcome(state, step, attempt)
         body = _shown(attempt.text, each, more) if attempt.text else ""
         body = body + _errors(attempt) or _line("It gave no output.")
         parts.append(_fold(f"Attempt {attempt.number}{': ' + ended if ended else ''}", body))
@@ -248,19 +256,21 @@ def _last(state: RunState, step: StepState, attempt: Attempt, limit: int) -> lis
         parts.append(_line(f"Attempt {attempt.number}{', edited' if attempt.edited else ''}:"))
     if attempt.text:
         parts.append(_shown(attempt.text, limit, f"%cm show {step.id} --full"))
-    elif step.status in ("running", "asking"):
+    elif step.status == "asking":
+        parts.append(_line("It waits for your answer."))
+    elif step.status == "running":
         parts.append(_line("It is at work; nothing to show yet."))
     elif attempt.answer is not None:
         parts.append(_line("It finished without output."))
     if attempt.note:
         parts.append(_quote(_line(_capital(one_line(attempt.note, 300)), ""), "waiting"))
     parts.append(_errors(attempt))
-    ended = text.outcome(state, attempt)
+    ended = say.outcome(state, step, attempt)
     if ended and not (attempt.error is not None and attempt.decision is None and attempt.answer is None):
         parts.append(_line(_capital(ended) + ("" if ended[-1] in ".”" else ".")))
     previous = next((other for other in reversed(step.attempts[:-1]) if other.text), None)
     if previous is not None and attempt.text:
-        changed = _bounded_diff(previous, attempt, limit)
+        changed = _bounded_diff(step, previous, attempt, limit)
         parts.append(_fold(f"What changed since attempt {previous.number}", changed))
     if prompt := attempt.prompt:
         shown = _shown(prompt, min(PROMPT_LIMIT, limit), f"%cm show {step.id} --full", plain=True)
@@ -269,9 +279,9 @@ def _last(state: RunState, step: StepState, attempt: Attempt, limit: int) -> lis
     return parts
 
 
-def _bounded_diff(old: Attempt, new: Attempt, limit: int) -> str:
+def _bounded_diff(step: StepState, old: Attempt, new: Attempt, limit: int) -> str:
     if len(old.text) + len(new.text) > 2 * limit:
-        return _line(f"Too long to show here: `%cm diff … {old.number} {new.number}`")
+        return _line(f"Too long to show here: `%cm diff {step.id} {old.number} {new.number}`")
     return diff.between(old.text, new.text)
 
 
@@ -283,7 +293,7 @@ def _errors(attempt: Attempt) -> str:
     """What went wrong, the newest last; more to read is folded."""
     parts = []
     for error in attempt.errors[-5:]:
-        inner = f'<div><b>{_esc(one_line(error.kind, 60))}</b>: {_esc(one_line(error.message, 600))}</div>\n'
+        inner = f"<div><b>{_esc(one_line(error.kind, 60))}</b>: {_esc(one_line(error.message, 600))}</div>\n"
         if error.detail:
             inner += _fold("Details", _shown(error.detail, 8_000, "%cm show … --full", plain=True))
         parts.append(_quote(inner, "failed"))
@@ -301,50 +311,63 @@ def gate_bar(state: RunState, gate: Gate, *, again: bool = True) -> str:
     again
         Whether running the cell again brings the buttons back: not in the answer of ``%cm show``.
     """
-    first, _, rest = text.gate_sentence(state, gate).partition(". ")
-    whole = f"<b>{inline(first + ('.' if rest else ''))}</b> {inline(rest)}" if rest else f"<b>{inline(first)}</b>"
-    answers = " ".join(f'<code style="{_CODE};white-space:nowrap">{_esc(way.magic)}</code>' for way in text.ways(state, gate))
-    lead = "Run this cell again to decide, or use one of:" if again else "To decide:"
+    lead = "Run this cell again to decide, or:" if again else "To decide:"
+    answers = "\n".join(_way(way) for way in say.ways(state, gate))
     return (
         f'<div style="border-top:1px solid {RULE};margin:10px 0 0;padding:8px 0 0">\n'
-        f"<div>{whole}</div>\n"
-        f'<div style="font-size:12px;margin:4px 0 0">{lead} {answers}</div>\n'
+        f"<div>{sentence_html(state, gate)}</div>\n"
+        f'<div style="font-size:12px;margin:4px 0 0">{lead}\n{answers}</div>\n'
         "</div>\n"
     )
+
+
+def sentence_html(state: RunState, gate: Gate) -> str:
+    """The gate's sentence, its step in bold."""
+    said = say.gate_sentence(state, gate)
+    rest = said.removeprefix(gate.step)
+    return f"<b>{_esc(gate.step)}</b>{inline(rest)}" if rest != said else inline(said)
+
+
+def _way(way: say.Way) -> str:
+    plain = way.label.rstrip("…").lower() == way.action
+    label = "" if plain else f"{_esc(way.label.rstrip('…'))} "
+    magic = f'<code style="{_CODE}">{_esc(way.magic)}</code>'
+    return f'<span style="white-space:nowrap;margin:0 8px 0 0">{label}{magic}</span>'
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 
 def header_words(state: RunState, now: float | None = None) -> str:
-    """What it took, and its mode: the part of the header that changes while it runs."""
+    """What it took, its mode and id: the part of the header that changes while it runs."""
     mode = f"mode: {state.mode}" + (" (locked)" if state.locked is not None else "")
-    return faint(*text.run_total(state, now).words(), mode)
+    run = "" if state.recorded is not None or not state.run_id else f"run `{one_line(state.run_id, 60)}`"
+    return faint(*say.run_total(state, now).words(), mode, run)
 
 
 def header(state: RunState, now: float | None = None) -> str:
     """Name and state of the run, what it took, and where its answers came from."""
     name = _esc(one_line(state.name, 80))
-    run = "" if state.recorded is not None or not state.run_id else f"run `{one_line(state.run_id, 60)}`"
-    lines = [
-        f'<div style="margin:0 0 6px"><b style="font-size:15px">{name}</b> {pill(text.run_look(state))} '
+    made = (
+        f'<div style="margin:0 0 6px"><b style="font-size:15px">{name}</b> {pill(say.run_look(state))} '
         f"{header_words(state, now)}</div>\n"
-    ]
-    if said := " · ".join(filter(None, (_capital(text.source(state)), run, _resumed(state)))):
-        lines.append(_line(said, f"{_SMALL};margin:0 0 6px"))
-    return "".join(lines)
+    )
+    said = " · ".join(filter(None, (_capital(say.source(state)), _resumed(state))))
+    return made + (f'<div style="{_SMALL};margin:0 0 6px">{inline(said)}</div>\n' if said else "")
 
 
 def _resumed(state: RunState) -> str:
     if not state.resumed:
         return ""
     last = state.resumed[-1]
-    at = f", {text.clock(last.at)}" if last.at and state.recorded is None else ""
+    at = f", {say.clock(last.at)}" if last.at and state.recorded is None else ""
     reason = f" ({one_line(last.reason, 120)})" if last.reason else ""
     return f"Resumed by {one_line(last.by, 60)}{at}{reason}"
 
 
-def run_html(state: RunState, steps: Sequence[str] | None = None, *, now: float | None = None, full: bool = False) -> str:
+def run_html(
+    state: RunState, steps: Sequence[str] | None = None, *, now: float | None = None, full: bool = False
+) -> str:
     """The run, or some of its steps, as it is saved in a notebook.
 
     Parameters
@@ -371,11 +394,11 @@ def run_html(state: RunState, steps: Sequence[str] | None = None, *, now: float 
     else:
         parts = [cards]
         ids = {step.id for step in chosen}
-        held = any(text.waits_for(state, step) for step in chosen)
+        held = any(say.waits_for(state, step) for step in chosen)
         gates = [gate for gate in state.gates.values() if gate.step in ids or held]
     parts += [gate_bar(state, gate) for gate in gates]
     if steps is None and not gates:
-        parts.append(_line(text.sentence(state, now), f"margin:8px 0 0;{_FAINT}"))
+        parts.append(_line(say.sentence(state, now), f"margin:8px 0 0;{_FAINT}"))
     if steps is not None:
         parts.append(_line(_place_words(state, chosen)))
     return f'<div style="{FRAME}">\n{"".join(parts)}</div>\n'
@@ -383,11 +406,13 @@ def run_html(state: RunState, steps: Sequence[str] | None = None, *, now: float 
 
 def _place_words(state: RunState, chosen: Sequence[StepState]) -> str:
     places = ", ".join(str(step.index + 1) for step in chosen)
-    said = [f"Step {places} of {len(state.order)} in {one_line(state.name, 80)}", text.source(state)]
+    said = [f"Step {places} of {len(state.order)} in {one_line(state.name, 80)}", say.source(state)]
     return " · ".join(filter(None, said))
 
 
-def _cards(state: RunState, chosen: Sequence[StepState], now: float | None, limit: int, full: bool, *, fold: bool) -> str:
+def _cards(
+    state: RunState, chosen: Sequence[StepState], now: float | None, limit: int, full: bool, *, fold: bool
+) -> str:
     """The cards in order, with the separators between them; many alike become one line."""
     focus = _focus(state, chosen)
     parts: list[str] = []
@@ -447,17 +472,18 @@ def _folded(state: RunState, group: list[StepState], now: float | None, limit: i
     style = f"border-left:3px solid {COLOURS[tone]};padding:1px 0 1px 10px;margin:6px 0"
     if tone == "pending":
         names = f"{group[0].id} to {group[-1].id}" if len(group) > 4 else ", ".join(step.id for step in group)
-        waits = text.waits_for(state, group[0])
+        waits = say.waits_for(state, group[0])
         return f'<div style="{style}">{pill(Look(f"{len(group)} pending", tone))} {faint(names, waits)}</div>\n'
     skipped = sum(step.status == "skipped" for step in group)
-    words = [*text.total(state, (attempt for step in group for attempt in step.attempts)).words()]
+    words = [*say.total(state, (attempt for step in group for attempt in step.attempts)).words()]
     again = [f"{step.id} took {len(step.attempts)} attempts" for step in group if len(step.attempts) > 1]
     words += [f"{skipped} skipped"] if skipped else []
     words += again if len(again) <= 3 else [f"{len(again)} took several attempts"]
+    mark = pill(Look(f"{len(group) - skipped} done", tone))
     inner = "".join(card(state, step, open=False, now=now, limit=limit, full=full) for step in group)
     return (
         f'<details style="{style}">\n'
-        f'<summary style="cursor:pointer">{pill(Look(f"{len(group) - skipped} done", tone))} {faint(*words)}</summary>\n'
+        f'<summary style="cursor:pointer">{mark} {faint(*words)}</summary>\n'
         f"{inner}</details>\n"
     )
 
@@ -467,7 +493,7 @@ def _folded(state: RunState, group: list[StepState], now: float | None, limit: i
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Cells are HTML already."""
-    lines = [f'<table style="border-collapse:collapse;font-size:13px;margin:4px 0">\n<thead>\n<tr>']
+    lines = ['<table style="border-collapse:collapse;font-size:13px;margin:4px 0">\n<thead>\n<tr>']
     for number, cell in enumerate(head):
         lines.append(f'<th scope="col" style="{_CELL};text-align:{"right" if number in right else "left"}">{cell}</th>')
     lines.append("</tr>\n</thead>\n<tbody>")
@@ -482,12 +508,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[i
 def status_html(state: RunState, now: float | None = None) -> str:
     """States, times, tokens and costs as one table."""
     rows = []
-    looks = [*(look(state, step) for step in state.order), text.run_look(state)]
-    for cells, seen in zip(text.status_rows(state, now), looks, strict=True):
+    looks = [*(look(state, step) for step in state.order), say.run_look(state)]
+    for cells, seen in zip(say.status_rows(state, now), looks, strict=True):
         rows.append([f"<b>{_esc(cells[0])}</b>", pill(seen), *(_esc(cell) for cell in cells[2:])])
-    said = _line(" · ".join(filter(None, (text.source(state), text.sentence(state, now)))))
-    name = f'<div><b>{_esc(one_line(state.name, 80))}</b></div>\n'
-    return f"<div>\n{name}{_table(text.STATUS_COLUMNS, rows, right=(2, 3, 4, 5))}{said}</div>\n"
+    said = _line(" · ".join(filter(None, (say.source(state), say.sentence(state, now)))))
+    name = f"<div><b>{_esc(one_line(state.name, 80))}</b></div>\n"
+    return f"<div>\n{name}{_table(say.STATUS_COLUMNS, rows, right=(2, 3, 4, 5))}{said}</div>\n"
 
 
 def find_attempt(step: StepState, number: int | None) -> Attempt:
@@ -514,7 +540,7 @@ def diff_html(state: RunState, step: StepState, a: int = -2, b: int = -1) -> str
     """What changed in a step's output from attempt `a` to attempt `b` (numbers, or negative from the end)."""
     old, new = find_attempt(step, a), find_attempt(step, b)
     head = f"<div><b>{_esc(step.id)}</b> {faint(f'attempt {old.number} to attempt {new.number}')}</div>\n"
-    said = text.outcome(state, old)
+    said = say.outcome(state, step, old)
     why = _line(f"Attempt {old.number}: {said}") if said else ""
     return f'<div style="{FRAME}">\n{head}{why}{diff.between(old.text, new.text)}</div>\n'
 
@@ -528,7 +554,11 @@ def show_html(state: RunState, step: StepState, attempt: int | None = None, full
             body += gate_bar(state, step.gate, again=False)
         return f'<div style="{FRAME}">\n{body}</div>\n'
     chosen = find_attempt(step, attempt)
-    words = [f"attempt {chosen.number} of {step.attempt}", *text.total(state, [chosen]).words(), text.outcome(state, chosen)]
+    words = [
+        f"attempt {chosen.number} of {step.attempt}",
+        *say.total(state, [chosen]).words(),
+        say.outcome(state, step, chosen),
+    ]
     head = f"<div><b>{_esc(step.id)}</b> {faint(*words)}</div>\n"
     more = f"%cm show {step.id} --attempt {chosen.number} --full"
     output = _shown(chosen.text, limit, more) if chosen.text else _line("It gave no output.")
@@ -541,9 +571,10 @@ def runs_html(runs: Iterable[tuple[str, str, str, float]]) -> str:
     """Runs given as ``(id, name, status, started_at)`` as a table, with how to go on with one."""
     tones: dict[str, Tone] = {"running": "running", "waiting": "waiting", "paused": "waiting", "completed": "done"}
     rows = []
-    for id, name, status, when in text.runs_rows(runs):
+    for id, name, status, when in say.runs_rows(runs):
         state = pill(Look(status, tones.get(status, "failed")))
         rows.append([f'<code style="{_CODE}">{_esc(id)}</code>', _esc(name), state, _esc(when)])
     if not rows:
         return _line("There are no runs yet.")
-    return f"<div>\n{_table(('Run', 'Workflow', 'State', 'Started'), rows)}{_line('To go on with one: `%cm resume RUN`')}</div>\n"
+    table = _table(("Run", "Workflow", "State", "Started"), rows)
+    return f"<div>\n{table}{_line('To go on with one: `%cm resume RUN`')}</div>\n"

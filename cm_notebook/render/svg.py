@@ -1,14 +1,15 @@
 """The run as a picture: steps from left to right, in rows when there are many; and the same as Mermaid or as text.
 
-Strategy: place, then draw. ``_place`` puts steps, captions and loop arcs on a plane from an estimate of text widths that
-errs on the wide side (we cannot ask a browser). ``_draw`` turns each into SVG elements, one a line.
+Strategy: place, then draw. ``_place`` puts steps, captions and loop arcs on a plane from an estimate of text widths
+that errs on the wide side (we cannot ask a browser). ``_draw`` turns each into SVG elements, one a line.
 
 The picture must survive places that strip style sheets, and a dark page: only presentation attributes, and one light
 plate behind everything that carries its own colours. Text reaches 4.5 : 1 and lines 3 : 1 on what they lie on (tested).
-State is an icon *and* a word. Icons are paths: fonts show many symbols as boxes. Nothing is random: same state, same bytes.
+State is an icon *and* a word; icons are paths, because fonts show many symbols as boxes. The places depend on the names
+alone, so that nothing jumps while the run goes on. Same state, same bytes.
 
-``graph_img`` wraps the SVG for saved notebooks: an ``<img>`` with a percent-encoded data URI, one element a line, so that
-a diff shows which step changed. Browsers drop line breaks in a URI before they read it.
+``graph_img`` wraps the SVG for saved notebooks: an ``<img>`` with a percent-encoded data URI, one element a line, so
+that a diff shows which step changed. Browsers drop line breaks in a URI before they read it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import html
 import urllib.parse
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 from ..state import RunState, StepState
 from ..workflow import Module, Separator
@@ -29,11 +30,11 @@ LINE = "#6e7781"
 AMBER = "#855600"
 
 
-class Paint:
+class Paint(NamedTuple):
     """Colours of a tone: ``line`` for border, icon and word; ``fill`` of the node when it is the current one."""
 
-    def __init__(self, line: str, fill: str) -> None:
-        self.line, self.fill = line, fill
+    line: str
+    fill: str
 
 
 PAINTS: dict[Tone, Paint] = {
@@ -53,18 +54,18 @@ _ICONS: dict[Tone, str] = {  # in a square of 12
     "skipped": '<path d="M1 2.5l4 3.5-4 3.5M6 2.5l4 3.5-4 3.5" fill="none" stroke="{}" stroke-width="1.7"/>',
 }
 
-WIDTH = 760
+WIDTH = 764
 """Widest picture in px: fits a cell of 800 with the frame around it."""
-_PAD, _GAP, _HEIGHT, _RADIUS = 12, 26, 42, 7
-_TEXT_X, _NODE_MIN, _NODE_MAX = 29, 104, 200
-_LANE, _ROW_GAP, _CAPTION, _CHIP = 16, 22, 20, 8
+_PAD, _GAP, _HEIGHT, _RADIUS = 12, 22, 42, 7
+_TEXT_X, _NODE_MIN, _NODE_MAX = 29, 124, 200
+_LANE, _ROW_GAP, _CAPTION, _CHIP = 16, 20, 20, 10
 _NAME_PX, _WORD_PX, _SMALL_PX = 12.5, 10.5, 10
 _FONT = 'font-family="system-ui,sans-serif"'
 
 
 # -- widths of text ---------------------------------------------------------------------------------------------------
 
-_NARROW = {**dict.fromkeys("iljI'|!.,:; ", 0.34), **dict.fromkeys("ftr-()[]/\\\"", 0.43), **dict.fromkeys("mwMW@%", 1.0)}
+_NARROW = {**dict.fromkeys("iljI'|!.,:; ", 0.34), **dict.fromkeys('ftr-()[]/\\"', 0.43), **dict.fromkeys("mwMW@%", 1.0)}
 
 
 def _em(char: str) -> float:
@@ -76,17 +77,17 @@ def _em(char: str) -> float:
     return 0.75 if char.isupper() else 0.64
 
 
-def text_width(text: str, px: float) -> float:
-    """Width of `text` in px at most, as it would be in a semi-bold font."""
-    return sum(map(_em, text)) * px * 1.06
+def text_width(text: str, px: float, bold: bool = False) -> float:
+    """Width of `text` in px at most."""
+    return sum(map(_em, text)) * px * (1.06 if bold else 1.0)
 
 
-def shorten(text: str, width: float, px: float) -> str:
-    """`text` cut with ``…`` so that it is no wider than `width`; a name keeps its end, where names differ."""
-    if text_width(text, px) <= width:
+def shorten(text: str, width: float, px: float, bold: bool = False) -> str:
+    """`text` cut with ``…`` so that it is no wider than `width`; it keeps its end, where names differ."""
+    if text_width(text, px, bold) <= width:
         return text
     keep = len(text) - 1
-    while keep > 2 and text_width(_middle(text, keep), px) > width:
+    while keep > 2 and text_width(_middle(text, keep), px, bold) > width:
         keep -= 1
     return _middle(text, keep)
 
@@ -140,6 +141,8 @@ class _Loop:
     active: bool
     lanes: tuple[int, int] = (0, 0)
     """Below the source's row, and below the target's."""
+    left: float = 0.0
+    """Where its row begins."""
     margin: int = 0
     """Which line left of the rows it climbs along, when they are different rows."""
 
@@ -157,14 +160,16 @@ class _Plan:
 
 def _place(state: RunState) -> _Plan:
     nodes = {step.id: _node(state, step) for step in state.order}
-    needed = max((_needs(node) for node in nodes.values()), default=0)
+    # By the names alone: words of state come and go, and the picture must not jump.
+    needed = max((text_width(id, _NAME_PX, bold=True) for id in nodes), default=0) + _TEXT_X + 8
     node_width = round(min(max(needed, _NODE_MIN), _NODE_MAX))
-    fits = max(1, int((WIDTH - 2 * _PAD - 34 + _GAP) // (node_width + _GAP)))
-    rows = _rows(state, nodes, fits if len(nodes) > fits or _has_captions(state) else len(nodes))
+    one_row = int((WIDTH - 2 * _PAD + _GAP) // (node_width + _GAP))
+    fits = max(1, int((WIDTH - 2 * _PAD - 26 + _GAP) // (node_width + _GAP)))
+    rows = _rows(state, nodes, len(nodes) if len(nodes) <= one_row and not _has_captions(state) else fits)
     for number, row in enumerate(rows):
         for node in row.nodes:
             node.row = number
-    loops = [_loop(state, nodes, node) for node in nodes.values() if isinstance(node.step.step, Module)]
+    loops = [_loop(state, nodes, module) for module in state.order if isinstance(module.step, Module)]
     climbing = [loop for loop in loops if loop.source.row != loop.target.row]
     for number, loop in enumerate(climbing):
         loop.margin = number
@@ -173,25 +178,21 @@ def _place(state: RunState) -> _Plan:
     for row in rows:
         for column, node in enumerate(row.nodes):
             node.x = left + column * (node_width + _GAP)
+    for loop in loops:
+        loop.left = left
     for loop in sorted(loops, key=lambda loop: abs(loop.source.step.index - loop.target.step.index)):
         _take_lanes(rows, loop, node_width, left)
     height = _stack(rows)
     longest = max((len(row.nodes) for row in rows), default=0)
     width = left + longest * (node_width + _GAP) - _GAP + _PAD + (12 if several else 0)
-    captions = max((text_width(row.caption or "", _SMALL_PX) for row in rows), default=0) + 2 * _PAD + 40
+    captions = max((text_width(row.caption or "", _SMALL_PX) for row in rows), default=0) + left + _PAD + 40
     return _Plan(rows, nodes, loops, node_width, left, max(width, min(captions, WIDTH), 120), height)
 
 
 def _node(state: RunState, step: StepState) -> _Node:
     seen = look(state, step)
-    again = f", pass {step.iteration}" if step.iteration > 1 else f", attempt {step.attempt}" if step.attempt > 1 else ""
+    again = f", pass {step.iteration}" if step.iteration > 1 and not step.settled else ""
     return _Node(step, seen, seen.word + again)
-
-
-def _needs(node: _Node) -> float:
-    chips = 44 if node.step.step.gate != "both" else 88
-    words = max(text_width(node.step.id, _NAME_PX), text_width(node.words, _WORD_PX))
-    return max(_TEXT_X + words + 10, chips)
 
 
 def _has_captions(state: RunState) -> bool:
@@ -219,12 +220,15 @@ def _rows(state: RunState, nodes: dict[str, _Node], fits: int) -> list[_Row]:
     return rows
 
 
-def _loop(state: RunState, nodes: dict[str, _Node], node: _Node) -> _Loop:
-    module = node.step.step
-    assert isinstance(module, Module)  # noqa: S101 - chosen by the caller
-    target = state.order[max(0, node.step.index - module.loop_steps)]
-    loop = state.loops.get(node.step.id)
-    return _Loop(node, nodes[target.id], f"again, {loop_limit(module)}", loop is not None and loop.active)
+def _loop(state: RunState, nodes: dict[str, _Node], module: StepState) -> _Loop:
+    loop = state.loops.get(module.id)
+    label = f"again, {loop_limit(cast('Module', module.step))}"
+    return _Loop(nodes[module.id], nodes[_back_to(state, module).id], label, loop is not None and loop.active)
+
+
+def _back_to(state: RunState, module: StepState) -> StepState:
+    """The step from which `module` lets the run repeat."""
+    return state.order[max(0, module.index - cast("Module", module.step).loop_steps)]
 
 
 def _take_lanes(rows: list[_Row], loop: _Loop, node_width: float, left: float) -> None:
@@ -233,7 +237,13 @@ def _take_lanes(rows: list[_Row], loop: _Loop, node_width: float, left: float) -
         lane = rows[loop.source.row].lane(into, out)
         loop.lanes = (lane, lane)
     else:
-        loop.lanes = (rows[loop.source.row].lane(0, out), rows[loop.target.row].lane(0, into))
+        after = text_width(loop.label, _SMALL_PX) + 14 if _narrow(loop) else 0
+        loop.lanes = (rows[loop.source.row].lane(0, out + after), rows[loop.target.row].lane(0, into))
+
+
+def _narrow(loop: _Loop) -> bool:
+    """Whether its line is too short for the label, which then stands beside it."""
+    return loop.source.row != loop.target.row and loop.source.x == loop.left
 
 
 def _ports(loop: _Loop, node_width: float) -> tuple[float, float]:
@@ -295,7 +305,7 @@ def graph_img(state: RunState) -> str:
 
 
 def describe(state: RunState) -> str:
-    """The picture in words: ``Workflow builder: planner approved; reviewer waiting, gate; deployer pending.``"""
+    """The picture in words: ``Workflow builder: planner approved; reviewer waiting, gate; deployer pending.``."""
     parts = []
     for step in state.order:
         node = _node(state, step)
@@ -304,8 +314,7 @@ def describe(state: RunState) -> str:
     text = f"Workflow {one_line(state.name, 80)}: {'; '.join(parts) or 'no steps'}."
     for step in state.order:
         if isinstance(step.step, Module):
-            target = state.order[max(0, step.index - step.step.loop_steps)]
-            text += f" {step.id} may go back to {target.id}, {loop_limit(step.step)}."
+            text += f" {step.id} may go back to {_back_to(state, step).id}, {loop_limit(step.step)}."
     return _xml_text(text)
 
 
@@ -342,11 +351,11 @@ def _draw(state: RunState, plan: _Plan, live: bool) -> list[str]:
 
 def _caption(row: _Row, plan: _Plan) -> list[str]:
     base = (row.y - _CHIP if row.nodes else plan.height - _PAD) - 6
-    text = shorten(row.caption or "", plan.width - 2 * _PAD - 30, _SMALL_PX)
-    start = _PAD + (text_width(text, _SMALL_PX) + 8 if text else 0)
+    text = shorten(row.caption or "", plan.width - plan.left - _PAD - 30, _SMALL_PX)
+    start = plan.left + (text_width(text, _SMALL_PX) + 8 if text else 0)
     lines = [f'<path d="M{start:.0f} {base - 3.5:.1f}H{plan.width - _PAD:.0f}" fill="none" stroke="{LINE}"/>']
     if text:
-        lines.append(_label(_PAD, base, text, _SMALL_PX, FAINT))
+        lines.append(_label(plan.left, base, text, _SMALL_PX, FAINT))
     return lines
 
 
@@ -395,9 +404,12 @@ def _arc(loop: _Loop, plan: _Plan) -> list[str]:
             f"H{into - 6:g}q6 0 6 -6V{upper + 3:g}"
         )
     wide = text_width(loop.label, _SMALL_PX) + 8
-    middle = (out + start) / 2
+    line = f'<path d="{path}m-4 6l4 -6l4 6" fill="none" stroke="{colour}" stroke-width="1.4"/>'
+    if _narrow(loop):
+        return [line, _label(out + 6, y + 3.5, loop.label, _SMALL_PX, colour)]
+    middle = out - min((out - start) / 2, wide / 2 + 16)  # near its module: no other line comes from above there
     return [
-        f'<path d="{path}m-4 6l4 -6l4 6" fill="none" stroke="{colour}" stroke-width="1.4"/>',
+        line,
         f'<rect x="{middle - wide / 2:g}" y="{y - 7:g}" width="{wide:g}" height="14" fill="{PLATE}"/>',
         _label(middle, y + 3.5, loop.label, _SMALL_PX, colour, ' text-anchor="middle"'),
     ]
@@ -407,7 +419,7 @@ def _box(state: RunState, node: _Node, plan: _Plan, live: bool) -> list[str]:
     paint, x, y, width = PAINTS[node.look.tone], node.x, node.y, plan.node_width
     line = AMBER if node.step.stale else paint.line
     current = node.step is state.current and state.ended is None and bool(state.run_id)
-    name = shorten(node.step.id, width - _TEXT_X - 8, _NAME_PX)
+    name = shorten(node.step.id, width - _TEXT_X - 7, _NAME_PX, bold=True)
     words = shorten(node.words, width - _TEXT_X - 8, _WORD_PX)
     dashes = ' stroke-dasharray="5 3"' if node.step.stale else ""
     fill = paint.fill if current or node.look.tone in ("running", "failed") else "#ffffff"
@@ -419,11 +431,11 @@ def _box(state: RunState, node: _Node, plan: _Plan, live: bool) -> list[str]:
         f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{_HEIGHT}" rx="{_RADIUS}" fill="{fill}" stroke="{line}" '
         f'stroke-width="{2.4 if current else 1.3}"{dashes}/>',
         f'<g transform="translate({x + 10:g},{y + _HEIGHT / 2 - 6:g})">{_ICONS[node.look.tone].format(line)}</g>',
-        _label(x + _TEXT_X, y + 18, name, _NAME_PX, INK, ' font-weight="600"' if current else ""),
+        _label(x + _TEXT_X, y + 18.5, name, _NAME_PX, INK, ' font-weight="600"' if current else ""),
         _label(x + _TEXT_X, y + 32.5, words, _WORD_PX, line),
     ]
     for place, is_open in chips:
-        lines += _chip(x + 8 if place == "before" else x + width - 40, y - 8, is_open)
+        lines += _chip(x + 8 if place == "before" else x + width - 40, y - 10, is_open)
     return [*lines, "</g>"]
 
 
@@ -463,8 +475,9 @@ def _mermaid(state: RunState) -> str:
     lines += [f"  {names[a.id]} --> {names[b.id]}" for a, b in pairs]
     for step in state.order:
         if isinstance(step.step, Module):
-            target = state.order[max(0, step.index - step.step.loop_steps)]
-            lines.append(f'  {names[step.id]} -. "again, {loop_limit(step.step)}" .-> {names[target.id]}')
+            lines.append(
+                f'  {names[step.id]} -. "again, {loop_limit(step.step)}" .-> {names[_back_to(state, step).id]}'
+            )
     return "\n".join(lines)
 
 
@@ -472,15 +485,15 @@ def _text(state: RunState) -> str:
     lines, line = [], ""
     for item in state.items:
         if isinstance(item, Separator):
-            lines += [line, f"-- {one_line(item.text, 80)}".rstrip()] if line else [f"-- {one_line(item.text, 80)}".rstrip()]
+            lines += [line] if line else []
+            lines.append(f"-- {one_line(item.text, 80)}".rstrip())
             line = "   " if line else ""
             continue
         step = state.steps[item.id]
         stops = "?" if _chips(state, step) else ""
         part = f"{step.id}{stops} ({_node(state, step).words})"
         if isinstance(item, Module):
-            target = state.order[max(0, step.index - item.loop_steps)]
-            part += f" [again from {target.id}, {loop_limit(item)}]"
+            part += f" [again from {_back_to(state, step).id}, {loop_limit(item)}]"
         arrow = "-> " if step.index else ""
         if line.strip() and len(line) + len(arrow) + len(part) > 100:
             lines.append(line)

@@ -67,7 +67,7 @@ def duration(seconds: float | None, space: str = " ") -> str:
 
 
 def tokens(count: int | None, estimated: bool = False) -> str:
-    """A number of tokens in words (``640 tok``, ``1.6k tok``, ``2.1M tok``), after ``~`` when we counted; else ``""``."""
+    """A number of tokens in words (``640 tok``, ``1.6k tok``), after ``~`` when we counted; ``""`` for none."""
     if not count:
         return ""
     mark = "~" if estimated else ""
@@ -80,7 +80,7 @@ def tokens(count: int | None, estimated: bool = False) -> str:
 
 
 def cost(usd: float | None, estimated: bool = False) -> str:
-    """US dollars in words (``$0.008``, ``$1.20``), after ``~`` when estimated; ``""`` when nothing was paid or known."""
+    """US dollars in words (``$0.008``, ``$1.20``), after ``~`` when estimated; ``""`` for none."""
     if not usd:
         return ""
     digits = 2 if usd >= 0.995 else 3 if usd >= 0.0005 else 4
@@ -108,6 +108,10 @@ def one_line(text: object, limit: int = 160) -> str:
 def quoted(text: object, limit: int = 160) -> str:
     """The text on one line, in quotation marks."""
     return f"“{one_line(text, limit)}”"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _ended(text: str) -> str:
@@ -317,12 +321,8 @@ def gate_sentence(state: RunState, gate: Gate) -> str:
     if gate.kind == "start":
         return f"{step.id} is about to start. This is its prompt: send it, edit it, or skip the step."
     if gate.kind == "verdict":
-        meaning = (
-            "Continue goes on; Loop goes back with your words."
-            if isinstance(step.step, Module)
-            else ("Continue goes on; Reject runs it again with your words.")
-        )
-        return f"{step.id} needs your verdict. {reason} {meaning}"
+        back = "Loop goes back" if isinstance(step.step, Module) else "Reject runs it again"
+        return f"{step.id} needs your verdict. {reason} Continue goes on; {back} with your words."
     if gate.kind == "exhausted":
         return f"{step.id}: {reason[:1].lower()}{reason[1:]} Accept the last output, allow one more, or stop."
     if gate.kind == "failed":
@@ -356,11 +356,15 @@ def sentence(state: RunState, now: float | None = None) -> str:
         return f"Finished: {counts(state)}."
     if state.ended is not None:
         reason = _ended(one_line(state.reason, 400))
-        start = "Failed" if state.ended == "failed" else "Stopped"
-        if reason.lower().startswith("stopped"):
-            reason, start = reason[7:].lstrip(": "), "Stopped"
-            return f"{start} {reason} {counts(state)}. `%cm run` goes on.".replace("Stopped .", "Stopped.")
-        return f"{start}{': ' + reason if reason else '.'} {counts(state)}. `%cm run` goes on."
+        word = state.ended.capitalize()
+        said = (
+            f"{word}."
+            if not reason
+            else f"{word}{reason[7:]}"
+            if reason.startswith("stopped by")
+            else f"{word}: {reason}"
+        )
+        return f"{said} {_capital(counts(state))}. `%cm run` goes on."
     if state.gates:
         return " ".join(gate_sentence(state, gate) for gate in state.gates.values())
     if state.running:
@@ -391,15 +395,16 @@ def attempt_words(step: StepState) -> str:
 
 def retry_words(state: RunState, step: StepState, now: float | None = None) -> str:
     """The countdown of an automatic retry: ``rate limited, again in 4 s (2 of 3)``."""
-    last = step.last
-    tried = len(last.errors) if last is not None else 0
-    why = one_line(last.error.message, 160).rstrip(".") if last is not None and last.error is not None else "failed"
-    in_s = (
-        ""
-        if step.retry_at is None or state.recorded is not None
-        else (f" in {duration(max(0.0, step.retry_at - (state.at if now is None else now)))}")
-    )
-    return f"{why}, again{in_s} ({tried + 1} of {step.step.retries + 1})"
+    error = step.last.error if step.last is not None else None
+    why = one_line(error.message, 160).rstrip(".") if error is not None else "failed"
+    left = None if step.retry_at is None else max(0.0, step.retry_at - (state.at if now is None else now))
+    return f"{why}, {_again(state, step, left)}"
+
+
+def _again(state: RunState, step: StepState, in_s: float | None) -> str:
+    tried = len(step.last.errors) if step.last is not None else 0
+    wait = f" in {duration(in_s)}" if in_s is not None and state.recorded is None else ""
+    return f"again{wait} ({tried + 1} of {step.step.retries + 1})"
 
 
 def waits_for(state: RunState, step: StepState) -> str:
@@ -432,36 +437,57 @@ def decided(state: RunState, decision: Decision) -> str:
     return f"{done} {by}{f', {at}' if at else ''}{why}"
 
 
-def outcome(state: RunState, attempt: Attempt) -> str:
-    """How an attempt ended: its verdict, error and decision; ``""`` when it ended plainly."""
+def outcome(state: RunState, step: StepState, attempt: Attempt) -> str:
+    """How an attempt of `step` ended: verdict, error, decision, who sent it back; ``""`` when it ended plainly."""
     parts: list[str] = []
     verdict = attempt.verdict
     if verdict is not None and not attempt.edited:
         score = f" ({verdict.score:g})" if verdict.score is not None else ""
         why = f": {quoted(verdict.reason)}" if verdict.reason else ""
         parts.append(f"said {verdict.action}{score}{why}")
-    if attempt.error is not None and (attempt.answer is None or verdict is not None):
-        if verdict is None or verdict.action != "error":
-            parts.append(f"failed: {quoted(attempt.error.message)}")
+    if attempt.error is not None and attempt.answer is None:
+        parts.append(f"failed: {quoted(attempt.error.message)}")
     if attempt.cut_short:
         parts.append(f"cut short: {one_line(attempt.cut_short)}")
     decision = attempt.decision
     if decision is not None:
         replaced = decision.output is not None and not attempt.edited
         parts.append("replaced by an edited text" if replaced else decided(state, decision))
+    if sent_back := _sent_back(state, step, attempt):
+        parts.append(sent_back)
     return "; ".join(parts)
+
+
+def _sent_back(state: RunState, step: StepState, attempt: Attempt) -> str:
+    """Which module did not accept an attempt: ``sent back by quality-gate (0.52): “2 tests fail”``."""
+    module = state.loop_of(step)
+    if module is None or module.id == step.id or (attempt.decision is not None and attempt.decision.action == "reject"):
+        return ""
+    if any(later.iteration == attempt.iteration for later in step.attempts if later.number > attempt.number):
+        return ""
+    for judged in reversed(state.steps[module.id].attempts):
+        if judged.iteration != attempt.iteration:
+            continue
+        verdict, decision = judged.verdict, judged.decision
+        if decision is not None and decision.action == "reject":
+            return f"sent back by {one_line(decision.by, 60)}: {quoted(decision.feedback)}"
+        if verdict is not None and verdict.action == "loop":
+            score = f" ({verdict.score:g})" if verdict.score is not None else ""
+            return f"sent back by {module.id}{score}" + (f": {quoted(verdict.reason)}" if verdict.reason else "")
+        return ""
+    return ""
 
 
 def story(state: RunState, step: StepState) -> str:
     """What became of each attempt: ``attempt 1 rejected by you: “name the tests”; attempt 2 approved by you``."""
-    told = [(attempt.number, outcome(state, attempt)) for attempt in step.attempts]
+    told = [(attempt.number, outcome(state, step, attempt)) for attempt in step.attempts]
     if len(told) == 1:
         return told[0][1]
     return "; ".join(f"attempt {number} {words}" for number, words in told if words)
 
 
 def loop_words(step: StepState) -> str:
-    """A module's passes: ``1 loop 0.52 · 2 loop 0.71 · 3 continue 0.9 (max 5 repeats)``; ``""`` for other steps."""
+    """A module's passes: ``1 loop 0.52 · 2 loop 0.71 · 3 continue 0.9 (max 5)``; ``""`` for other steps."""
     module = step.step
     if not isinstance(module, Module) or not step.attempts:
         return ""
@@ -469,17 +495,16 @@ def loop_words(step: StepState) -> str:
     for attempt in step.attempts[-12:]:
         verdict = attempt.verdict
         score = f" {verdict.score:g}" if verdict is not None and verdict.score is not None else ""
-        said = (
-            verdict.action
-            if verdict is not None
-            else "failed"
-            if attempt.error
-            else ("no verdict" if attempt.answer is not None else "cut short" if attempt.cut_short else "running")
-        )
-        chips.append(f"{attempt.number} {said}{score}")
+        chips.append(f"{attempt.number} {verdict.action if verdict is not None else _unjudged(attempt)}{score}")
     if len(step.attempts) > 12:
         chips.insert(0, "…")
     return f"{' · '.join(chips)} ({loop_limit(module)})"
+
+
+def _unjudged(attempt: Attempt) -> str:
+    if attempt.answer is not None:
+        return "no verdict"
+    return "failed" if attempt.error is not None else "cut short" if attempt.cut_short else "running"
 
 
 def loop_limit(module: Module) -> str:
@@ -527,11 +552,10 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
     if isinstance(event, TurnFinished):
         return _turn_line(state, event)
     if isinstance(event, TurnFailed):
-        tries = state.steps[event.step].step.retries + 1 if event.step in state.steps else 0
-        again = ""
-        if event.retry_in_s is not None:
-            errors = state.steps[event.step].last.errors if event.step in state.steps else []  # type: ignore[union-attr]
-            again = f"; again in {duration(event.retry_in_s, '')} ({len(errors) + 1} of {tries})"
+        step = state.steps.get(event.step)
+        again = (
+            f"; {_again(state, step, event.retry_in_s)}" if step is not None and event.retry_in_s is not None else ""
+        )
         return f"{event.step} failed: {one_line(event.error.message, 300)}{again}{_attempt(event.attempt)}"
     if isinstance(event, TurnCutShort):
         return f"{event.step} cut short: {one_line(event.reason or 'stopped')}{_attempt(event.attempt)}"
@@ -571,7 +595,7 @@ def _turn_line(state: RunState, event: TurnFinished) -> str:
     step = state.steps.get(event.step)
     attempt = next((a for a in step.attempts if a.number == event.attempt), None) if step is not None else None
     action = event.verdict.action if event.verdict is not None else "continue"
-    word = "ok" if action == "continue" else action
+    word: str = "ok" if action == "continue" else action
     if event.verdict is not None and event.verdict.score is not None:
         word += f" ({event.verdict.score:g})"
     took = spent(state, attempt) if attempt is not None else None
@@ -589,11 +613,9 @@ def table(rows: list[list[str]], right: Iterable[int] = ()) -> list[str]:
     ends = set(right)
     lines = []
     for row in rows:
-        cells = [
-            cell.rjust(width) if n in ends else cell.ljust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+        cells = enumerate(zip(row, widths, strict=True))
+        placed = [cell.rjust(width) if column in ends else cell.ljust(width) for column, (cell, width) in cells]
+        lines.append("  ".join(placed).rstrip())
     return lines
 
 
@@ -604,9 +626,8 @@ def status_rows(state: RunState, now: float | None = None) -> list[list[str]]:
     """A row of ``STATUS_COLUMNS`` for each step, and their sum."""
     rows = []
     for step in state.order:
-        rows.append(
-            [step.id, look(state, step).word, *_sums(total(state, step.attempts, now)), str(len(step.attempts) or "")]
-        )
+        count = str(len(step.attempts) or "")
+        rows.append([step.id, look(state, step).word, *_sums(total(state, step.attempts, now)), count])
     attempts = sum(len(step.attempts) for step in state.order)
     rows.append(["total", run_look(state).word, *_sums(run_total(state, now)), str(attempts or "")])
     return rows
@@ -652,7 +673,7 @@ def show_text(state: RunState, step: StepState, attempt: Attempt | None = None) 
     words = [f"{step.id}: {look(state, step).word}"]
     if shown is not None:
         words += [f"attempt {shown.number} of {step.attempt}"] if step.attempt > 1 else []
-        words += [*total(state, [shown]).words(), outcome(state, shown)]
+        words += [*total(state, [shown]).words(), outcome(state, step, shown)]
         if shown.note:
             words.append(one_line(shown.note))
     head = " · ".join(filter(None, words))

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,10 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Keep the report for `open_notebook`; in CI, a browser test that was skipped has failed."""
-    report: pytest.TestReport = yield
-    if report.skipped and item.get_closest_marker("browser") and os.environ.get("CI"):
+    report = yield
+    skipped = report.skipped and not hasattr(report, "wasxfail")
+    if skipped and item.get_closest_marker("browser") and os.environ.get("CI"):
         report.outcome = "failed"
         report.longrepr = f"browser tests may not be skipped in CI: {report.longrepr}"
     item.stash[_REPORT] = report

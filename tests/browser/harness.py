@@ -43,10 +43,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Locator, Page, Playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Dialog,
+    Locator,
+    Page,
+    Playwright,
+    sync_playwright,
+)
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
-from playwright.sync_api import sync_playwright
 
 App = Literal["lab", "notebook"]
 Theme = Literal["light", "dark"]
@@ -327,19 +335,13 @@ class Chromium:
 
 def write_notebook(path: Path, cells: Sequence[Cell], kernel: str) -> None:
     """Write a notebook of these cells for the kernel of this name."""
-    whole = [
-        cell if isinstance(cell, dict) else {"cell_type": "code", "metadata": {}, "source": cell, "outputs": []}
-        for cell in cells
-    ]
-    for number, cell in enumerate(whole):
-        cell.setdefault("id", f"cell-{number}")
-        if cell["cell_type"] == "code":
-            cell.setdefault("execution_count", None)
+    code: dict[str, Any] = {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": []}
+    whole = [code | {"source": cell} if isinstance(cell, str) else cell for cell in cells]
     notebook = {
         "nbformat": 4,
         "nbformat_minor": 5,
         "metadata": {"kernelspec": {"name": kernel, "display_name": kernel, "language": "python"}},
-        "cells": whole,
+        "cells": [{"id": f"cell-{number}"} | cell for number, cell in enumerate(whole)],
     }
     path.write_text(json.dumps(notebook), encoding="utf-8")
 
@@ -355,10 +357,15 @@ window.cmTest = {
   kernel() { return this.panel()?.sessionContext.session?.kernel; },
   ready() {
     const kernel = this.kernel();
-    return kernel?.connectionStatus === 'connected' && kernel.status === 'idle' && this.panel().content.widgets.length > 0;
+    const connected = kernel?.connectionStatus === 'connected' && kernel.status === 'idle';
+    return connected && this.panel().content.widgets.length > 0;
   },
   cell(i) { return this.panel().content.widgets[i]; },
-  prompt(i) { return this.cell(i).node.querySelector('.jp-InputPrompt')?.textContent.replace(/[\\[\\]:\\s]/g, '') ?? ''; },
+  // "" before the run, "*" while the cell runs or is queued to run, then its number.
+  prompt(i) {
+    const prompt = this.cell(i).node.querySelector('.jp-InputPrompt')?.textContent ?? '';
+    return prompt.replace(/[\\[\\]:\\s]/g, '');
+  },
   // Not awaited: these commands resolve only when the cells have ended.
   start(command, i) {
     const { content } = this.panel();

@@ -110,7 +110,7 @@ class FrontEnd:
         self.client.shell_channel.send(message)
         return message["header"]["msg_id"]
 
-    def messages(self, timeout_s=30):
+    def messages(self, timeout_s=10):
         """Everything the kernel publishes, until it has been silent for `timeout_s` (an error)."""
         while True:
             yield self.client.get_iopub_msg(timeout=timeout_s)

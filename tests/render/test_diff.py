@@ -15,6 +15,10 @@ from cm_notebook.render.markdown import clean
 HIDDEN = ("added ", "removed ")
 
 
+UNHURRIED = settings(deadline=None, max_examples=200)
+"""Property tests look at results, never at the clock."""
+
+
 class Page(HTMLParser):
     """Reads a difference: the text of each tag, without the words for screen readers."""
 
@@ -50,8 +54,8 @@ PROSE = st.lists(
 LINES = st.lists(st.sampled_from(["a", "b", "", "c d", "<x>", "}"]), max_size=30).map("\n".join)
 
 
+@UNHURRIED
 @given(PROSE | st.text(), PROSE | st.text())
-@settings(max_examples=200)
 def test_words_hold_both_texts(old, new):
     page = Page(diff.words(old, new))
     if clean(old) == clean(new):
@@ -61,8 +65,8 @@ def test_words_hold_both_texts(old, new):
         assert page.side("div", "ins") == clean(new)
 
 
+@UNHURRIED
 @given(LINES, LINES)
-@settings(max_examples=300)
 def test_a_unified_diff_turns_one_text_into_the_other(old, new):
     patch = diff.text(old, new)
     assert _patched(old, patch) == new
@@ -87,6 +91,7 @@ def _patched(old: str, patch: str) -> str:
     return "\n".join(after + before[at:])
 
 
+@UNHURRIED
 @given(LINES, LINES)
 def test_a_comparison_without_budget_is_coarse_and_right(old, new):
     whole, diff.BUDGET = diff.BUDGET, 0

@@ -24,6 +24,10 @@ ALLOWED = {
 VOID = {"br", "hr"}
 
 
+UNHURRIED = settings(deadline=None, max_examples=200)
+"""Property tests look at results, never at the clock."""
+
+
 class Page(HTMLParser):
     """Reads HTML as a browser would, and refuses what is not on the list."""
 
@@ -172,6 +176,7 @@ def test_clean(raw, expected):
     assert clean(raw) == (raw if expected is None else expected)
 
 
+@UNHURRIED
 @given(ANY | MARKDOWN)
 def test_cleaning_twice_changes_nothing_and_lines_can_be_cleaned_alone(text):
     cleaned = clean(text)
@@ -181,6 +186,7 @@ def test_cleaning_twice_changes_nothing_and_lines_can_be_cleaned_alone(text):
     cleaned.encode()
 
 
+@UNHURRIED
 @given(st.binary(max_size=100))
 def test_any_bytes_become_text(data):
     clean(data).encode()
@@ -196,6 +202,7 @@ def test_clip_cuts_between_lines():
     assert clipped.total_bytes == 132
 
 
+@UNHURRIED
 @given(st.text(st.characters(exclude_categories=()) | st.just("\n")), st.integers(0, 60))
 @example("é" * 50, 33)
 def test_clip_keeps_the_ends_and_counts_the_rest(text, limit):
@@ -376,14 +383,14 @@ def test_too_deep_is_plain_text_and_complete():
     assert "level39" in Page(to_html(nested)).text
 
 
+@UNHURRIED
 @given(ANY | MARKDOWN)
-@settings(max_examples=300)
 def test_only_listed_html_comes_out(text):
     Page(to_html(text))
 
 
+@UNHURRIED
 @given(MARKDOWN)
-@settings(max_examples=300)
 def test_blocks_render_as_the_whole_does(text):
     whole = clean(text).replace("]:", "]")  # definitions act across blocks
     try:
@@ -422,8 +429,8 @@ def test_blocks(text, sources):
     assert [block.index for block in streamed(text)] == list(range(len(sources)))
 
 
+@UNHURRIED
 @given(MARKDOWN | ANY, st.lists(st.integers(0, 200)))
-@settings(max_examples=300)
 def test_any_split_gives_the_same_blocks_and_loses_nothing(text, cuts):
     stream, blocks, at = BlockStream(), [], 0
     for cut in [*sorted(cuts), len(text)]:
@@ -438,6 +445,7 @@ def test_any_split_gives_the_same_blocks_and_loses_nothing(text, cuts):
         Page(block.html)
 
 
+@UNHURRIED
 @given(MARKDOWN)
 def test_the_stream_and_the_whole_agree(text):
     text = text.replace("]:", "]")

@@ -1,0 +1,128 @@
+"""Changing a workflow whose run lives: which events lead from the steps as they are to those that are wanted.
+
+Strategy: pure, like ``state.py``. A change is first tried on the workflow as a whole, with the checks that a new workflow
+has to pass, so what cannot run is refused by name before anything happens. Then it is said in events.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .errors import WorkflowError
+from .events import AnyEvent, StepAdded, StepChanged, StepRemoved
+from .prompts import check_templates, fingerprint
+from .state import RunState, cut_short
+from .workflow import Agent, Separator, Step, Workflow, step_data
+
+_MISSING = object()
+
+
+def checked_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs as plain JSON data.
+
+    Raises
+    ------
+    WorkflowError    One cannot be kept in a journal; the message names it.
+    """
+    for name, value in inputs.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise WorkflowError(
+                f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
+                f"Pass its text: str({name})."
+            ) from None
+    return dict(inputs)
+
+
+def fingerprints(workflow: Workflow, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """What decides about each step, as a digest, by step."""
+    return {item.id: fingerprint(item, workflow.agent(item.agent), inputs) for item in workflow.executable}
+
+
+def changed(
+    state: RunState,
+    items: Iterable[Step | Separator],
+    agents: Mapping[str, Agent],
+    inputs: Mapping[str, Any],
+) -> Workflow:
+    """The workflow of `state` with these steps instead, and with these agents and inputs over its own.
+
+    Raises
+    ------
+    WorkflowError    It cannot run.
+    """
+    known = {**state.agents, **agents}
+    values = {**state.inputs, **inputs}
+    made = Workflow(state.name, steps=list(items), agents=list(known.values()), inputs=values, engine=state.engine)
+    check_templates(made, values)
+    return made
+
+
+def addition(
+    state: RunState, item: Step | Separator, after: str | None, made: Workflow, inputs: dict[str, Any]
+) -> StepAdded:
+    """The event that adds `item`."""
+    return StepAdded(step=step_data(item), after=after, **_definition(state, item, made, inputs))
+
+
+def replacement(state: RunState, item: Step, made: Workflow, inputs: dict[str, Any]) -> list[AnyEvent]:
+    """The events that put `item` in the place of the step of its name; none when nothing is different."""
+    old = state.step(item.id)
+    definition = _definition(state, item, made, inputs)
+    if definition["fingerprint"] == old.fingerprint:
+        return []
+    cut: list[AnyEvent] = [cut_short(old, "defined anew")] if old in state.under_way else []
+    return [*cut, StepChanged(step=step_data(item), **definition)]
+
+
+def removal(state: RunState, step: str) -> list[AnyEvent]:
+    """The events that take a step out."""
+    gone = state.step(step)
+    cut: list[AnyEvent] = [cut_short(gone, "removed")] if gone in state.under_way else []
+    return [*cut, StepRemoved(step=gone.id)]
+
+
+def revision(state: RunState, workflow: Workflow, inputs: dict[str, Any]) -> list[AnyEvent]:
+    """The events that lead to `workflow`, an edited definition of the same one.
+
+    Raises
+    ------
+    WorkflowError    A step that has run is renamed, deleted or stands elsewhere.
+    """
+    old, new = [step.id for step in state.order], [item.id for item in workflow.executable]
+    hint = f"Start a new run for the new workflow: `%cm workflow {state.name} --new`, or workflow.start()."
+    gone = [id for id in old if id not in new]
+    for id in gone:
+        if state.steps[id].attempts:
+            raise WorkflowError(f"step {id!r} has run and is no longer in the workflow. {hint}")
+    kept, wanted = [id for id in old if id in new], [id for id in new if id in old]
+    for here, there in zip(kept, wanted, strict=True):
+        if here != there:
+            raise WorkflowError(f"step {here!r} stands elsewhere now. {hint}")
+    events = [event for id in gone for event in removal(state, id)]
+    before: str | None = None
+    for item in workflow.executable:
+        if item.id in state.steps:
+            events += replacement(state, item, workflow, inputs)
+        else:
+            events.append(addition(state, item, before, workflow, inputs))
+        before = item.id
+    return events
+
+
+def _definition(state: RunState, item: Step | Separator, made: Workflow, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What comes with a step that is added or changed: its agent if that is new, its inputs, its fingerprint."""
+    if isinstance(item, Separator):
+        return {"fingerprint": ""}
+    agent = made.agent(item.agent)
+    data = agent.model_dump(mode="json", exclude_defaults=True)
+    known = state.agents.get(agent.id)
+    same = known is not None and known.model_dump(mode="json", exclude_defaults=True) == data
+    return {
+        "agents": [] if same else [data],
+        "inputs": {name: value for name, value in inputs.items() if state.inputs.get(name, _MISSING) != value},
+        "fingerprint": fingerprint(item, agent, {**made.inputs, **inputs}),
+    }

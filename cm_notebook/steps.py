@@ -1,0 +1,134 @@
+"""One step of a run, for those who look: its result, its attempts, what changed between them.
+
+Strategy: nothing is kept here; everything is read from the run's state when it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import state as meaning
+from .errors import GatePending, TransitionError
+from .events import Usage
+from .state import Attempt, StepState
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+class StepView:
+    """One step of a run: what it said, and how it came to that."""
+
+    def __init__(self, run: Run, id: str) -> None:
+        self.run, self.id = run, id
+
+    @property
+    def _step(self) -> StepState:
+        return self.run._state.step(self.id)
+
+    @property
+    def status(self) -> str:
+        """``pending, queued, running, asks you, tries again, waiting, done`` or ``skipped``."""
+        with self.run.reading():
+            return meaning.STATUS_WORDS[self._step.status]
+
+    @property
+    def stale(self) -> bool:
+        """Whether something it builds on has changed since."""
+        with self.run.reading():
+            return self._step.stale
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """Its attempts, oldest first."""
+        with self.run.reading():
+            return list(self._step.attempts)
+
+    @property
+    def text(self) -> str:
+        """The output that later steps see; ``""`` when it was skipped.
+
+        Raises
+        ------
+        GatePending    Its gate is undecided, or it has not run yet.
+        """
+        with self.run.reading() as state:
+            step = self._settled()
+            return state.text(step.approved)
+
+    @property
+    def output(self) -> Any:
+        """The validated value, as JSON-ready data; ``None`` when the agent gave only text.
+
+        Raises
+        ------
+        GatePending    As for :attr:`text`.
+        """
+        with self.run.reading():
+            step = self._settled()
+            return step.attempts[-1].output if step.attempts else None
+
+    def _settled(self) -> StepState:
+        step = self._step
+        if step.gate is not None:
+            raise GatePending(
+                f'"{step.id}" is waiting for your decision. Decide here (or `%cm approve`), then run this cell again.',
+                gate=step.gate,
+                run=self.run,
+            )
+        if step.status not in ("finished", "skipped"):
+            word = meaning.STATUS_WORDS[step.status]
+            raise GatePending(f'"{step.id}" is {word}: it has no result yet. Wait for it: `await run`.', run=self.run)
+        return step
+
+    @property
+    def prompt(self) -> str:
+        """The exact prompt of the last attempt; ``""`` before the first."""
+        attempts = self.attempts
+        return attempts[-1].prompt if attempts else ""
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of all its attempts together."""
+        return sum((attempt.usage for attempt in self.attempts if attempt.usage is not None), Usage())
+
+    @property
+    def cost_usd(self) -> float:
+        """US dollars of all its attempts together."""
+        return sum(attempt.cost_usd or 0.0 for attempt in self.attempts)
+
+    @property
+    def duration_s(self) -> float | None:
+        """Seconds that the last attempt took, waiting for a person not counted."""
+        attempts = self.attempts
+        return attempts[-1].duration_s if attempts else None
+
+    def diff(self, a: int = -2, b: int = -1) -> str:
+        """What changed from attempt `a` to attempt `b` (1, 2 …, or counted from the end), as a unified diff.
+
+        Raises
+        ------
+        TransitionError    There is no such attempt.
+        """
+        from .render import diff
+
+        old, new = self.attempt(a), self.attempt(b)
+        return diff.text(old.text, new.text)
+
+    def attempt(self, number: int = -1) -> Attempt:
+        """The attempt of that number: 1, 2 …, or counted from the end: -1, -2 …"""
+        attempts = self.attempts
+        for place, candidate in enumerate(attempts):
+            if number in (candidate.number, place - len(attempts)):
+                return candidate
+        made = ", ".join(str(candidate.number) for candidate in attempts) or "none"
+        raise TransitionError(f"step {self.id!r} has no attempt {number}. Attempts: {made}.")
+
+    def __repr__(self) -> str:
+        return f"<Step {self.id}: {self.status}>"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from .render import html, text
+
+        with self.run.reading() as state:
+            return {"text/plain": text.run_text(state, [self.id]), "text/html": html.run_html(state, [self.id])}

@@ -1,0 +1,22 @@
+"""What all tests share: nobody is there, nothing of the user's is read, and runs are found by their journal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test works in a folder of its own, with no settings from outside and somebody there to answer."""
+    for name in ("ENGINE", "JOURNAL", "ON_GATE", "VIEW"):
+        monkeypatch.delenv(f"CM_{name}", raising=False)
+    monkeypatch.setenv("CM_HEADLESS", "0")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def headless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is there."""
+    monkeypatch.setenv("CM_HEADLESS", "1")

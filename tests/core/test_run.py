@@ -1,0 +1,586 @@
+"""The run: patterns, decisions from anywhere, waiting, steering, errors. Through the public API only."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+import cm_notebook as cm
+from cm_notebook.engines.base import AgentRequest, Delta, TurnDone
+from tests.helpers import gate, until
+
+FIVE = ("researcher", "planner", "implementer", "reviewer", "deployer")
+
+
+def workflow(steps: str, **options: Any) -> cm.Workflow:
+    """A workflow whose agents all have a prompt."""
+    names = [item.agent for item in cm.Workflow("x", agents=_all(steps), steps=steps).executable]
+    return cm.Workflow("test", agents=[cm.Agent(name, f"Be the {name}.") for name in names], steps=steps, **options)
+
+
+def _all(steps: str) -> list[cm.Agent]:
+    from cm_notebook.workflow import parse_steps
+
+    return [cm.Agent(item.agent, "x") for item in parse_steps(steps) if not isinstance(item, cm.Separator)]
+
+
+class Echo:
+    """Answers with step and attempt."""
+
+    name = "echo"
+
+    async def stream(self, request: AgentRequest) -> Any:
+        yield Delta(f"{request.step} ")
+        yield TurnDone(f"{request.step} {request.attempt}")
+
+
+def start(steps: str, **options: Any) -> cm.Run:
+    mode = options.pop("autonomous_mode", True)
+    return workflow(steps, autonomous_mode=mode).start(engine=Echo(), journal=":memory:", **options)
+
+
+def kinds(run: cm.Run) -> list[str]:
+    return [type(event).__name__ for event in run.events]
+
+
+# -- the patterns ----------------------------------------------------------------------------------------------------
+
+
+def test_pattern_1_pauses_after_every_step() -> None:
+    run = start("planner -> implementer -> reviewer", autonomous_mode="never")
+    asked = []
+    for name in ("planner", "implementer", "reviewer"):
+        asked.append(gate(run).step)
+        run.approve(name)
+    run.wait(10)
+    assert asked == ["planner", "implementer", "reviewer"]
+    assert run.status == "completed"
+    assert kinds(run).count("GateOpened") == 3
+
+
+def test_pattern_2_pauses_once_where_a_step_asks_for_it() -> None:
+    run = start("researcher -> planner -> implementer -> reviewer? -> deployer", autonomous_mode="always")
+    assert gate(run).step == "reviewer"
+    run.approve()
+    run.wait(10)
+    assert [step.text for step in run] == [f"{name} 1" for name in FIVE]
+    assert kinds(run).count("GateOpened") == 1
+
+
+def test_pattern_3_never_pauses() -> None:
+    run = start(" -> ".join(FIVE), autonomous_mode="always").wait(10)
+    assert run.status == "completed"
+    assert "GateOpened" not in kinds(run)
+
+
+def test_pattern_4_loops_until_the_gate_is_content() -> None:
+    seen: list[str | None] = []
+
+    @cm.agent("implementer")
+    def implementer(turn: cm.Turn) -> str:
+        seen.append(turn.feedback)
+        return f"version {turn.attempt}"
+
+    @cm.agent("quality-gate")
+    def quality_gate(turn: cm.Turn) -> cm.Verdict:
+        good = turn.outputs["implementer"] == "version 3"
+        return cm.Verdict(action="continue" if good else "loop", reason=f"{turn.outputs['implementer']} is not good")
+
+    flow = cm.Workflow(
+        "Quality-First Builder",
+        agents=[cm.Agent("planner", "Plan."), implementer, quality_gate, cm.Agent("deployer", "Deploy.")],
+        steps="planner -> implementer -> quality-gate(loop 1, max 5) -> deployer",
+    )
+    run = flow.start(engine=Echo(), journal=":memory:").wait(10)
+    assert seen == [None, "version 1 is not good", "version 2 is not good"]
+    assert [len(step.attempts) for step in run] == [1, 3, 3, 1]
+    assert "GateOpened" not in kinds(run)
+
+
+def test_pattern_4_asks_when_five_repeats_were_not_enough() -> None:
+    @cm.agent("judge")
+    def judge(turn: cm.Turn) -> cm.Verdict:
+        return cm.Verdict(action="loop", reason="no")
+
+    flow = cm.Workflow("q", agents=[cm.Agent("a", "x"), judge], steps="a -> judge(loop 1, max 5)")
+    run = flow.start(engine=Echo(), journal=":memory:")
+    assert gate(run).kind == "exhausted"
+    assert len(run["judge"].attempts) == len(run["a"].attempts) == 6
+    run.retry(count=2)
+    until(lambda: len(run["judge"].attempts) == 8 and run.gates, "two more")
+    run.approve()
+    assert run.wait(10).status == "completed"
+
+
+# -- decisions -------------------------------------------------------------------------------------------------------
+
+
+def test_reject_runs_again_with_the_feedback_and_keeps_both_attempts() -> None:
+    run = start("planner?")
+    gate(run)
+    run.reject("name the tests")
+    until(lambda: run.gates and run.gates[0].attempt == 2, "the second attempt")
+    first, second = run["planner"].attempts
+    assert first.feedback == "name the tests"
+    assert "name the tests" in second.prompt
+    assert first.text in second.prompt
+    run.approve()
+    assert run.wait(10)["planner"].text == "planner 2"
+    assert "-planner 1" in run["planner"].diff()
+
+
+def test_edit_goes_on_with_the_edited_text() -> None:
+    run = start("planner? -> implementer")
+    gate(run)
+    run.approve(output="my own plan")
+    run.wait(10)
+    assert run["planner"].text == "my own plan"
+    assert "my own plan" in run["implementer"].prompt
+    assert run["planner"].attempts[-1].edited
+
+
+def test_skip_goes_on_without_output() -> None:
+    run = start("planner? -> implementer")
+    gate(run)
+    run.skip("planner")
+    run.wait(10)
+    assert run["planner"].text == ""
+    assert run["planner"].status == "skipped"
+
+
+def test_a_decision_counts_once() -> None:
+    run = start("planner? -> reviewer?")
+    opened = gate(run)
+    run.approve()
+    gate(run, "reviewer")
+    with pytest.raises(cm.AlreadyDecided, match=r"already approved by you at \d\d:\d\d"):
+        run.decide(opened.id, cm.Decision(action="reject", feedback="too late"))
+    with pytest.raises(cm.AlreadyDecided, match="already approved"):
+        run.approve("planner")
+    assert [event.type for event in run.events].count("GateDecided") == 1
+
+
+def test_of_many_threads_one_wins() -> None:
+    run = start("planner?")
+    opened, won, lost = gate(run), [], []
+    barrier = threading.Barrier(8)
+
+    def decide(number: int) -> None:
+        barrier.wait()
+        try:
+            run.decide(opened.id, cm.Decision(action="approve", by=f"thread {number}"))
+            won.append(number)
+        except cm.AlreadyDecided:
+            lost.append(number)
+
+    threads = [threading.Thread(target=decide, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(lost)) == (1, 7)
+
+
+def test_what_was_seen_is_what_is_approved() -> None:
+    run = start("planner?")
+    opened = gate(run)
+    with pytest.raises(cm.AlreadyDecided, match="shows something else"):
+        run.decide(opened.id, cm.Decision(action="approve"), digest="0" * 64)
+    run.decide(opened.id, cm.Decision(action="approve"), digest=opened.digest)
+    assert run.wait(10).status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("decision", "words"),
+    [
+        (lambda run: run.reject("   "), "say why 'planner' is rejected"),
+        (lambda run: run.answer("42"), "cannot be answered with 'answer'. Possible: approve, reject, skip, stop"),
+        (lambda run: run.retry(), "cannot be answered with 'retry'"),
+        (lambda run: run.approve("implementr"), "Did you mean 'implementer'?"),
+        (lambda run: run.approve("implementer"), "has no open gate: it is pending"),
+        (lambda run: run.decide("nonsense", cm.Decision(action="approve")), "there is no gate 'nonsense'"),
+    ],
+)
+def test_a_wrong_decision_is_refused_in_words_and_changes_nothing(decision: Any, words: str) -> None:
+    run = start("planner? -> implementer")
+    gate(run)
+    before = kinds(run)
+    with pytest.raises(cm.TransitionError) as refused:
+        decision(run)
+    assert words in str(refused.value)
+    assert kinds(run) == before
+    assert run.gates
+
+
+def test_a_gate_before_asks_about_the_prompt() -> None:
+    flow = cm.Workflow("g", agents=[cm.Agent("a", "Say {{ word }}.")], steps=[cm.step("a", gate="before", interactive=True)])
+    run = flow.start({"word": "hello"}, engine=Echo(), journal=":memory:")
+    assert gate(run).kind == "start"
+    assert run["a"].attempts == []
+    run.approve(output="Say goodbye.")
+    assert run.wait(10)["a"].prompt == "Say goodbye."
+
+
+def test_a_function_may_ask_and_waiting_is_not_counted() -> None:
+    @cm.agent("asker")
+    async def asker(turn: cm.Turn) -> str:
+        return "port " + await turn.ask_human("Which port?")
+
+    flow = cm.Workflow("ask", agents=[asker], steps=[cm.step("asker", timeout_s=0.4)])
+    run = flow.start(journal=":memory:")
+    opened = gate(run)
+    assert (opened.kind, opened.payload["question"]) == ("question", "Which port?")
+    waited = threading.Event()
+    waited.wait(0.8)  # longer than the step may take
+    run.answer("8080")
+    assert run.wait(10)["asker"].text == "port 8080"
+
+
+def test_a_sync_function_may_ask_too() -> None:
+    @cm.agent("asker")
+    def asker(turn: cm.Turn) -> str:
+        return "port " + turn.ask_human("Which port?")
+
+    run = cm.Workflow("ask", agents=[asker], steps="asker").start(journal=":memory:")
+    gate(run)
+    run.answer("8080")
+    assert run.wait(10)["asker"].text == "port 8080"
+
+
+# -- waiting and watching --------------------------------------------------------------------------------------------
+
+
+async def test_await_on_any_loop() -> None:
+    run = start("planner -> implementer")
+    assert (await run).status == "completed"
+    assert (await run) is run
+
+
+def test_wait_gives_up_after_its_time_and_the_run_goes_on() -> None:
+    run = start("planner?")
+    with pytest.raises(TimeoutError, match="goes on"):
+        run.wait(0.05)
+    gate(run)
+    run.approve()
+    assert run.wait(10).status == "completed"
+
+
+async def test_a_run_on_the_loop_that_is_here() -> None:
+    run = start("planner? -> implementer", loop="kernel")
+    while not run.gates:
+        await asyncio.sleep(0)
+    run.approve()
+    assert (await run).status == "completed"
+
+
+async def test_stream_gives_text_and_events_in_order() -> None:
+    run = start("planner -> implementer")
+    told = [thing async for thing in run.stream()]
+    text = [thing.text for thing in told if isinstance(thing, cm.LiveText)]
+    assert [type(thing).__name__ for thing in told][-1] == "RunFinished"
+    assert set(text) <= {"planner ", "implementer "}
+
+
+def test_a_result_that_is_not_there_says_why() -> None:
+    run = start("planner? -> implementer")
+    gate(run)
+    with pytest.raises(cm.GatePending, match='"planner" is waiting for your decision') as pending:
+        _ = run["planner"].text
+    assert pending.value.gate is not None
+    with pytest.raises(cm.GatePending, match='"implementer" is pending'):
+        _ = run["implementer"].text
+
+
+# -- steering --------------------------------------------------------------------------------------------------------
+
+
+def test_until_and_next_run_as_far_as_asked() -> None:
+    run = start("a -> b -> c -> d", until="b").wait(10)
+    assert (run.status, [step.status for step in run]) == ("paused", ["done", "done", "pending", "pending"])
+    run.next().wait(10)
+    assert [step.status for step in run] == ["done", "done", "done", "pending"]
+    run.unpause().wait(10)
+    assert run.status == "completed"
+
+
+def test_pause_lets_what_runs_finish() -> None:
+    started, release = threading.Event(), threading.Event()
+
+    @cm.agent("slow")
+    def slow(turn: cm.Turn) -> str:
+        started.set()
+        release.wait(10)
+        return "done"
+
+    run = cm.Workflow("p", agents=[slow, cm.Agent("b", "x")], steps="slow -> b").start(engine=Echo(), journal=":memory:")
+    started.wait(10)
+    run.pause()
+    assert run.status == "running"
+    release.set()
+    assert run.wait(10).status == "paused"
+    assert [step.status for step in run] == ["done", "pending"]
+    assert run.unpause().wait(10).status == "completed"
+
+
+def test_stop_cancels_what_runs_and_resume_makes_it_again() -> None:
+    started = threading.Event()
+    cancelled = threading.Event()
+
+    @cm.agent("slow")
+    async def slow(turn: cm.Turn) -> str:
+        if turn.attempt > 1:
+            return f"attempt {turn.attempt}"
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return "never"
+
+    flow = cm.Workflow("s", agents=[slow], steps="slow")
+    run = flow.start(journal=":memory:")
+    started.wait(10)
+    run.stop()
+    assert cancelled.wait(10)
+    assert run.wait(10).status == "stopped"
+    assert kinds(run)[-2:] == ["TurnCutShort", "RunFinished"]
+    again = cm.resume(run.id, flow, journal=run._journal)
+    assert again.wait(10)["slow"].text == "attempt 2"
+
+
+def test_stop_at_a_gate_and_go_on_later_asks_again() -> None:
+    run = start("planner? -> implementer")
+    first = gate(run)
+    run.stop().wait(10)
+    with pytest.raises(cm.AlreadyDecided, match="closed"):
+        run.decide(first.id, cm.Decision(action="approve"))
+    again = cm.resume(run.id, journal=run._journal, engine=Echo())
+    assert gate(again).id != first.id
+    again.approve()
+    assert again.wait(10).status == "completed"
+
+
+def test_the_mode_may_change_while_it_runs() -> None:
+    run = start("a -> b -> c?", autonomous_mode=False)
+    gate(run, "a")
+    run.set_mode("gates").approve()
+    assert gate(run).step == "c"
+    run.set_mode("unattended")
+    assert run.gates, "an open gate stays open"
+    run.approve()
+    run.wait(10)
+    assert kinds(run).count("GateOpened") == 2
+
+
+def test_unattended_approves_and_says_so() -> None:
+    run = start("a? -> b? -> c?")
+    gate(run)
+    run.set_mode("unattended").approve()
+    run.wait(10)
+    decided = [event.decision.by for event in run.events if event.type == "GateDecided"]
+    assert decided == ["you", "unattended mode", "unattended mode"]
+
+
+@pytest.mark.parametrize("mode", ["never", "always"])
+def test_a_locked_workflow_cannot_be_switched(mode: str) -> None:
+    run = start("a? -> b", autonomous_mode=mode)
+    gate(run)
+    with pytest.raises(cm.TransitionError, match=f"locked to autonomous_mode='{mode}'"):
+        run.set_mode("unattended")
+
+
+def test_steps_may_be_added_while_it_lives_and_after_it_was_completed() -> None:
+    run = start("a").wait(10)
+    assert run.status == "completed"
+    run.add(cm.step("b", prompt="Go on from {{ a }}."))
+    run.wait(10)
+    assert run["b"].prompt == "Go on from a 1."
+    with pytest.raises(cm.WorkflowError, match="the id 'b' is already step"):
+        run.add(cm.step("b", prompt="again"))
+
+
+def test_a_finished_step_run_again_makes_later_ones_stale() -> None:
+    run = start("a -> b -> c").wait(10)
+    run.rerun("a")
+    stale = gate(run)
+    assert (stale.kind, stale.step) == ("stale", "b")
+    run.approve()
+    assert gate(run).step == "c"
+    run.retry()
+    run.wait(10)
+    assert [len(step.attempts) for step in run] == [2, 1, 2]
+
+
+def test_run_from_here_makes_all_later_ones_again() -> None:
+    run = start("a -> b -> c").wait(10)
+    run.rerun("b", later=True).wait(10)
+    assert [len(step.attempts) for step in run] == [1, 2, 2]
+
+
+def test_a_step_defined_anew_is_stale() -> None:
+    run = start("a -> b").wait(10)
+    assert run.replace(cm.step("a", prompt="Be the a.")) is True  # a prompt of its own instead of the agent's
+    assert gate(run).kind == "stale"
+    run.retry()
+    assert gate(run).step == "b"
+
+
+def test_removing_what_another_needs_is_refused() -> None:
+    run = start("a? -> b")
+    gate(run)
+    run.add(cm.step("c", prompt="From {{ a }}."))
+    with pytest.raises(cm.WorkflowError, match="a"):
+        run.remove("a")
+    run.remove("b").approve()
+    run.wait(10)
+    assert [step.id for step in run] == ["a", "c"]
+
+
+# -- failure ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rate_limit_is_tried_again_by_itself() -> None:
+    busy = cm.Reply(error=cm.EngineRateLimited("busy", retry_after_s=0.01))
+    flow = cm.Workflow("r", agents=[cm.Agent("a", "x")], steps="a")
+    run = flow.start(engine=cm.ScriptedEngine({"a": [busy, busy, "fine"]}), journal=":memory:").wait(10)
+    assert run["a"].text == "fine"
+    assert [event.retry_in_s for event in run.events if event.type == "TurnFailed"] == [0.01, 0.01]
+    assert len(run["a"].attempts) == 1
+
+
+def test_after_the_retries_a_gate_asks() -> None:
+    busy = cm.Reply(error=cm.EngineUnavailable("overloaded", retry_after_s=0.0))
+    flow = cm.Workflow("r", agents=[cm.Agent("a", "x")], steps=[cm.step("a", retries=1)])
+    run = flow.start(engine=cm.ScriptedEngine({"a": [busy, busy, "fine"]}), journal=":memory:")
+    opened = gate(run)
+    assert (opened.kind, opened.payload["error"]) == ("failed", "overloaded")
+    run.retry(prompt="x, shorter")
+    assert run.wait(10)["a"].prompt == "x, shorter"
+
+
+def test_an_error_of_the_agent_is_not_tried_again_unasked() -> None:
+    @cm.agent("broken")
+    def broken(turn: cm.Turn) -> str:
+        raise ValueError("no such file")
+
+    run = cm.Workflow("b", agents=[broken], steps="broken").start(journal=":memory:")
+    opened = gate(run)
+    assert "ValueError: no such file" in opened.payload["error"]
+    detail = run["broken"].attempts[0].error
+    assert detail is not None
+    assert "raise ValueError" in (detail.detail or "")
+    run.skip()
+    assert run.wait(10).status == "completed"
+
+
+def test_a_function_that_never_ends_is_given_up() -> None:
+    release = threading.Event()
+
+    @cm.agent("hangs")
+    def hangs(turn: cm.Turn) -> str:
+        release.wait(30)
+        return "late"
+
+    run = cm.Workflow("h", agents=[hangs], steps=[cm.step("hangs", timeout_s=0.05)]).start(journal=":memory:")
+    assert "did not finish within 0.05 s" in gate(run).payload["error"]
+    release.set()
+    run.skip()
+    assert run.wait(10)["hangs"].text == "", "the late answer is not taken"
+
+
+def test_a_bug_in_an_engine_surfaces_as_itself() -> None:
+    class Buggy:
+        name = "buggy"
+
+        async def stream(self, request: AgentRequest) -> Any:
+            yield Delta("x")
+            raise KeyError("oops")
+
+    run = workflow("a").start(engine=Buggy(), journal=":memory:")
+    with pytest.raises(KeyError, match="oops"):
+        run.wait(10)
+    assert run.status == "failed"
+
+
+def test_a_missing_verdict_never_opens_the_way() -> None:
+    flow = cm.Workflow("v", agents=[cm.Agent("a", "x"), cm.Agent("judge", "y")], steps="a -> judge(loop 1)")
+    run = flow.start(engine=cm.ScriptedEngine({"a": ["1", "2"], "judge": ["looks good", "still {no json"]}), journal=":memory:")
+    opened = gate(run)
+    assert opened.kind == "verdict"
+    assert "no verdict that can be read" in opened.payload["reason"]
+    run.reject("not good at all")
+    until(lambda: run.gates and run.gates[0].attempt == 2, "the second pass")
+    assert "not good at all" in run["a"].attempts[1].prompt
+    run.approve()
+    assert run.wait(10).status == "completed"
+
+
+def test_unknown_engines_are_refused_before_anything_runs() -> None:
+    flow = cm.Workflow("e", agents=[cm.Agent("a", "x", engine="offlin")], steps="a")
+    with pytest.raises(cm.EngineNotFound, match="Did you mean 'offline'"):
+        flow.start(journal="journal.db")
+
+
+# -- nobody there ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("headless")
+def test_nobody_there_stops_at_the_gate_and_says_what_to_do() -> None:
+    run = start("planner? -> implementer")
+    with pytest.raises(cm.GatePending, match="nobody can answer here"):
+        run.wait(10)
+    assert run.status == "waiting"
+    run.approve()
+    assert run.wait(10).status == "completed"
+
+
+@pytest.mark.usefixtures("headless")
+@pytest.mark.parametrize(
+    ("policy", "status", "attempts"),
+    [
+        ("approve", "completed", 1),
+        ("stop", "stopped", 1),
+        (lambda gate: "approve" if gate.attempt == 2 else cm.Decision(action="reject", feedback="again"), "completed", 2),
+    ],
+)
+def test_a_policy_answers(policy: Any, status: str, attempts: int) -> None:
+    run = start("planner? -> implementer", on_gate=policy).wait(10)
+    assert run.status == status
+    assert len(run["planner"].attempts) == attempts
+    assert {event.decision.by for event in run.events if event.type == "GateDecided"} == {"on_gate"}
+
+
+@pytest.mark.usefixtures("headless")
+def test_rejecting_by_policy_ends() -> None:
+    run = start("planner?", on_gate="reject")
+    with pytest.raises(cm.GatePending):
+        run.wait(10)
+    assert len(run["planner"].attempts) == 2
+
+
+@pytest.mark.usefixtures("headless")
+def test_a_failure_with_nobody_there_is_the_end() -> None:
+    broken = cm.ScriptedEngine({"a": [cm.Reply(error=cm.EngineAuthError("no key"))]})
+    run = workflow("a").start(engine=broken, journal=":memory:", on_gate="approve")
+    with pytest.raises(cm.RunFailed, match="a: no key"):
+        run.wait(10)
+    assert run.status == "failed"
+
+
+def test_a_policy_that_raises_ends_the_run() -> None:
+    def policy(gate: cm.Gate) -> None:
+        raise RuntimeError("policy is broken")
+
+    run = start("planner?", on_gate=policy)
+    with pytest.raises(RuntimeError, match="policy is broken"):
+        run.wait(10)
+
+
+def test_current_is_the_last_one() -> None:
+    run = start("a")
+    assert cm.current() is run
+    run.wait(10)
