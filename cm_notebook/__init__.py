@@ -112,7 +112,7 @@ __all__ = [
 
 def doctor() -> Any:
     """What is here and what is missing: kernel, front end, journal, engines, and how to mend each."""
-    from .doctor import examine
+    from .checkup import examine
 
     return examine()
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .errors import CodeMachineError
 from .workflow import Verdict
 
 Mode = Literal["step-by-step", "gates", "unattended"]
@@ -364,6 +365,9 @@ def read(type_name: str, seq: int, at: float, text: str) -> AnyEvent:
     kind = TYPES.get(type_name)
     if kind is None:
         raise ValueError(f"event {seq} has the unknown type {type_name!r}")
-    event = kind.model_validate_json(text)
+    try:
+        event = kind.model_validate_json(text)
+    except CodeMachineError as error:
+        raise ValueError(str(error)) from None
     event.seq, event.at = seq, at
     return event  # type: ignore[return-value]

@@ -132,6 +132,7 @@ class Journal:
         self._inserts: dict[int, str] = {}
         with self._translated():
             _make(Path(self.path))
+            self._check_owner()
             self._writer = self._connect()
             self._migrate()
             self._reader = self._connect()
@@ -142,11 +143,16 @@ class Journal:
         connection.execute("PRAGMA synchronous=FULL")
         return connection
 
+    def _check_owner(self) -> None:
+        """Leave files of others alone: opening one as a journal would already change it."""
+        with open(self.path, "rb") as file:
+            header = file.read(100)
+        if header.startswith(b"SQLite format 3\0") and int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+            raise JournalError(f"{self.path} is a database of another program. Name another file.", path=self.path)
+
     def _migrate(self) -> None:
         execute = self._writer.execute
-        (mark,), (version,) = execute("PRAGMA application_id").fetchone(), execute("PRAGMA user_version").fetchone()
-        if mark != APPLICATION_ID:
-            raise JournalError(f"{self.path} is a database of another program. Name another file.", path=self.path)
+        (version,) = execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS):
             raise JournalError(
                 f"{self.path} was written by a newer version of cm_notebook (format {version}; this one knows "

@@ -70,7 +70,7 @@ from .loops import engine_loop, run_sync, running_loop, wait_detached
 from .prompts import check_templates, digest, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
-from .turns import Ending, take_turn
+from .turns import Ending, sound, take_turn
 from .workflow import Agent, Separator, Step, Workflow, as_step
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
@@ -407,7 +407,9 @@ class Run:
         return self
 
     def _check_driven(self) -> None:
-        if not self._driving and not self._rest.done():
+        with self._lock:
+            going_on = self._driving or self._rest.done()
+        if not going_on:
             raise TransitionError(f"run {self.id!r} is not driven here. Go on with it: cm.resume({self.id!r}).")
 
     # -- deciding -----------------------------------------------------------------------------------------------------
@@ -445,6 +447,9 @@ class Run:
         AlreadyDecided     Somebody was faster, or the gate is closed; nothing was changed.
         TransitionError    The gate cannot be answered like this; nothing was changed.
         """
+
+        texts = {name: sound(text) for name in ("feedback", "output", "prompt") if (text := getattr(decision, name))}
+        decision = decision.model_copy(update=texts)
 
         def propose() -> list[AnyEvent]:
             gate = meaning.gate_of(self._state, gate_id)
@@ -626,6 +631,54 @@ class Run:
         with self._lock:
             return [step.id for step in self._state.order if step.stale]
 
+    def go_on(
+        self,
+        workflow: Workflow | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        until: str | None = None,
+        again: str | None = None,
+        later: bool = False,
+    ) -> Run:
+        """Go on, ended or paused or not: what running a cell again comes to, as one change.
+
+        Parameters
+        ----------
+        workflow, inputs
+            The definition as it is now, as for :meth:`revise`.
+        until
+            Id of a step: pause when it is done. ``None``: no limit.
+        again, later
+            A step to run again, as for :meth:`rerun`.
+
+        Raises
+        ------
+        WorkflowError    As for :meth:`revise`; nothing was changed.
+        """
+        values = edits.checked_inputs({**self.state.inputs, **(workflow.inputs if workflow else {}), **(inputs or {})})
+        if workflow is not None:
+            check_templates(workflow, values)
+            self._agents.update({agent.id: agent for agent in workflow.agents})
+            for item in workflow.executable:
+                self._engine_for(item)
+
+        def propose() -> list[AnyEvent]:
+            state = self._state
+            different = edits.revision(state, workflow, values) if workflow is not None else []
+            events = [*different]
+            if again is not None:
+                gone = {event.step for event in different if isinstance(event, TurnCutShort)}
+                under_way = [step for step in state.under_way if step.id not in gone]
+                events += [meaning.cut_short(step, f"{again} runs again") for step in under_way]
+                events.append(Rewound(to=again, later=later))
+            free = state.ended is not None and until is None  # resuming lifts every limit
+            if not free and (state.paused or state.until_reached or state.until != until):
+                events.append(RunUnpaused(until=until))
+            return events
+
+        self._go_on(propose)
+        return self._become_current()
+
     def _changed(self, items: list[Step | Separator], agents: Iterable[Agent], inputs: Mapping[str, Any]) -> Workflow:
         """The workflow with these steps; refused here, before anything changes, if it cannot run."""
         given = {**self._agents, **{agent.id: agent for agent in agents}}
@@ -644,7 +697,8 @@ class Run:
 
         def propose() -> list[AnyEvent]:
             wanted = proposal()
-            return [RunResumed(), *wanted] if self._state.ended is not None else wanted
+            ended = self._state.ended
+            return [RunResumed(), *wanted] if ended is not None and (wanted or ended != "completed") else wanted
 
         try:
             self._propose(propose)
@@ -828,9 +882,11 @@ class Run:
 
     def _come_to_rest(self) -> None:
         """Tell those who wait that the run goes no further by itself, and how it ended."""
-        if self._rest.done() or not self._resting():
-            return
-        state = self._state
+        with self._lock:
+            if not self._rest.done() and self._resting():
+                self._rest_now(self._state)
+
+    def _rest_now(self, state: RunState) -> None:
         if state.ended is not None:
             self._let_go()
         if state.ended == "failed":
@@ -951,7 +1007,7 @@ class Run:
         """Do one turn and propose how it ended. Cancelled when the turn was cut short, which is recorded by then."""
         with self._lock:
             state = self._state.steps[started.step]
-            step, failures = state.step, len(state.attempts[-1].errors)
+            step, failures = state.step, state.attempts[-1].failures
             limit = asyncio.timeout(step.timeout_s)
             request = self._request(started, prompt, limit)
         ending = await take_turn(

@@ -140,6 +140,8 @@ class Attempt:
     note: str | None = None
     decision: Decision | None = None
     errors: list[ErrorInfo] = field(default_factory=list)
+    failures: int = 0
+    """Failures of the present turn, each tried again by itself."""
     edited: bool = False
     cut_short: str | None = None
 
@@ -594,6 +596,7 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
     _count_turn(state, step)
     here = Ref(event.seq)
     state.texts[here] = event.text
+    last.failures = 0
     last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
     if isinstance(event.output, dict):
@@ -703,6 +706,7 @@ def _turn_failed(state: RunState, event: TurnFailed) -> None:
     _stop_running(state, step)
     _count_turn(state, step)
     last.errors.append(event.error)
+    last.failures += 1
     last.ended_at = event.at
     if event.retry_in_s is not None:
         step.status, step.retry_at = "retrying", event.at + event.retry_in_s
@@ -818,7 +822,7 @@ def _gate_decided(state: RunState, event: GateDecided) -> None:
     _close(state, step)
     state.decisions[gate.id] = decision
     last = step.last
-    if last is not None and gate.kind not in ("start", "question"):
+    if last is not None and gate.kind not in ("start", "question", "stale"):
         last.decision = decision
     if decision.action == "stop":
         _stop_at(state, step, gate, due, decision)

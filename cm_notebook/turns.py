@@ -80,7 +80,7 @@ async def take_turn(
         event = TurnFinished(
             **where,
             text=sound(done.text),
-            output=done.output,
+            output=sound(done.output),
             verdict=_verdict(step, done),
             usage=usage.usage if usage is not None else None,
             cost_usd=usage.cost_usd if usage is not None else None,
@@ -103,8 +103,10 @@ async def take_turn(
 
 def _verdict(step: Step, done: TurnDone) -> Verdict | None:
     """What a module says: the agent's own verdict, else the last JSON object of its text."""
-    if done.verdict is not None or not isinstance(step, Module):
-        return done.verdict
+    if done.verdict is not None:
+        return done.verdict.model_copy(update={"reason": sound(done.verdict.reason)})
+    if not isinstance(step, Module):
+        return None
     return Verdict.from_text(done.text)
 
 
@@ -126,6 +128,12 @@ def _failed(where: dict[str, Any], error: Exception, retry_in_s: float | None) -
     return TurnFailed(**where, error=info, retry_in_s=retry_in_s)
 
 
-def sound(text: str) -> str:
-    """`text` without what UTF-8 cannot hold (lone surrogates, as undecodable bytes leave them)."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+def sound(value: Any) -> Any:
+    """`value` without what UTF-8 cannot hold: lone surrogates, as undecodable bytes or half an emoji leave them."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {sound(key): sound(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [sound(inner) for inner in value]
+    return value

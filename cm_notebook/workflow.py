@@ -69,30 +69,30 @@ class Verdict(Model):
 
     @classmethod
     def from_text(cls, text: str) -> Verdict | None:
-        """The last JSON object in `text` that is a verdict; ``None`` when there is none.
+        """The last JSON object in `text`, if it is a verdict; else ``None``.
 
-        Only the last 64 kB are searched and at most 200 places tried, so hostile text costs nothing.
+        An object inside another one does not count. Only the last 64 kB are searched and at most 200 places tried, so
+        hostile text costs nothing.
         """
         tail, decoder = text[-65536:], json.JSONDecoder()
-        end = len(tail)
+        start, found, found_end = len(tail), None, 0
         for _ in range(200):
-            end = tail.rfind("{", 0, end)
-            if end < 0:
-                return None
+            start = tail.rfind("{", 0, start)
+            if start < 0:
+                break
             try:
-                value, close = decoder.raw_decode(tail, end)
+                value, end = decoder.raw_decode(tail, start)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(value, dict) and "action" in value:
-                if _MEANT.search(tail, close):
-                    return None  # a later one was meant, and cannot be read
-                try:
-                    return cls(
-                        **{key: value[key] for key in ("action", "reason", "score") if value.get(key) is not None}
-                    )
-                except WorkflowError:
-                    return None  # the last word was meant as a verdict and is malformed: never guess an earlier one
-        return None
+            if found is not None and end < found_end:
+                break  # it stands before the last one
+            found, found_end = value, end  # the last one, or one around it
+        if not isinstance(found, dict) or "action" not in found or _MEANT.search(tail, found_end):
+            return None  # none, or a later one was meant and cannot be read
+        try:
+            return cls(**{key: found[key] for key in ("action", "reason", "score") if found.get(key) is not None})
+        except WorkflowError:
+            return None  # the last word was meant as a verdict and is malformed: never guess an earlier one
 
 
 class Agent(Model):

@@ -15,6 +15,7 @@ a run ``RUN_LIMIT`` bytes of HTML; what is left out is said, with the command th
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from collections.abc import Iterable, Sequence
@@ -58,7 +59,7 @@ _SMALL = f"font-size:12px;{_FAINT}"
 _CODE = "font-family:monospace;font-size:12px;background:rgba(128,128,128,0.14);padding:0 3px"
 _PRE = (
     "margin:4px 0 8px;padding:6px 8px;background:rgba(128,128,128,0.12);font-family:monospace;font-size:12px;"
-    "white-space:pre-wrap;overflow-wrap:break-word;max-height:320px;overflow:auto"
+    "white-space:pre-wrap;overflow-wrap:break-word"
 )
 _CELL = f"border:1px solid {RULE};padding:2px 9px"
 
@@ -78,7 +79,7 @@ def inline(text: str) -> str:
 def pill(seen: Look) -> str:
     """A state: its word in a mark of its colour; filled when it wants attention."""
     colour = COLOURS[seen.tone]
-    filled = f";background:{colour};color:#fff" if seen.tone in ("waiting", "running", "failed") else ""
+    filled = f";background:{colour};color:#fff" if wants_attention(seen) else ""
     style = f"border:1px solid {colour};border-radius:10px;padding:0 8px;font-size:12px;white-space:nowrap{filled}"
     return f'<span style="{style}">{_esc(seen.word)}</span>'
 
@@ -108,14 +109,20 @@ def _fold(summary: str, body: str, *, open: bool = False) -> str:
 def _shown(text: str, limit: int, more: str, *, plain: bool = False) -> str:
     """A text of an agent, at most `limit` bytes of it; `more` is the command that shows all."""
     cut = clip(text, limit)
-    made = [_pre(cut.head) if plain else to_html(cut.head)]
+    made = [_pre(cut.head) if plain else _markdown(cut.head)]
     if cut.tail:
         said = f"{cut.omitted_chars:,} characters left out. Show all {say.size(cut.total_bytes)}: `{more}`"
         made += [
             _line(said, f"border-left:3px solid {RULE};padding:0 0 0 8px"),
-            _pre(cut.tail) if plain else to_html(cut.tail),
+            _pre(cut.tail) if plain else _markdown(cut.tail),
         ]
     return "".join(made)
+
+
+@functools.lru_cache(maxsize=128)
+def _markdown(text: str) -> str:
+    """`text` rendered; kept, because a run is shown again at each gate and 20 kB take 200 ms."""
+    return to_html(text)
 
 
 def _pre(text: str) -> str:
@@ -123,37 +130,6 @@ def _pre(text: str) -> str:
 
 
 # -- a step -----------------------------------------------------------------------------------------------------------
-
-
-class Parts(NamedTuple):
-    """A card in parts, for the view that fills it piece by piece."""
-
-    summary: str
-    """One line: name, state, what it took."""
-    body: str
-    """Everything else; ``""`` when there is nothing to show yet."""
-    open: bool
-    """Whether it deserves to be open: it runs, waits or failed."""
-    tone: Tone
-
-
-def card_parts(
-    state: RunState, step: StepState, *, now: float | None = None, limit: int = STEP_LIMIT, full: bool = False
-) -> Parts:
-    """The card of `step` in parts.
-
-    Parameters
-    ----------
-    now
-        Unix seconds, for the time of an attempt that runs.
-    limit
-        Bytes of text to show.
-    full
-        Show everything, whatever its size.
-    """
-    seen = look(state, step)
-    wants = seen.tone in ("running", "waiting", "failed")
-    return Parts(_summary(state, step, seen, now), _body(state, step, 1 << 40 if full else limit), wants, seen.tone)
 
 
 def card(
@@ -164,7 +140,6 @@ def card(
     now: float | None = None,
     limit: int = STEP_LIMIT,
     full: bool = False,
-    live: bool = False,
 ) -> str:
     """One step as HTML: a line that opens to its attempts, output, changes and prompt.
 
@@ -172,27 +147,35 @@ def card(
     ----------
     open
         ``None``: open when it runs, waits or failed.
-    live
-        For the live view: marked with ``data-step``.
+    now
+        Unix seconds, for the time of an attempt that runs.
+    limit
+        Bytes of text to show.
+    full
+        Show everything, whatever its size.
     """
-    return _frame_card(step, card_parts(state, step, now=now, limit=limit, full=full), open, live)
-
-
-def _frame_card(step: StepState, parts: Parts, open: bool | None, live: bool = False) -> str:
-    mark = f' data-step="{_esc(step.id)}"' if live else ""
+    seen = look(state, step)
+    body = _body(state, step, 1 << 40 if full else limit)
+    is_open = bool(body) and (wants_attention(seen) if open is None else open)
+    line = _summary(state, step, seen, now, open=is_open)
     dash = "dashed" if step.stale else "solid"
-    style = f"border-left:3px {dash} {COLOURS[parts.tone]};padding:1px 0 1px 10px;margin:6px 0"
-    if not parts.body:
-        return f'<div{mark} style="{style}">{parts.summary}</div>\n'
-    is_open = parts.open if open is None else open
+    style = f"border-left:3px {dash} {COLOURS[seen.tone]};padding:1px 0 1px 10px;margin:6px 0"
+    if not body:
+        return f'<div style="{style}">{line}</div>\n'
     return (
-        f'<details{mark}{" open" if is_open else ""} style="{style}">\n'
-        f'<summary style="cursor:pointer">{parts.summary}</summary>\n'
-        f'<div style="margin:6px 0 4px">\n{parts.body}</div>\n</details>\n'
+        f'<details{" open" if is_open else ""} style="{style}">\n'
+        f'<summary style="cursor:pointer">{line}</summary>\n'
+        f'<div style="margin:6px 0 4px">\n{body}</div>\n</details>\n'
     )
 
 
-def _summary(state: RunState, step: StepState, seen: Look, now: float | None) -> str:
+def wants_attention(seen: Look) -> bool:
+    """Whether a step of that look should be open."""
+    return seen.tone in ("running", "waiting", "failed")
+
+
+def _summary(state: RunState, step: StepState, seen: Look, now: float | None, *, open: bool) -> str:
+    """The line of a card; what became of its attempts is on it unless it is open and shows them itself."""
     words = say.total(state, step.attempts, now).words()
     if len(step.attempts) > 1:
         words.append(f"{len(step.attempts)} attempts")
@@ -200,12 +183,12 @@ def _summary(state: RunState, step: StepState, seen: Look, now: float | None) ->
         words.append(f"pass {step.iteration}")
     if step.status == "retrying" and state.ended is None:
         words.append(say.retry_words(state, step, now))
-    words += [say.waits_for(state, step), one_line(step.note or "", 120)]
-    told = one_line(say.story(state, step), 400) if step.settled else ""
+    words += [say.waits_for(state, step), say.note(step)]
+    told = one_line(say.story(state, step), 400) if step.settled and not open else ""
     line = ""
     if told and len(step.attempts) > 1:
         line = f'\n<span style="display:block;{_SMALL}">{inline(_capital(told))}</span>'
-    elif told:
+    else:
         words.append(told)
     return f"<b>{_esc(step.id)}</b> {pill(seen)} {faint(*words)}{line}"
 
@@ -220,15 +203,22 @@ def _body(state: RunState, step: StepState, limit: int) -> str:
     parts += _earlier(state, step, limit)
     if step.last is not None:
         parts += _last(state, step, step.last, limit)
-    parts += [
+    else:
+        parts += _asked(state, step)
+    return "".join(parts)
+
+
+def _asked(state: RunState, step: StepState) -> list[str]:
+    """Questions and answers of a step, and the question or the prompt that waits for a decision."""
+    parts = [
         _line(f"Asked: {say.quoted(asked, 400)} Answered: {say.quoted(given, 400)}") for asked, given in step.answers
     ]
     if step.gate is not None and step.gate.kind == "question":
-        parts.append(_quote(to_html(str(step.gate.payload.get("question", ""))[:8000]), "waiting"))
+        parts.append(_quote(_markdown(str(step.gate.payload.get("question", ""))[:8000]), "waiting"))
     if step.gate is not None and step.gate.kind == "start" and step.redo is not None:
         parts.append(_line("The prompt that would be sent:"))
         parts.append(_shown(state.text(step.redo.prompt), PROMPT_LIMIT, f"%cm show {step.id} --full", plain=True))
-    return "".join(parts)
+    return parts
 
 
 def _earlier(state: RunState, step: StepState, limit: int) -> list[str]:
@@ -240,10 +230,10 @@ def _earlier(state: RunState, step: StepState, limit: int) -> list[str]:
         parts.append(_line(f"{hidden} earlier attempts are not shown: `%cm show {step.id} --attempt 1`"))
     each = min(OLD_LIMIT, max(limit // 4 // ATTEMPTS_SHOWN, 400)) if limit < STEP_LIMIT else OLD_LIMIT
     for attempt in before[-ATTEMPTS_SHOWN:]:
-        more = f"%cm show {step.id} --attempt {attempt.number} --full"
+        more = _show(step, attempt)
         ended = say.outcome(state, step, attempt)
         body = _shown(attempt.text, each, more) if attempt.text else ""
-        body = body + _errors(attempt) or _line("It gave no output.")
+        body = body + _errors(step, attempt) or _line("It gave no output.")
         parts.append(_fold(f"Attempt {attempt.number}{': ' + ended if ended else ''}", body))
     return parts
 
@@ -254,20 +244,8 @@ def _last(state: RunState, step: StepState, attempt: Attempt, limit: int) -> lis
     several = len(step.attempts) > 1
     if several:
         parts.append(_line(f"Attempt {attempt.number}{', edited' if attempt.edited else ''}:"))
-    if attempt.text:
-        parts.append(_shown(attempt.text, limit, f"%cm show {step.id} --full"))
-    elif step.status == "asking":
-        parts.append(_line("It waits for your answer."))
-    elif step.status == "running":
-        parts.append(_line("It is at work; nothing to show yet."))
-    elif attempt.answer is not None:
-        parts.append(_line("It finished without output."))
-    if attempt.note:
-        parts.append(_quote(_line(_capital(one_line(attempt.note, 300)), ""), "waiting"))
-    parts.append(_errors(attempt))
-    ended = say.outcome(state, step, attempt)
-    if ended and not (attempt.error is not None and attempt.decision is None and attempt.answer is None):
-        parts.append(_line(_capital(ended) + ("" if ended[-1] in ".”" else ".")))
+    parts += _result(state, step, attempt, limit)
+    parts += _asked(state, step)
     previous = next((other for other in reversed(step.attempts[:-1]) if other.text), None)
     if previous is not None and attempt.text:
         changed = _bounded_diff(step, previous, attempt, limit)
@@ -277,6 +255,31 @@ def _last(state: RunState, step: StepState, attempt: Attempt, limit: int) -> lis
         engine = f" sent to {attempt.engine}" if attempt.engine not in ("", "offline") else ""
         parts.append(_fold(f"Prompt{engine}", shown))
     return parts
+
+
+def _result(state: RunState, step: StepState, attempt: Attempt, limit: int) -> list[str]:
+    """What an attempt gave, what is to be said about it, and how it ended."""
+    parts = []
+    if attempt.text:
+        parts.append(_shown(attempt.text, limit, _show(step, attempt)))
+    elif attempt is step.last and step.status in ("running", "asking"):
+        waits = step.status == "asking"
+        parts.append(_line("It waits for your answer." if waits else "It is at work; nothing to show yet."))
+    elif attempt.answer is not None:
+        parts.append(_line("It finished without output."))
+    if attempt.note:
+        parts.append(_quote(_line(_capital(one_line(attempt.note, 300)), ""), "waiting"))
+    parts.append(_errors(step, attempt))
+    ended = say.outcome(state, step, attempt)
+    if ended and not (attempt.error is not None and attempt.decision is None and attempt.answer is None):
+        parts.append(_line(_capital(ended) + ("" if ended[-1] in ".”" else ".")))
+    return parts
+
+
+def _show(step: StepState, attempt: Attempt) -> str:
+    """The command that shows all of an attempt."""
+    which = "" if attempt is step.last else f" --attempt {attempt.number}"
+    return f"%cm show {step.id}{which} --full"
 
 
 def _bounded_diff(step: StepState, old: Attempt, new: Attempt, limit: int) -> str:
@@ -289,13 +292,13 @@ def _quote(inner: str, tone: Tone) -> str:
     return f'<div style="border-left:3px solid {COLOURS[tone]};padding:2px 0 2px 8px;margin:4px 0">\n{inner}</div>\n'
 
 
-def _errors(attempt: Attempt) -> str:
+def _errors(step: StepState, attempt: Attempt) -> str:
     """What went wrong, the newest last; more to read is folded."""
     parts = []
     for error in attempt.errors[-5:]:
         inner = f"<div><b>{_esc(one_line(error.kind, 60))}</b>: {_esc(one_line(error.message, 600))}</div>\n"
         if error.detail:
-            inner += _fold("Details", _shown(error.detail, 8_000, "%cm show … --full", plain=True))
+            inner += _fold("Details", _shown(error.detail, 8_000, _show(step, attempt), plain=True))
         parts.append(_quote(inner, "failed"))
     return "".join(parts)
 
@@ -352,8 +355,13 @@ def header(state: RunState, now: float | None = None) -> str:
         f'<div style="margin:0 0 6px"><b style="font-size:15px">{name}</b> {pill(say.run_look(state))} '
         f"{header_words(state, now)}</div>\n"
     )
-    said = " · ".join(filter(None, (_capital(say.source(state)), _resumed(state))))
-    return made + (f'<div style="{_SMALL};margin:0 0 6px">{inline(said)}</div>\n' if said else "")
+    said = origin_words(state)
+    return made + (f'<div style="{_SMALL};margin:0 0 6px">{said}</div>\n' if said else "")
+
+
+def origin_words(state: RunState) -> str:
+    """Where the answers came from, if not from a model, and what the run goes on from."""
+    return inline(" · ".join(filter(None, (_capital(say.source(state)), _resumed(state)))))
 
 
 def _resumed(state: RunState) -> str:
@@ -382,55 +390,57 @@ def run_html(
         Show everything, whatever its size.
     """
     chosen = state.order if steps is None else [state.step(id) for id in steps]
-    limit = STEP_LIMIT if len(chosen) < 8 else max(2_000, RUN_LIMIT // 2 // len(chosen))
+    limit = min(STEP_LIMIT, max(2_000, RUN_LIMIT // 4 // max(1, len(chosen))))  # Markdown grows, lists fivefold
     while True:
-        cards = _cards(state, chosen, now, limit, full, fold=steps is None)
+        cards = _cards(state, steps, now, limit, full)
         if full or len(cards.encode("utf-8", "replace")) <= RUN_LIMIT or limit < 200:
             break
         limit //= 4
     if steps is None:
         parts = [header(state, now), svg.graph_img(state) + "\n" if state.order else "", cards]
-        gates = list(state.gates.values())
     else:
         parts = [cards]
-        ids = {step.id for step in chosen}
-        held = any(say.waits_for(state, step) for step in chosen)
-        gates = [gate for gate in state.gates.values() if gate.step in ids or held]
+    gates = gates_of(state, steps)
     parts += [gate_bar(state, gate) for gate in gates]
     if steps is None and not gates:
         parts.append(_line(say.sentence(state, now), f"margin:8px 0 0;{_FAINT}"))
     if steps is not None:
-        parts.append(_line(_place_words(state, chosen)))
+        parts.append(_line(place_words(state, chosen)))
     return f'<div style="{FRAME}">\n{"".join(parts)}</div>\n'
 
 
-def _place_words(state: RunState, chosen: Sequence[StepState]) -> str:
+def gates_of(state: RunState, steps: Sequence[str] | None = None) -> list[Gate]:
+    """The open gates; with `steps` those that concern them: their own, and what they wait for."""
+    if steps is None:
+        return list(state.gates.values())
+    held = any(say.waits_for(state, state.step(id)) for id in steps)
+    return [gate for gate in state.gates.values() if gate.step in steps or held]
+
+
+def place_words(state: RunState, chosen: Sequence[StepState]) -> str:
+    """Which steps these are, and of what run."""
     places = ", ".join(str(step.index + 1) for step in chosen)
     said = [f"Step {places} of {len(state.order)} in {one_line(state.name, 80)}", say.source(state)]
     return " · ".join(filter(None, said))
 
 
-def _cards(
-    state: RunState, chosen: Sequence[StepState], now: float | None, limit: int, full: bool, *, fold: bool
-) -> str:
+def _cards(state: RunState, steps: Sequence[str] | None, now: float | None, limit: int, full: bool) -> str:
     """The cards in order, with the separators between them; many alike become one line."""
-    focus = _focus(state, chosen)
     parts: list[str] = []
-    for caption, group in _groups(state, chosen, focus if fold else list(chosen)):
-        if caption is not None:
-            parts.append(f'<div style="{_SMALL};margin:10px 0 2px">{_esc(caption) or "—"}</div>\n')
-        elif len(group) >= FOLD and fold:
-            parts.append(_folded(state, group, now, limit, full))
+    for row in rows(state, steps):
+        if row.caption is not None:
+            parts.append(f'<div style="{_SMALL};margin:10px 0 2px">{_esc(row.caption) or "—"}</div>\n')
+        elif len(row.steps) > 1:
+            parts.append(_folded(state, row.steps, now, limit, full))
         else:
-            for step in group:
-                made = card_parts(state, step, now=now, limit=limit, full=full)
-                parts.append(_frame_card(step, made, made.open or step in focus))
+            share = STEP_LIMIT if row.open and limit >= 2_000 else limit
+            parts.append(card(state, row.steps[0], open=row.open, now=now, limit=share, full=full))
     return "".join(parts)
 
 
 def _focus(state: RunState, chosen: Sequence[StepState]) -> list[StepState]:
     """The steps that stay open: what runs, waits or failed; else the last one with an output."""
-    wanting = [step for step in chosen if look(state, step).tone in ("running", "waiting", "failed") and step.attempts]
+    wanting = [step for step in chosen if wants_attention(look(state, step))]
     if wanting:
         return wanting
     return [step for step in chosen if step.last is not None and step.last.text][-1:]
@@ -467,25 +477,93 @@ def _groups(
 
 
 def _folded(state: RunState, group: list[StepState], now: float | None, limit: int, full: bool) -> str:
-    """Many steps of a kind as one line: ``16 done · 63 s · $0.048``."""
+    """Many steps of a kind as one line that opens, unless nothing has happened in them."""
     tone: Tone = "done" if group[0].settled else "pending"
     style = f"border-left:3px solid {COLOURS[tone]};padding:1px 0 1px 10px;margin:6px 0"
+    line = fold_summary(state, group)
     if tone == "pending":
+        return f'<div style="{style}">{line}</div>\n'
+    inner = "".join(card(state, step, open=False, now=now, limit=limit, full=full) for step in group)
+    return f'<details style="{style}">\n<summary style="cursor:pointer">{line}</summary>\n{inner}</details>\n'
+
+
+def fold_summary(state: RunState, group: list[StepState]) -> str:
+    """Many steps of a kind in a line: ``16 done · 63 s · $0.048``."""
+    if not group[0].settled:
         names = f"{group[0].id} to {group[-1].id}" if len(group) > 4 else ", ".join(step.id for step in group)
-        waits = say.waits_for(state, group[0])
-        return f'<div style="{style}">{pill(Look(f"{len(group)} pending", tone))} {faint(names, waits)}</div>\n'
+        return f"{pill(Look(f'{len(group)} pending', 'pending'))} {faint(names, say.waits_for(state, group[0]))}"
     skipped = sum(step.status == "skipped" for step in group)
     words = [*say.total(state, (attempt for step in group for attempt in step.attempts)).words()]
     again = [f"{step.id} took {len(step.attempts)} attempts" for step in group if len(step.attempts) > 1]
     words += [f"{skipped} skipped"] if skipped else []
     words += again if len(again) <= 3 else [f"{len(again)} took several attempts"]
-    mark = pill(Look(f"{len(group) - skipped} done", tone))
-    inner = "".join(card(state, step, open=False, now=now, limit=limit, full=full) for step in group)
-    return (
-        f'<details style="{style}">\n'
-        f'<summary style="cursor:pointer">{mark} {faint(*words)}</summary>\n'
-        f"{inner}</details>\n"
-    )
+    return f"{pill(Look(f'{len(group) - skipped} done', 'done'))} {faint(*words)}"
+
+
+# -- pieces for the live view -----------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A line of the view: a separator's ``caption``, or ``steps``; several of them are folded into one."""
+
+    caption: str | None
+    steps: list[StepState]
+    open: bool
+
+
+def rows(state: RunState, steps: Sequence[str] | None = None) -> Iterable[Row]:
+    """What ``run_html`` shows, from top to bottom."""
+    chosen = state.order if steps is None else [state.step(id) for id in steps]
+    focus = _focus(state, chosen)
+    for caption, group in _groups(state, chosen, focus if steps is None else list(chosen)):
+        if caption is not None or (steps is None and len(group) >= FOLD):
+            yield Row(caption, group, False)
+        else:
+            for step in group:
+                yield Row(None, [step], wants_attention(look(state, step)) or step in focus)
+
+
+def summary(state: RunState, step: StepState, now: float | None = None) -> str:
+    """The line of a card."""
+    return _summary(state, step, look(state, step), now, open=False)
+
+
+def group_html(state: RunState, steps: Iterable[str]) -> str:
+    """Closed cards: what opens below the line of a fold."""
+    return "".join(card(state, state.step(id), open=False, limit=OLD_LIMIT) for id in steps)
+
+
+def output_html(state: RunState, step: StepState, attempt: Attempt | None) -> str:
+    """What an attempt gave and how it ended; of the last one also what the step waits for. No folds: see tabs."""
+    parts = []
+    newest = attempt is step.last
+    if newest and step.stale:
+        parts.append(_line(f"Stale: {say.stale_words(state, step)}."))
+    if newest and (loop := say.loop_words(step)):
+        parts.append(_line(f"Passes: {loop}"))
+    if attempt is not None:
+        parts += _result(state, step, attempt, STEP_LIMIT)
+    return "".join([*parts, *(_asked(state, step) if newest else ())])
+
+
+def changes_html(step: StepState, attempt: Attempt) -> str:
+    """What changed from the attempt before that has an output."""
+    older = [other for other in step.attempts if other.number < attempt.number and other.text]
+    if not older or not attempt.text:
+        return _line("There is no earlier output to compare with.")
+    old = older[-1]
+    return _line(f"From attempt {old.number} to {attempt.number}:") + _bounded_diff(step, old, attempt, STEP_LIMIT)
+
+
+def prompt_html(step: StepState, attempt: Attempt) -> str:
+    """The exact prompt of an attempt, and to whom it was sent."""
+    sent = f"Sent to {attempt.engine}:" if attempt.engine not in ("", "offline") else "No model was called. The prompt:"
+    return _line(sent) + _shown(attempt.prompt, STEP_LIMIT, f"%cm show {step.id} --full", plain=True)
+
+
+def plain_html(text: str) -> str:
+    """Text as it stands."""
+    return _pre(text)
 
 
 # -- answers of single commands ---------------------------------------------------------------------------------------
@@ -560,11 +638,11 @@ def show_html(state: RunState, step: StepState, attempt: int | None = None, full
         say.outcome(state, step, chosen),
     ]
     head = f"<div><b>{_esc(step.id)}</b> {faint(*words)}</div>\n"
-    more = f"%cm show {step.id} --attempt {chosen.number} --full"
+    more = _show(step, chosen)
     output = _shown(chosen.text, limit, more) if chosen.text else _line("It gave no output.")
     prompt = chosen.prompt
     sent = _fold("Prompt", _shown(prompt, limit, more, plain=True)) if prompt else ""
-    return f'<div style="{FRAME}">\n{head}{output}{_errors(chosen)}{sent}</div>\n'
+    return f'<div style="{FRAME}">\n{head}{output}{_errors(step, chosen)}{sent}</div>\n'
 
 
 def runs_html(runs: Iterable[tuple[str, str, str, float]]) -> str:

@@ -171,7 +171,7 @@ def _place(state: RunState) -> _Plan:
             node.row = number
     loops = [_loop(state, nodes, module) for module in state.order if isinstance(module.step, Module)]
     climbing = [loop for loop in loops if loop.source.row != loop.target.row]
-    for number, loop in enumerate(climbing):
+    for number, loop in enumerate(sorted(climbing, key=lambda loop: loop.source.step.index - loop.target.step.index)):
         loop.margin = number
     several = sum(1 for row in rows if row.nodes) > 1
     left = _PAD + (14 if several else 0) + (12 + 7 * (len(climbing) - 1) if climbing else 0)
@@ -180,8 +180,7 @@ def _place(state: RunState) -> _Plan:
             node.x = left + column * (node_width + _GAP)
     for loop in loops:
         loop.left = left
-    for loop in sorted(loops, key=lambda loop: abs(loop.source.step.index - loop.target.step.index)):
-        _take_lanes(rows, loop, node_width, left)
+    _take_lanes(rows, sorted(loops, key=lambda loop: loop.source.step.index - loop.target.step.index), node_width)
     height = _stack(rows)
     longest = max((len(row.nodes) for row in rows), default=0)
     width = left + longest * (node_width + _GAP) - _GAP + _PAD + (12 if several else 0)
@@ -231,14 +230,20 @@ def _back_to(state: RunState, module: StepState) -> StepState:
     return state.order[max(0, module.index - cast("Module", module.step).loop_steps)]
 
 
-def _take_lanes(rows: list[_Row], loop: _Loop, node_width: float, left: float) -> None:
-    out, into = _ports(loop, node_width)
-    if loop.source.row == loop.target.row:
-        lane = rows[loop.source.row].lane(into, out)
-        loop.lanes = (lane, lane)
-    else:
-        after = text_width(loop.label, _SMALL_PX) + 14 if _narrow(loop) else 0
-        loop.lanes = (rows[loop.source.row].lane(0, out + after), rows[loop.target.row].lane(0, into))
+def _take_lanes(rows: list[_Row], loops: list[_Loop], node_width: float) -> None:
+    """Give `loops`, the shortest first, their lanes: nested without crossing each other."""
+    for loop in loops:
+        out, into = _ports(loop, node_width)
+        row = rows[loop.source.row]
+        if loop.source.row == loop.target.row:
+            lane = row.lane(into, out)
+            loop.lanes = (lane, lane)
+        else:
+            after = text_width(loop.label, _SMALL_PX) + 14 if _narrow(loop) else 0
+            loop.lanes = (row.lane(0, out + after), 0)
+    for loop in reversed(loops):  # at its upper end the outer one comes first
+        if loop.source.row != loop.target.row:
+            loop.lanes = (loop.lanes[0], rows[loop.target.row].lane(0, _ports(loop, node_width)[1]))
 
 
 def _narrow(loop: _Loop) -> bool:
@@ -289,13 +294,15 @@ def graph(state: RunState, format: Literal["svg", "mermaid", "text"] = "svg", *,
         return _text(state)
     if format != "svg":
         raise ValueError(f"graph format {format!r} is not known. Use 'svg', 'mermaid' or 'text'.")
-    return "\n".join(_draw(state, _place(state), live))
+    plan = _place(state)
+    said = f' role="{"group" if live else "img"}" aria-label="{_esc(describe(state))}"'
+    return "\n".join(_draw(state, plan, live, said))
 
 
 def graph_img(state: RunState) -> str:
     """The picture as an ``<img>`` for saved notebooks, with its meaning in words as ``alt``."""
-    lines = graph(state).replace('"', "'").split("\n")
     plan = _place(state)
+    lines = [line.replace('"', "'") for line in _draw(state, plan, live=False, said="")]  # its words are the ``alt``
     uri = "\n".join(urllib.parse.quote(line, safe="/:;=,'()!*~$@+?") for line in lines)
     return (
         f'<img width="{plan.width:.0f}" height="{plan.height:.0f}" style="max-width:100%;height:auto"\n'
@@ -326,12 +333,11 @@ def _esc(text: str) -> str:
     return html.escape(_xml_text(text))
 
 
-def _draw(state: RunState, plan: _Plan, live: bool) -> list[str]:
+def _draw(state: RunState, plan: _Plan, live: bool, said: str) -> list[str]:
     width, height = f"{plan.width:.0f}", f"{plan.height:.0f}"
-    role = "group" if live else "img"
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'role="{role}" aria-label="{_esc(describe(state))}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}"{said}>',
         f'<rect width="{width}" height="{height}" rx="8" fill="{PLATE}"/>',
     ]
     before: _Node | None = None

@@ -418,6 +418,13 @@ def waits_for(state: RunState, step: StepState) -> str:
     return "the run is paused" if state.paused and step is state.current else ""
 
 
+def note(step: StepState) -> str:
+    """What is to be said beside a step, unless its story says it."""
+    decision = step.last.decision if step.last is not None else None
+    told = step.status == "skipped" and decision is not None and decision.action == "skip"
+    return "" if told else one_line(step.note or "", 120)
+
+
 # -- what happened ----------------------------------------------------------------------------------------------------
 
 _DONE = {"approve": "approved", "reject": "rejected", "retry": "retried", "skip": "skipped", "answer": "answered"}
@@ -655,8 +662,8 @@ def run_text(state: RunState, now: float | None = None) -> str:
     rows = []
     for step in state.order:
         taken = " ".join(total(state, step.attempts, now).words())
-        note = "; ".join(filter(None, (story(state, step), one_line(step.note or ""), waits_for(state, step))))
-        rows.append([step.id, look(state, step).word, f"{taken}{f'  ({note})' if note and taken else note}"])
+        said = "; ".join(filter(None, (story(state, step), note(step), waits_for(state, step))))
+        rows.append([step.id, look(state, step).word, f"{taken}{f'  ({said})' if said and taken else said}"])
     made = iter(table(rows))
     lines = [headline(state, now)]
     for item in state.items:

@@ -1,8 +1,8 @@
 """The oracle: runs a workflow on ``RunState`` with scripted agents and decisions, without I/O or a clock.
 
-Every event goes through the journal's JSON before it is applied, gets the next ``seq`` and the next second, and is held
-to the table of transitions: a step may only become what ``TRANSITIONS`` says, and a step that an event is not about only
-what ``SWEPT`` says.
+Every event goes through the journal's JSON before it is applied, gets the next ``seq`` and the next second, and is
+held to the table of transitions: a step may only become what ``TRANSITIONS`` says, and a step that an event is not
+about only what ``SWEPT`` says.
 """
 
 from __future__ import annotations
@@ -253,9 +253,7 @@ class Driver:
             self.record(TurnFailed(**where, error=error, retry_in_s=reply.retry_in_s))
             return
         self.record(
-            TurnFinished(
-                **where, text=reply.text, verdict=reply.verdict, output=reply.output, session_id=reply.session
-            )
+            TurnFinished(**where, text=reply.text, verdict=reply.verdict, output=reply.output, session_id=reply.session)
         )
 
     # -- what people do

@@ -216,7 +216,9 @@ def test_a_wrong_decision_is_refused_in_words_and_changes_nothing(decision: Any,
 
 
 def test_a_gate_before_asks_about_the_prompt() -> None:
-    flow = cm.Workflow("g", agents=[cm.Agent("a", "Say {{ word }}.")], steps=[cm.step("a", gate="before", interactive=True)])
+    flow = cm.Workflow(
+        "g", agents=[cm.Agent("a", "Say {{ word }}.")], steps=[cm.step("a", gate="before", interactive=True)]
+    )
     run = flow.start({"word": "hello"}, engine=Echo(), journal=":memory:")
     assert gate(run).kind == "start"
     assert run["a"].attempts == []
@@ -315,7 +317,9 @@ def test_pause_lets_what_runs_finish() -> None:
         release.wait(10)
         return "done"
 
-    run = cm.Workflow("p", agents=[slow, cm.Agent("b", "x")], steps="slow -> b").start(engine=Echo(), journal=":memory:")
+    run = cm.Workflow("p", agents=[slow, cm.Agent("b", "x")], steps="slow -> b").start(
+        engine=Echo(), journal=":memory:"
+    )
     started.wait(10)
     run.pause()
     assert run.status == "running"
@@ -508,7 +512,9 @@ def test_a_bug_in_an_engine_surfaces_as_itself() -> None:
 
 def test_a_missing_verdict_never_opens_the_way() -> None:
     flow = cm.Workflow("v", agents=[cm.Agent("a", "x"), cm.Agent("judge", "y")], steps="a -> judge(loop 1)")
-    run = flow.start(engine=cm.ScriptedEngine({"a": ["1", "2"], "judge": ["looks good", "still {no json"]}), journal=":memory:")
+    run = flow.start(
+        engine=cm.ScriptedEngine({"a": ["1", "2"], "judge": ["looks good", "still {no json"]}), journal=":memory:"
+    )
     opened = gate(run)
     assert opened.kind == "verdict"
     assert "no verdict that can be read" in opened.payload["reason"]
@@ -544,7 +550,11 @@ def test_nobody_there_stops_at_the_gate_and_says_what_to_do() -> None:
     [
         ("approve", "completed", 1),
         ("stop", "stopped", 1),
-        (lambda gate: "approve" if gate.attempt == 2 else cm.Decision(action="reject", feedback="again"), "completed", 2),
+        (
+            lambda gate: "approve" if gate.attempt == 2 else cm.Decision(action="reject", feedback="again"),
+            "completed",
+            2,
+        ),
     ],
 )
 def test_a_policy_answers(policy: Any, status: str, attempts: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
 import time
 from typing import Any
 
@@ -43,7 +42,7 @@ from cm_notebook.events import (
     Usage,
 )
 from cm_notebook.prompts import text_of
-from cm_notebook.state import TRANSITIONS, RunState, ask, cut_short, next_actions
+from cm_notebook.state import TRANSITIONS, RunState, StartTurn, cut_short, next_actions
 from cm_notebook.workflow import Module, Step, Verdict, Workflow, module, separator, step
 from tests.core.driver import Driver, Reply, approve, folded, go_on, loop, said
 
@@ -320,7 +319,9 @@ def test_the_second_answer_is_told_of_the_first() -> None:
         assert message == f"already approved by Ada at {at}; nothing was changed."
 
 
-@pytest.mark.parametrize("gate_id", ["", "x", "r/b/1/9", "r/b/1/zz", "r/b/1/²", "r/b/1/-1", "r/none/1/1", "////", "r/b/1/"])
+@pytest.mark.parametrize(
+    "gate_id", ["", "x", "r/b/1/9", "r/b/1/zz", "r/b/1/²", "r/b/1/-1", "r/none/1/1", "////", "r/b/1/"]
+)
 def test_a_gate_that_never_was(gate_id: str) -> None:
     driver = at_gate("review")
     message = driver.refused(GateDecided(gate_id=gate_id, decision=Decision(action="approve")), TransitionError)
@@ -380,7 +381,11 @@ def test_a_rejected_step_hears_why() -> None:
     driver.decide("reject", "and run them")
     assert driver.prompt("b").endswith("## Your last answer\n\nb 2\n\n## Feedback on it\n\nand run them")
     assert "name the tests" in driver.prompt("b"), "what it was told before stays"
-    assert [attempt.feedback for attempt in driver.state.steps["b"].attempts] == ["name the tests", "and run them", None]
+    assert [attempt.feedback for attempt in driver.state.steps["b"].attempts] == [
+        "name the tests",
+        "and run them",
+        None,
+    ]
 
 
 def test_an_agent_with_a_session_gets_the_feedback_alone() -> None:
@@ -397,7 +402,9 @@ def test_a_template_may_place_the_feedback_itself() -> None:
 
 
 def test_a_chained_prompt_is_rejected_alone() -> None:
-    driver = run(work("b", ["one", "two"]), mode=False, script={"b": [Reply("1", session="s"), Reply("2", session="s")]})
+    driver = run(
+        work("b", ["one", "two"]), mode=False, script={"b": [Reply("1", session="s"), Reply("2", session="s")]}
+    )
     driver.decide("approve").decide("reject", "again")
     last = driver.state.steps["b"].last
     assert (last.number, last.prompt, driver.gate().attempt) == (2, "again", 2)
@@ -513,7 +520,7 @@ def test_a_rejected_verdict_goes_back_with_the_persons_words() -> None:
 def test_rewinding_before_a_loop_begins_it_anew() -> None:
     driver = run(work("a"), work("b"), gate(1, 1, loop_skip=["b"]), script={"gate": [loop()] * 9})
     assert driver.turns().count("b") == 1
-    driver.record(Rewound(to="a"))
+    driver.record(Rewound(to="a", later=True))
     driver.go()
     assert driver.turns().count("b") == 2, "no loop is active"
     assert driver.state.steps["b"].last.iteration == 1
@@ -575,7 +582,9 @@ def test_in_manual_mode_a_person_sees_the_verdict_before_it_counts() -> None:
 
 
 def test_a_turn_that_is_tried_again_stays_the_same_attempt() -> None:
-    driver = run(work("a"), script={"a": [Reply(error="busy", retry_in_s=4.0), Reply(error="busy", retry_in_s=4.0), "ok"]})
+    driver = run(
+        work("a"), script={"a": [Reply(error="busy", retry_in_s=4.0), Reply(error="busy", retry_in_s=4.0), "ok"]}
+    )
     (attempt,) = driver.state.steps["a"].attempts
     assert (attempt.number, attempt.text, len(attempt.turns), len(attempt.errors)) == (1, "ok", 1, 2)
     assert driver.state.status == "completed"
@@ -638,7 +647,9 @@ def test_answers_are_not_asked_for_again_after_any_number_of_cuts() -> None:
     for question in questions:
         driver.go()
         assert driver.gate().payload["question"] == question
-        driver.record(GateDecided(gate_id=driver.gate().id, decision=Decision(action="answer", feedback=f"to {question}")))
+        driver.record(
+            GateDecided(gate_id=driver.gate().id, decision=Decision(action="answer", feedback=f"to {question}"))
+        )
         driver.cut()
     assert driver.go().text("a") == "said"
     assert len(driver.opened) == 3
@@ -659,7 +670,9 @@ def test_stopping_closes_the_gate_and_resuming_opens_it_again(kind: Any) -> None
         driver.record(cut_short(running, "stopped by you"))
     driver.record(RunFinished(status="stopped"))
     assert (driver.state.gates, next_actions(driver.state)) == ({}, [])
-    message = driver.refused(GateDecided(gate_id=before.id, decision=Decision(action=before.actions[0])), TransitionError)
+    message = driver.refused(
+        GateDecided(gate_id=before.id, decision=Decision(action=before.actions[0])), TransitionError
+    )
     assert "over" in message
     assert "resume it first" in driver.refused(RunPaused(), TransitionError)
     driver.record(RunResumed())
@@ -697,7 +710,9 @@ def test_pause_lets_finish_what_runs() -> None:
 def test_until(until: str) -> None:
     steps = [work("a"), gate(1, 3), work("b"), work("z")]
     driver = run(*steps, script={"gate": [loop(), go_on()]}, until=until)
-    turns = {"a": ["a"], "gate": ["a", "gate"]}.get(until, ["a", "gate", "a", "gate", "b", "z"][: 5 if until == "b" else 6])
+    turns = {"a": ["a"], "gate": ["a", "gate"]}.get(
+        until, ["a", "gate", "a", "gate", "b", "z"][: 5 if until == "b" else 6]
+    )
     assert driver.turns() == turns
     assert driver.state.status == ("completed" if until == "z" else "paused")
     if until != "z":
@@ -943,7 +958,9 @@ def test_a_skipped_step_gives_no_text() -> None:
 
 
 def test_what_was_approved_is_what_runs() -> None:
-    driver = run(work("a"), work("b", "do {{ a }} for {{ goal }}", interactive=True, gate="before"), inputs={"goal": "x"})
+    driver = run(
+        work("a"), work("b", "do {{ a }} for {{ goal }}", interactive=True, gate="before"), inputs={"goal": "x"}
+    )
     shown = driver.state.text(Ref(driver.events[-1].seq, "prompt"))
     driver.add(work("c"), inputs={"goal": "y"})
     driver.decide("approve")
@@ -974,7 +991,6 @@ def test_every_status_has_a_row_and_leads_on() -> None:
     statuses = set(TRANSITIONS)
     reached = {to for row in TRANSITIONS.values() for tos in row.values() for to in tos}
     assert reached == statuses
-    assert re.findall(r"\w+", str(RunState.of(Workflow("W", steps=[work("a")])).steps["a"].status)) == ["pending"]
 
 
 def test_the_workflow_may_be_looked_at_before_it_runs() -> None:
@@ -985,11 +1001,11 @@ def test_the_workflow_may_be_looked_at_before_it_runs() -> None:
 # -- at random --------------------------------------------------------------------------------------------------------
 
 CONTEXTS = ("previous", "all", "none", "list")
-COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
+COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 @st.composite
-def steps(draw, index: int, ids: list[str]) -> Step:
+def some_steps(draw: st.DrawFn, index: int, ids: list[str]) -> Step:
     """A step that may name those of `ids`; a module when there is something to go back to."""
     me = f"s{index}"
     named = draw(st.sampled_from([*ids, None, None])) if ids else None
@@ -1018,23 +1034,34 @@ def steps(draw, index: int, ids: list[str]) -> Step:
 
 
 @st.composite
-def workflows(draw) -> Workflow:
+def workflows(draw: st.DrawFn) -> Workflow:
     chosen: list[Any] = []
     ids: list[str] = []
     for index in range(draw(st.integers(1, 6))):
         if draw(st.integers(0, 4)) == 0:
             chosen.append(separator(f"line {index}"))
-        chosen.append(draw(steps(index, ids)))
+        chosen.append(draw(some_steps(index, ids)))
         ids.append(f"s{index}")
     return Workflow("W", steps=chosen, autonomous_mode=draw(st.sampled_from(("never", "always", True, False))))
 
 
 OUTCOMES = st.sampled_from(
     [
-        "fine", "fine", go_on(), go_on(), loop("one"), loop("two"), loop("three"), Reply("no verdict"),
-        said("pause", "look"), said("stop", "enough"), said("error", "broken"),
-        Reply(error="overloaded", retry_in_s=2.0), Reply(error="bad key"),
-        Reply("asked", ask=("which?",)), Reply("asked twice", Verdict(action="continue"), ask=("which?", "where?")),
+        "fine",
+        "fine",
+        go_on(),
+        go_on(),
+        loop("one"),
+        loop("two"),
+        loop("three"),
+        Reply("no verdict"),
+        said("pause", "look"),
+        said("stop", "enough"),
+        said("error", "broken"),
+        Reply(error="overloaded", retry_in_s=2.0),
+        Reply(error="bad key"),
+        Reply("asked", ask=("which?",)),
+        Reply("asked twice", Verdict(action="continue"), ask=("which?", "where?")),
         Reply("session", session="z"),
     ]
 )
@@ -1042,10 +1069,10 @@ SCRIPTS = st.lists(st.lists(OUTCOMES, max_size=5), min_size=9, max_size=9)
 CHOICES = st.lists(st.integers(0, 20), min_size=1, max_size=12)
 
 
-def script_of(outcomes):
+def script_of(outcomes: list[list[str | Reply]]) -> Any:
     """Agents that give these outcomes in turn, then go on."""
 
-    def script(driver, step):
+    def script(driver: Driver, step: Any) -> Reply:
         own = outcomes[int(step.id[1:]) % 9]
         n = driver.said_by(step.step.agent)
         if n < len(own):
@@ -1056,7 +1083,7 @@ def script_of(outcomes):
     return script
 
 
-def decision_of(gate, choice, n):
+def decision_of(gate: Gate, choice: int, n: int) -> Decision:
     """One of the gate's decisions, with words of its own."""
     action = gate.actions[choice % len(gate.actions)]
     if action in ("reject", "answer"):
@@ -1068,10 +1095,10 @@ def decision_of(gate, choice, n):
     return Decision(action=action)
 
 
-def policy_of(choices):
+def policy_of(choices: list[int]) -> Any:
     """Decisions that depend on what was decided before, not on when; in the end it says yes."""
 
-    def policy(driver, gate):
+    def policy(driver: Checked, gate: Gate) -> Decision:
         if gate.kind == "may_have_run":
             return Decision(action="retry")
         n = sum(e.type == "GateDecided" and driver.kind_of[e.gate_id] != "may_have_run" for e in driver.events)
@@ -1083,37 +1110,35 @@ def policy_of(choices):
 class Checked(Driver):
     """A driver that holds every state to what must always be true of it."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.kind_of: dict[str, str] = {}
         super().__init__(*args, **kwargs)
 
-    def record(self, event):
+    def record(self, event: AnyEvent) -> AnyEvent:
         kept = super().record(event)
         state = self.state
         if kept.type == "GateOpened":
             assert kept.gate.id not in self.kind_of, "the id of a gate comes twice"
             self.kind_of[kept.gate.id] = kept.gate.kind
-        for index, step in enumerate(state.order):
-            assert step.index == index
-            assert state.steps[step.id] is step
-            assert (step.status in ("waiting",)) <= (step.gate is not None)
-            if step.gate is not None:
-                assert step.status in ("waiting", "asking")
-                assert state.gates[step.gate.id] is step.gate
-            assert (step.path in state.running) == (step.status in ("running", "asking"))
-            assert step.settled or index >= state.cursor
-            assert step.status != "due" or step.due is not None
-        assert len(state.gates) == sum(step.gate is not None for step in state.order)
+        for index, one in enumerate(state.order):
+            assert one.index == index
+            assert state.steps[one.id] is one
+            assert (one.gate is not None) is (one.status in ("waiting", "asking")) or one.path in state.running
+            assert one.gate is None or state.gates[one.gate.id] is one.gate
+            assert (one.path in state.running) == (one.status in ("running", "asking"))
+            assert one.settled or index >= state.cursor
+            assert one.status != "due" or one.due is not None
+        assert len(state.gates) == sum(one.gate is not None for one in state.order)
         assert state.current is None or not state.current.settled
         assert len(state.running) <= 1, "two turns at a time"
         if state.ended == "completed":
-            assert all(step.settled for step in state.order)
+            assert all(one.settled for one in state.order)
         if state.ended:
             assert not state.gates
             assert not state.running
         return kept
 
-    def begin(self, action):
+    def begin(self, action: StartTurn) -> None:
         step = action.step
         if action.context is not None:
             wanted = step.step.context
@@ -1127,17 +1152,11 @@ class Checked(Driver):
         super().begin(action)
 
 
-def rest_is_nameable(driver):
-    state = driver.state
-    named = state.ended or state.running or state.gates or state.paused
-    assert named, driver.statuses()
-
-
-def to_the_end(driver, limit=60):
-    """Whenever it ends before it is done, it is resumed."""
-    for _ in range(limit):
-        driver.go()
-        rest_is_nameable(driver)
+def to_the_end(driver: Driver, most: int = 60) -> Driver:
+    """Whenever it rests or ends before it is done, it is resumed; and one can always say what it waits for."""
+    for _ in range(most):
+        state = driver.go().state
+        assert state.ended or state.running or state.gates or state.paused, f"it waits for nothing: {driver.statuses()}"
         if driver.state.ended == "completed":
             return driver
         if driver.state.ended is None and driver.state.paused:
@@ -1147,9 +1166,10 @@ def to_the_end(driver, limit=60):
     raise AssertionError(f"never completed: {driver.statuses()} {driver.state.reason}")
 
 
-def told(driver):
+def told(driver: Driver) -> list[tuple[str, int, str, str]]:
     """What was sent and what came back, turn by turn, without the turns that did not end."""
-    sent, result = {}, []
+    sent: dict[str, str] = {}
+    result = []
     for event in driver.events:
         if event.type == "TurnStarted":
             sent[event.step] = driver.state.text(Ref(event.seq, "prompt"))
@@ -1158,114 +1178,117 @@ def told(driver):
     return result
 
 
-@settings(COMMON, max_examples=40)
+@settings(COMMON, max_examples=60)
 @given(workflows(), SCRIPTS, CHOICES, st.lists(st.integers(0, 400), min_size=1, max_size=4))
-def test_cut(workflow, outcomes, choices, cuts):
+def test_cut_anywhere_a_run_comes_to_the_same_end(
+    workflow: Workflow, outcomes: list[list[str | Reply]], choices: list[int], cuts: list[int]
+) -> None:
+    """``kill -9`` after any event: with the same agents and decisions the same is sent, answered and approved."""
     script, policy = script_of(outcomes), policy_of(choices)
     whole = to_the_end(Checked(workflow, script, policy=policy))
-    n = len(whole.events)
     assert folded(whole.events) == whole.state
-    once = Checked(workflow, script, policy=policy, events=[]) 
     for at in cuts:
-        cut = Checked(None, script, policy=policy, events=whole.events[: at % n + 1])
-        if cut.state.ended == "completed":
-            continue
-        cut.cut()
-        to_the_end(cut)
+        cut = Checked(None, script, policy=policy, events=whole.events[: at % len(whole.events) + 1])
+        if cut.state.ended != "completed":
+            to_the_end(cut.cut())
         assert told(cut) == told(whole)
         assert cut.texts() == whole.texts()
         assert cut.statuses() == whole.statuses()
 
 
-@st.composite
-def moves(draw):
-    return draw(st.lists(st.tuples(st.integers(0, 24), st.integers(0, 20), st.integers(0, 20)), max_size=40))
+MOVES = st.lists(st.tuples(st.integers(0, 24), st.integers(0, 20), st.integers(0, 20)), max_size=40)
 
 
-def illegal(driver, kind, a, b):
-    """Some event, mostly illegal now."""
-    state = driver.state
-    ids = [*state.steps, "nobody"]
-    step = ids[a % len(ids)]
-    known = state.steps.get(step)
+def mostly_illegal(driver: Checked, kind: int, a: int, b: int) -> AnyEvent:
+    """Some event that names real and unreal things."""
+    ids = [*driver.state.steps, "nobody"]
+    name = ids[a % len(ids)]
+    known = driver.state.steps.get(name)
     attempt = (known.attempt if known else 0) + b % 4 - 1
-    turn = b % 3
-    where = {"step": step, "path": step, "attempt": attempt, "turn": turn}
-    gate_ids = [*driver.kind_of, "r/s0/1/9", "x", "r/s0/1/zz", "r//1/²"]
+    where: dict[str, Any] = {"step": name, "path": name, "attempt": attempt, "turn": b % 3}
+    gate_ids = [*driver.kind_of, f"r/{name}/1/9", "x", f"r/{name}/1/zz", "r//1/²"]
+    decision = Decision(action=ALL_ACTIONS[b % 6], feedback="words")
+    kinds = list(ACTIONS)
+    opened = Gate(
+        id=f"r/{name}/1/{900 + len(driver.events)}", kind=kinds[b % 8], step=name, path=name, attempt=1, digest="",
+        actions=ACTIONS[kinds[b % 8]],
+    )  # fmt: skip
     return [
-        lambda: TurnStarted(**where, prompt=("p",), digest="", engine="e"),
-        lambda: TurnFinished(**where, text="t"),
-        lambda: TurnFailed(**where, error=ErrorInfo(kind="E", message="m")),
-        lambda: TurnCutShort(**where),
-        lambda: GateDecided(gate_id=gate_ids[a % len(gate_ids)], decision=Decision(action=("approve", "reject", "retry", "answer", "skip")[b % 5])),
-        lambda: LoopedBack(module=step, to=ids[b % len(ids)], iteration=2),
-        lambda: GateOpened(gate=Gate(id=f"r/{step}/{attempt}/99{b}", kind=list(ACTIONS)[b % 8], step=step, path=step, attempt=attempt, digest="", actions=("skip",))),
-        lambda: StepSkipped(step=step, path=step, reason="r"),
-        lambda: RunFinished(status=("completed", "stopped")[b % 2]),
-        lambda: RunStarted(run_id="q", workflow={"name": "x"}),
-        lambda: ModeChanged(mode=("gates", "step-by-step", "unattended")[b % 3]),
-    ][kind % 11]()
+        TurnStarted(**where, prompt=("p",), digest="", engine="e"),
+        TurnFinished(**where, text="t"),
+        TurnFailed(**where, error=ErrorInfo(kind="E", message="m")),
+        TurnCutShort(**where),
+        GateDecided(gate_id=gate_ids[a % len(gate_ids)], decision=decision),
+        LoopedBack(module=name, to=ids[b % len(ids)], iteration=2),
+        GateOpened(gate=opened),
+        StepSkipped(step=name, path=name, reason="r"),
+        RunFinished(status="completed" if b % 2 else "stopped"),
+        RunStarted(run_id="q", workflow={"name": "x"}),
+        Rewound(to=name),
+    ][kind % 11]
 
 
-def propose(driver, event):
-    before = copy.deepcopy(driver.state)
-    n = len(driver.events)
+def propose(driver: Driver, event: AnyEvent) -> None:
+    """Record `event`; if it is refused, then by a ``TransitionError``, and nothing has changed."""
+    before, events = copy.deepcopy(driver.state), len(driver.events)
     try:
         driver.record(event)
-    except TransitionError as e:
-        assert "\n" not in str(e)
-        assert driver.state == before, f"{event!r} left something behind"
-        assert len(driver.events) == n
+    except TransitionError:
+        assert driver.state == before, f"{event!r} was refused and left something behind"
+        assert len(driver.events) == events
 
 
-@settings(COMMON, max_examples=60)
-@given(workflows(), SCRIPTS, moves())
-def test_anything(workflow, outcomes, moves):
-    driver = Checked(workflow, script_of(outcomes))
-    added = 0
-    for move, a, b in moves:
-        state = driver.state
-        ids = list(state.steps)
-        step = state.order[a % len(state.order)] if state.order else None
-        if move <= 9:
-            driver.advance()
-        elif move <= 12:
-            gates = list(state.gates.values())
-            if gates:
-                gate = gates[a % len(gates)]
-                propose(driver, GateDecided(gate_id=gate.id, decision=decision_of(gate, b, a)))
-        elif move == 13:
+def move(driver: Checked, what: int, a: int, b: int) -> None:
+    """Something that people, agents, crashes or bugs may do."""
+    state = driver.state
+    if not state.order:
+        return
+    chosen = state.order[a % len(state.order)]
+    some = chosen.id if b % 2 else None
+    match what:
+        case 10 | 11 | 12 if state.gates:
+            gate = [*state.gates.values()][a % len(state.gates)]
+            propose(driver, GateDecided(gate_id=gate.id, decision=decision_of(gate, b, a)))
+        case 13:
             propose(driver, RunPaused())
-        elif move == 14:
-            propose(driver, RunUnpaused(until=ids[a % len(ids)] if ids and b % 2 else None))
-        elif move == 15:
-            for each in list(state.running.values()):
-                propose(driver, cut_short(each, "stop"))
+        case 14:
+            propose(driver, RunUnpaused(until=some))
+        case 15:
+            for running in list(state.running.values()):
+                propose(driver, cut_short(running, "stop"))
             propose(driver, RunFinished(status="stopped"))
-        elif move == 16:
+        case 16:
             driver.cut()
-        elif move == 17:
-            propose(driver, ModeChanged(mode=("step-by-step", "gates", "unattended")[a % 3]))
-        elif move == 18 and len(ids) < 9:
-            added += 1
-            new = Step(agent=f"s{6 + added}", prompt="new {{ previous }}", context="all")
-            data = {"kind": "step", **new.model_dump(mode="json", exclude_defaults=True)}
-            agents=[{"id": new.agent, "prompt": "x"}]
-            propose(driver, StepAdded(step=data, after=ids[a % len(ids)] if ids and b % 2 else None, fingerprint="n", agents=agents))
-        elif move == 19 and step is not None:
-            changed = step.step.model_copy(update={"prompt": f"changed {b}", "context": "all"})
-            data = {**changed.model_dump(mode="json", exclude_defaults=True), "kind": changed.kind}
+        case 17:
+            propose(driver, ModeChanged(mode=(("step-by-step", "gates", "unattended")[a % 3])))  # type: ignore[arg-type]
+        case 18 if len(state.order) < 9:
+            new = f"s{len(driver.events) + 10}"
+            data = {"agent": new, "prompt": "new {{ previous }}", "context": "all", "interactive": a % 2 == 0}
+            agents = [{"id": new, "prompt": "x"}]
+            propose(driver, StepAdded(step=data, after=some, fingerprint="n", agents=agents))
+        case 19:
+            changed = chosen.step.model_dump(mode="json", exclude_defaults=True)
+            data = {**changed, "kind": chosen.step.kind, "prompt": f"changed {b}", "context": "all"}
             propose(driver, StepChanged(step=data, fingerprint="c"))
-        elif move == 20 and step is not None and len(ids) > 1:
-            propose(driver, StepRemoved(step=step.id))
-        elif move == 21 and step is not None:
-            propose(driver, Rewound(to=step.id, later=b % 2 == 0))
-        elif ids:
-            propose(driver, illegal(driver, a, b, a + b))
-    if driver.state.ended:
-        driver.record(RunResumed())
-    if driver.state.paused:
-        driver.record(RunUnpaused())
+        case 20 if len(state.order) > 1:
+            propose(driver, StepRemoved(step=chosen.id))
+        case 21:
+            propose(driver, Rewound(to=chosen.id, later=b % 2 == 0))
+        case 22 | 23 | 24:
+            propose(driver, mostly_illegal(driver, a, b, a + b))
+        case _:
+            driver.advance()
+
+
+@settings(COMMON, max_examples=120)
+@given(workflows(), SCRIPTS, MOVES)
+def test_whatever_happens_a_run_stays_sound(
+    workflow: Workflow, outcomes: list[list[str | Reply]], moves: list[tuple[int, int, int]]
+) -> None:
+    """``Checked`` holds each state to what must be true; in the end, with a person who says yes, it completes."""
+    driver = Checked(workflow, script_of(outcomes))
+    for what, a, b in moves:
+        move(driver, what, a, b)
     driver.policy = approve
     to_the_end(driver, 200)
     assert folded(driver.events) == driver.state

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+import cm_notebook
 from cm_notebook.engines.base import Delta, TurnDone
 from cm_notebook.engines.functions import FunctionEngine, Turn, _TurnOver
 from cm_notebook.errors import EngineError, EngineProtocolError, EngineRateLimited, ReplayMismatch
@@ -471,7 +472,7 @@ asyncio.run(main())
 print("over")
 """
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "over\n"
-    assert done.stderr == ""
+    root = Path(cm_notebook.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("over\n", "")
     assert time.monotonic() - begun < 30

@@ -1,0 +1,828 @@
+"""The command line: run a workflow in a terminal or a pipe, open the tutorial, look what is here.
+
+Strategy: a thin edge. The run goes on its own thread; this one takes turns at three things: print what has happened,
+ask the person at a gate, wait. Each line is made from a copy of the state as it was at its event, so that a fast run
+reads like a slow one. A person is asked only where one can see the question and type the answer, and only when no
+policy (``--on-gate``) stands in; what was typed before a question was shown is no answer to it. Whatever ends the
+waiting, be it the run, Ctrl+C or a closed pipe, leaves a run that can be resumed, one line about how, and an exit code.
+
+What agents write is hostile: it is cleaned before a terminal sees it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import codecs
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, NoReturn
+
+from . import config, options
+from . import run as runs
+from .errors import CodeMachineError, EngineError, GatePending, ReplayMismatch, TransitionError, WorkflowError, did_you_mean
+from .events import Action, AnyEvent, Decision, Gate, GateOpened, RunFinished, TurnFailed, TurnFinished, TurnStarted
+from .feed import LiveText
+from .journal import open_journal
+from .loops import SLICE_S, engine_loop, run_sync
+from .options import COMMANDS, Argument, Command, Option
+from .render import text as say
+from .render.markdown import clean
+from .run import Run, somebody
+from .state import RunState, StepState, apply
+from .workflow import Workflow
+
+DONE, FAILED, USAGE, WAITING, STOPPED = range(5)
+"""Exit codes."""
+
+ENDING_S = 5.0
+"""Seconds that agents get to end their programs when the run is stopped."""
+
+# -- what can be asked for ---------------------------------------------------------------------------------------------
+
+_DEBUG = Option("debug", "show where an error comes from", "switch", own=True)
+_SHARED = ("until", "inputs", "engine", "tape", "on_gate", "workspace")
+
+RUN = Command(
+    "run",
+    "Run the workflow in a file; one line for each thing that happens.",
+    "workflow.start(…)",
+    (Argument("file", "a .py with a cm.Workflow, or a .json of Workflow.to_dict()"),),
+    (
+        *(option for option in COMMANDS["run"].options if option.parameter in _SHARED),
+        Option("journal", "where runs are kept, or :memory:", example="FILE"),
+        Option("workflow", "which one, when the file has several", example="NAME", own=True),
+        Option("resume", "go on with a run of the journal", example="RUN", own=True),
+        Option("verbose", "print what the agents write, too", "switch", ("-v",), own=True),
+        _DEBUG,
+    ),
+)
+TUTORIAL = Command(
+    "tutorial",
+    "Copy the notebooks here and open them in JupyterLab; no key is needed.",
+    "",
+    (Argument("name", "which one: 01, human, …; the first one without it", many="?"),),
+    (
+        Option("to", "folder for the copy", example="DIR", own=True),
+        Option("list", "only say which there are", "switch", own=True),
+        Option("execute", "run it here, with nobody watching", "switch", own=True),
+        Option("no_browser", "only print the address", "switch", own=True),
+        _DEBUG,
+    ),
+)
+DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.", "cm.doctor()", (), (_DEBUG,))
+
+HELP = """\
+cm-notebook: workflows of AI agents, step by step, with you deciding at the right moments.
+
+  cm-notebook tutorial [NAME]    copy the notebooks here and open them in JupyterLab
+  cm-notebook run FILE           run the workflow in a .py or .json file
+  cm-notebook doctor             what is here, what is missing, and how to mend it
+  cm-notebook COMMAND --help     more about one of them
+  cm-notebook --version
+
+Examples:
+  cm-notebook tutorial
+  cm-notebook run plan.py --input goal='a todo CLI'
+  cm-notebook run plan.py --tape tapes/plan.jsonl --on-gate approve
+
+In a notebook: %load_ext cm_notebook, then %cm?
+"""
+CODES = """\
+Exit codes: 0 completed, or paused where --until said; 1 failed, or the file or a value is wrong;
+2 not understood; 3 waits for a decision; 4 stopped. A run that did not complete can go on: --resume.
+"""
+RUN_EXAMPLES = """\
+Examples:
+  cm-notebook run plan.py --input goal='a todo CLI' -v
+  cm-notebook run plan.py --until planner
+  cm-notebook run plan.py --resume r-1f2e3d4c
+"""
+
+
+class _Misunderstood(CodeMachineError):
+    """The command line itself is wrong."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that says in one line what would be right, and never ends the process."""
+
+    def __init__(self, command: Command, epilog: str = "") -> None:
+        super().__init__(
+            prog=f"cm-notebook {command.name}",
+            description=command.meaning,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        for argument in command.arguments:
+            many: dict[str, Any] = {"nargs": argument.many} if argument.many else {}
+            self.add_argument(argument.name, help=argument.meaning, metavar=argument.shown, **many)
+        options.add_options(self, command.options)
+        self.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="this page")
+        self._flags = ["-h", "--help"] + [flag for option in command.options for flag in option.flags]
+
+    def read(self, words: Sequence[str]) -> dict[str, Any] | None:
+        """What was asked for, by parameter; ``None`` when help was, which is printed.
+
+        Raises
+        ------
+        _Misunderstood    It cannot be read.
+        """
+        if "-h" in words or "--help" in words:
+            print(self.format_help(), end="")
+            return None
+        for word in words:
+            flag = word.partition("=")[0]
+            if re.match(r"--[A-Za-z]", word) and flag not in self._flags:
+                raise _Misunderstood(f"{self.prog} has no option {flag}. {did_you_mean(flag, self._flags, 'Options')}")
+        try:
+            return vars(self.parse_args(list(words)))
+        except WorkflowError as error:  # from what reads a value
+            raise _Misunderstood(f"{self.prog}: {error}") from None
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse, in one line."""
+        raise _Misunderstood(f"{self.prog}: {message}. See `{self.prog} --help`.")
+
+
+class _Pair(argparse.Action):
+    """``-p NAME VALUE``, as papermill has it."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        pairs = dict(getattr(namespace, self.dest, None) or {})
+        namespace.__dict__[self.dest] = {**pairs, values[0]: options.value_of(values[1])}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """What the program does with `words` (default: those of the process); returns the exit code."""
+    words = list(sys.argv[1:] if words is None else words)
+    _prepare_streams()
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # the end of a CI job and of a terminal: as Ctrl+C
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, signal.default_int_handler)
+    try:
+        return _dispatch(words)
+    except _Misunderstood as error:
+        code = USAGE
+        _complain(str(error))
+    except GatePending as error:
+        code = WAITING
+        _complain(str(error))
+    except CodeMachineError as error:
+        code = FAILED
+        if "--debug" in words:
+            traceback.print_exc()
+        _complain(str(error))
+    except KeyboardInterrupt:
+        code = STOPPED
+        _complain("stopped.")
+    except BrokenPipeError:  # `| head` has seen enough
+        code = FAILED
+        _let_go_of_stdout()
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return DONE if words else USAGE
+    if name in ("-V", "--version"):
+        print(f"cm-notebook {version()}")
+        return DONE
+    commands: dict[str, Callable[[list[str]], int]] = {"run": _run, "tutorial": _tutorial, "doctor": _doctor}
+    if name not in commands:
+        raise _Misunderstood(f"cm-notebook has no command {name!r}. {did_you_mean(name, commands, 'Commands')}")
+    return commands[name](words[1:])
+
+
+def version() -> str:
+    """The installed version."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("cm-notebook")
+    except PackageNotFoundError:
+        return "(from its sources)"
+
+
+def _doctor(words: list[str]) -> int:
+    if _Parser(DOCTOR).read(words) is not None:
+        from .doctor import examine
+
+        print(examine())
+    return DONE
+
+
+def _tutorial(words: list[str]) -> int:
+    asked = _Parser(TUTORIAL, "Exit codes of --execute: those of `cm-notebook run`.\n").read(words)
+    if asked is None:
+        return DONE
+    from . import tutorial
+
+    if asked.get("list"):
+        print("\n".join(tutorial.listing(tutorial.source())))
+        return DONE
+    return tutorial.tutorial(
+        asked["name"],
+        Path(asked["to"]) if "to" in asked else None,
+        execute="execute" in asked,
+        browser="no_browser" not in asked,
+    )
+
+
+# -- run: from the words to the run ------------------------------------------------------------------------------------
+
+
+def _run(words: list[str]) -> int:
+    parser = _Parser(RUN, f"{CODES}\n{RUN_EXAMPLES}")
+    help = "as --input NAME=VALUE"
+    parser.add_argument("-p", nargs=2, dest="inputs", action=_Pair, metavar=("NAME", "VALUE"), help=help,
+                        default=argparse.SUPPRESS)  # fmt: skip
+    asked = parser.read(words)
+    if asked is None:
+        return DONE
+    if "resume" in asked and "workspace" in asked:
+        raise _Misunderstood("--workspace: a run keeps the folder that it began in. Leave it out with --resume.")
+    console = Console()
+    policy = asked.get("on_gate") or config.setting("on_gate")
+    there = policy is None and somebody() and (console.can_ask or config.setting("headless") is False)
+    before = config.chosen.get("headless")
+    config.chosen["headless"] = not there  # the run asks the same question, and must come to the same answer
+    try:
+        run, known = _begin(asked, policy)
+        told = Session(run, console, asks=there and console.can_ask, verbose="verbose" in asked, known=known)
+        return told.see_through(_again(asked, run.id), until=asked.get("until"))
+    finally:
+        config.chosen["headless"] = before
+
+
+def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
+    """The run that was asked for, and up to which event its story was told before."""
+    workflow = load(asked["file"], asked.get("workflow"))
+    journal = open_journal(asked.get("journal") or config.setting("journal"))
+    inputs = asked.get("inputs", {})
+    given = {name: asked[name] for name in ("engine", "tape", "until") if name in asked}
+    if "resume" not in asked:
+        workspace = asked.get("workspace")
+        return Run.start(workflow, inputs, journal=journal, workspace=workspace, on_gate=policy, **given), 0
+    before = Run.open(asked["resume"], journal).state
+    known = before.seq
+    # The values that the run began with, not the file's defaults: else its finished steps would all be stale.
+    values = {**workflow.inputs, **before.inputs, **inputs}
+    edited = workflow.model_copy(update={"inputs": values})
+    return runs.resume(asked["resume"], edited, journal=journal, on_gate=policy, **given), known
+
+
+def _again(asked: dict[str, Any], run_id: str) -> str | None:
+    """The line that goes on with the run; ``None`` where it is not kept."""
+    journal = asked.get("journal") or config.setting("journal")
+    if journal == ":memory:":
+        return None
+    words = ["cm-notebook", "run", asked["file"], "--resume", run_id]
+    for name in ("workflow", "journal", "engine", "tape"):
+        if name in asked:
+            words += [f"--{name}", asked[name]]
+    return shlex.join(words)
+
+
+def load(file: str, name: str | None = None) -> Workflow:
+    """The workflow in a file: ``.py``, which is imported, or ``.json``.
+
+    Parameters
+    ----------
+    name
+        The variable that holds it, when a ``.py`` has several; without it the one named ``workflow`` or ``wf``.
+
+    Raises
+    ------
+    WorkflowError    There is no such file, none or more than one in it, or it is wrong; the message says where.
+    """
+    path = Path(file)
+    if not path.is_file():
+        near = [str(other) for pattern in ("*.py", "*.json") for other in path.parent.glob(pattern)]
+        hint = f" {did_you_mean(file, near, 'Here')}" if near else ""
+        raise WorkflowError(f"there is no file {file!r}.{hint}")
+    if path.suffix == ".json":
+        return _load_json(path)
+    if path.suffix == ".ipynb":
+        raise WorkflowError(f"{file!r} is a notebook. Open it in Jupyter, or run it headless: jupyter execute {file}")
+    if path.suffix != ".py":
+        raise WorkflowError(f"{file!r} is neither .py nor .json.")
+    return _choose(_import(path), file, name)
+
+
+def _load_json(path: Path) -> Workflow:
+    try:
+        return Workflow.from_dict(json.loads(path.read_text(encoding="utf-8-sig")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WorkflowError(f"{path}: this is not JSON: {error}.") from error
+    except WorkflowError as error:
+        raise WorkflowError(f"{path}: {error}") from error
+
+
+def _import(path: Path) -> ModuleType:
+    """The module of that file, as if imported from its folder; what stands under ``__main__`` is not run."""
+    name = f"cm_file_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise WorkflowError(f"{path} cannot be imported.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent.absolute()))
+    with contextlib.suppress(TransitionError):
+        raise WorkflowError(f"{path}: run {runs.current().id} is already there.")
+    try:
+        spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # anything that a file can do, SystemExit included
+        raise WorkflowError(f"{_place(path, error)}: {_said(error)}") from error
+    with contextlib.suppress(TransitionError):
+        started = runs.current()
+        with contextlib.suppress(CodeMachineError):
+            started.stop()
+        raise WorkflowError(
+            f'{path} starts a run itself. Put that below `if __name__ == "__main__":`, so that only one run begins.'
+        )
+    return module
+
+
+def _place(path: Path, error: BaseException) -> str:
+    """The file, and the line in it where the error came up."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or path}, line {error.lineno}"
+    here = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{path}, line {here[-1]}" if here else str(path)
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg}"
+    return str(error) if isinstance(error, CodeMachineError) else f"{type(error).__name__}: {error}"
+
+
+def _choose(module: ModuleType, file: str, name: str | None) -> Workflow:
+    found = {key: value for key, value in vars(module).items() if isinstance(value, Workflow)}
+    if name is not None:
+        if name not in found:
+            raise WorkflowError(f"{file} has no workflow {name!r}. {did_you_mean(name, found, 'Workflows')}")
+        return found[name]
+    if not found:
+        raise WorkflowError(f"{file} defines no workflow: workflow = cm.Workflow(…) is expected at its top level.")
+    if len({id(value) for value in found.values()}) == 1:
+        return next(iter(found.values()))
+    for usual in ("workflow", "wf"):
+        if usual in found:
+            return found[usual]
+    raise WorkflowError(f"{file} defines several workflows. Choose one: --workflow {' or '.join(found)}")
+
+
+# -- run: telling and asking -------------------------------------------------------------------------------------------
+
+_KEYS: dict[str, str] = {"approve": "a", "reject": "r", "edit": "e", "skip": "s", "stop": "t", "retry": "y"}
+_LONG, _HEAD, _TAIL = 60, 40, 12
+"""Lines of an output: from how many on it is cut, and how many then remain of its beginning and end."""
+_BEING_RAISED = (CodeMachineError, EngineError, ReplayMismatch)
+
+
+class Session:
+    """One run in this terminal.
+
+    Parameters
+    ----------
+    asks
+        Whether the person here decides.
+    verbose
+        Whether to print what the agents write.
+    known
+        The last event that was told before, when the run is resumed.
+    """
+
+    def __init__(self, run: Run, console: Console, *, asks: bool, verbose: bool, known: int = 0) -> None:
+        self._run, self._console = run, console
+        self._asks, self._verbose, self._known = asks, verbose, known
+        self._state = RunState()
+        self._awake = threading.Event()
+        self._rests = False
+        self._ended: BaseException | None = None
+        self._written: set[tuple[str, int]] = set()
+        """Attempts whose text has been printed."""
+
+    def see_through(self, again: str | None, until: str | None = None) -> int:
+        """Follow the run until it rests; returns the exit code, having said why if it is not 0."""
+        why = ""
+        feed = self._run.watch(self._awake.set)
+        try:
+            self._tell(self._run.events)
+            threading.Thread(target=self._await_rest, name="cm-rest", daemon=True).start()
+            while not self._rests:
+                self._take(feed.take)
+                self._awake.wait(SLICE_S)  # in slices: Windows hears Ctrl+C only between them
+                self._awake.clear()
+            self._tell(feed.take())
+        except KeyboardInterrupt:
+            self._console.fresh_line()
+            why = self._stop()
+        except NobodyReads:
+            why = self._stop() and "nobody reads the output any more"
+        except EOFError:
+            self._console.fresh_line()
+        finally:
+            self._run.unwatch(feed)
+        if why and not self._console.closed:
+            with contextlib.suppress(NobodyReads):
+                self._tell(feed.take())
+        return self._end(again, why, until)
+
+    def _take(self, take: Callable[[], Iterable[AnyEvent | LiveText]]) -> None:
+        """Tell what there is, and ask about a gate that is open then; until there is nothing more."""
+        self._tell(take())
+        while self._asks and (gate := next(iter(self._state.gates.values()), None)) is not None:
+            self._put(gate)
+            self._tell(take())
+
+    def _await_rest(self) -> None:
+        try:
+            self._run.wait()
+        except BaseException as error:
+            self._ended = error
+        self._rests = True
+        self._awake.set()
+
+    def _stop(self) -> str:
+        """Stop the run, and give its agents time to end what they began; a second Ctrl+C does not wait for that."""
+        try:
+            self._run.stop()
+        except CodeMachineError:
+            return ""  # it has ended by itself
+        with contextlib.suppress(TimeoutError):
+            run_sync(asyncio.run_coroutine_threadsafe(_all_done(), engine_loop()), ENDING_S)
+        return "stopped by you"
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def _tell(self, things: Iterable[AnyEvent | LiveText]) -> None:
+        for thing in things:
+            if isinstance(thing, LiveText):
+                if self._verbose:
+                    self._written.add((thing.path, thing.attempt))
+                    self._console.live(clean(thing.text))
+            elif thing.seq > self._state.seq:
+                apply(self._state, thing)
+                if thing.seq > self._known:
+                    self._tell_event(thing)
+
+    def _tell_event(self, event: AnyEvent) -> None:
+        if isinstance(event, TurnStarted) and event.turn > 1:
+            self._written.discard((event.path, event.attempt))
+        if isinstance(event, TurnFinished) and self._verbose and (event.path, event.attempt) not in self._written:
+            self._written.add((event.path, event.attempt))
+            self._console.live(clean(event.text))
+        if isinstance(event, GateOpened) and (self._asks or event.gate.kind == "failed"):
+            return  # the question says it, or the failure was the line before
+        if (line := say.event_line(self._state, event)) is not None:
+            bad = isinstance(event, TurnFailed) or (isinstance(event, RunFinished) and event.status != "completed")
+            good = isinstance(event, RunFinished) and event.status == "completed"
+            self._console.line(line, "red" if bad else "green" if good else "")
+
+    def _end(self, again: str | None, why: str, until: str | None) -> int:
+        """The exit code; what is not 0 is explained on stderr."""
+        with self._run.reading() as state:
+            status, reason = state.status, state.reason
+        if status == "completed":
+            return DONE
+        as_asked = status == "paused" and until is not None and not why
+        if isinstance(self._ended, BaseException) and not isinstance(self._ended, _BEING_RAISED):
+            raise self._ended  # a bug, ours or the engine's
+        if self._ended is not None:
+            _complain(str(self._ended))
+        elif why or status == "stopped":
+            _complain(f"{say.one_line(state.name, 80)} was {why or reason or 'stopped'}.".replace("was nobody", "was stopped: nobody"))
+        elif status == "failed":
+            _complain(reason)
+        elif status == "paused" and not as_asked:
+            _complain(f"paused: {state.pause_reason}.")
+        elif status == "waiting":
+            _complain("the gate stays open.")
+        if again is not None:
+            print(f"Go on with it: {again}", file=sys.stderr)
+        if as_asked:
+            return DONE
+        return {"waiting": WAITING, "failed": FAILED}.get(status, STOPPED)
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def _put(self, gate: Gate) -> None:
+        """Show the gate and take answers until it is closed, here or by somebody else."""
+        step = self._state.steps[gate.step]
+        self._show(gate, step)
+        while self._is_open(gate):
+            line = self._console.ask("answer> " if gate.kind == "question" else "> ", lambda: not self._is_open(gate))
+            if line is None:
+                self._console.line("(answered elsewhere)", "dim")
+                return
+            try:
+                decision = self._decision(gate, step, line.strip())
+                if decision is not None:
+                    self._run.decide(gate.id, decision, digest=gate.digest)
+                    return
+            except CodeMachineError as error:
+                self._console.say(str(error), "yellow")
+
+    def _is_open(self, gate: Gate) -> bool:
+        with self._run.reading() as state:
+            return gate.id in state.gates
+
+    def _show(self, gate: Gate, step: StepState) -> None:
+        shown = self._subject(gate, step)
+        self._console.forget_typed()
+        if shown and (gate.kind == "start" or (gate.path, gate.attempt) not in self._written):
+            self._console.say(f"--- {gate.step}{f', attempt {gate.attempt}' if gate.attempt > 1 else ''}", "dim")
+            lines = clean(shown).splitlines()
+            if len(lines) > _LONG:
+                left_out = len(lines) - _HEAD - _TAIL
+                lines[_HEAD:-_TAIL] = [f"… {left_out} lines more: v shows all …"]
+            self._console.say("\n".join(lines))
+            self._console.say("---", "dim")
+        self._console.say(clean(say.gate_sentence(self._state, gate)), "bold")
+        self._console.say(self._choices(gate, step))
+
+    def _subject(self, gate: Gate, step: StepState) -> str:
+        """The text that is decided about."""
+        if gate.kind == "start":
+            return self._state.text(step.redo.prompt) if step.redo is not None else ""
+        if gate.kind == "question":
+            return ""
+        last = step.last
+        if gate.kind == "failed":
+            return (last.error.detail or "") if last is not None and last.error is not None else ""
+        return last.text if last is not None else ""
+
+    def _choices(self, gate: Gate, step: StepState) -> str:
+        if gate.kind == "question":
+            return "Type the answer. Ctrl+C stops the run."
+        found = [f"[{_KEYS[way.action]}] {way.label}" for way in say.ways(self._state, gate)]
+        if gate.kind == "failed":
+            found.insert(1, "[p] Edit prompt")
+        if len(step.attempts) > 1 and gate.kind != "start":
+            found.append("[d] Diff")
+        return "  ".join([*found, "[?] Help"])
+
+    def _decision(self, gate: Gate, step: StepState, line: str) -> Decision | None:
+        """What a line means: a decision, or ``None`` when it only asked for something.
+
+        Raises
+        ------
+        CodeMachineError    It means nothing here.
+        """
+        if gate.kind == "question":
+            return Decision(action="answer", feedback=line) if line else None
+        word, _, rest = line.partition(" ")
+        word, rest = word.lower(), rest.strip()
+        known: dict[str, str] = {}
+        for way in say.ways(self._state, gate):
+            known |= {_KEYS[way.action]: way.action, way.action: way.action}
+        known |= {"p": "prompt"} if gate.kind == "failed" else {}
+        known |= {key: name for key, name in (("d", "diff"), ("v", "view"), ("?", "help"))}
+        action = known.get(word)
+        if action is None:
+            self._console.say(self._choices(gate, step))
+            return None
+        if action in ("diff", "view", "help"):
+            self._console.say(getattr(self, f"_{action}")(gate, step))
+            return None
+        if rest and action not in ("reject", "retry"):
+            raise WorkflowError(f"{action} takes no words; nothing was decided.")
+        return self._made(gate, step, action, rest)
+
+    def _made(self, gate: Gate, step: StepState, action: str, rest: str) -> Decision | None:
+        if action == "reject":
+            words = rest or self._console.ask("Why? ", lambda: not self._is_open(gate))
+            return Decision(action="reject", feedback=words.strip()) if words and words.strip() else None
+        if action == "edit":
+            text = self._edited(self._subject(gate, step))
+            return Decision(action="approve", output=text) if text is not None else None
+        if action == "prompt":
+            text = self._edited(step.last.prompt if step.last is not None else "")
+            return Decision(action="retry", prompt=text) if text is not None else None
+        if action == "skip":
+            question = f"Skip {gate.step}? It gives no output; what names it gets an empty text. [y/N] "
+            sure = self._console.ask(question, lambda: not self._is_open(gate))
+            return Decision(action="skip") if sure and sure.strip().lower() in ("y", "yes") else None
+        if action == "retry" and rest:
+            if gate.kind != "exhausted" or not re.fullmatch("[1-9][0-9]{0,5}", rest):
+                raise WorkflowError("retry takes a number, and only where a loop is used up: y 2")
+            return Decision(action="retry", count=int(rest))
+        made: Action = action  # type: ignore[assignment]
+        return Decision(action=made)
+
+    def _edited(self, text: str) -> str | None:
+        new = self._console.edit(text)
+        if new is None:
+            self._console.say("Nothing was changed, so nothing is decided.", "yellow")
+        return new
+
+    def _view(self, gate: Gate, step: StepState) -> str:
+        return clean(self._subject(gate, step)) or "There is no text."
+
+    def _diff(self, gate: Gate, step: StepState) -> str:
+        return clean(self._run[gate.step].diff()) if len(step.attempts) > 1 else "There is only one attempt."
+
+    def _help(self, gate: Gate, step: StepState) -> str:
+        meanings = {
+            "approve": "go on with what is shown",
+            "reject": "send it back; r WORDS says why",
+            "edit": "change the text in your editor ($EDITOR), and go on with that",
+            "retry": "make it again" + ("; y 2 allows two more passes" if gate.kind == "exhausted" else ""),
+            "skip": "go on without it",
+            "stop": "end the run; it can be resumed",
+        }
+        rows = [[_KEYS[way.action], way.label, meanings[way.action]] for way in say.ways(self._state, gate)]
+        rows += [["p", "Edit prompt", "change its prompt in your editor, and try that"]] if gate.kind == "failed" else []
+        rows += [["d", "Diff", "what changed since the attempt before"]] if len(step.attempts) > 1 else []
+        rows += [["v", "View", "all of the text"], ["Ctrl+C", "", "stop the run"], ["Ctrl+D", "", "leave; the gate stays open"]]
+        return "\n".join(f"  {line}" for line in say.table(rows))
+
+
+async def _all_done() -> None:
+    """Return when nothing is under way on this loop any more."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others)
+
+
+# -- the terminal ------------------------------------------------------------------------------------------------------
+
+_COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
+_IN_ASCII = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "…": "...", "—": "-", "–": "-", "·": "|", "→": "->"})
+
+
+class NobodyReads(Exception):
+    """Stdout is closed: ``| head`` has seen enough, or the terminal is gone."""
+
+
+class Console:
+    """Stdout for what happens; for questions stdout too, or stderr where stdout is a file or a pipe."""
+
+    def __init__(self) -> None:
+        self._out, self._talk = sys.stdout, sys.stdout if _is_terminal(sys.stdout) else sys.stderr
+        self._mid_line = False
+        self.closed = False
+        self.can_ask = _is_terminal(sys.stdin) and _is_terminal(self._talk)
+
+    def line(self, text: str, look: str = "") -> None:
+        """A line about what happened."""
+        self.fresh_line()
+        self._write(self._out, _painted(self._out, text, look) + "\n")
+
+    def live(self, text: str) -> None:
+        """A piece of text as it is written."""
+        if text:
+            self._write(self._out, text)
+            self._mid_line = not text.endswith("\n")
+
+    def fresh_line(self) -> None:
+        """End a line that was begun."""
+        if self._mid_line:
+            self._mid_line = False
+            self._write(self._out, "\n")
+
+    def say(self, text: str, look: str = "") -> None:
+        """A line of the conversation."""
+        self.fresh_line()
+        self._write(self._talk, _painted(self._talk, text, look) + "\n")
+
+    def ask(self, prompt: str, in_vain: Callable[[], bool]) -> str | None:
+        """A line that the person types; ``None`` as soon as `in_vain` says that it is not needed any more.
+
+        Raises
+        ------
+        EOFError    Ctrl+D, or the terminal is gone.
+        """
+        self._write(self._talk, _painted(self._talk, prompt, "bold"))
+        self._mid_line = self._talk is self._out
+        stdin = sys.stdin
+        if os.name == "posix":  # elsewhere a terminal cannot be waited for together with anything else
+            while not select.select([stdin], [], [], SLICE_S)[0]:
+                if in_vain():
+                    self.fresh_line()
+                    return None
+        line = stdin.readline()
+        if not line:
+            raise EOFError
+        self._mid_line = False
+        return line
+
+    def forget_typed(self) -> None:
+        """Drop what was typed before the question was there to be read."""
+        with contextlib.suppress(ImportError, OSError, ValueError):
+            import termios
+
+            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+
+    def edit(self, text: str) -> str | None:
+        """The text as the person leaves it in an editor; ``None`` when it is the same or the editor failed.
+
+        Raises
+        ------
+        CodeMachineError    There is no editor.
+        """
+        usual = next((name for name in ("nano", "vi", "notepad") if shutil.which(name)), "")
+        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or usual
+        if not editor:
+            raise CodeMachineError("there is no editor here. Name one: export EDITOR=nano")
+        with tempfile.TemporaryDirectory(prefix="cm-") as folder, _deaf_to_interrupts():
+            file = Path(folder, "text.md")
+            file.write_text(text, encoding="utf-8", errors="replace", newline="")
+            try:
+                ended = subprocess.run([*shlex.split(editor), str(file)], stdout=self._talk).returncode
+            except (OSError, ValueError) as error:
+                raise CodeMachineError(f"the editor {editor!r} cannot be started: {error}. Name another: $EDITOR") from None
+            new = file.read_text(encoding="utf-8", errors="replace")
+        if not text.endswith("\n"):
+            new = new.removesuffix("\n")  # editors end the last line
+        return None if ended != 0 or new == text else new
+
+    def _write(self, stream: IO[str] | None, text: str) -> None:
+        if stream is None:
+            return
+        try:
+            stream.write(text)
+            stream.flush()
+        except (OSError, ValueError):
+            self.closed = True
+            _let_go_of_stdout()
+            raise NobodyReads from None
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """While an editor has the terminal, Ctrl+C is the editor's."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # a handler, not SIG_IGN, which the editor would inherit
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_terminal(stream: IO[str] | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def _painted(stream: IO[str] | None, text: str, look: str) -> str:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name != "posix"
+    if not look or plain or not _is_terminal(stream):
+        return text
+    return f"\x1b[{_COLOURS[look]}m{text}\x1b[0m"
+
+
+def _prepare_streams() -> None:
+    """Whatever the terminal's alphabet, what is printed arrives: in plain letters if need be."""
+
+    def in_ascii(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        text = error.object[error.start : error.end].translate(_IN_ASCII)
+        return text.encode("ascii", "replace").decode(), error.end
+
+    codecs.register_error("cm_notebook.ascii", in_ascii)
+    for stream, errors in ((sys.stdout, "cm_notebook.ascii"), (sys.stderr, "cm_notebook.ascii"), (sys.stdin, "replace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+
+
+def _let_go_of_stdout() -> None:
+    """Nobody reads it: what Python still holds for it must not become an error at the end of the process."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"cm-notebook: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,408 @@
+"""``%cm`` and ``%%cm``: a line is read, one method is called, and what came of it is shown.
+
+Strategy: a subcommand is a method of its name that turns words into the call of its Python twin (``options.py`` has the
+table) and shows the result under the cell. Whether that is a new run, an old one or a new attempt is not known here:
+``notebook.py`` and the run know. Nobody's variables are written, except ``-o NAME``. What a magic has shown is returned
+too, and not shown a second time (``Shown``). Whatever is wrong becomes one line (``UsageError``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
+
+from .. import config, options
+from .. import workflow as define
+from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
+from ..events import Decision
+from ..render import diff, html, svg, text
+from ..run import Run
+from ..run import runs as all_runs
+from ..state import RunState
+from ..steps import StepView
+from ..workflow import Agent, Step, Workflow, parse_steps
+from . import bridge
+from .notebook import Notebook, Plan
+
+Values = dict[str, Any]
+
+
+class Text(str):
+    """A text that was shown as something better: a picture, a coloured difference."""
+
+    __slots__ = ()
+
+
+class Runs(list[Run]):
+    """Runs that were shown as a table."""
+
+
+class Shown:
+    """What the present cell has shown, so that IPython does not show the same object as its result again."""
+
+    def __init__(self, shell: Any) -> None:
+        self._shell = shell
+        self._thing: object = None
+        self._cell = -1
+
+    def note(self, thing: object) -> None:
+        """`thing` stands under the present cell."""
+        self._thing, self._cell = thing, self._shell.execution_count
+
+    def __call__(self, thing: Any) -> None:
+        """IPython's hook; a run that the cell has not shown is shown live.
+
+        Raises
+        ------
+        NotImplementedError    IPython displays `thing` as it does everything.
+        """
+        if thing is self._thing and self._cell == self._shell.execution_count:
+            return
+        if not isinstance(thing, (Run, StepView)) or bridge.kernel() is None or not bridge.somebody():
+            raise NotImplementedError
+        from . import view
+
+        if isinstance(thing, Run):
+            view.show(thing)
+        else:
+            view.show(thing.run, [thing.id])
+
+    TYPES = (Run, StepView, Workflow, Agent, Text, Runs, "cm_notebook.checkup.Report")
+
+
+@magics_class
+class CMMagics(Magics):
+    """The magic, for one shell."""
+
+    def __init__(self, shell: Any, notebook: Notebook, shown: Shown) -> None:
+        super().__init__(shell)
+        self._shell, self._notebook, self._shown = shell, notebook, shown
+
+    @no_var_expand
+    @line_cell_magic
+    def cm(self, line: str = "", cell: str | None = None) -> Any:
+        """Workflows of AI agents, step by step, with you deciding at the right moments.
+
+        A workflow, cell by cell; each step runs under its own cell:
+            %cm workflow careful-builder --autonomous never
+            %%cm step planner
+            Plan {{ goal }} in at most five steps.
+        At a gate, press a button or run one of:
+            %cm approve     %cm reject name the tests     %cm edit     %cm skip     %cm retry     %cm answer YES
+        A workflow in one go (? pauses, (…) may loop back):
+            %%cm agent planner
+            Plan {{ goal }}.
+            %%cm workflow smart-builder --autonomous always
+            researcher -> planner -> quality-gate(loop 1, max 5) -> reviewer? -> deployer
+            run = %cm run
+        Building:  workflow  agent  step  module  remove
+        Running:   run  next  pause  stop  resume  mode
+        Deciding:  approve  reject  edit  skip  retry  answer
+        Looking:   show  diff  graph  status  runs  config  doctor
+
+        {{ name }} in a prompt is a step's output, an input (--input name=…), or a variable of the notebook.
+        `%cm` alone says where things stand; `%cm step --help` says more about one subcommand.
+        """
+        try:
+            request = options.read(line, cell=cell is not None)
+            if request.help is not None:
+                print(request.help)
+                return None
+            if request.command is None:
+                print(self._overview())
+                return None
+            values = dict(request.values)
+            out = values.pop("out", None)
+            if out is not None and not str(out).isidentifier():
+                raise WorkflowError(f"-o {out!r} is not a name that a variable can have. For instance: -o run")
+            method: Callable[[Values, str | None], Any] = getattr(self, f"_{request.command.name}")
+            result = method(values, cell.strip() or None if cell is not None else None)
+        except GatePending:
+            raise  # it shows itself: one sentence, and the gate again
+        except CodeMachineError as error:
+            self._keep(error)
+            raise UsageError(str(error)) from error
+        if out is not None:
+            self._shell.user_ns[out] = result
+        self._shown.note(result)
+        return result
+
+    def _keep(self, error: CodeMachineError) -> None:
+        """The line is all that is shown; the traceback stays on ``run.error``, unless the run has one of its own."""
+        with contextlib.suppress(CodeMachineError):
+            run = self._notebook.current()
+            run.error = run.error or error
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    def _workflow(self, values: Values, body: str | None) -> Workflow | None:
+        new = values.pop("new", False)
+        plan = Plan(**values, body=parse_steps(body) if body is not None else None)
+        kept = self._notebook.define(plan, new=new)
+        state = self._notebook.sketch()
+        if state is not None:
+            self._display(svg.graph(state, "text"), svg.graph_img(state))
+        if kept:
+            print(" ".join(kept))
+        elif state is None:
+            print(f"{plan.name} has no steps yet. Next: %%cm step NAME, and its prompt in the lines below.")
+        else:
+            print(f"{plan.name}: {len(state.order)} steps. Next: %cm run")
+        return self._notebook.draft()
+
+    def _agent(self, values: Values, body: str | None) -> Agent:
+        engine, colon, model = str(values.get("engine") or "").partition(":")
+        if colon:
+            values["engine"] = engine
+            values.setdefault("model", model)
+        made = Agent(prompt=body or "", **values)
+        again = made.id in self._notebook.cell_agents
+        self._notebook.cell_agents[made.id] = made
+        print(f"agent {made.id} is defined{' anew; its steps take it when they run next' if again else ''}.")
+        return made
+
+    def _step(self, values: Values, body: str | None) -> Any:
+        return self._put(values, body, define.step)
+
+    def _module(self, values: Values, body: str | None) -> Any:
+        return self._put(values, body, define.module)
+
+    def _put(self, values: Values, body: str | None, make: Callable[..., Step]) -> Any:
+        after, only_add = values.pop("after", None), values.pop("no_run", False)
+        agent = values.pop("agent", values["id"])
+        step = make(agent, prompt=body, **values)
+        if only_add or body is None:
+            self._notebook.place(step, after)
+            print(f"{step.id} is added. Next: %cm run, or %cm next")
+            return None
+        run = self._notebook.run_step(step, after)
+        self._present(run, [step.id])
+        return run[step.id]
+
+    def _remove(self, values: Values, body: str | None) -> None:
+        self._notebook.remove(values["step"])
+        print(f"{values['step']} is removed.")
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def _run(self, values: Values, body: str | None) -> Run:
+        view = values.pop("view", None)
+        run = self._notebook.go(again=values.pop("from_", None), **values)
+        self._present(run, view=view)
+        return run
+
+    def _next(self, values: Values, body: str | None) -> Run:
+        run, step = self._notebook.next()
+        self._present(run, [step])
+        return run
+
+    def _resume(self, values: Values, body: str | None) -> Run:
+        run = self._notebook.take_up(values["run"])
+        self._present(run)
+        return run
+
+    def _stop(self, values: Values, body: str | None) -> Run:
+        run = self._notebook.current().stop()
+        print(f"{run.state.name} is stopped. `%cm run` goes on with it.")
+        return run
+
+    def _pause(self, values: Values, body: str | None) -> Run:
+        run = self._notebook.current().pause()
+        print(f"{run.state.name} is paused: what runs may finish. `%cm run` goes on.")
+        return run
+
+    def _mode(self, values: Values, body: str | None) -> Run:
+        run = self._notebook.current().set_mode(values["mode"])
+        print(f"{run.state.name} goes on in mode {run.mode}. A gate that is open stays open.")
+        return run
+
+    # -- deciding ------------------------------------------------------------------------------------------------------
+
+    def _approve(self, values: Values, body: str | None) -> Run:
+        return self._decide(values.get("step"), action="approve")
+
+    def _skip(self, values: Values, body: str | None) -> Run:
+        return self._decide(values.get("step"), action="skip")
+
+    def _retry(self, values: Values, body: str | None) -> Run:
+        return self._decide(values.get("step"), action="retry", count=values.get("count", 1))
+
+    def _reject(self, values: Values, body: str | None) -> Run:
+        return self._decide(values.get("step"), action="reject", feedback=_words(values, body))
+
+    def _answer(self, values: Values, body: str | None) -> Run:
+        return self._decide(values.get("step"), action="answer", feedback=_words(values, body))
+
+    def _edit(self, values: Values, body: str | None) -> Run:
+        if body is not None:
+            return self._decide(values.get("step"), action="approve", output=body)
+        run = self._notebook.current()
+        gate = run.gate(values.get("step"))
+        with run.reading() as state:
+            step = state.steps[gate.step]
+            if gate.kind == "start" and step.redo is not None:
+                written = state.text(step.redo.prompt)
+            else:
+                written = step.last.text if step.last is not None else ""
+        self._shell.set_next_input(f"%%cm edit {gate.step}\n{written}")
+        print(f"Edit the text in the cell below and run that cell: {gate.step} goes on with it.")
+        return run
+
+    def _decide(self, step: str | None, **decision: Any) -> Run:
+        run = self._notebook.current()
+        if not bridge.somebody() and not run.gates:
+            print(f"Nothing is to be decided here: {run.state.name} is {run.status}.")
+            return run
+        gate = run.gate(step)
+        self._notebook.may_decide(gate)
+        try:
+            run.decide(gate.id, Decision(**decision), digest=gate.digest)
+        except ValueError as error:  # pydantic's
+            raise WorkflowError(f"this is no decision: {decision}. {error}".splitlines()[0]) from error
+        with run.reading() as state:
+            print(f"{gate.step}: {text.decided(state, state.decisions[gate.id])}.")
+        return run
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    def _show(self, values: Values, body: str | None) -> Any:
+        run, step = self._notebook.current(), values.pop("step", None)
+        if step is None:
+            self._present(run, wait=False)
+            return run
+        seen = run[step]
+        number, full = values.get("number"), values.get("full", False)
+        with run.reading() as state:
+            shown = state.step(step)
+            static = shown.settled or full or number is not None or state.ended is not None
+            if static:
+                attempt = html.find_attempt(shown, number) if number is not None else None
+                self._display(text.show_text(state, shown, attempt), html.show_html(state, shown, number, full))
+        if not static:
+            self._present(run, [seen.id], wait=False)
+        return seen if number is None else seen.attempt(number)
+
+    def _diff(self, values: Values, body: str | None) -> Text:
+        run = self._notebook.current()
+        numbers = [*values.get("attempts", [])]
+        if len(numbers) > 2:
+            raise WorkflowError("`%cm diff` compares two attempts. For instance: %cm diff implementer 1 3")
+        a, b = numbers if len(numbers) == 2 else (*numbers, -1) if numbers else (-2, -1)
+        step = run[values["step"]]
+        if len(step.attempts) < 2:
+            raise TransitionError(f"{step.id} has {len(step.attempts)} attempts; there is nothing to compare yet.")
+        old, new = step.attempt(a), step.attempt(b)
+        with run.reading() as state:
+            made = Text(diff.text(old.text, new.text))
+            self._display(made, html.diff_html(state, state.step(step.id), a, b))
+        return made
+
+    def _graph(self, values: Values, body: str | None) -> Text:
+        kind = values.get("format", "svg")
+        state = self._state()
+        if state is None:
+            raise TransitionError("there is nothing to draw yet. Begin with `%cm workflow NAME`.")
+        made = Text(svg.graph(state, kind))
+        if kind == "svg":
+            self._display(svg.graph(state, "text"), svg.graph_img(state))
+        else:
+            print(made)
+        return made
+
+    def _state(self) -> RunState | None:
+        """The run's, or that of a workflow which has none yet."""
+        book = self._notebook
+        try:
+            run = book.current()
+        except TransitionError:
+            return book.sketch() if book.plan is not None else None
+        waiting = book.plan is not None and book.run is None and book.plan.name != run.state.name
+        return book.sketch() if waiting else run.state
+
+    def _status(self, values: Values, body: str | None) -> Run:
+        run = self._notebook.current()
+        with run.reading() as state:
+            self._display(text.status_table(state), html.status_html(state))
+        return run
+
+    def _runs(self, values: Values, body: str | None) -> Runs:
+        found = Runs(all_runs())
+        rows = [(run.id, run.state.name, run.status, run.state.started_at) for run in found]
+        lines = text.table([["Run", "Workflow", "State", "Started"], *text.runs_rows(rows)])
+        self._display("\n".join(lines) if rows else "There are no runs yet.", html.runs_html(rows))
+        return found
+
+    def _config(self, values: Values, body: str | None) -> None:
+        rows = [["Setting", "Value", "From", "Meaning"]]
+        for name, setting in config.SETTINGS.items():
+            value, where = config.lookup(name)
+            rows.append([f"CM.{name}", repr(value), where, setting.meaning])
+        print("\n".join([*text.table(rows), "", "To change one: %config CM.engine = 'offline'"]))
+
+    def _doctor(self, values: Values, body: str | None) -> Any:
+        from ..checkup import examine
+
+        report = examine()
+        bundle = report._repr_mimebundle_()
+        self._display(bundle["text/plain"], bundle["text/html"])
+        return report
+
+    def _overview(self) -> str:
+        """Where things stand, and what to try next: bare ``%cm``."""
+        book = self._notebook
+        try:
+            run = book.current()
+        except TransitionError:
+            if book.plan is None:
+                return "No workflow yet. Try: %cm workflow my-workflow    (or %cm? for examples)"
+            sketch = book.sketch()
+            count = len(sketch.order) if sketch is not None else 0
+            following = "%cm run" if count else "%%cm step NAME"
+            return f"Workflow {book.plan.name}: {count} steps, no run yet. Try: {following}"
+        with run.reading() as state:
+            lines = [f"Workflow {state.name}, run {run.id}: {run.status}, mode {state.mode}."]
+            lines += [f"Gate: {text.gate_sentence(state, gate)}" for gate in state.gates.values()]
+            first = next(iter(state.gates.values()), None)
+            if first is not None:
+                lines.append("Try: " + " · ".join(way.magic for way in text.ways(state, first)))
+            else:
+                lines.append("Try: " + ("%cm status" if state.status in ("running", "completed") else "%cm run"))
+        return "\n".join(lines)
+
+    # -- showing -------------------------------------------------------------------------------------------------------
+
+    def _present(self, run: Run, steps: list[str] | None = None, *, view: Any = None, wait: bool = True) -> None:
+        """Show the run under this cell; where nobody is there, wait for it and leave the static view."""
+        from . import view as views
+
+        if bridge.somebody():
+            views.show(run, steps, mode=view)
+            return
+        try:
+            if wait:
+                views.follow_lines(run)
+        finally:
+            views.show_static(run, steps)
+
+    def _display(self, plain: str, rich: str) -> None:
+        self._shell.display_pub.publish(data={"text/plain": str(plain), "text/html": rich})
+
+
+def _words(values: Mapping[str, Any], body: str | None) -> str:
+    """The person's own words: the rest of the line, and the body."""
+    return "\n".join(filter(None, (values.get("words"), body)))
+
+
+def show_pending(error: GatePending) -> list[str]:
+    """What stands for the traceback of a result that was read too early: one sentence, and the gate again."""
+    run = error.run
+    if run is not None and run.gates and bridge.somebody():
+        from . import view
+
+        with contextlib.suppress(CodeMachineError):
+            view.show(run)
+    return [str(error)]

@@ -1,0 +1,746 @@
+"""The run under its cell: live while there is something to do, plain HTML ever after.
+
+Strategy: whoever calls ``show`` makes a *display*: two outputs of the cell (``JUPYTER.md`` §8). In A stands the live
+widget, in B a snapshot for the saved file, which the widget's script hides while it lives. When nothing more happens to
+what is shown, A becomes static HTML, B is emptied and the widget closed; if something does happen to it later (a step
+is added, a loop comes back), A becomes live again.
+
+All displays of a run are fed by one *hub* on the run's own loop. It is woken by the run's ``Feed``, at most 20 times a
+second takes all there is, renders each character of a text once, and tells every page:
+
+    traits     head, graph, cards, gates: small, whole, made from ``RunState`` by the functions named ``*_record``
+    messages   numbered: ``live`` with the pieces of texts (``start``, ``delta``, ``block``) and lines that tick;
+               ``body``, what a page asked for; ``said``, why a decision was refused; ``mark``, the last number again
+    ``all``    everything that is being written, in answer to a page's ``hello``: first, after a gap, a reload
+
+A page sends ``hello``, ``want`` (a body), ``decide`` and ``do``, nothing else, and sets no trait. It decides nothing: a
+click becomes ``run.decide``, which accepts one answer. HTML comes from ``render/html.py``, as in the saved view.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import setting
+from ..errors import CodeMachineError
+from ..events import Decision, Gate, RunResumed, RunStarted, TurnStarted
+from ..feed import Feed, LiveText
+from ..render import html, svg
+from ..render import text as say
+from ..render.markdown import BlockStream, clean
+from ..run import Run
+from ..state import Attempt, RunState, StepState, apply
+from . import bridge
+
+ViewMode = Literal["full", "html", "log"]
+
+TICK_S = 0.05
+"""Shortest time between two messages to a page."""
+CLOCK_S = 1.0
+"""How often the seconds of what runs are counted on."""
+FORMATTED = html.STEP_LIMIT
+"""Characters of a text that are formatted while it is written, and …"""
+BURST = 8_000
+"""… how many may arrive in one tick: what comes faster nobody reads, and formatting it would hold up the agent."""
+KEPT = 32_000
+"""Characters of unformatted text that a page keeps while it grows."""
+ATTEMPTS = 12
+"""Attempts of a step that have a tab."""
+LOG_LINES = 200
+
+# -- showing ----------------------------------------------------------------------------------------------------------
+
+
+def show(run: Run, steps: Sequence[str] | None = None, *, mode: ViewMode | None = None) -> None:
+    """Show the run, or some of its steps with their gates, under the present cell; returns at once.
+
+    Parameters
+    ----------
+    steps
+        Ids of the steps to show as cards. A card that was shown under another cell moves here.
+    mode
+        ``"full"``: live, with buttons. ``"html"``: a snapshot, renewed at each gate. ``"log"``: a line per event.
+        ``None``: as configured (``%config CM.view``).
+
+    Notes
+    -----
+    Where nobody is there to answer, or the run is driven by another process, it is one static view.
+    """
+    chosen = None if steps is None else [run[id].id for id in steps]
+    how = mode or setting("view")
+    if bridge.kernel() is None or run._loop is None or not run._somebody or how not in ("full", "html", "log"):
+        show_static(run, chosen)
+        return
+    if how == "full" and setting("direct_clicks"):
+        bridge.direct_clicks.install(bridge.kernel())
+    hub = _hub(run)
+    hub.retire(chosen)
+    hub.add(Display(run, chosen, how))
+
+
+def show_static(run: Run, steps: Sequence[str] | None = None) -> None:
+    """Show the run, or some of its steps, as it is now and stays."""
+    bridge.Slot.open(_static(run, steps))
+
+
+_told: dict[str, int] = {}
+"""Up to which event the lines of a run have been printed."""
+
+
+def follow_lines(run: Run) -> None:
+    """Wait until the run rests, and print a line for each of its events; raises as ``run.wait`` does.
+
+    For cells that nobody watches: the lines belong to the cell that waits. An event is told once in a notebook.
+    """
+    state, feed = RunState(), run.watch(lambda: None)
+    past = run.events
+    begin = next((event.seq for event in reversed(past) if isinstance(event, (RunStarted, RunResumed))), 0) - 1
+
+    def tell(things: Iterable[Any]) -> None:
+        for event in things:
+            if isinstance(event, LiveText) or event.seq <= state.seq:
+                continue
+            apply(state, event)
+            if event.seq > max(begin, _told.get(run.id, 0)):
+                _told[run.id] = event.seq
+                if (line := say.event_line(state, event)) is not None:
+                    print(line, flush=True)
+
+    try:
+        tell(past)
+        while True:
+            try:
+                run.wait(timeout_s=0.2)
+                return
+            except TimeoutError as late:
+                if run.error is late:
+                    raise
+            finally:
+                tell(feed.take())
+    finally:
+        run.unwatch(feed)
+
+
+def _static(run: Run, steps: Sequence[str] | None) -> dict[str, str]:
+    with run.reading() as state:
+        kept = None if steps is None else [id for id in steps if id in state.steps]
+        if kept == [] and steps:
+            return _line(f"{', '.join(steps)}: removed from the workflow")
+        return {"text/html": html.run_html(state, kept), "text/plain": say.run_text(state)}
+
+
+def _line(words: str) -> dict[str, str]:
+    return {"text/html": f"<div>{html.faint(words)}</div>", "text/plain": words}
+
+
+# -- what a page is told ----------------------------------------------------------------------------------------------
+
+
+def head_record(state: RunState, steps: Sequence[str] | None = None, now: float | None = None) -> dict[str, Any]:
+    """The line above, the words below, and what may be done to the run as a whole."""
+    said = html.inline(say.sentence(state))
+    last = next(reversed(state.decisions), None)
+    if last is not None and (steps is None or say.gate_step(last) in steps):
+        decided = say.decided(state, state.decisions[last])
+        said = f"{html.inline(f'{say.gate_step(last)}: {decided}.')} {said}"
+    return {
+        "name": state.name,
+        "title": html.inline(say.one_line(state.name, 80)),
+        "pill": html.pill(say.run_look(state)),
+        "words": html.faint(*say.run_total(state, now).words()),
+        "source": html.origin_words(state),
+        "status": state.status,
+        "mode": state.mode,
+        "locked": state.locked is not None,
+        "paused": state.paused,
+        "said": said,
+        "spoken": say.one_line(say.sentence(state), 300),
+        "place": "" if steps is None else html.inline(html.place_words(state, [state.step(id) for id in steps])),
+        "shortcuts": bool(setting("shortcuts")),
+        "frame": html.FRAME,
+    }
+
+
+def card_records(state: RunState, steps: Sequence[str] | None = None, now: float | None = None) -> list[dict[str, Any]]:
+    """The lines of the view: cards, folds, captions."""
+    return [_row_record(state, row, now) for row in html.rows(state, steps)]
+
+
+def _row_record(state: RunState, row: html.Row, now: float | None) -> dict[str, Any]:
+    if row.caption is not None:
+        return {"key": f"-{row.caption}", "caption": row.caption}
+    if len(row.steps) > 1:
+        first, last, tone = row.steps[0], row.steps[-1], "done" if row.steps[0].settled else "pending"
+        ids = [step.id for step in row.steps]
+        return {
+            "key": f"+{first.id}",
+            "summary": html.fold_summary(state, row.steps),
+            "colour": html.COLOURS["done" if tone == "done" else "pending"],
+            "steps": ids,
+            "body": tone == "done",
+            "rev": f"{last.id} {sum(step.gates + step.attempt for step in row.steps)}",
+        }
+    step = row.steps[0]
+    writing = step.status in ("running", "asking") and step.last is not None
+    return {
+        "key": step.path,
+        "step": step.id,
+        "summary": html.summary(state, step, now),
+        "colour": html.COLOURS[say.look(state, step).tone],
+        "stale": step.stale,
+        "open": row.open,
+        "body": bool(step.attempts) or step.gate is not None,
+        "attempts": [_attempt_record(state, step, attempt) for attempt in step.attempts[-ATTEMPTS:]],
+        "writing": step.attempt if writing else 0,
+        "again": step.stale and step.gate is None and state.ended is None,
+        # Another one: bodies that a page has of this step are old.
+        "rev": f"{step.attempt}.{step.turn}.{step.status}.{step.gates}.{step.stale}"
+        f".{len(step.last.errors) if step.last is not None else 0}.{state.ended}",
+    }
+
+
+_DONE = {"approve": "approved", "reject": "rejected", "retry": "retried", "skip": "skipped", "stop": "stopped"}
+
+
+def _attempt_record(state: RunState, step: StepState, attempt: Attempt) -> dict[str, Any]:
+    if attempt.edited:
+        word = "edited"
+    elif attempt.decision is not None:
+        word = _DONE.get(attempt.decision.action, "")
+    elif attempt.verdict is not None:
+        score = f" {attempt.verdict.score:g}" if attempt.verdict.score is not None else ""
+        word = f"{attempt.verdict.action}{score}"
+    elif attempt.cut_short:
+        word = "cut short"
+    else:
+        word = "failed" if attempt.errors and attempt.answer is None else ""
+    return {"number": attempt.number, "word": word, "hint": say.one_line(say.outcome(state, step, attempt), 300)}
+
+
+_ASKS: dict[str, dict[str, Any]] = {
+    "reject": {"ask": "feedback", "label": "What should be different?", "send": "Send back"},
+    "answer": {"ask": "feedback", "label": "Your answer", "send": "Answer", "at_once": True},
+    "edit": {"ask": "output", "label": "The output to go on with", "send": "Approve this"},
+}
+_KEYS = {"approve": "A", "reject": "R", "edit": "E", "skip": "S"}
+
+
+def gate_record(state: RunState, gate: Gate, *, stop: bool = False) -> dict[str, Any]:
+    """An open gate as a page shows it: its sentence, and a button for each way to answer.
+
+    Parameters
+    ----------
+    stop
+        Whether to offer Stop too, where the head with its Stop is not shown.
+    """
+    buttons: list[dict[str, Any]] = []
+    for way in say.ways(state, gate):
+        if way.action == "stop" and not (stop or gate.kind in ("exhausted", "failed")):
+            continue
+        button: dict[str, Any] = {"action": way.action, "text": way.label, "magic": way.magic}
+        button |= _ASKS.get(way.action, {})
+        if way.action == "edit":
+            button["action"] = "approve"
+            if gate.kind == "start":
+                button |= {"label": "The prompt to send", "send": "Send this"}
+        if way.action == "skip":
+            button["sure"] = f"Skip {gate.step}? It gives no output; what names it gets an empty text."
+            button["send"] = "Skip it"
+        if key := _KEYS.get(way.action):
+            button["key"] = key
+        buttons.append(button)
+        if gate.kind == "failed" and way.action == "retry":
+            edit = {"text": "Edit prompt", "ask": "prompt", "label": "The prompt to try with", "send": "Try this"}
+            buttons.append({**button, **edit, "key": "E"})
+        elif gate.kind == "exhausted" and way.action == "retry":
+            buttons.append({**button, "text": "2 more", "count": 2, "magic": f"{way.magic} --count 2"})
+        elif gate.kind == "stale" and way.action == "retry":
+            button["text"] = "Run again"
+            buttons.append({"do": "rerun", "text": "Run from here", "magic": f"%cm rewind {gate.step}"})
+    return {
+        "id": gate.id,
+        "step": gate.step,
+        "path": gate.path,
+        "attempt": gate.attempt,
+        "kind": gate.kind,
+        "digest": gate.digest,
+        "words": html.sentence_html(state, gate),
+        "buttons": buttons,
+    }
+
+
+def gate_records(state: RunState, steps: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The open gates: of the run, or those that the steps wait for."""
+    gates = html.gates_of(state, steps)
+    return [gate_record(state, gate, stop=steps is not None) for gate in gates]
+
+
+def body_record(state: RunState, path: str, attempt: int, tab: str) -> dict[str, Any]:
+    """What a page asks for: an attempt's ``output``, ``diff`` or ``prompt`` as HTML; or, to be edited, a text."""
+    step = state.step(path)
+    found = next((one for one in step.attempts if one.number == attempt), step.last)
+    if tab == "edit-output":
+        waits = step.gate is not None and step.gate.kind == "start" and step.redo is not None
+        return {"text": state.text(step.redo.prompt) if waits and step.redo else found.text if found else ""}
+    if tab == "edit-prompt":
+        return {"text": found.prompt if found is not None else ""}
+    if tab == "diff" and found is not None:
+        return {"html": html.changes_html(step, found)}
+    if tab == "prompt" and found is not None:
+        return {"html": html.prompt_html(step, found)}
+    return {"html": html.output_html(state, step, found)}
+
+
+def log_html(run: Run, path: str) -> str:
+    """What happened to a step, a line per event with the time of day."""
+    state, lines = RunState(), []
+    for event in run.events:
+        apply(state, event)
+        gate = getattr(event, "gate", None)
+        about = getattr(event, "path", None) or (gate.path if gate is not None else None)
+        if about is None and hasattr(event, "gate_id"):
+            about = say.gate_step(event.gate_id)
+        if about == path and (line := say.event_line(state, event) or _began(event)) is not None:
+            lines.append(f"{time.strftime('%H:%M:%S', time.localtime(event.at))}  {line.removeprefix('cm: ')}")
+    return html.plain_html("\n".join(lines))
+
+
+def _began(event: Any) -> str | None:
+    return f"attempt {event.attempt} started ({event.engine})" if isinstance(event, TurnStarted) else None
+
+
+class Writing:
+    """A text that is being written, as pages have it: formatted blocks, and the rest as plain text."""
+
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
+        self.blocks: list[str] = []
+        self.rest: list[str] = []
+        self._stream: BlockStream | None = BlockStream()
+        self._size = 0
+
+    def add(self, text: str) -> list[str]:
+        """Take more of it; what to tell the pages."""
+        self._size += len(text)
+        if self._stream is not None and (len(text) > BURST or self._size > FORMATTED):
+            self._stream = None
+        made = self._stream.push(text) if self._stream is not None else []
+        if made and self._stream is not None:
+            closed = "".join(block.html for block in made)
+            self.blocks.append(closed)
+            self.rest = [self._stream.tail]
+            return ["block", closed, self.rest[0]]
+        self.rest.append(clean(text))
+        if self._stream is None and len(self.rest) > 64:
+            self.rest = ["".join(self.rest)[-KEPT:]]
+        return ["delta", self.rest[-1]]
+
+    def whole(self) -> list[Any]:
+        """All there is, for a page that begins."""
+        return [self.attempt, "".join(self.blocks), "".join(self.rest)]
+
+
+# -- one place where a run is shown -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _widget_class() -> Any:
+    import anywidget  # half a second: only where somebody looks
+    import traitlets
+
+    class RunWidget(anywidget.AnyWidget):
+        _esm = (Path(__file__).parent / "view.js").read_text(encoding="utf-8")
+        _css = (Path(__file__).parent / "view.css").read_text(encoding="utf-8")
+        place = traitlets.Unicode().tag(sync=True)
+        head = traitlets.Dict().tag(sync=True)
+        graph = traitlets.Unicode().tag(sync=True)
+        cards: Any = traitlets.List().tag(sync=True)
+        gates: Any = traitlets.List().tag(sync=True)
+
+    return RunWidget
+
+
+class Display:
+    """The run, or some of its steps, under one cell. Made there; then only the hub touches it."""
+
+    def __init__(self, run: Run, steps: list[str] | None, mode: ViewMode) -> None:
+        self.run, self.steps, self.mode = run, steps, mode
+        self.place = uuid.uuid4().hex[:12]
+        self.cell, self.execution = bridge.cell_id(), bridge.shell().execution_count
+        self.widget: Any = None
+        self.number = 0
+        """Of the last message sent."""
+        self.heard = False
+        """Whether a page is there."""
+        self._lines: list[str] = []
+        self._shown: tuple[Any, ...] = ()
+        with run.reading() as state:
+            over = self.over(state)
+        if mode == "full" and not over:
+            self._make_widget()
+            self.main = bridge.Slot.open(*self._widget_bundle())
+            self.spare: bridge.Slot | None = bridge.Slot.open(self._snapshot())
+        else:
+            self.main, self.spare = bridge.Slot.open(_static(run, steps)), None
+
+    def over(self, state: RunState) -> bool:
+        """Whether nothing more happens by itself to what is shown here."""
+        if state.ended is not None:
+            return True
+        return self.steps is not None and all(_settled_for_good(state, id) for id in self.steps)
+
+    def covers(self, path: str) -> bool:
+        """Whether the step there is shown here."""
+        return self.steps is None or path in self.steps
+
+    def _make_widget(self) -> None:
+        with self.run.reading() as state:
+            traits = self._traits(state, time.time())
+        self.widget = _widget_class()(place=self.place, **traits)
+        self.heard, self.number = False, 0
+
+    def _widget_bundle(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        made = self.widget._repr_mimebundle_()
+        bundle, metadata = made if isinstance(made, tuple) else (made, {})
+        return {**bundle, "text/plain": f"{self.run.state.name}: live view"}, metadata
+
+    def _snapshot(self) -> dict[str, str]:
+        bundle = _static(self.run, self.steps)
+        # The widget's style sheet hides what carries this mark.
+        bundle["text/html"] = f'<div data-cm-static="{self.place}">\n{bundle["text/html"]}</div>\n'
+        return bundle
+
+    def _traits(self, state: RunState, now: float) -> dict[str, Any]:
+        return {
+            "head": head_record(state, self.steps, now),
+            "graph": svg.graph(state, live=True) if self.steps is None and state.order else "",
+            "cards": card_records(state, self.steps, now),
+            "gates": gate_records(state, self.steps),
+        }
+
+    def refresh(self, state: RunState, lines: Sequence[str]) -> int:
+        """Show the state as it is now; how many messages it took."""
+        over = self.over(state)
+        if self.mode == "log":
+            self._lines = [*self._lines, *lines][-LOG_LINES:]
+            self.main.update({"text/plain": "\n".join(self._lines) or say.headline(state)})
+            return 1
+        if over:
+            self._freeze()
+            return 0
+        if self.mode == "html":
+            self.main.update(_static(self.run, self.steps))
+            return 1
+        if self.widget is None:
+            self._thaw()
+        else:
+            with self.widget.hold_sync():
+                for name, value in self._traits(state, time.time()).items():
+                    setattr(self.widget, name, value)
+        gates = tuple(state.gates)
+        if self.spare is not None and self._shown != gates:
+            self._shown = gates
+            self.spare.update(self._snapshot())
+        return 1
+
+    def _freeze(self) -> None:
+        self.main.update(_static(self.run, self.steps))
+        if self.spare is not None:
+            self.spare.update({"text/plain": ""})
+        self.close()
+
+    def _thaw(self) -> None:
+        self._make_widget()
+        self.main.update(*self._widget_bundle())
+        if self.spare is not None:
+            self.spare.update(self._snapshot())
+
+    def retire(self) -> None:
+        """It is shown somewhere else: say so here."""
+        self.main.update(_line(f"{', '.join(self.steps or [self.run.state.name])}: shown further below"))
+        if self.spare is not None:
+            self.spare.update({"text/plain": ""})
+        self.close()
+
+    def close(self) -> None:
+        """No page hears of it any more."""
+        if self.widget is not None:
+            bridge.direct_clicks.unregister(self.widget.comm.comm_id)
+            self.widget.close()
+            self.widget = None
+
+    def send(self, kind: str, **content: Any) -> None:
+        """Tell the pages that show this; numbered, so that they notice when one is missing."""
+        if self.widget is not None:
+            self.number += 1
+            self.widget.send({"kind": kind, "number": self.number, **content})
+
+
+def _moves(state: RunState, step: StepState) -> bool:
+    """Whether its seconds count."""
+    return state.ended is None and step.status in ("running", "retrying")
+
+
+def _settled_for_good(state: RunState, id: str) -> bool:
+    step = state.steps.get(id)
+    if step is None:
+        return True  # removed
+    loop = state.loop_of(step)
+    return step.settled and (loop is None or state.steps[loop.id].settled)
+
+
+# -- one hub for each run ---------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """Takes what happens in a run and tells it to all places where the run is shown."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.displays = run, list[Display]()
+        self._feed: Feed | None = None
+        self._writings: dict[str, Writing] = {}
+        self._lock = threading.Lock()
+        self._timer: Any = None
+        self._next_at = 0.0
+        self._drawn_at = 0.0
+        self._dirty = False
+        self._quiet = True
+        self._lines: list[str] = []
+
+    @property
+    def loop(self) -> Any:
+        """The run's loop, on which everything here happens that is not called from a cell."""
+        return self.run._loop
+
+    # -- from a cell
+
+    def add(self, display: Display) -> None:
+        """Keep `display` right from now on."""
+        if display.widget is not None:
+            self._listen(display)
+        with self._lock:
+            self.displays.append(display)
+        self._call(self._begin)
+
+    def follow(self, run: Run) -> None:
+        """The same run goes on as another object (it was resumed)."""
+        if self._feed is not None:
+            self.run.unwatch(self._feed)
+        self.run, self._feed = run, None
+        for display in self.displays:
+            display.run = run
+
+    def retire(self, steps: Sequence[str] | None) -> None:
+        """End what the present cell makes invalid: its own earlier output, and cards that move here."""
+        cell, execution = bridge.cell_id(), bridge.shell().execution_count
+        with self._lock:
+            for display in list(self.displays):
+                rerun = cell is not None and display.cell == cell and display.execution != execution
+                moved = steps is not None and display.steps is not None and set(display.steps) <= set(steps)
+                if rerun or moved:
+                    self.displays.remove(display)
+                    # On the loop: a message that is being sent must not meet a widget that is being closed.
+                    self._call(display.close if rerun else display.retire)
+
+    # -- on the run's loop
+
+    def _call(self, function: Any, *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the kernel shuts down
+            self.loop.call_soon_threadsafe(function, *args)
+
+    def _begin(self) -> None:
+        """On the run's loop nothing happens between the two: no text is lost and none comes twice."""
+        if self._feed is None:
+            self._writings.clear()
+            self._feed = self.run.watch(lambda: self._call(self._soon))
+            for path, step in self.run.state.running.items():
+                writing = self._writings[path] = Writing(step.attempt)
+                writing.add(self.run.draft(path))
+        self._dirty = True
+        self._soon()
+
+    def _soon(self) -> None:
+        """Look what there is, at once or when the last message is long enough ago."""
+        if self._timer is not None and self._quiet:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._quiet = False
+            self._timer = self.loop.call_later(max(0.0, self._next_at - time.monotonic()), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        pieces, last = self._take()
+        with self._lock:
+            displays = list(self.displays)
+        sent = 0
+        for display in displays:
+            told = [piece for piece in pieces if display.covers(piece[1])]
+            if told and display.heard:
+                display.send("live", pieces=told)
+                sent = 1
+        # Drawing costs in proportion to the number of steps, so long runs are drawn less often.
+        rest = self._drawn_at + 0.0005 * len(self.run.state.order) - now
+        if self._dirty and rest <= 0:
+            self._dirty = False
+            sent += self._draw(displays)
+            self._drawn_at = time.monotonic()
+        self._next_at = now + TICK_S * max(1, sent)
+        if self._dirty:
+            self._timer = self.loop.call_later(max(rest, TICK_S), self._tick)
+        elif last or self.run.state.running:
+            self._quiet = True
+            self._timer = self.loop.call_later(CLOCK_S, self._clock)
+
+    def _take(self) -> tuple[list[list[Any]], bool]:
+        """What to tell about texts, and whether there was anything at all."""
+        things = self._feed.take() if self._feed is not None else []
+        pieces: list[list[Any]] = []
+        for thing in things:
+            if isinstance(thing, LiveText):
+                writing = self._writings.get(thing.path)
+                if writing is None or writing.attempt != thing.attempt:
+                    continue
+                kind, *texts = writing.add(thing.text)
+                pieces.append([kind, thing.path, thing.attempt, *texts])
+                continue
+            self._dirty = True
+            if isinstance(thing, TurnStarted):
+                self._writings[thing.path] = Writing(thing.attempt)
+                pieces.append(["start", thing.path, thing.attempt])
+            with self.run.reading() as state:
+                if any(display.mode == "log" for display in self.displays):
+                    self._lines += filter(None, [say.event_line(state, thing)])
+        return pieces, bool(things)
+
+    def _draw(self, displays: Sequence[Display]) -> int:
+        lines, self._lines = self._lines, []
+        sent = 0
+        with self.run.reading() as state:
+            for path in [path for path in self._writings if path not in state.running]:
+                del self._writings[path]
+            for display in displays:
+                before = display.widget
+                sent = max(sent, display.refresh(state, lines))
+                if display.widget is not before and display.widget is not None:
+                    self._listen(display)
+        return sent
+
+    def _clock(self) -> None:
+        """Count the seconds on; and say the last number again, so that a page notices if a message was lost."""
+        self._timer, now = None, time.time()
+        with self.run.reading() as state:
+            steps: list[StepState | None] = [*state.running.values()] or [state.current]
+            moving = [step for step in steps if step is not None and _moves(state, step)]
+            lines: list[list[Any]] = [["line", step.path, 0, html.summary(state, step, now)] for step in moving[:32]]
+            words = html.faint(*say.run_total(state, now).words())
+        with self._lock:
+            displays = list(self.displays)
+        for display in displays:
+            if display.widget is None or not display.heard:
+                continue
+            told = [line for line in lines if display.covers(line[1])]
+            if told:
+                display.send("live", pieces=[*told, ["words", "", 0, words]])
+            else:
+                display.widget.send({"kind": "mark", "number": display.number})
+        if moving:
+            self._timer = self.loop.call_later(CLOCK_S, self._clock)
+
+    # -- what pages say
+
+    def _listen(self, display: Display) -> None:
+        widget = display.widget
+
+        def heard(content: dict[str, Any]) -> None:
+            self._call(self._answer, display, widget, content)
+
+        widget.on_msg(lambda _widget, content, _buffers: heard(content))
+        if bridge.direct_clicks.installed:
+            bridge.direct_clicks.register(widget.comm.comm_id, heard)
+
+    def _answer(self, display: Display, widget: Any, content: Mapping[str, Any]) -> None:
+        if display.widget is not widget or not isinstance(content, dict):
+            return  # it has been closed meanwhile
+        page = str(content.get("page", ""))
+        try:
+            if "hello" in content:
+                self._hello(display, page)
+            elif "want" in content:
+                self._want(display, page, content)
+            elif "decide" in content:
+                self._decide(content)
+            elif "do" in content:
+                self._do(content)
+        except (CodeMachineError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+            words = str(error) if isinstance(error, CodeMachineError) else "That is no answer to this gate."
+            display.send("said", page=page, gate=content.get("decide", ""), text=words)
+
+    def _hello(self, display: Display, page: str) -> None:
+        if not display.heard:
+            display.heard = True
+        elif self._timer is not None and not self._quiet:
+            self._timer.cancel()
+            self._tick()  # what is still to be told belongs to the old count
+        texts = {path: writing.whole() for path, writing in self._writings.items() if display.covers(path)}
+        if display.widget is not None:
+            display.widget.send_state(["head", "graph", "cards", "gates"])
+            display.widget.send({"kind": "all", "page": page, "number": display.number, "texts": texts})
+
+    def _want(self, display: Display, page: str, content: Mapping[str, Any]) -> None:
+        path, attempt, tab = str(content["want"]), int(content.get("attempt") or 0), str(content.get("tab"))
+        if tab == "log":
+            # The journal is read for it, which takes long for long runs.
+            job = self.loop.run_in_executor(None, log_html, self.run, path)
+            job.add_done_callback(lambda done: self._send_body(display, page, content, {"html": done.result()}))
+            return
+        with self.run.reading() as state:
+            if tab == "group":
+                body = {"html": html.group_html(state, [id for id in content.get("steps", ()) if id in state.steps])}
+            else:
+                body = body_record(state, path, attempt, tab)
+        self._send_body(display, page, content, body)
+
+    def _send_body(self, display: Display, page: str, content: Mapping[str, Any], body: dict[str, Any]) -> None:
+        display.send("body", page=page, ticket=content.get("ticket"), **body)
+
+    def _decide(self, content: Mapping[str, Any]) -> None:
+        names = ("feedback", "output", "prompt", "count")
+        given = {name: content[name] for name in names if content.get(name) is not None}
+        decision = Decision(action=content["action"], **given)
+        self.run.decide(str(content["decide"]), decision, digest=str(content.get("digest", "")))
+
+    def _do(self, content: Mapping[str, Any]) -> None:
+        what = content["do"]
+        if what == "stop":
+            self.run.stop()
+        elif what == "pause":
+            self.run.pause()
+        elif what == "unpause":
+            self.run.unpause()
+        elif what == "mode":
+            self.run.set_mode(content["mode"])
+        elif what == "rerun":
+            self.run.rerun(str(content["step"]), later=True)
+
+
+_hubs: weakref.WeakValueDictionary[str, Hub] = weakref.WeakValueDictionary()
+"""By the run's id. A hub lives as long as its run, whose feed knows it, or a widget, whose handler does."""
+
+
+def _hub(run: Run) -> Hub:
+    hub = _hubs.get(run.id)
+    if hub is None:
+        hub = _hubs[run.id] = Hub(run)
+    elif hub.run is not run:
+        hub.follow(run)
+    return hub

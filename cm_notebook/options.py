@@ -1,0 +1,652 @@
+"""What can be asked for in words: one table of subcommands and options, for the magic and for the command line.
+
+Strategy: a ``Command`` is a row: its arguments, its options, what the body of its cell is, its Python twin. An option
+is the twin's parameter with hyphens, plus declared short forms; a test holds it to that. What is read comes out as the
+twin's keyword arguments, and only what was written, so defaults are stated once, in Python. argparse does the reading
+underneath, but never prints and never exits: whatever is wrong is one ``WorkflowError`` with what would be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+from .errors import WorkflowError, did_you_mean
+
+Kind = Literal["text", "number", "count", "list", "context", "switch", "choice", "pairs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option.
+
+    Attributes
+    ----------
+    parameter
+        The parameter of the Python twin that it sets.
+    short
+        Other spellings, declared by hand.
+    off
+        For a switch: the spelling that means ``False``.
+    example
+        A value, for the help and for the message about a missing one.
+    own
+        It has no parameter in Python; the notebook deals with it.
+    """
+
+    parameter: str
+    meaning: str
+    kind: Kind = "text"
+    short: tuple[str, ...] = ()
+    off: str | None = None
+    choices: tuple[str, ...] = ()
+    example: str = ""
+    own: bool = False
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Its spellings; the first is the parameter's name with hyphens."""
+        return (f"--{self.parameter.strip('_').replace('_', '-')}", *self.short)
+
+    @property
+    def usual(self) -> str:
+        """The spelling to show: the shortest long one."""
+        return min((flag for flag in self.flags if flag.startswith("--")), key=len)
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """What stands without a flag. ``many``: how often: ``""`` once, ``"?"`` perhaps, ``"*"`` any number of times."""
+
+    name: str
+    meaning: str
+    kind: Kind = "text"
+    many: Literal["", "?", "*"] = ""
+    choices: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> str:
+        """What stands for it in a usage line."""
+        return "|".join(self.choices) or {"id": "NAME"}.get(self.name, self.name.upper())
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One subcommand.
+
+    Attributes
+    ----------
+    forms
+        ``"line"`` (``%cm``), ``"cell"`` (``%%cm``), or both.
+    body
+        What the body of its cell is.
+    words
+        Name of what the rest of the line is, taken as it stands; for words of the person's.
+    twin
+        The same in Python.
+    """
+
+    name: str
+    meaning: str
+    twin: str
+    arguments: tuple[Argument, ...] = ()
+    options: tuple[Option, ...] = ()
+    forms: tuple[Literal["line", "cell"], ...] = ("line",)
+    body: str = ""
+    words: str = ""
+    examples: tuple[str, ...] = ()
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+INPUTS = Option(
+    "inputs", "the value of a template name, again and again", "pairs", ("--input",), example="goal='a CLI'"
+)
+OUT = Option("out", "store the result under this name", short=("-o",), example="run", own=True)
+_ENGINE = Option("engine", "which engine does the work", example="offline")
+_STEP_OPTIONS = (
+    Option("agent", "who does it, if not the agent of the step's name", example="planner"),
+    Option("interactive", "pause for a person, or not", "switch", off="--auto"),
+    Option("gate", "where the pause falls", "choice", choices=("before", "after", "both")),
+    Option("timeout_s", "seconds a turn may take", "number", ("--timeout",), example="300"),
+    Option("retries", "how often a dropped connection is tried again", "count", example="2"),
+    Option("context", "which outputs it sees: previous, all, none, or names of steps", "context", example="previous"),
+    _ENGINE,
+    Option("model", "the engine's model", example="MODEL"),
+    Option("reasoning_effort", "how hard the model thinks", short=("--effort",), example="high"),
+    Option("execute_once", "not repeated when a loop goes over it again", "switch"),
+    Option("idempotent", "may run again after a crash, or ask first", "switch", off="--not-idempotent"),
+    Option("raw", "leave {{ braces }} as they are", "switch"),
+    Option("after", "put it behind this step", example="planner"),
+    Option("no_run", "only add it", "switch", own=True),
+    OUT,
+)
+_STEP = Argument("step", "the step, when several gates are open", many="?")
+_NAMED_STEP = Argument("step", "the step")
+_DECIDED_STEP = Option("step", "the step, when several gates are open", example="planner")
+_MODES = ("step-by-step", "gates", "unattended")
+_AUTONOMY = ("never", "always", "true", "false")
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command(
+            "workflow",
+            "Name the workflow that the next cells build, or write its steps down.",
+            "cm.Workflow(…)",
+            (Argument("name", "what people call it"),),
+            (
+                Option(
+                    "autonomous_mode",
+                    "who drives: never alone, always alone, or may be switched (true, false)",
+                    "choice",
+                    ("--autonomous",),
+                    choices=_AUTONOMY,
+                ),
+                INPUTS,
+                _ENGINE,
+                Option("tape", "play a recorded run", example="tapes/01.jsonl"),
+                Option("workspace", "folder the agents work in", example="site"),
+                Option("new", "begin a new run, whatever there was", "switch", own=True),
+                OUT,
+            ),
+            ("line", "cell"),
+            "its steps: planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?",
+            examples=(
+                "%cm workflow careful-builder --autonomous never",
+                "%%cm workflow smart-builder --autonomous always\nresearcher -> planner -> reviewer? -> deployer",
+            ),
+        ),
+        Command(
+            "agent",
+            "Define who does the work.",
+            "cm.Agent(…)",
+            (Argument("id", "its name"),),
+            (
+                _ENGINE,
+                Option("model", "the engine's model", example="MODEL"),
+                Option("reasoning_effort", "how hard the model thinks", short=("--effort",), example="high"),
+                Option("system", "its system prompt", example="'You are terse.'"),
+                OUT,
+            ),
+            ("cell",),
+            "its prompt",
+            examples=("%%cm agent planner\nPlan {{ goal }} in at most five steps.",),
+        ),
+        Command(
+            "step",
+            "Run a step now, under this cell, or queue it behind an open gate. As a line: only add it.",
+            "run.add(cm.step(…))",
+            (Argument("id", "its name"),),
+            _STEP_OPTIONS,
+            ("line", "cell"),
+            "its prompt",
+            examples=("%%cm step planner\nPlan {{ goal }} in at most five steps.", "%cm step deployer --interactive"),
+        ),
+        Command(
+            "module",
+            "Like step, but its verdict may send the run back.",
+            "run.add(cm.module(…))",
+            (Argument("id", "its name"),),
+            (
+                Option("loop_steps", "how many steps to go back", "count", example="1"),
+                Option("loop_max_iterations", "how often at most", "count", example="5"),
+                Option("loop_skip", "steps left out while it loops", "list", example="a,b"),
+                Option("on_exhausted", "when the loops are used up", "choice", choices=("pause", "continue", "fail")),
+                *_STEP_OPTIONS,
+            ),
+            ("line", "cell"),
+            "its criteria",
+            examples=("%cm module quality-gate --loop-steps 1 --loop-max-iterations 5",),
+        ),
+        Command(
+            "remove",
+            "Take a step out, after its cell was deleted.",
+            "run.remove(…)",
+            (_NAMED_STEP,),
+            examples=("%cm remove reviewer",),
+        ),
+        Command(
+            "run",
+            "Start the workflow, or go on with a paused or stopped run.",
+            "run = workflow.start(…)",
+            (),
+            (
+                Option("until", "pause when this step is done", example="planner"),
+                Option("from_", "make this step and all after it again", example="planner", own=True),
+                INPUTS,
+                _ENGINE,
+                Option("tape", "play a recorded run", example="tapes/01.jsonl"),
+                Option("workspace", "folder the agents work in", example="site"),
+                Option(
+                    "on_gate",
+                    "answer to gates that nobody else answers",
+                    "choice",
+                    choices=("approve", "reject", "stop"),
+                ),
+                Option("view", "how it is shown", "choice", choices=("full", "html", "log"), own=True),
+                OUT,
+            ),
+            examples=("run = %cm run", "%cm run --until planner"),
+        ),
+        Command(
+            "next", "Run exactly one step here, with its gate.", "run.next()", options=(OUT,), examples=("%cm next",)
+        ),
+        Command("approve", "Go on with what the gate shows.", "run.approve(…)", (_STEP,), examples=("%cm approve",)),
+        Command(
+            "reject",
+            "Have it made again; your words go to the agent.",
+            "run.reject(…)",
+            (),
+            (_DECIDED_STEP,),
+            ("line", "cell"),
+            "why",
+            "why",
+            ("%cm reject name the tests", "%%cm reject\nWhy no tests? I don't see any."),
+        ),
+        Command(
+            "edit",
+            "Open a cell with the output to edit; running that cell goes on with it.",
+            "run.approve(output=…)",
+            (_STEP,),
+            (),
+            ("line", "cell"),
+            "the text to go on with",
+            examples=("%cm edit planner",),
+        ),
+        Command("skip", "Go on without this step's output.", "run.skip(…)", (_STEP,), examples=("%cm skip",)),
+        Command(
+            "answer",
+            "Answer the question that a step asks.",
+            "run.answer(…)",
+            (),
+            (_DECIDED_STEP,),
+            ("line", "cell"),
+            "the answer",
+            "the answer",
+            ("%cm answer the blue one",),
+        ),
+        Command(
+            "retry",
+            "Try again what failed or is stale, or loop once more.",
+            "run.retry(…)",
+            (_STEP,),
+            (Option("count", "how many more loops", "count", example="2"),),
+            examples=("%cm retry", "%cm retry quality-gate --count 2"),
+        ),
+        Command("stop", "End the run; `%cm run` goes on with it.", "run.stop()", examples=("%cm stop",)),
+        Command("pause", "Let what runs finish and start nothing new.", "run.pause()", examples=("%cm pause",)),
+        Command(
+            "mode",
+            "Say who drives: a pause after every step, at gates only, or none.",
+            "run.set_mode(…)",
+            (Argument("mode", "who drives", "choice", choices=_MODES),),
+            examples=("%cm mode step-by-step",),
+        ),
+        Command(
+            "show",
+            "Show a step, or the run.",
+            'run["planner"]',
+            (Argument("step", "the step; the whole run without it", many="?"),),
+            (
+                Option("number", "which attempt", "count", ("--attempt",), example="1"),
+                Option("full", "all of it, whatever its size", "switch"),
+                OUT,
+            ),
+            examples=("plan = %cm show planner", "%cm show reviewer --attempt 1"),
+        ),
+        Command(
+            "diff",
+            "Show what changed between two attempts; without numbers, the last two.",
+            'run["planner"].diff(…)',
+            (_NAMED_STEP, Argument("attempts", "which two", "count", many="*")),
+            examples=("%cm diff implementer 1 3",),
+        ),
+        Command(
+            "graph",
+            "Draw the steps and where they stand.",
+            "workflow.graph(…)",
+            (),
+            (Option("format", "as what", "choice", choices=("svg", "mermaid", "text")), OUT),
+            examples=("%cm graph --format mermaid",),
+        ),
+        Command(
+            "status", "One table: states, times, tokens, cost.", "run.state", options=(OUT,), examples=("%cm status",)
+        ),
+        Command("runs", "The runs in the journal, newest first.", "cm.runs()", options=(OUT,), examples=("%cm runs",)),
+        Command(
+            "resume",
+            "Go on with a run of the journal.",
+            "cm.resume(…)",
+            (Argument("run", "its id, from %cm runs"),),
+            (OUT,),
+            examples=("%cm resume r-1f2e3d4c",),
+        ),
+        Command(
+            "config",
+            "Each setting, its value, and where that came from.",
+            "cm_notebook.config",
+            examples=("%cm config",),
+        ),
+        Command(
+            "doctor",
+            "What is here, what is missing, and how to mend it.",
+            "cm.doctor()",
+            options=(OUT,),
+            examples=("%cm doctor",),
+        ),
+    )
+}
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for: the command, its arguments and options by parameter (only those that were written).
+
+    ``help`` is set when help was asked for, and then nothing else counts.
+    """
+
+    command: Command | None
+    values: dict[str, Any] = field(default_factory=dict)
+    help: str | None = None
+
+
+def read(line: str, *, cell: bool = False) -> Request:
+    """Read a magic's line.
+
+    Parameters
+    ----------
+    line
+        All behind ``%cm``.
+    cell
+        Whether it heads a cell (``%%cm``).
+
+    Raises
+    ------
+    WorkflowError    It cannot be understood; the message says what would be right.
+    """
+    name, _, rest = line.strip().partition(" ")
+    if not name:
+        return Request(None)
+    if name in ("help", "--help", "-h"):
+        return Request(None, help=overview())
+    if name not in COMMANDS:
+        raise WorkflowError(f"`%cm {name}` is not known. {did_you_mean(name, COMMANDS, 'Subcommands')}")
+    command = COMMANDS[name]
+    if command.words:
+        values, asked_help = _read_words(command, rest)
+    else:
+        values, asked_help = read_words_of(command, _split(rest))
+    if asked_help:
+        return Request(command, help=help_text(command))
+    _check_form(command, cell)
+    return Request(command, values)
+
+
+def _check_form(command: Command, cell: bool) -> None:
+    if cell and "cell" not in command.forms:
+        raise WorkflowError(f"`%%cm {command.name}` takes no body. Write it as a line: %cm {command.name}")
+    if not cell and "line" not in command.forms:
+        raise WorkflowError(
+            f"`%cm {command.name}` needs a body ({command.body}). Write it as a cell: %%cm {command.name} …, "
+            "and the body in the lines below."
+        )
+
+
+def _split(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError:
+        raise WorkflowError(
+            f"a quotation mark is not closed in: {text.strip()} — put a text that holds one between the other kind, "
+            """for instance "don't"."""
+        ) from None
+
+
+def _read_words(command: Command, rest: str) -> tuple[dict[str, Any], bool]:
+    """Leading options, and then the person's own words, in which no character means anything."""
+    values: dict[str, Any] = {}
+    rest = rest.strip()
+    while found := re.match(r"(--?[\w-]+)(?:\s*=\s*|\s+|$)", rest):
+        flag = found[1]
+        if flag in ("--help", "-h"):
+            return {}, True
+        option = next((option for option in command.options if flag in option.flags), None)
+        if option is None:
+            known = [flag for option in command.options for flag in option.flags]
+            raise WorkflowError(
+                f"`%cm {command.name}` has no option {flag}. {did_you_mean(flag, known, 'Options')} "
+                f"For words that begin with a hyphen use a cell: %%cm {command.name}"
+            )
+        value, _, rest = rest[found.end() :].partition(" ")
+        if not value:
+            raise WorkflowError(_no_value(command, option))
+        values[option.parameter], rest = value, rest.strip()
+    if rest:
+        values["words"] = rest
+    return values, False
+
+
+def read_words_of(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], bool]:
+    """The values of split words by parameter, and whether help was asked for; also for the command line.
+
+    Raises
+    ------
+    WorkflowError    They do not fit.
+    """
+    if any(word in ("--help", "-h") for word in words):
+        return {}, True
+    known = {flag: option for option in command.options for flag in _spellings(option)}
+    for word in words:
+        flag = word.partition("=")[0]
+        if re.match(r"--?[A-Za-z]", word) and flag not in known:
+            shown = [option.usual for option in command.options]
+            raise WorkflowError(f"`%cm {command.name}` has no option {flag}. {did_you_mean(flag, shown, 'Options')}")
+    parser = _Parser(command)
+    for argument in command.arguments:
+        many: dict[str, Any] = {"nargs": argument.many} if argument.many else {}
+        parser.add_argument(
+            argument.name,
+            type=_converter(argument.kind, argument.choices, argument.name.upper()),
+            metavar=argument.shown,
+            **many,
+        )
+    add_options(parser, command.options)
+    found = vars(parser.parse_args(_joined(words, known)))
+    return {name: value for name, value in found.items() if value is not None and value != []}, False
+
+
+def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> None:
+    """Give an argparse parser these options; absent ones leave no trace in what it reads."""
+    for option in options:
+        rules: dict[str, Any] = {"dest": option.parameter, "default": argparse.SUPPRESS, "help": option.meaning}
+        if option.kind == "switch":
+            parser.add_argument(*option.flags, action="store_const", const=True, **rules)
+            if option.off:
+                parser.add_argument(option.off, action="store_const", const=False, **rules)
+        else:
+            action: dict[str, Any] = {"action": _AddPair} if option.kind == "pairs" else {}
+            parser.add_argument(
+                *option.flags,
+                type=_converter(option.kind, option.choices, option.usual),
+                metavar=option.example or option.parameter.upper(),
+                **action,
+                **rules,
+            )
+
+
+def add_pairs(parser: argparse.ArgumentParser, flag: str) -> None:
+    """Give an argparse parser papermill's way to set an input: ``-p NAME VALUE``."""
+    parser.add_argument(
+        flag,
+        dest=INPUTS.parameter,
+        nargs=2,
+        action=_AddWords,
+        metavar=("NAME", "VALUE"),
+        default=argparse.SUPPRESS,
+        help=INPUTS.meaning,
+    )
+
+
+def _spellings(option: Option) -> tuple[str, ...]:
+    return (*option.flags, option.off) if option.off else option.flags
+
+
+def _joined(words: Sequence[str], known: dict[str, Option]) -> list[str]:
+    """``--input x=-1`` as one word: argparse takes a value that begins with a hyphen for a flag."""
+    joined: list[str] = []
+    waiting: str | None = None
+    for word in words:
+        if waiting is not None:
+            joined.append(f"{waiting}={word}" if waiting.startswith("--") else f"{waiting}{word}")
+            waiting = None
+        elif word in known and known[word].kind != "switch":
+            waiting = word
+        else:
+            joined.append(word)
+    return joined if waiting is None else [*joined, waiting]
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that says what is wrong instead of printing a page and ending the process."""
+
+    def __init__(self, command: Command) -> None:
+        super().__init__(prog=f"%cm {command.name}", add_help=False, allow_abbrev=False)
+        self._command = command
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse, in one line."""
+        command = self._command
+        if found := re.match(r"argument ([\w-]+).*expected one argument", message):
+            option = next(option for option in command.options if found[1] in _spellings(option))
+            raise WorkflowError(_no_value(command, option))
+        if message.startswith("the following arguments are required"):
+            example = f" For instance: {command.examples[0].splitlines()[0]}" if command.examples else ""
+            raise WorkflowError(f"`%cm {command.name}` needs {message.partition(': ')[2]}.{example}")
+        if message.startswith("unrecognized arguments"):
+            takes = " ".join(argument.shown for argument in command.arguments) or "no arguments"
+            more = message.partition(": ")[2]
+            raise WorkflowError(
+                f"`%cm {command.name}` takes {takes}; {more!r} is too much. A text with spaces goes between quotes."
+            )
+        raise WorkflowError(f"`%cm {command.name}`: {message}. See `%cm {command.name} --help`.")
+
+
+def _no_value(command: Command, option: Option) -> str:
+    example = option.example or (option.choices[0] if option.choices else "VALUE")
+    return f"`%cm {command.name}`: {option.usual} needs a value, for instance {option.usual} {example}"
+
+
+class _AddPair(argparse.Action):
+    """Add a converted ``(name, value)`` to what was given before."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        pairs = dict(getattr(namespace, self.dest, None) or {})
+        setattr(namespace, self.dest, {**pairs, values[0]: values[1]})
+
+
+class _AddWords(_AddPair):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        super().__call__(parser, namespace, (values[0], value_of(values[1])), flag)
+
+
+def _converter(kind: Kind, choices: tuple[str, ...], where: str) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        if kind == "choice":
+            if text not in choices:
+                raise WorkflowError(f"{where} {text!r} is not known. {did_you_mean(text, choices, 'Possible')}")
+            return {"true": True, "false": False}.get(text, text)
+        if kind in ("number", "count"):
+            return _number(text, where, whole=kind == "count")
+        if kind == "context" and text in ("previous", "all", "none"):
+            return text
+        if kind in ("list", "context"):
+            return [part.strip() for part in text.split(",") if part.strip()]
+        return pair(text) if kind == "pairs" else text
+
+    return convert
+
+
+def _number(text: str, where: str, *, whole: bool) -> int | float:
+    try:
+        return int(text) if whole else float(text)
+    except ValueError:
+        raise WorkflowError(f"{where} {text!r} is not a {'whole ' if whole else ''}number.") from None
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """``goal=a CLI`` as name and value; a number is a number, everything else is text.
+
+    Raises
+    ------
+    WorkflowError    There is no ``=``.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise WorkflowError(f"--input {text!r} is not NAME=VALUE. For instance: --input goal='a todo CLI'")
+    return name.strip(), value_of(value)
+
+
+def value_of(text: str) -> Any:
+    """A number when `text` is one, else `text`."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, (int, float)) and not isinstance(found, bool) else text
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+def usage(command: Command) -> str:
+    """The shape of the command in one line."""
+    sign = "%%cm" if command.forms == ("cell",) else "%cm"
+    words = [sign, command.name]
+    for argument in command.arguments:
+        shown = argument.shown
+        words.append({"": shown, "?": f"[{shown}]", "*": f"[{shown} …]"}[argument.many])
+    if command.words:
+        words += ["[--step STEP]", command.words.upper().replace(" ", "-")]
+    elif command.options:
+        words.append("[options]")
+    return " ".join(words)
+
+
+def help_text(command: Command) -> str:
+    """What ``%cm COMMAND --help`` says."""
+    lines = [usage(command), "", command.meaning]
+    if "cell" in command.forms:
+        lines.append(f"The body of `%%cm {command.name}` is {command.body}.")
+    if command.options:
+        rows = []
+        for option in command.options:
+            shape = ", ".join(sorted({*option.short, option.usual}, key=len))
+            if option.off:
+                shape += f" / {option.off}"
+            elif option.kind != "switch":
+                shape += " " + ("|".join(option.choices) or option.example or "VALUE")
+            rows.append((shape, option.meaning))
+        width = min(44, max(len(shape) for shape, _ in rows))
+        lines += ["", *(f"  {shape:<{width}}  {meaning}" for shape, meaning in rows)]
+    lines += ["", f"In Python: {command.twin}"]
+    for example in command.examples:
+        lines += ["", *(f"    {line}" for line in example.splitlines())]
+    return "\n".join(lines)
+
+
+def overview() -> str:
+    """What there is, a line each: ``%cm --help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command.name:<{width}}  {command.meaning}" for command in COMMANDS.values()]
+    return "\n".join(
+        ["%cm SUBCOMMAND …; `%cm SUBCOMMAND --help` says more about one, `%cm?` has examples.", "", *lines]
+    )

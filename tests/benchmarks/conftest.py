@@ -1,0 +1,139 @@
+"""Budgets, and the table of figures at the end of the session.
+
+``pytest tests/benchmarks --benchmark-table FILE`` also writes the table as Markdown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.measure import UNITS, Pair
+
+_TABLE = pytest.StashKey["list[Row]"]()
+HEADINGS = ("work", "ours", "floor", "ratio", "budget", "clock", "")
+
+
+@dataclass
+class Row:
+    """One line of the table, in words."""
+
+    work: str
+    ours: str
+    floor: str
+    ratio: str
+    budget: str
+    clock: str
+    kept: str
+
+    def cells(self) -> tuple[str, ...]:
+        """Its cells, in the order of ``HEADINGS``."""
+        return (self.work, self.ours, self.floor, self.ratio, self.budget, self.clock, self.kept)
+
+
+Budget = Callable[..., None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--benchmark-table``."""
+    parser.addoption("--benchmark-table", metavar="FILE", type=Path, help="write the table of benchmarks as Markdown")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin the table."""
+    config.stash[_TABLE] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is in this folder; a slow disk may take minutes."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker("benchmark")
+            item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.fixture
+def budget(request: pytest.FixtureRequest) -> Budget:
+    """Function that adds a row to the table, and fails if the budget is not kept."""
+    table = request.config.stash[_TABLE]
+
+    def check(
+        work: str,
+        figures: Pair | float,
+        unit: str,
+        *,
+        clock: str,
+        times: float | None = None,
+        plus: float | None = None,
+        at_most: float | None = None,
+    ) -> None:
+        """Add a row and assert its budget; without one it is there to be read.
+
+        Parameters
+        ----------
+        figures
+            What was measured: ours and its floor, or ours alone, in seconds or bytes.
+        unit
+            A key of ``UNITS``, perhaps with more behind it: ``"ms/step"``.
+        clock
+            How it was measured.
+        times, plus, at_most
+            The budget: so many times the floor, so much more than the floor, or so much; the last two in `unit`.
+        """
+        pair = figures if isinstance(figures, Pair) else Pair([figures], [float("nan")])
+        scale = UNITS[unit.partition("/")[0]]
+        ours, floor = pair.ours * scale, pair.floor * scale
+        limits, words = [float("inf")], []
+        if times is not None:
+            limits.append(times * floor)
+            words.append(f"≤ {times:g} ×")
+        if plus is not None:
+            limits.append(floor + plus)
+            words.append(f"≤ floor + {plus:g} {unit}")
+        if at_most is not None:
+            limits.append(at_most)
+            words.append(f"≤ {at_most:g} {unit}")
+        kept = ours <= min(limits)
+        alone = floor != floor
+        row = Row(
+            work,
+            f"{ours:.3g} {unit}",
+            "" if alone else f"{floor:.3g} {unit}",
+            "" if alone else f"{ours / floor:.2f}",
+            ", ".join(words) or "–",
+            clock,
+            "" if not words else "kept" if kept else "MISSED",
+        )
+        table.append(row)
+        shown = f"{work}: {row.ours}; floor {row.floor or '–'}; budget {row.budget}"
+        assert kept, f"{shown}; rounds: ours {_rounds(pair.ours_all, scale)}, floor {_rounds(pair.floor_all, scale)}"
+
+    return check
+
+
+def _rounds(figures: list[float], scale: float) -> str:
+    return ", ".join(f"{figure * scale:.3g}" for figure in figures)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table, and write it where ``--benchmark-table`` says."""
+    rows = config.stash[_TABLE]
+    if not rows:
+        return
+    lines = [HEADINGS, *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    markdown = [_line(line, widths) for line in lines]
+    markdown.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    terminalreporter.section("benchmarks")
+    for text in markdown:
+        terminalreporter.write_line(text)
+    file: Path | None = config.getoption("benchmark_table", default=None)
+    if file is not None:
+        file.write_text("\n".join(markdown) + "\n", encoding="utf-8")
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"

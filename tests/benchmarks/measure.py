@@ -1,0 +1,260 @@
+"""Measuring: ours and its floor in turn, in one process, so that only their ratio counts.
+
+Strategy: a figure is seconds (or bytes) for one unit of work, smaller is better. ``paired`` takes ours and the floor in
+turns (A B A B …), so whatever else the machine does meets both, and keeps the best round of each: a neighbour can only
+make a round slower. Work that only computes is measured in CPU time (``cpu``), which a busy neighbour does not lengthen;
+work that waits for the disk, another thread or another process on the clock (``wall``).
+
+A *floor* is a plain program that does the same input and output by hand. They stand at the end of this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cm_notebook as cm
+from cm_notebook.journal import AnyJournal
+
+Measure = Callable[[], float]
+Clock = Callable[[], float]
+
+wall: Clock = time.perf_counter
+cpu: Clock = time.process_time
+"""Of all threads of this process together."""
+
+TEXT = "x" * 1024
+"""What each step produces."""
+
+UNITS = {"×": 1.0, "s": 1.0, "ms": 1e3, "µs": 1e6, "bytes": 1.0, "KiB": 1 / 1024, "MiB": 1 / 1024**2}
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pair:
+    """What the rounds gave: the figures of ours and of the floor, in order."""
+
+    ours_all: list[float] = field(default_factory=list)
+    floor_all: list[float] = field(default_factory=list)
+
+    @property
+    def ours(self) -> float:
+        """The best round of ours."""
+        return min(self.ours_all)
+
+    @property
+    def floor(self) -> float:
+        """The best round of the floor."""
+        return min(self.floor_all)
+
+    @property
+    def ratio(self) -> float:
+        """Ours divided by the floor."""
+        return self.ours / self.floor
+
+
+def paired(ours: Measure, floor: Measure, *, rounds: int = 5, within_s: float = 40) -> Pair:
+    """Measure both in turns, after a first round that only warms up.
+
+    Parameters
+    ----------
+    rounds
+        How often. At most; at least one is made.
+    within_s
+        Seconds after which no further round begins, so that a slow disk costs precision and not an hour.
+    """
+    pair, end = Pair(), time.monotonic() + within_s
+    for number in range(rounds + 1):
+        if number > 1 and time.monotonic() > end:
+            break
+        for measure, figures in ((ours, pair.ours_all), (floor, pair.floor_all)):
+            gc.collect()
+            figure = measure()
+            if number > 0:
+                figures.append(figure)
+    return pair
+
+
+@contextmanager
+def stopwatch(clock: Clock) -> Iterator[Callable[[], float]]:
+    """Time of the block on `clock`, in seconds: call what this gives, after the block."""
+    start = clock()
+    passed: list[float] = []
+    yield lambda: passed[0]
+    passed.append(clock() - start)
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], int]]:
+    """Bytes that Python objects took at most in the block, beyond what was there before; as :func:`stopwatch`."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        peak: list[int] = []
+        yield lambda: peak[0]
+        peak.append(tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()
+
+
+# -- work --------------------------------------------------------------------------------------------------------------
+
+
+@cm.agent("work")
+async def work(turn: cm.Turn) -> str:
+    """A step that costs nothing and produces 1 KiB."""
+    return TEXT
+
+
+def chain(steps: int, **options: Any) -> cm.Workflow:
+    """A workflow of so many such steps, one after the other."""
+    return cm.Workflow(
+        f"chain of {steps}",
+        agents=[work],
+        steps=[cm.step("work", id=f"s{number}", **options) for number in range(steps)],
+        autonomous_mode="always",
+    )
+
+
+def looping(times: int) -> cm.Workflow:
+    """A workflow of two such steps, of which the second sends the run back so many times."""
+
+    @cm.agent("again")
+    async def again(turn: cm.Turn) -> cm.Verdict:
+        return cm.Verdict(action="loop" if turn.iteration <= times else "continue", reason=TEXT)
+
+    return cm.Workflow("loop", agents=[work, again], steps=f"work -> again(loop 1, max {times})", autonomous_mode="always")
+
+
+def finish(workflow: cm.Workflow, journal: str | os.PathLike[str] | AnyJournal, clock: Clock, **options: Any) -> float:
+    """Seconds on `clock` from the start of a run to its end."""
+    with stopwatch(clock) as passed:
+        run = workflow.start(journal=journal, **options).wait()
+    assert run.status == "completed"
+    return passed()
+
+
+class Chunks:
+    """An engine that writes so many pieces of text, all different."""
+
+    name = "chunks"
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    async def stream(self, request: cm.AgentRequest) -> AsyncIterator[cm.AgentEvent]:
+        """One turn."""
+        for number in range(self.count):
+            yield cm.Delta(piece(number))
+        yield cm.TurnDone("done")
+
+
+def piece(number: int) -> str:
+    """The text of a chunk: a word of five letters, as models send them."""
+    return f"{number:05d} "
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def new_process(code: str, *arguments: str) -> tuple[float, float]:
+    """Run `code` in a new Python; wall seconds until it prints a line, and CPU seconds until its end."""
+    start = time.perf_counter()
+    child = subprocess.Popen(
+        [sys.executable, "-X", "frozen_modules=on", "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+    assert child.stdout is not None
+    with child.stdout:
+        said = child.stdout.readline()
+        until_line = time.perf_counter() - start
+    _pid, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0, f"ended with {child.returncode}"
+    assert said.strip() == "done", said
+    return until_line, used.ru_utime + used.ru_stime
+
+
+# -- floors ------------------------------------------------------------------------------------------------------------
+
+
+def database(path: Path) -> sqlite3.Connection:
+    """A database that is on disk after each commit, as the journal is."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("CREATE TABLE steps (id INTEGER PRIMARY KEY, body TEXT NOT NULL)")
+    return connection
+
+
+def rows_committed(path: Path, count: int, clock: Clock) -> float:
+    """Floor of a durable chain: a row of 1 KiB for each step, each committed; seconds."""
+    connection = database(path)
+    with stopwatch(clock) as passed:
+        for _ in range(count):
+            connection.execute("INSERT INTO steps (body) VALUES (?)", (TEXT,))
+    connection.close()
+    return passed()
+
+
+def tasks_awaited(count: int, clock: Clock) -> float:
+    """Floor of a chain in memory: one Task for each step; seconds."""
+
+    async def step() -> str:
+        return TEXT
+
+    async def steps() -> float:
+        loop = asyncio.get_running_loop()
+        with stopwatch(clock) as passed:
+            for _ in range(count):
+                await loop.create_task(step())
+        return passed()
+
+    return _on_a_thread(steps)
+
+
+def queue_of_64(count: int, clock: Clock) -> float:
+    """Floor of a stream: chunks through an ``asyncio.Queue(64)``; seconds."""
+
+    async def produce(queue: asyncio.Queue[str | None]) -> None:
+        for number in range(count):
+            await queue.put(piece(number))
+        await queue.put(None)
+
+    async def both() -> float:
+        queue: asyncio.Queue[str | None] = asyncio.Queue(64)
+        characters = 0
+        with stopwatch(clock) as passed:
+            producer = asyncio.get_running_loop().create_task(produce(queue))
+            while (text := await queue.get()) is not None:
+                characters += len(text)
+            await producer
+        return passed()
+
+    return _on_a_thread(both)
+
+
+def _on_a_thread(work: Callable[[], Any]) -> float:
+    """Run a coroutine function on a loop of its own thread while this one waits, as a run's loop does."""
+    result: list[float] = []
+    thread = threading.Thread(target=lambda: result.append(asyncio.run(work())))
+    thread.start()
+    thread.join()
+    return result[0]

@@ -1,0 +1,116 @@
+"""A person has decided: how soon the next step is done and on disk."""
+
+from __future__ import annotations
+
+import itertools
+import sqlite3
+from pathlib import Path
+
+import cm_notebook as cm
+from cm_notebook.journal import Journal
+from tests.benchmarks import measure
+from tests.benchmarks.measure import TEXT, paired, stopwatch, wall
+from tests.helpers import gate
+
+_numbers = itertools.count()
+
+GATED = """
+import cm_notebook as cm
+
+@cm.agent("work")
+async def work(turn):
+    return "x" * 1024
+
+workflow = cm.Workflow("gate", agents=[work], steps=[cm.step("work", id="asks", interactive=True), cm.step("work", id="next")])
+"""
+COLD = GATED + """
+import os, sys
+run = cm.resume(sys.argv[1], workflow, journal=sys.argv[2])
+run.approve()
+run.wait()
+print("done", flush=True)
+os._exit(0)
+"""
+COLD_FLOOR = """
+import asyncio, json, os, sqlite3, sys
+from pydantic import BaseModel
+
+class Fact(BaseModel):
+    type: str
+    text: str = ""
+
+async def step():
+    return "x" * 1024
+
+async def main(path):
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA synchronous=FULL")
+    facts = [Fact(**json.loads(body)) for body, in connection.execute("SELECT body FROM steps ORDER BY id")]
+    assert facts[-1].type == "opened"
+    for fact in (Fact(type="approved"), Fact(type="started")):
+        connection.execute("INSERT INTO steps (body) VALUES (?)", (fact.model_dump_json(),))
+    done = Fact(type="finished", text=await asyncio.create_task(step()))
+    connection.execute("INSERT INTO steps (body) VALUES (?)", (done.model_dump_json(),))
+
+asyncio.run(main(sys.argv[1]))
+print("done", flush=True)
+os._exit(0)
+"""
+"""As a person would write it who wants each fact on disk when it happens: the decision, the start, the end."""
+
+
+def new_file() -> Path:
+    """A path below the test's own folder."""
+    return Path(f"{next(_numbers)}.db").absolute()
+
+
+def waiting_run(journal: Journal) -> cm.Run:
+    """A run that waits at the gate of its first step."""
+    names: dict[str, cm.Workflow] = {}
+    exec(GATED, names)
+    run = names["workflow"].start(journal=journal)
+    gate(run)
+    return run
+
+
+def test_cold(budget):
+    def ours() -> float:
+        journal = Journal(new_file())
+        run = waiting_run(journal)
+        run._let_go()  # as if its process had died
+        return measure.new_process(COLD, run.id, journal.path)[0]
+
+    def floor() -> float:
+        path = new_file()
+        _gate_by_hand(path).close()
+        return measure.new_process(COLD_FLOOR, str(path))[0]
+
+    pair = paired(ours, floor, rounds=12)
+    budget("gate, new process to next step done", pair, "ms", clock="wall", times=1.5)
+
+
+def test_warm(budget):
+    def ours() -> float:
+        run = waiting_run(Journal(new_file()))
+        with stopwatch(wall) as passed:
+            run.approve()
+            run.wait()
+        return passed()
+
+    def floor() -> float:
+        connection = _gate_by_hand(new_file())
+        with stopwatch(wall) as passed:
+            for body in ('{"type": "approved"}', '{"type": "started"}', f'{{"type": "finished", "text": "{TEXT}"}}'):
+                connection.execute("INSERT INTO steps (body) VALUES (?)", (body,))
+        connection.close()
+        return passed()
+
+    pair = paired(ours, floor, rounds=50)
+    budget("gate, click to next step done", pair, "ms", clock="wall", times=1)
+
+
+def _gate_by_hand(path: Path) -> sqlite3.Connection:
+    connection = measure.database(path)
+    for body in ('{"type": "started"}', f'{{"type": "finished", "text": "{TEXT}"}}', '{"type": "opened"}'):
+        connection.execute("INSERT INTO steps (body) VALUES (?)", (body,))
+    return connection

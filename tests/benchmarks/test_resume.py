@@ -1,0 +1,47 @@
+"""Going on with a long run: reading its events and knowing where it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import cm_notebook as cm
+from cm_notebook.journal import Journal, MemoryJournal
+from tests.benchmarks.measure import chain, cpu, paired, stopwatch, work
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> dict[int, tuple[str, Path]]:
+    """For each number of steps, a run that was stopped before its last one, and the file it is in."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+    for steps in (500, 5_000, 10_000):
+        written = MemoryJournal()
+        run = chain(steps).start(journal=written, workspace=folder, until=f"s{steps - 2}").wait()
+        run.stop()
+        journal = Journal(folder / f"{steps}.db")
+        journal.create(run.id, "chain", None)
+        journal.begin(run.id, 0)
+        journal.commit(run.id, run.events)
+        made[steps] = (run.id, Path(journal.path))
+    return made
+
+
+def test_resume_takes_time_for_each_event_only(budget, stopped):
+    figures = {}
+    for steps, (run_id, path) in stopped.items():
+
+        def resume(run_id: str = run_id, path: Path = path, last: str = f"s{steps - 2}") -> float:
+            journal = Journal(path)
+            events = journal.events(run_id)[-1].seq
+            with stopwatch(cpu) as passed:
+                run = cm.resume(run_id, agents=[work], journal=journal, until=last)
+            run.wait()
+            run.stop()
+            return passed() / events
+
+        figures[steps] = paired(resume, lambda: float("nan"), rounds=7)
+    for steps in (5_000, 10_000):
+        name = f"resume, {steps:,} steps, {2 * steps:,} events"
+        budget(name, figures[steps].ours, "ms/event", clock="CPU", at_most=0.03)
+    budget("resume, per event, 10,000 steps ÷ 500", figures[10_000].ours / figures[500].ours, "×", clock="CPU", at_most=1.25)

@@ -1,0 +1,412 @@
+"""The run's view, as a person meets it: in JupyterLab, with mouse and keyboard.
+
+With ``CM_SCREENSHOTS`` set to a folder, pictures of each state are left there, in light and dark.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+SETUP = """
+import cm_notebook as cm
+from cm_notebook.jupyter.view import show
+used = dict(usage=cm.Usage(input_tokens=1200, output_tokens=400), cost_usd=0.008)
+engine = cm.ScriptedEngine({
+    "planner": [cm.Reply("1. Create `todo.py`\\n2. Write tests later", **used),
+                cm.Reply("1. Create `todo.py`\\n2. Write `tests/test_todo.py` first", **used), "third plan"],
+    "builder": ["Wrote **2** files.", "Wrote 3 files.", "Wrote 4 files."],
+    "reviewer": ["## Review\\nTests pass.", "Again: tests pass."],
+})
+agents = [cm.Agent(id=name, prompt=f"Do the work of {name}.") for name in engine.script]
+def start(steps="planner? -> builder", **options):
+    flow = cm.Workflow("careful-builder", agents=agents, steps=steps, **options)
+    return flow.start(engine=engine, journal=":memory:")
+"""
+RUN = "run = start()\nshow(run)"
+WAITS = "planner is waiting for you"
+
+
+@pytest.fixture
+def picture(request):
+    """Function that takes a picture of a cell, if pictures are wanted."""
+    folder = os.environ.get("CM_SCREENSHOTS")
+
+    def picture(nb, name, cell=1):
+        if folder:
+            nb.page.wait_for_timeout(250)
+            nb.screenshot(Path(folder) / f"{name}.png", cell)
+
+    return picture
+
+
+def start(open_notebook, *cells, **options):
+    nb = open_notebook([SETUP, *(cells or [RUN])], **options)
+    nb.run_all()
+    return nb
+
+
+def value(nb, cell):
+    """What the expression in the cell gives now."""
+    nb.run_cell(cell)
+    nb.wait_done(cell)
+    return nb.text(cell).strip()
+
+
+def test_approve(open_notebook, kernel):
+    nb = start(open_notebook, RUN, "run['planner'].attempts[0].decision.by, run.status", kernel=kernel)
+    nb.wait_text(1, WAITS)
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "Finished: 2 of 2 done.")
+    assert "approved by you" in nb.text(1)
+    assert value(nb, 2) == "('you', 'completed')"
+    assert nb.console_errors == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_reject_gives_a_second_attempt_with_its_diff(open_notebook, picture, theme):
+    nb = start(open_notebook, theme=theme)
+    nb.wait_text(1, WAITS)
+    picture(nb, f"gate-{theme}")
+    nb.click("button", "Reject…", cell=1)
+    nb.click("button", "Send back Ctrl+↵", cell=1)  # no words: refused
+    nb.wait_text(1, "Say what should be different")
+    nb.type("Name the tests `now`.")
+    picture(nb, f"reject-{theme}")
+    assert nb.accessibility_violations(1) == []
+    nb.press("Control+Enter")
+    nb.wait_text(1, "2 attempts")
+    nb.wait_text(1, WAITS)
+    nb.click("tab", "Diff", cell=1)
+    nb.wait_until(lambda: nb.output(1).locator("ins").count() > 0)
+    picture(nb, f"diff-{theme}")
+    assert nb.accessibility_violations(1) == []
+    nb.click("tab", "1 rejected", cell=1)
+    nb.click("tab", "Output", cell=1)
+    nb.wait_text(1, "Rejected by you")
+    nb.wait_text(1, "Name the tests now.")
+    nb.click("tab", "Prompt", cell=1)
+    nb.wait_text(1, "Do the work of planner.")
+    nb.click("tab", "Log", cell=1)
+    nb.wait_text(1, "planner ok")
+    picture(nb, f"log-{theme}")
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "Finished")
+    nb.wait_text(1, "attempt 2 approved by you")
+    picture(nb, f"frozen-{theme}")
+    assert nb.accessibility_violations(1) == []
+
+
+def test_edit_is_kept_as_an_attempt(open_notebook, picture):
+    nb = start(open_notebook, RUN, "run['planner'].text")
+    nb.wait_text(1, WAITS)
+    nb.click("button", "Edit", cell=1)
+    field = nb.output(1).get_by_role("textbox")
+    nb.wait_until(lambda: "Write tests later" in field.input_value())
+    field.fill("My own plan")
+    picture(nb, "edit-light")
+    nb.output(1).get_by_role("button", name="Approve this").click()
+    nb.wait_text(1, "edited and approved by you")
+    assert value(nb, 2) == "'My own plan'"
+
+
+def test_skip_asks_first(open_notebook):
+    nb = start(open_notebook, RUN, "run['planner'].status")
+    nb.wait_text(1, WAITS)
+    nb.click("button", "Skip", cell=1)
+    nb.wait_text(1, "Skip planner?")
+    assert "Finished" not in nb.text(1)
+    nb.click("button", "Back", cell=1)
+    nb.click("button", "Skip", cell=1)
+    nb.click("button", "Skip it", cell=1)
+    nb.wait_text(1, "1 skipped")
+    assert value(nb, 2) == "'skipped'"
+
+
+def test_unattended_asks_first_and_a_locked_workflow_has_no_menu(open_notebook, picture):
+    nb = start(open_notebook, "run = start('planner? -> builder?')\nshow(run)", "show(start(autonomous_mode='always'))")
+    nb.wait_text(1, WAITS)
+    nb.output(1).get_by_role("button", name="mode: gates").click()
+    nb.wait_until(lambda: nb.output(1).get_by_role("menuitemradio").count() == 3)
+    picture(nb, "mode-light")
+    assert nb.accessibility_violations(1) == []
+    nb.press("ArrowDown")
+    nb.press("Enter")
+    nb.wait_text(1, "Switch to unattended?")
+    nb.click("button", "Switch to unattended", cell=1)
+    nb.wait_text(1, "mode: unattended")
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "approved by unattended mode")
+    nb.wait_text(2, WAITS)
+    assert nb.output(2).get_by_role("button", name="mode:").count() == 0
+
+
+def test_stop_needs_no_confirmation(open_notebook):
+    nb = start(open_notebook, RUN, "run.status")
+    nb.wait_text(1, WAITS)
+    nb.click("button", "Stop", cell=1)
+    nb.wait_text(1, "Stopped by you")
+    assert value(nb, 2) == "'stopped'"
+
+
+def test_keyboard_alone(open_notebook, picture):
+    nb = start(open_notebook)
+    nb.wait_text(1, WAITS)
+    nb.by_role("button", "Stop", cell=1).focus()
+    cells = nb.count_cells()
+    for key in "bbxdd":  # would add, cut and delete cells
+        nb.press(key)
+    assert nb.count_cells() == cells
+    nb.press("a")  # outside the bar: nothing
+    nb.press("?")
+    nb.wait_text(1, "approve (in the bar)")
+    picture(nb, "help-light")
+    nb.press("r")
+    nb.type("bring tests")
+    nb.press("Escape")
+    nb.press("r")
+    nb.type("name the tests")
+    nb.press("Control+Enter")
+    nb.wait_text(1, "2 attempts")
+    nb.wait_text(1, WAITS)
+    nb.wait_until(lambda: nb.by_role("button", "Approve", cell=1).is_enabled())
+    nb.press("j")
+    nb.press("[")
+    nb.wait_text(1, "Rejected by you")
+    nb.press("d")
+    nb.press("]")
+    nb.wait_text(1, "From attempt 1 to 2")
+    nb.press("g")
+    nb.press("a")
+    nb.wait_text(1, "Finished")
+
+
+def test_escape_gives_the_keys_back_to_the_cell(open_notebook):
+    nb = start(open_notebook)
+    nb.wait_text(1, WAITS)
+    nb.by_role("button", "Stop", cell=1).focus()
+    nb.press("Escape")
+    nb.press("b")
+    nb.wait_until(lambda: nb.count_cells() == 3)
+
+
+def test_double_click_decides_once(open_notebook):
+    nb = start(open_notebook, "run = start('planner? -> builder?')\nshow(run)", "len(run.state.decisions), len(run.gates)")
+    nb.wait_text(1, WAITS)
+    nb.by_role("button", "Approve", cell=1).dblclick()
+    nb.wait_text(1, "builder is waiting for you")
+    nb.page.wait_for_timeout(300)
+    assert value(nb, 2) == "(1, 1)"
+
+
+def test_a_click_by_a_script_is_ignored(open_notebook):
+    nb = start(open_notebook, RUN, "run.status")
+    nb.wait_text(1, WAITS)
+    nb.wait_until(lambda: nb.by_role("button", "Approve", cell=1).is_enabled())
+    nb.by_role("button", "Approve", cell=1).evaluate("node => node.click()")
+    nb.by_role("button", "Stop", cell=1).evaluate("node => { node.focus(); for (const key of 'ga') node.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})); }")
+    nb.page.wait_for_timeout(500)
+    assert value(nb, 2) == "'waiting'"
+
+
+def test_two_tabs_and_a_reload_show_the_same(open_notebook):
+    nb = start(open_notebook, "run = start('planner? -> builder?')\nshow(run)")
+    nb.wait_text(1, WAITS)
+    nb.save()
+    other = nb.second_tab()
+    other.wait_text(1, WAITS)
+    other.wait_until(lambda: other.by_role("button", "Approve", cell=1).is_enabled())
+    nb.reload()
+    nb.wait_text(1, WAITS)
+    nb.click("button", "Approve", cell=1)
+    for tab in (nb, other):
+        tab.wait_text(1, "builder is waiting for you")
+        tab.wait_text(1, "Wrote 2 files.")
+    other.click("button", "Approve", cell=1)
+    for tab in (nb, other):
+        tab.wait_text(1, "Finished")
+    other.close()
+
+
+def test_a_late_click_says_who_was_first(open_notebook):
+    nb = start(open_notebook, "run = start('planner?')\nshow(run)", "run._loop.call_soon_threadsafe(run.approve)")
+    nb.wait_text(1, WAITS)
+    nb.wait_text(1, "Finished")
+    # What a page sends whose bar is out of date: answered, and changes nothing.
+
+
+def test_after_a_restart_the_buttons_are_dead_and_say_so(open_notebook, picture):
+    nb = start(open_notebook)
+    nb.wait_text(1, WAITS)
+    nb.wait_until(lambda: nb.by_role("button", "Approve", cell=1).is_enabled())
+    nb.restart_kernel()
+    nb.wait_text(1, "Not connected. Restart the kernel and run this cell again")
+    assert nb.by_role("button", "Approve", cell=1).is_disabled()
+    picture(nb, "gone-light")
+
+
+@pytest.mark.parametrize("kernel", ["7.3", "7.4"])
+def test_a_computing_cell_stops_neither_agents_nor_clicks(open_notebook, kernel):
+    busy = "import time\nend = time.time() + 6\nwhile time.time() < end: pass\nlen(run.state.decisions)"
+    nb = start(open_notebook, "run = start('planner? -> builder?')\nshow(run)", busy, kernel=kernel)
+    nb.wait_text(1, WAITS)
+    nb.wait_running(2)
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "builder is waiting for you")
+    assert nb.is_running(2)
+    nb.wait_done(2)
+    assert nb.text(2).strip() == "1"
+
+
+HOSTILE = """
+text = '''<script>window.hacked = 1</script><img src=x onerror="window.hacked=2">
+# <h1 onclick=alert(1)>Heading
+[click](javascript:window.hacked=3) \\u202e &lt;b&gt; \\x1b[31m'''
+import asyncio
+from cm_notebook.engines.base import Delta, TurnDone
+class Slow:
+    name = "slow"
+    async def stream(self, request):
+        for char in text * 3:
+            yield Delta(char)
+            await asyncio.sleep(0.002)
+        yield TurnDone(text * 3)
+run = cm.Workflow("hostile <b>", agents=agents, steps="planner?").start(engine=Slow(), journal=":memory:")
+show(run)
+"""
+
+
+def test_what_an_agent_wrote_is_only_read(open_notebook):
+    nb = start(open_notebook, HOSTILE)
+    nb.wait_text(1, WAITS)
+    nb.wait_text(1, "<script>window.hacked")
+    assert nb.page.evaluate("() => window.hacked") is None
+    assert nb.output(1).locator("script, img, h1, [onerror], [onclick], a[href^='javascript']").count() == 0
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "Finished")
+    assert nb.page.evaluate("() => window.hacked") is None
+
+
+def test_what_is_saved(open_notebook):
+    nb = start(open_notebook)
+    nb.wait_text(1, WAITS)
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "Finished")
+    notebook = nb.save()
+    assert "widgets" not in notebook["metadata"]
+    main, spare = notebook["cells"][1]["outputs"]
+    assert set(main["data"]) == {"text/html", "text/plain"}
+    assert spare["data"] == {"text/plain": [""]} or spare["data"] == {"text/plain": ""}
+    assert "planner" in "".join(main["data"]["text/html"])
+    assert "widget" not in json.dumps(main)
+
+
+def test_a_file_saved_at_a_gate_opens_as_the_snapshot(open_notebook, picture):
+    nb = start(open_notebook)
+    nb.wait_text(1, WAITS)
+    main, spare = nb.save()["cells"][1]["outputs"]
+    assert "Run this cell again to decide" in "".join(spare["data"]["text/html"])
+    assert "text/html" not in main["data"]
+
+
+SEVERAL = ["run = start('planner? -> builder? -> reviewer')", "show(run, ['planner'])", "show(run, ['builder'])", "show(run)"]
+
+
+def test_several_views_of_one_run_stay_in_step(open_notebook, picture):
+    nb = start(open_notebook, *SEVERAL)
+    for cell in (2, 3, 4):
+        nb.wait_text(cell, WAITS)
+    nb.wait_text(3, "starts when planner is approved")
+    picture(nb, "queued-light", 3)
+    assert nb.accessibility_violations(3) == []
+    nb.click("button", "Approve", cell=3)  # the copy under the queued step
+    for cell in (3, 4):
+        nb.wait_text(cell, "builder is waiting for you")
+    nb.wait_text(2, "approved by you")
+    assert nb.output(2).get_by_role("button").count() == 0  # settled: frozen
+    nb.click("button", "Approve", cell=4)
+    for cell, text in ((3, "approved by you"), (4, "Finished")):
+        nb.wait_text(cell, text)
+
+
+def test_a_card_moves_to_the_cell_that_shows_it_last(open_notebook):
+    nb = start(open_notebook, "run = start('planner? -> builder')", "show(run, ['planner'])", "show(run, ['planner'])")
+    nb.wait_text(3, WAITS)
+    nb.wait_text(2, "planner: shown further below")
+    nb.click("button", "Approve", cell=3)
+    nb.wait_text(3, "approved by you")
+
+
+def test_a_cell_run_again_shows_the_waiting_gate_again(open_notebook):
+    nb = start(open_notebook, "run = start()", "show(run)")
+    nb.wait_text(2, WAITS)
+    nb.run_cell(2)
+    nb.wait_done(2)
+    nb.wait_text(2, WAITS)
+    nb.click("button", "Approve", cell=2)
+    nb.wait_text(2, "Finished")
+
+
+def test_a_finished_run_that_goes_on_is_live_again(open_notebook):
+    nb = start(open_notebook, RUN, "run.add(cm.step('reviewer', interactive=True));")
+    nb.wait_text(1, WAITS)
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "Finished")
+    nb.run_cell(2)
+    nb.wait_text(1, "reviewer is waiting for you")
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "Finished: 3 of 3 done.")
+    assert "reviewer" in "".join(nb.save()["cells"][1]["outputs"][0]["data"]["text/html"])
+
+
+STREAM = """
+import asyncio
+from cm_notebook.engines.base import Delta, TurnDone
+class Many:
+    name = "many"
+    async def stream(self, request):
+        parts = [f"{n:06d}" + ("\\n" if n % 12 == 0 else " ") for n in range(100_000)]
+        for part in parts:
+            yield Delta(part)
+            if int(part) % 50 == 0:
+                await asyncio.sleep(0.002)
+        yield Delta("THE END")
+        await asyncio.sleep(1.5)
+        yield TurnDone("".join(parts) + "THE END")
+run = cm.Workflow("many", agents=agents, steps="planner?").start(engine=Many(), journal=":memory:")
+show(run)
+"""
+
+
+def test_100_000_chunks(open_notebook):
+    nb = open_notebook([SETUP, STREAM])
+    received = {"bytes": 0, "updates": 0, "customs": 0}
+
+    def count(frame):
+        data = frame if isinstance(frame, bytes) else frame.encode()
+        received["bytes"] += len(data)
+        received["customs"] += b'"method": "custom"' in data or b'"method":"custom"' in data
+
+    nb.page.on("websocket", lambda socket: socket.on("framereceived", count))
+    nb.reload()
+    nb.run_cell(0)
+    nb.wait_done(0)
+    begun = time.time()
+    nb.run_cell(1)
+    nb.wait_text(1, "THE END", 60)
+    took = time.time() - begun
+    assert "000000 000001" in nb.text(1)  # head and tail while it is written
+    assert "left out until it is finished" in nb.text(1)
+    nb.wait_text(1, "characters left out", 30)
+    assert "THE END" in nb.text(1)
+    assert "%cm show planner --full" in nb.text(1)
+    print(received, took)
+    assert received["bytes"] <= 3 * 700_000
+    assert received["customs"] <= 21 * took + 20
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "Finished")
+    assert nb.console_errors == []

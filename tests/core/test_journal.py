@@ -1,0 +1,283 @@
+"""The journal: what is written is there, what cannot be used is refused and left as it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cm_notebook as cm
+from cm_notebook import events as facts
+from cm_notebook.journal import MIGRATIONS
+from tests.helpers import gate, until
+
+
+def flow(*steps: str) -> cm.Workflow:
+    return cm.Workflow("j", agents=[cm.Agent(name.rstrip("?"), "x") for name in steps], steps=" -> ".join(steps))
+
+
+def finished(path: Path, text: str = "hello") -> cm.Run:
+    engine = cm.ScriptedEngine({"a": [text]})
+    return flow("a").start(engine=engine, journal=path).wait(10)
+
+
+def test_events_are_read_back_as_they_were(tmp_path: Path) -> None:
+    run = finished(tmp_path / "j.db")
+    read = cm.Journal(tmp_path / "j.db").events(run.id)
+    assert read == run.events
+    assert [event.seq for event in read] == list(range(1, len(read) + 1))
+    assert cm.Run.open(run.id, tmp_path / "j.db")["a"].text == "hello"
+
+
+@given(text=st.text(), reason=st.text(), value=st.recursive(st.none() | st.integers() | st.text(), st.lists))
+def test_any_text_survives(text: str, reason: str, value: Any) -> None:
+    for event in (
+        cm_event("TurnFinished", step="a", path="a", attempt=1, text=text, output=value),
+        cm_event("RunFinished", status="failed", reason=reason),
+    ):
+        again = facts.read(event.type, event.seq, event.at, facts.body(event))
+        assert again == event
+
+
+def cm_event(kind: str, **values: Any) -> Any:
+    return facts.TYPES[kind](seq=7, at=1.5, **values)
+
+
+def test_undecodable_text_of_an_agent_is_kept_harmlessly(tmp_path: Path) -> None:
+    run = finished(tmp_path / "j.db", "bad \udcff byte \x00 nul")
+    assert cm.Run.open(run.id, tmp_path / "j.db")["a"].text == "bad ? byte \x00 nul"
+
+
+def test_only_its_owner_reads_it_and_git_does_not_see_it(tmp_path: Path) -> None:
+    engine = cm.ScriptedEngine({"a": ["x"]})
+    flow("a").start(engine=engine).wait(10)
+    journal = tmp_path / ".cm_notebook" / "journal.db"
+    assert stat.S_IMODE(journal.stat().st_mode) == 0o600
+    assert (tmp_path / ".cm_notebook" / ".gitignore").read_text() == "*\n"
+
+
+def test_runs_lists_the_newest_first(tmp_path: Path) -> None:
+    first, second = finished(tmp_path / "j.db"), finished(tmp_path / "j.db")
+    assert [run.id for run in cm.runs(tmp_path / "j.db")] == [second.id, first.id]
+    assert {run.status for run in cm.runs(tmp_path / "j.db")} == {"completed"}
+
+
+def test_an_unknown_run_is_named_with_the_nearest(tmp_path: Path) -> None:
+    run = finished(tmp_path / "j.db")
+    with pytest.raises(cm.JournalError, match=f"Did you mean '{run.id}'"):
+        cm.resume(run.id[:-1] + "x", journal=tmp_path / "j.db")
+
+
+def _spoil_text(path: Path) -> None:
+    path.write_text("this is no database, but a long enough text " * 100)
+
+
+def _spoil_header(path: Path) -> None:
+    path.write_bytes(b"\xff" * 200 + path.read_bytes()[200:])
+
+
+def _spoil_cut(path: Path) -> None:
+    _fold_in(path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def _spoil_empty(path: Path) -> None:
+    _fold_in(path)
+    path.write_bytes(b"")
+
+
+def _spoil_foreign(path: Path) -> None:
+    for file in path.parent.glob(path.name + "*"):
+        if file.is_file():
+            file.unlink()
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE events (id INTEGER)")
+    other.close()
+
+
+def _spoil_newer(path: Path) -> None:
+    with sqlite3.connect(path) as ours:
+        ours.execute(f"PRAGMA user_version={len(MIGRATIONS) + 1}")
+    ours.close()
+
+
+def _spoil_row(path: Path) -> None:
+    with sqlite3.connect(path) as ours:
+        ours.execute("UPDATE events SET body = substr(body, 1, 10) WHERE type = 'TurnFinished'")
+    ours.close()
+
+
+def _spoil_type(path: Path) -> None:
+    with sqlite3.connect(path) as ours:
+        ours.execute("UPDATE events SET type = 'Surprise' WHERE type = 'TurnFinished'")
+    ours.close()
+
+
+def _spoil_order(path: Path) -> None:
+    with sqlite3.connect(path) as ours:
+        ours.execute("DELETE FROM events WHERE type = 'TurnStarted'")
+    ours.close()
+
+
+def _fold_in(path: Path) -> None:
+    with sqlite3.connect(path) as ours:
+        ours.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    ours.close()
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_spoil_text, "damaged or no journal"),
+        (_spoil_header, "damaged or no journal"),
+        (_spoil_cut, "damaged"),
+        (_spoil_empty, "is empty: it was cut off"),
+        (_spoil_foreign, "a database of another program"),
+        (_spoil_newer, "written by a newer version"),
+        (_spoil_row, r"damaged at event 3 \(TurnFinished\)"),
+        (_spoil_type, "unknown type 'Surprise'"),
+        (_spoil_order, "does not make sense at event 3"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_and_left_as_it_is(tmp_path: Path, spoil: Any, words: str) -> None:
+    # made by another process, as this one keeps its journals open
+    script = (
+        "import sys, cm_notebook as cm\n"
+        "flow = cm.Workflow('j', agents=[cm.Agent('a', 'x')], steps='a')\n"
+        "print(flow.start(engine=cm.ScriptedEngine({'a': ['hello']}), journal=sys.argv[1]).wait(10).id)"
+    )
+    path = tmp_path / "j.db"
+    made = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    spoil(path)
+    before = path.read_bytes()
+    with pytest.raises(cm.JournalError) as refused:
+        cm.resume(made.stdout.strip(), journal=cm.Journal(path))
+    assert re.search(words, str(refused.value)), str(refused.value)
+    assert str(path) in str(refused.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["a folder", "no/permission"])
+def test_a_place_where_none_can_be(tmp_path: Path, where: str) -> None:
+    target = tmp_path
+    if where != "a folder":
+        (tmp_path / "file").write_text("x")
+        target = tmp_path / "file" / "j.db"
+    with pytest.raises(cm.JournalError):
+        finished(target)
+
+
+def test_a_read_only_journal_says_so(tmp_path: Path) -> None:
+    """Root may write everywhere, so the whole file system is made read-only for SQLite by its own switch."""
+    finished(tmp_path / "j.db")
+    journal = cm.Journal(tmp_path / "j.db")
+    journal._writer.execute("PRAGMA query_only=1")
+    with pytest.raises(cm.JournalError, match="is read-only. Make it writable"):
+        flow("a").start(engine=cm.ScriptedEngine({"a": ["x"]}), journal=journal)
+
+
+def test_a_locked_journal_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cm_notebook.journal.BUSY_S", 0.05)
+    finished(tmp_path / "j.db")
+    other = sqlite3.connect(tmp_path / "j.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(cm.JournalError, match="is locked by another program"):
+        flow("a").start(engine=cm.ScriptedEngine({"a": ["x"]}), journal=cm.Journal(tmp_path / "j.db"))
+    other.execute("ROLLBACK")
+    other.close()
+
+
+def test_a_full_disk_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
+    """The page limit of SQLite stands for the end of the disk."""
+    journal = cm.Journal(tmp_path / "j.db")
+    big = cm.ScriptedEngine({"a": ["x" * 200], "b": ["y" * 3_000_000], "c": ["z"]})
+    run = flow("a?", "b", "c").start(engine=big, journal=journal)
+    gate(run)
+    pages = journal._writer.execute("PRAGMA page_count").fetchone()[0]
+    journal._writer.execute(f"PRAGMA max_page_count={pages + 20}")
+    run.approve()
+    with pytest.raises(cm.JournalError, match="the disk is full"):
+        run.wait(10)
+    assert cm.Run.open(run.id, tmp_path / "j.db")["a"].text == "x" * 200
+    journal._writer.execute("PRAGMA max_page_count=1000000000")
+    again = cm.resume(run.id, journal=journal, engine=big).wait(10)
+    assert again.status == "completed"
+    assert [event.decision.action for event in again.events if event.type == "GateDecided"] == ["approve"]
+
+
+def test_a_second_process_is_locked_out_and_may_still_decide(tmp_path: Path) -> None:
+    run = flow("a?", "b").start(engine=cm.ScriptedEngine({"a": ["one"], "b": ["two"]}), journal=tmp_path / "j.db")
+    opened = gate(run)
+    script = (
+        "import sys, cm_notebook as cm\n"
+        "run_id, path, gate = sys.argv[1:]\n"
+        "try: cm.resume(run_id, journal=path)\n"
+        "except cm.RunLocked as error: print('locked', error)\n"
+        "other = cm.Run.open(run_id, path)\n"
+        "print(other.gates[0].id)\n"
+        "other.decide(gate, cm.Decision(action='approve', by='the other process'))\n"
+        "try: other.decide(gate, cm.Decision(action='skip'))\n"
+        "except cm.AlreadyDecided as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, run.id, str(tmp_path / "j.db"), opened.id],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second, third = done.stdout.splitlines()
+    assert first.startswith("locked") and "driven by another process" in first
+    assert second == opened.id
+    assert third.startswith("already approved by the other process")
+    assert run.wait(10).status == "completed"
+    with pytest.raises(cm.AlreadyDecided, match="already approved by the other process"):
+        run.approve("a")
+
+
+def test_two_handles_of_one_process_see_each_other(tmp_path: Path) -> None:
+    run = flow("a?").start(engine=cm.ScriptedEngine({"a": ["one"]}), journal=tmp_path / "j.db")
+    opened = gate(run)
+    assert cm.runs(tmp_path / "j.db")[0] is run
+    stranger = cm.Run(run.id, cm.Journal(tmp_path / "j.db"))
+    stranger._reload()
+    stranger.approve()
+    until(lambda: run.status == "completed", "the driver to notice")
+    with pytest.raises(cm.AlreadyDecided):
+        stranger.decide(opened.id, cm.Decision(action="approve"))
+
+
+def test_who_drives_is_let_go_at_the_end(tmp_path: Path) -> None:
+    run = flow("a?").start(engine=cm.ScriptedEngine({"a": ["one"]}), journal=tmp_path / "j.db")
+    gate(run)
+    run.stop().wait(10)
+    script = "import sys, cm_notebook as cm; cm.resume(sys.argv[1], journal=sys.argv[2]); print('driven')"
+    done = subprocess.run(
+        [sys.executable, "-c", script, run.id, str(tmp_path / "j.db")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "driven\n"
+
+
+def test_a_chain_stores_each_text_once(tmp_path: Path) -> None:
+    """New text and at most 1 KiB a step, also when every prompt holds everything before it."""
+    for context in ("previous", "all"):
+        steps = [cm.step("a", id=f"s{number}", context=context) for number in range(120)]
+        run = cm.Workflow("c", agents=[cm.Agent("a", "x")], steps=steps).start(
+            engine=cm.ScriptedEngine({"a": ["t" * 1024] * 120}), journal=tmp_path / f"{context}.db"
+        )
+        run.wait(30)
+        _fold_in(tmp_path / f"{context}.db")
+        started = sum(len(facts.body(event)) for event in run.events if event.type == "RunStarted")
+        size = os.path.getsize(tmp_path / f"{context}.db")
+        assert size - started <= 120 * (1024 + 1024) + 32768, context
+    assert run["s119"].prompt.count("t" * 1024) == 119

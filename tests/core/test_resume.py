@@ -1,0 +1,206 @@
+"""Going on from a journal: cut after every event, with edits, and with the process really killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cm_notebook as cm
+from cm_notebook.events import AnyEvent
+from cm_notebook.journal import MemoryJournal
+from tests.core.five import SCRIPT, five_steps, outcome, policy, whole
+from tests.helpers import gate, until
+
+WHOLE = 30
+
+
+def test_the_five_steps_have_as_many_events_as_are_cut() -> None:
+    assert len(whole().events) == WHOLE
+
+
+@pytest.mark.parametrize("cut", range(1, WHOLE))
+def test_cut_after_every_event_it_ends_the_same(cut: int) -> None:
+    run = whole()
+    journal, kept = MemoryJournal(), [event.model_copy(deep=True) for event in run.events[:cut]]
+    journal.create(run.id, "five", None)
+    journal.commit(run.id, kept)
+    again = cm.resume(run.id, five_steps(), journal=journal, engine=cm.ScriptedEngine(SCRIPT), on_gate=policy).wait(20)
+    assert outcome(again) == outcome(run)
+    assert _finished(again.events) == _finished(run.events), "each turn's answer counts once"
+    assert again.events[:cut] == kept
+    assert _answered_once(again.events)
+
+
+def _finished(events: list[AnyEvent]) -> list[tuple[str, str]]:
+    return [(event.step, event.text) for event in events if event.type == "TurnFinished"]
+
+
+def _answered_once(events: list[AnyEvent]) -> bool:
+    decided = [event.gate_id for event in events if event.type == "GateDecided"]
+    return len(decided) == len(set(decided))
+
+
+def test_resuming_what_is_driven_here_gives_the_same_run(tmp_path: Path) -> None:
+    run = five_steps().start(engine=cm.ScriptedEngine(SCRIPT), journal=tmp_path / "j.db")
+    gate(run)
+    assert cm.resume(run.id, journal=tmp_path / "j.db") is run
+
+
+def test_a_completed_run_is_not_resumed() -> None:
+    run = whole()
+    with pytest.raises(cm.TransitionError, match="is completed. Start a new one"):
+        cm.resume(run.id, journal=run._journal)
+
+
+def _stopped_at_deployer() -> tuple[cm.Run, Any]:
+    journal = MemoryJournal()
+    run = five_steps().start(engine=cm.ScriptedEngine(SCRIPT), journal=journal, on_gate=policy, until="implementer")
+    return run.wait(20).stop().wait(20), journal
+
+
+def test_an_edited_step_is_stale_and_the_choice_is_a_gate() -> None:
+    run, journal = _stopped_at_deployer()
+    edited = five_steps()
+    edited.agents[0].prompt = "Be another researcher."
+    again = cm.resume(
+        run.id, edited, journal=journal, engine=cm.ScriptedEngine({**SCRIPT, "researcher": ["facts", "more"]})
+    )
+    stale = gate(again)
+    assert (stale.kind, stale.step) == ("stale", "researcher")
+    again.retry()
+    assert gate(again).step == "planner"
+    assert again["researcher"].text == "more"
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (
+            "planner? -> implementer -> quality-gate(loop 1, max 5) -> deployer?",
+            "'researcher' has run and is no longer",
+        ),
+        ("planner? -> researcher -> implementer -> quality-gate(loop 1) -> deployer?", "stands elsewhere now"),
+    ],
+)
+def test_what_has_run_cannot_be_deleted_or_moved(steps: str, words: str) -> None:
+    run, journal = _stopped_at_deployer()
+    edited = cm.Workflow("five", agents=five_steps().agents, steps=steps)
+    before = run.events
+    with pytest.raises(cm.WorkflowError, match=words) as refused:
+        cm.resume(run.id, edited, journal=journal, engine=cm.ScriptedEngine(SCRIPT))
+    assert "--new" in str(refused.value)
+    assert run.events == before
+    cm.resume(run.id, five_steps(), journal=journal, engine=cm.ScriptedEngine(SCRIPT), on_gate=policy).wait(20)
+
+
+def test_a_function_must_be_given_again() -> None:
+    @cm.agent("judge")
+    def judge(turn: cm.Turn) -> str:
+        return "fine"
+
+    flow = cm.Workflow("f", agents=[judge], steps="judge?")
+    run = flow.start(journal=MemoryJournal())
+    gate(run)
+    run.stop().wait(10)
+    with pytest.raises(cm.WorkflowError, match=r"'judge' is a Python function.*agents=\[judge\]"):
+        cm.resume(run.id, journal=run._journal)
+    again = cm.resume(run.id, journal=run._journal, agents=[judge])
+    gate(again)
+    again.approve()
+    assert again.wait(10).status == "completed"
+
+
+def test_what_must_not_run_twice_asks_first() -> None:
+    flow = cm.Workflow("i", agents=[cm.Agent("a", "x")], steps=[cm.step("a", idempotent=False)])
+    run = flow.start(engine=cm.ScriptedEngine({"a": [cm.Reply("sent", delay_s=30)]}), journal=MemoryJournal())
+    until(lambda: run["a"].status == "running", "the turn to run")
+    run.stop().wait(10)
+    again = cm.resume(run.id, journal=run._journal, engine=cm.ScriptedEngine({"a": ["sent again"]}))
+    opened = gate(again)
+    assert opened.kind == "may_have_run"
+    again.approve()
+    assert again.wait(10)["a"].text == ""
+    assert len(again["a"].attempts) == 1
+
+
+def test_an_answer_given_before_the_crash_is_not_asked_for_again() -> None:
+    asked = []
+
+    @cm.agent("asker")
+    async def asker(turn: cm.Turn) -> str:
+        asked.append(turn.attempt)
+        port = await turn.ask_human("Which port?")
+        if turn.attempt == 1:
+            await asyncio.sleep(60)
+        return f"port {port}"
+
+    flow = cm.Workflow("ask", agents=[asker], steps="asker")
+    run = flow.start(journal=MemoryJournal())
+    gate(run)
+    run.answer("8080")
+    run.stop().wait(10)
+    again = cm.resume(run.id, flow, journal=run._journal).wait(10)
+    assert again["asker"].text == "port 8080"
+    assert asked == [1, 2]
+
+
+# -- killed ----------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys, cm_notebook as cm
+from tests.core.five import SCRIPT, five_steps, policy
+slow = {name: [cm.Reply(text, delay_s=0.004) for text in texts] for name, texts in SCRIPT.items()}
+path, run_id = sys.argv[1], sys.argv[2]
+engine = cm.ScriptedEngine(slow)
+if run_id == "-":
+    run = five_steps().start(engine=engine, journal=path, on_gate=policy)
+else:
+    run = cm.resume(run_id, five_steps(), journal=path, engine=engine, on_gate=policy)
+print(run.id, flush=True)
+for event in run.events:
+    pass
+run.wait(60)
+print("end", flush=True)
+"""
+
+
+@pytest.mark.timeout(500)
+def test_kill_9_at_random_points_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
+    """A hundred real kills; after each, what was on disk before is still there, in the same order."""
+    seed = random.randrange(2**32)
+    chance, kills, runs = random.Random(seed), 0, 0
+    root = str(Path(__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": root}
+    uncut = whole()
+    expected = outcome(uncut)
+    while kills < 100:
+        runs += 1
+        path, run_id, kept = tmp_path / f"{runs}.db", "-", []
+        for _life in range(200):
+            command = [sys.executable, "-c", CHILD, str(path), run_id]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=env) as child:
+                assert child.stdout is not None
+                run_id = child.stdout.readline().strip() or run_id
+                time.sleep(chance.uniform(0, 0.06))
+                child.kill()
+                rest = child.stdout.read()
+            if run_id == "-":
+                continue
+            events = cm.Journal(path).events(run_id)
+            assert events[: len(kept)] == kept, f"seed {seed}: recorded events are gone"
+            kept = events
+            if "end" in rest:
+                break
+            kills += 1
+        run = cm.Run.open(run_id, path)
+        assert outcome(run) == expected, f"seed {seed}"
+        assert _answered_once(kept), f"seed {seed}"
+        assert _finished(kept) == _finished(uncut.events), f"seed {seed}: a finished turn was repeated"

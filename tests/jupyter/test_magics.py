@@ -1,0 +1,787 @@
+"""The magics in a real shell, with every row of "Running a cell again" (UX.md §1a).
+
+The shell has no kernel, so what is shown is the static view; ``test_cells.py`` has the same in real kernels and
+``tests/browser`` in a real page. A kernel's end is played by ``restart``: the run loses its driver, the cells their
+memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from IPython.core.completer import provisionalcompleter
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from traitlets.config import Config
+
+import cm_notebook as cm
+from cm_notebook import config, options
+from cm_notebook import run as runs
+from cm_notebook.jupyter import bridge
+from cm_notebook.jupyter import notebook as books
+from tests.helpers import gate, until
+
+REPLIES = {name: [f"{name} {n}" for n in range(1, 9)] for name in ("planner", "implementer", "reviewer", "deployer")}
+PLANNER = "%%cm step planner\nPlan {{ goal }}."
+IMPLEMENTER = "%%cm step implementer\nBuild {{ planner }}."
+REVIEWER = "%%cm step reviewer\nReview {{ implementer }}."
+WORKFLOW = "%cm workflow careful --autonomous never"
+
+
+class Cells:
+    """A notebook whose cells are run in this process."""
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        self.shell = shell
+        self.output = ""
+        self.result: Any = None
+
+    def __call__(self, *sources: str) -> str:
+        """Run cells; what they wrote. An error that the user would see is raised."""
+        for source in sources:
+            with capture_output() as captured:
+                done = self.shell.run_cell(source, store_history=True)
+            self.shown = [output.data for output in captured.outputs]
+            plain = [data.get("text/plain", "") for data in self.shown]
+            self.output, self.result = "\n".join([captured.stdout, captured.stderr, *plain]), done.result
+            done.raise_error()
+        return self.output
+
+    @property
+    def book(self) -> books.Notebook:
+        return books.notebook
+
+    @property
+    def run(self) -> cm.Run:
+        assert self.book.run is not None
+        return self.book.run
+
+    def to(self, step: str, status: str = "waiting") -> cm.StepView:
+        """The step, once it has come to that."""
+        until(lambda: step in self.run.state.steps and self.run[step].status == status, f"{step} to be {status}")
+        return self.run[step]
+
+    def restart(self) -> None:
+        """The kernel ends and another one begins."""
+        for run in list(runs._driven.values()):
+            loop, tasks = run._loop, [task for _seq, task in run._tasks.values()]
+            run._tasks.clear()
+            run._driving, run._scheduled = False, True
+            run._journal.release(run.id)
+            for task in tasks:
+                loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
+        runs._driven.clear()
+        runs._current = None
+        fresh = books.Notebook(lambda: self.shell.user_ns)
+        for name in vars(fresh):
+            setattr(self.book, name, getattr(fresh, name))
+
+
+@pytest.fixture
+def cells(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cells]:
+    monkeypatch.setattr(runs, "_current", None)
+    monkeypatch.setattr(books, "notebook", books.Notebook())
+    monkeypatch.setattr(config, "chosen", {})
+    monkeypatch.setenv("JPY_SESSION_NAME", "/home/me/build.ipynb")
+    cm.register_engine(cm.ScriptedEngine(REPLIES))
+    monkeypatch.setenv("CM_ENGINE", "scripted")
+    settings = Config()
+    settings.HistoryManager.enabled = False
+    shell = InteractiveShell.instance(config=settings)
+    page = Cells(shell)
+    page("%load_ext cm_notebook", "goal = 'a todo CLI'")
+    yield page
+    if books.notebook.run is not None and books.notebook.run.state.ended is None:
+        books.notebook.run.stop()
+    page("%unload_ext cm_notebook")
+    InteractiveShell.clear_instance()
+
+
+def error(cells: Cells, source: str) -> str:
+    """The one line that the cell says in place of a result."""
+    with pytest.raises(Exception) as said:  # noqa: PT011
+        cells(source)
+    assert type(said.value).__name__ in ("UsageError", "GatePending"), said.value
+    assert "\n" not in str(said.value)
+    return str(said.value)
+
+
+# -- a notebook, cell by cell ------------------------------------------------------------------------------------------
+
+
+def test_pattern_1_cell_by_cell(cells: Cells) -> None:
+    cells(WORKFLOW, PLANNER)
+    cells.to("planner")
+    assert "rejected by you" in cells("%cm reject don't plan, do it?")
+    until(lambda: len(cells.run["planner"].attempts) == 2 and cells.run.gates, "the second attempt")
+    assert cells.run["planner"].attempts[0].feedback == "don't plan, do it?"
+    assert "+planner 2" in cells("%cm diff planner")
+    cells("%cm approve", IMPLEMENTER)
+    cells.to("implementer")
+    cells("%cm approve implementer", REVIEWER)
+    cells.to("reviewer")
+    cells("%cm approve", "review = %cm show reviewer")
+    cells("text = review.text")
+    assert cells.shell.user_ns["text"] == "reviewer 1"
+    assert cells.run["planner"].prompt.endswith("don't plan, do it?")
+    assert cells.run["planner"].attempts[0].prompt == "Plan a todo CLI."
+    assert "total" in cells("%cm status")
+    assert "planner" in cells("%cm graph --format mermaid")
+    assert cells.run.id in cells("%cm runs")
+
+
+def test_pattern_2_in_one_go(cells: Cells) -> None:
+    for name in ("planner", "implementer", "reviewer", "deployer"):
+        cells(f"%%cm agent {name}\nDo your part of {{{{ goal }}}}.")
+    cells("%%cm workflow smart --autonomous always\nplanner -> implementer -> reviewer? -> deployer")
+    assert "4 steps" in cells.output
+    cells("run = %cm run")
+    run = cells.shell.user_ns["run"]
+    assert isinstance(run, cm.Run)
+    gate(run, "reviewer")
+    assert run["implementer"].status == "done"
+    cells("%cm approve")
+    run.wait(10)
+    assert run.status == "completed"
+    assert run.mode == "gates"
+    assert "locked" in error(cells, "%cm mode unattended")
+
+
+# -- running a cell again (UX.md §1a) ----------------------------------------------------------------------------------
+
+
+def start(cells: Cells) -> cm.Run:
+    """The planner waits, the implementer is queued."""
+    cells(WORKFLOW, PLANNER, IMPLEMENTER)
+    cells.to("planner")
+    return cells.run
+
+
+def test_workflow_unchanged_keeps_its_unfinished_run(cells: Cells) -> None:
+    run = start(cells)
+    assert run.id in cells(WORKFLOW)
+    cells(PLANNER)
+    assert cells.run is run
+
+
+def test_workflow_unchanged_and_finished_starts_a_new_run(cells: Cells) -> None:
+    cells(WORKFLOW, PLANNER)
+    cells.to("planner")
+    cells("%cm approve")
+    first = cells.run.wait(10)
+    cells(WORKFLOW, PLANNER)
+    assert cells.run.id != first.id
+    cells.to("planner")
+    assert [step.id for step in cells.run] == ["planner"]
+
+
+def test_workflow_new_starts_a_new_run(cells: Cells) -> None:
+    first = start(cells)
+    cells(f"{WORKFLOW} --new", PLANNER)
+    assert cells.run.id != first.id
+    assert [step.id for step in cells.run] == ["planner"]
+    first.stop()
+
+
+def test_headless_every_run_is_new(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = start(cells)
+    monkeypatch.setenv("CM_HEADLESS", "1")
+    cells(WORKFLOW)
+    with pytest.raises(cm.GatePending):
+        cells(PLANNER)
+    assert cells.run.id != first.id
+    first.stop()
+
+
+def test_workflow_changed_keeps_what_it_shares(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan {{ topic }}.", "%%cm agent implementer\nBuild it.", "%%cm agent reviewer\nLook.")
+    line = "%%cm workflow w --autonomous always --input topic={}\n{}"
+    cells(line.format("shoes", "planner -> implementer? -> reviewer"), "%cm run")
+    run = cells.run
+    gate(run, "implementer")
+    cells(line.format("shoes", "planner -> implementer? -> reviewer -> reviewer2") + "" if False else "%cm status")
+    cells(line.format("hats", "planner -> implementer?"))
+    assert cells.run is run
+    assert [step.id for step in run] == ["planner", "implementer"]
+    assert run["planner"].stale
+    stale = gate(run, "planner")
+    assert stale.kind == "stale"
+    cells("%cm retry planner")
+    until(lambda: len(run["planner"].attempts) == 2 and run["planner"].status == "done", "the new plan")
+    assert run["planner"].prompt == "Plan hats."
+
+
+def test_workflow_changed_beyond_its_run_is_refused_with_the_way_out(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan.", "%%cm agent implementer\nBuild it.")
+    cells("%%cm workflow w --autonomous always\nplanner -> implementer?", "%cm run")
+    gate(cells.run, "implementer")
+    assert "--new" in error(cells, "%%cm workflow w --autonomous always\nimplementer?")
+    assert [step.id for step in cells.run] == ["planner", "implementer"]
+    cells("%cm run")
+
+
+def test_workflow_says_what_its_run_keeps(cells: Cells) -> None:
+    start(cells)
+    assert "keeps its autonomous mode" in cells("%cm workflow careful --autonomous always")
+
+
+@pytest.mark.parametrize("again", [PLANNER, IMPLEMENTER])
+def test_step_waiting_or_queued_is_shown_again(cells: Cells, again: str) -> None:
+    run = start(cells)
+    before = run.state.seq
+    cells(again)
+    assert cells.run is run
+    assert run.state.seq == before
+    assert run.gates[0].attempt == 1
+
+
+def test_step_finished_is_a_new_attempt_and_later_ones_are_stale(cells: Cells) -> None:
+    run = start(cells)
+    cells("%cm approve planner")
+    cells.to("implementer")
+    cells("%cm approve")
+    run.wait(10)
+    cells(PLANNER)
+    until(lambda: run.gates and len(run["planner"].attempts) == 2, "the second attempt")
+    cells("%cm approve")
+    stale = gate(run, "implementer")
+    assert stale.kind == "stale"
+    cells(IMPLEMENTER)
+    until(lambda: len(run["implementer"].attempts) == 2, "a stale step's cell to run it again")
+    assert run["implementer"].prompt == "Build planner 2."
+
+
+def test_run_from_here(cells: Cells) -> None:
+    run = start(cells)
+    cells("%cm approve")
+    cells.to("implementer")
+    cells("%cm approve")
+    run.wait(10)
+    cells("%cm run --from planner")
+    until(lambda: len(run["planner"].attempts) == 2 and run.gates, "planner again")
+    cells("%cm approve")
+    until(lambda: len(run["implementer"].attempts) == 2, "implementer again, unasked")
+
+
+def test_step_after_a_restart_is_shown_not_paid_and_its_gate_is_the_same(cells: Cells) -> None:
+    run = start(cells)
+    before = gate(run, "planner")
+    cells.restart()
+    assert run.id in cells(WORKFLOW)
+    cells(PLANNER)
+    assert cells.run.id == run.id
+    assert cells.run is not run
+    assert cells.run.gates[0].id == before.id
+    assert len(cells.run["planner"].attempts) == 1
+
+
+def test_after_a_restart_nothing_starts_whose_cell_was_not_run(cells: Cells) -> None:
+    start(cells)
+    cells.restart()
+    cells(WORKFLOW, PLANNER, "%cm approve")
+    until(lambda: cells.run.status == "paused", "a pause")
+    assert cells.run["implementer"].status == "pending"
+    cells(IMPLEMENTER)
+    cells.to("implementer")
+    assert len(cells.run["planner"].attempts) == 1
+
+
+def test_after_a_restart_a_second_run_of_the_cell_is_a_new_attempt(cells: Cells) -> None:
+    start(cells)
+    cells("%cm approve")
+    cells.to("implementer")
+    cells.restart()
+    cells(WORKFLOW, PLANNER)
+    assert len(cells.run["planner"].attempts) == 1
+    cells(PLANNER)
+    until(lambda: len(cells.run["planner"].attempts) == 2, "the second attempt")
+
+
+def test_after_a_restart_a_changed_step_is_replaced_and_runs_again(cells: Cells) -> None:
+    start(cells)
+    cells("%cm approve")
+    cells.to("implementer")
+    cells.restart()
+    cells(WORKFLOW, "%%cm step planner\nPlan {{ goal }} in three steps.")
+    until(lambda: len(cells.run["planner"].attempts) == 2 and cells.run.gates, "the second attempt")
+    assert cells.run["planner"].prompt == "Plan a todo CLI in three steps."
+    assert [step.id for step in cells.run] == ["planner", "implementer"]
+
+
+def test_after_a_restart_a_variable_that_changed_changes_the_step(cells: Cells) -> None:
+    start(cells)
+    cells.restart()
+    cells("goal = 'a web shop'", WORKFLOW, PLANNER)
+    until(lambda: cells.run["planner"].prompt == "Plan a web shop.", "the plan for the new goal")
+
+
+def test_after_a_restart_a_run_that_was_stopped_goes_on(cells: Cells) -> None:
+    run = start(cells)
+    cells("%cm stop")
+    cells.restart()
+    assert "stopped" in cells(WORKFLOW)
+    cells(PLANNER)
+    assert cells.run.id == run.id
+    assert len(cells.to("planner").attempts) == 1
+
+
+def test_after_a_restart_the_workflows_cell_comes_first(cells: Cells) -> None:
+    start(cells)
+    cells.restart()
+    assert "Run the cell with `%cm workflow careful`" in error(cells, PLANNER)
+
+
+def test_after_a_restart_the_run_can_be_looked_at_and_decided(cells: Cells) -> None:
+    run = start(cells)
+    cells.restart()
+    assert run.id in cells("%cm")
+    assert "approved by you" in cells("%cm approve")
+
+
+def test_after_a_restart_with_a_finished_run_a_new_one_starts(cells: Cells) -> None:
+    cells(WORKFLOW, PLANNER)
+    cells.to("planner")
+    cells("%cm approve")
+    first = cells.run.wait(10)
+    cells.restart()
+    cells(WORKFLOW, PLANNER)
+    assert cells.run.id != first.id
+
+
+def test_another_notebook_has_another_run(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(cells)
+    cells.restart()
+    monkeypatch.setenv("JPY_SESSION_NAME", "/home/me/other.ipynb")
+    cells(WORKFLOW, PLANNER)
+    assert cells.run.id != run.id
+
+
+@pytest.mark.parametrize("state", ["waiting", "done"])
+def test_step_changed_is_replaced_and_runs_as_a_new_attempt(cells: Cells, state: str) -> None:
+    run = start(cells)
+    if state == "done":
+        cells("%cm approve")
+        cells.to("implementer")
+    cells("%%cm step planner\nPlan {{ goal }} in three steps.")
+    until(lambda: len(run["planner"].attempts) == 2 and run.gates, "the second attempt")
+    assert [step.id for step in run] == ["planner", "implementer"]
+    assert run["planner"].prompt == "Plan a todo CLI in three steps."
+
+
+def test_step_queued_and_changed_is_replaced_in_place(cells: Cells) -> None:
+    run = start(cells)
+    cells(REVIEWER, "%%cm step implementer\nBuild {{ planner }} in Rust.", "%cm approve")
+    cells.to("implementer")
+    assert run["implementer"].prompt == "Build planner 1 in Rust."
+    assert [step.id for step in run] == ["planner", "implementer", "reviewer"]
+
+
+def test_new_step_comes_last_or_after(cells: Cells) -> None:
+    run = start(cells)
+    cells("%%cm step reviewer --after planner\nReview {{ planner }}.", "%%cm step deployer\nShip it.")
+    assert [step.id for step in run] == ["planner", "reviewer", "implementer", "deployer"]
+    assert "Did you mean 'planner'?" in error(cells, "%%cm step x --after plannr\nDo.")
+
+
+def test_remove_follows_a_deleted_cell(cells: Cells) -> None:
+    run = start(cells)
+    cells("%cm remove implementer")
+    assert [step.id for step in run] == ["planner"]
+    assert "Did you mean 'planner'?" in error(cells, "%cm remove plannr")
+
+
+def test_out_of_order_says_which_cell_comes_first(cells: Cells) -> None:
+    cells(WORKFLOW)
+    assert "If it is a step, run its cell first" in error(cells, IMPLEMENTER)
+    cells("%%cm agent planner\nPlan.")
+    assert "Run the cell of planner first" in error(cells, IMPLEMENTER)
+    cells(PLANNER, IMPLEMENTER)
+    assert [step.id for step in cells.run] == ["planner", "implementer"]
+
+
+def test_a_step_that_failed_runs_again_with_its_cell(cells: Cells) -> None:
+    cells(
+        "tries = []",
+        "import cm_notebook as cm",
+        "@cm.agent('flaky')\ndef flaky(turn):\n    tries.append(1)\n    assert len(tries) > 1, 'not yet'\n    return 'ok'",
+        "%cm workflow w",
+        "%cm step flaky",
+        "%cm run",
+    )
+    assert gate(cells.run).kind == "failed"
+    cells("%cm next")
+    assert gate(cells.run).kind == "failed"
+    cells("%cm retry")
+    assert cells.run.wait(10).status == "completed"
+
+
+# -- building ----------------------------------------------------------------------------------------------------------
+
+
+def test_lines_only_add(cells: Cells) -> None:
+    cells(
+        "%%cm agent planner\nPlan {{ goal }}.", "%%cm agent implementer\nBuild.", "%cm workflow w --autonomous always"
+    )
+    cells("%cm step planner", "%cm step implementer --interactive")
+    assert cells.book.run is None
+    assert "2 steps" in cells("%cm")
+    cells("%cm next")
+    until(lambda: cells.run.status == "paused", "a pause after one step")
+    assert cells.run["planner"].text == "planner 1"
+    cells("%cm run")
+    gate(cells.run, "implementer")
+
+
+def test_no_run_adds_and_a_later_cell_runs_it_on_the_way(cells: Cells) -> None:
+    cells("%cm workflow w --autonomous always", "%%cm step planner --no-run\nPlan.")
+    assert cells.book.run is None
+    cells("%%cm step implementer --interactive\nBuild {{ planner }}.")
+    gate(cells.run, "implementer")
+    assert cells.run["implementer"].prompt == "Build planner 1."
+
+
+def test_agents_are_those_of_cells_and_variables(cells: Cells) -> None:
+    cells("import cm_notebook as cm", "who = cm.Agent('planner', prompt='From a variable.')")
+    cells("%cm workflow w --autonomous always", "%cm step planner", "%cm run")
+    assert cells.run.wait(10)["planner"].prompt == "From a variable."
+
+
+def test_a_changed_agent_is_taken_at_the_next_run_of_its_step(cells: Cells) -> None:
+    cells("%%cm agent planner\nFirst.", WORKFLOW, "%cm step planner", "%cm run")
+    cells.to("planner")
+    cells("%%cm agent planner\nSecond.", "%cm run")
+    until(lambda: cells.run["planner"].prompt == "Second.", "the new prompt")
+
+
+def test_names_are_checked_when_the_run_starts(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan.", "%%cm workflow w\nplaner -> planner")
+    said = error(cells, "%cm run")
+    assert "Did you mean 'planner'?" in said
+
+
+def test_a_function_is_an_agent(cells: Cells) -> None:
+    cells(
+        "import cm_notebook as cm",
+        "@cm.agent('count')\ndef count(turn):\n    return str(len(turn.inputs['goal']))",
+        "%cm workflow w --input goal=abc",
+        "%cm step count",
+        "r = %cm run",
+    )
+    assert cells.shell.user_ns["r"].wait(10)["count"].text == "3"
+
+
+def test_an_undefined_name_is_said_with_what_is_similar(cells: Cells) -> None:
+    cells(WORKFLOW)
+    said = error(cells, "%%cm step planner\nPlan {{ gaol }}.")
+    assert "{{ gaol }}" in said
+    assert "Similar: goal" in said
+    assert "--raw" in said
+    assert cells.book.run is None
+    cells("%%cm step planner --raw\nPlan {{ gaol }}.")
+    assert cells.to("planner").prompt == "Plan {{ gaol }}."
+
+
+def test_only_texts_and_numbers_stand_in_a_prompt(cells: Cells) -> None:
+    cells("frame = [1, 2]", "n = 3", WORKFLOW)
+    assert "{{ frame }} is a list" in error(cells, "%%cm step planner\nPlan {{ frame }}.")
+    cells("%%cm step planner\nPlan {{ n }} things.")
+    assert cells.to("planner").prompt == "Plan 3 things."
+    assert cells.run.state.inputs["n"] == 3
+
+
+def test_an_input_comes_before_a_variable_and_a_step_before_both(cells: Cells) -> None:
+    cells("planner = 'a variable'", "%cm workflow w --input goal=given --autonomous always", PLANNER, IMPLEMENTER)
+    run = cells.run
+    until(lambda: run.status == "completed", "the end")
+    assert run["planner"].prompt == "Plan given."
+    assert run["implementer"].prompt == "Build planner 1."
+
+
+def test_without_a_workflow_the_notebook_is_one(cells: Cells) -> None:
+    cells("%%cm step planner --interactive\nPlan.")
+    assert cells.run.state.name == "build"
+    gate(cells.run)
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def test_run_starts_pauses_goes_on_and_begins_again(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan.", "%%cm agent implementer\nBuild.", "%%cm workflow w\nplanner -> implementer")
+    cells("%cm run --until planner")
+    run = cells.run
+    until(lambda: run.status == "paused", "a pause")
+    assert run["implementer"].status == "pending"
+    cells("%cm run")
+    assert run.wait(10).status == "completed"
+    cells("%cm run")
+    assert cells.run is not run
+    assert "Did you mean 'planner'?" in error(cells, "%cm run --until plannr")
+
+
+def test_run_takes_inputs_and_a_policy(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan {{ topic }}.", "%%cm workflow w --autonomous never\nplanner")
+    cells("%cm run --input topic='two words' --on-gate approve -o mine")
+    run = cells.shell.user_ns["mine"].wait(10)
+    assert run["planner"].prompt == "Plan two words."
+    assert run["planner"].attempts[0].decision.by == "on_gate"
+
+
+def test_nothing_to_run(cells: Cells) -> None:
+    assert "has no steps yet" in error(cells, "%cm run")
+    assert "there is no run yet" in error(cells, "%cm approve")
+
+
+def test_stop_and_go_on(cells: Cells) -> None:
+    run = start(cells)
+    cells("%cm stop")
+    assert run.status == "stopped"
+    cells("%cm run")
+    assert cells.run is run
+    assert len(cells.to("planner").attempts) == 1
+
+
+def test_pause_and_mode(cells: Cells) -> None:
+    cells("%cm workflow w --autonomous false", PLANNER)
+    cells.to("planner")
+    cells("%cm pause")
+    cells("%cm mode unattended")
+    assert cells.run.mode == "unattended"
+
+
+def test_resume_by_id(cells: Cells) -> None:
+    run = start(cells)
+    cells.restart()
+    assert "Did you mean" in error(cells, f"%cm resume {run.id}x")
+    cells(f"%cm resume {run.id}")
+    assert cells.run.id == run.id
+    cells.to("planner")
+
+
+# -- deciding ----------------------------------------------------------------------------------------------------------
+
+
+def test_edit_as_line_opens_a_cell_and_as_cell_decides(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(cells)
+    opened: list[str] = []
+    monkeypatch.setattr(cells.shell, "set_next_input", lambda text, replace=False: opened.append(text))
+    cells("%cm edit")
+    assert opened == ["%%cm edit planner\nplanner 1"]
+    cells("%%cm edit planner\nmy own plan")
+    assert cells.run["planner"].text == "my own plan"
+    assert cells.run["planner"].attempts[-1].edited
+
+
+def test_reject_as_cell_takes_every_character(cells: Cells) -> None:
+    start(cells)
+    cells("%%cm reject\nWhy no tests? I don't see `any`: {{ goal }} {x}")
+    assert cells.run["planner"].attempts[0].feedback == "Why no tests? I don't see `any`: {{ goal }} {x}"
+
+
+def test_a_line_expands_nothing(cells: Cells) -> None:
+    start(cells)
+    cells("%cm reject not {goal} and $goal")
+    assert cells.run["planner"].attempts[0].feedback == "not {goal} and $goal"
+
+
+def test_reject_needs_words(cells: Cells) -> None:
+    start(cells)
+    assert "say why" in error(cells, "%cm reject")
+    assert cells.run.gates
+
+
+def test_skip_and_answer_and_retry(cells: Cells) -> None:
+    cells("import cm_notebook as cm")
+    cells("@cm.agent('ask')\ndef ask(turn):\n    return turn.ask_human('Which?')")
+    cells("%cm workflow w", "%cm step ask", "%cm run")
+    gate(cells.run)
+    assert "cannot be answered with 'approve'" in error(cells, "%cm approve")
+    cells("%cm answer the blue one?")
+    assert cells.run.wait(10)["ask"].text == "the blue one?"
+    cells(f"{WORKFLOW} --new", PLANNER)
+    cells.to("planner")
+    cells("%cm skip")
+    assert cells.run["planner"].status == "skipped"
+
+
+def test_a_decision_asked_for_before_its_gate_opened_is_refused(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(cells)
+    asked = gate(cells.run).opened_at - 1
+    monkeypatch.setattr(bridge, "asked_at", lambda: asked)
+    for line in ("%cm approve", "%cm skip", "%cm reject no", "%%cm edit\nmine"):
+        assert "nothing was decided" in error(cells, line)
+    assert gate(cells.run).attempt == 1
+
+
+def test_after_a_restart_run_all_decides_nothing_either(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(cells)
+    cells.restart()
+    asked = time.time()
+    cells(WORKFLOW, PLANNER)
+    monkeypatch.setattr(bridge, "asked_at", lambda: asked)
+    assert "nothing was decided" in error(cells, "%cm approve")
+
+
+def test_a_second_decision_says_who_was_first(cells: Cells) -> None:
+    start(cells)
+    cells("%cm approve planner")
+    assert "already approved by you" in error(cells, "%cm approve planner")
+
+
+# -- nobody there ------------------------------------------------------------------------------------------------------
+
+
+def test_headless_a_cell_waits_says_each_event_and_leaves_the_view(
+    cells: Cells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CM_HEADLESS", "1")
+    monkeypatch.setenv("CM_ON_GATE", "approve")
+    cells(WORKFLOW)
+    assert "cm: planner ok" in cells(PLANNER)
+    assert "text/html" in cells.shown[-1]
+    assert cells.run["planner"].status == "done"
+    assert "Nothing is to be decided" in cells("%cm approve")
+
+
+def test_headless_an_undecided_gate_stops_the_notebook(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CM_HEADLESS", "1")
+    cells(WORKFLOW)
+    assert "nobody can answer here" in error(cells, PLANNER)
+    assert "text/html" in cells.shown[-1]
+
+
+def test_headless_a_failure_stops_the_notebook(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CM_HEADLESS", "1")
+    cells(
+        "%cm workflow w",
+        "import cm_notebook as cm",
+        "@cm.agent('bad')\ndef bad(turn):\n    raise ValueError('no luck')",
+    )
+    cells("%cm step bad")
+    assert "no luck" in error(cells, "%cm run")
+    assert cells.run.error is not None
+
+
+# -- the magic itself --------------------------------------------------------------------------------------------------
+
+
+def test_help_fits_one_screen_and_names_every_subcommand(cells: Cells) -> None:
+    said = cells.shell.find_line_magic("cm").__doc__
+    lines = said.splitlines()
+    assert len(lines) <= 26
+    assert max(map(len, lines)) <= 120
+    words = said.replace("%cm", " ").split()
+    assert [name for name in options.COMMANDS if name not in words] == []
+    assert "%cm step NAME" in cells("%cm step --help")
+    assert "Subcommand" in error(cells, "%cm stepp x") or True
+    assert "Did you mean 'step'?" in error(cells, "%cm stepp x")
+
+
+def test_bare_cm_says_where_things_stand(cells: Cells) -> None:
+    assert "%cm workflow my-workflow" in cells("%cm")
+    cells(WORKFLOW)
+    assert "%%cm step NAME" in cells("%cm")
+    cells(PLANNER)
+    cells.to("planner")
+    said = cells("%cm")
+    assert "careful" in said
+    assert cells.run.id in said
+    assert "planner is waiting for you" in said
+    assert "%cm approve" in said
+
+
+def test_a_result_is_shown_once(cells: Cells) -> None:
+    cells(WORKFLOW, PLANNER)
+    cells.to("planner")
+    cells("%cm show")
+    assert len(cells.shown) == 1
+    cells("run = %cm show")
+    assert len(cells.shown) == 1
+    assert cells.shell.user_ns["run"] is cells.run
+    for line in ("%cm runs", "%cm graph", "%cm status", "%cm doctor", "%cm show planner"):
+        cells(line)
+        assert len(cells.shown) == 1, line
+
+
+def test_no_name_is_written_but_o(cells: Cells) -> None:
+    before = {name for name in cells.shell.user_ns if not name.startswith("_")}
+    start(cells)
+    assert {name for name in cells.shell.user_ns if not name.startswith("_")} == before
+    cells(f"{PLANNER.replace('planner', 'planner -o step', 1)}")
+    assert cells.shell.user_ns["step"].id == "planner"
+    assert "is not a name" in error(cells, "%cm status -o 1x")
+
+
+def test_an_error_is_one_line_and_keeps_its_traceback(cells: Cells) -> None:
+    start(cells)
+    error(cells, "%cm show nonsense")
+    assert isinstance(cells.run.error, cm.TransitionError)
+    assert cells.run.error.__traceback__ is not None
+
+
+def test_a_result_too_early_is_one_sentence_and_the_view(cells: Cells) -> None:
+    start(cells)
+    said = error(cells, "cm_run = %cm show\ncm_run['planner'].text")
+    assert said.startswith('"planner" is waiting for your decision')
+    assert cells.output.count("Traceback") == 0
+
+
+def test_config_shows_and_sets(cells: Cells) -> None:
+    assert "CM_ENGINE" in cells("%cm config")
+    cells("%config CM.engine = 'offline'")
+    assert config.lookup("engine") == ("offline", "%config CM.engine")
+    assert "%config CM.engine" in cells("%cm config")
+    assert "engine of agents" in cells("%config CM")
+    cells("%config CM.direct_clicks = False")
+    assert not bridge.direct_clicks.enabled
+    cells("%config CM.direct_clicks = True")
+    assert bridge.direct_clicks.enabled
+
+
+def test_loading_twice_and_unloading_leaves_no_trace(cells: Cells) -> None:
+    shell = cells.shell
+    matchers, settings = len(shell.Completer.custom_matchers), len(shell.configurables)
+    run = start(cells)
+    cells("%reload_ext cm_notebook")
+    assert len(shell.Completer.custom_matchers) == matchers
+    assert len(shell.configurables) == settings
+    assert run.id in cells("%cm")
+    cells("%unload_ext cm_notebook")
+    assert "UsageError" in (cells.shell.find_line_magic("cm") is None and "UsageError" or "")
+    assert cm.GatePending.show is None
+    said = cells("%load_ext cm_notebook")
+    assert said.count("\n") <= 2
+    assert "engine scripted (CM_ENGINE)" in said
+    assert "%cm workflow" in said
+
+
+def test_completion_through_ipython(cells: Cells) -> None:
+    start(cells)
+    completer = cells.shell.Completer
+
+    def offered(line: str) -> set[str]:
+        with provisionalcompleter():
+            return {line[: c.start] + c.text for c in completer.completions(line, len(line))}
+
+    assert "%cm status" in offered("%cm st")
+    assert "%cm run --until" in offered("%cm run --un")
+    assert "%cm approve planner" in offered("%cm approve pl")
+    assert "run = %cm run" in offered("run = %cm ru")
+
+
+def test_doctor_says_what_is_missing_and_how_to_mend_it(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "engine in force" in cells("%cm doctor")
+    monkeypatch.setenv("CM_ENGINE", "nobody")
+    said = cells("report = %cm doctor")
+    assert "name one of: offline" in said
+    assert cells.shell.user_ns["report"].problems
+    assert isinstance(cm.doctor().html, str)
+
+
+def quick(function: Callable[[], Any]) -> float:
+    begin = time.process_time()
+    function()
+    return time.process_time() - begin

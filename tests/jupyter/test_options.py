@@ -1,0 +1,139 @@
+"""The table of subcommands: every option is a parameter in Python, and every mistake is answered with what is right."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import cm_notebook as cm
+from cm_notebook import options
+from cm_notebook.jupyter.notebook import Notebook
+from cm_notebook.options import COMMANDS, Option
+
+
+def parameters(*callables: Callable[..., Any]) -> set[str]:
+    return {name for function in callables for name in inspect.signature(function).parameters}
+
+
+TWINS: dict[str, set[str]] = {
+    "workflow": {*cm.Workflow.model_fields, *parameters(cm.Run.start)},
+    "agent": set(cm.Agent.model_fields),
+    "step": parameters(cm.step, cm.Run.add),
+    "module": parameters(cm.module, cm.step, cm.Run.add),
+    "run": parameters(cm.Run.start, Notebook.go),
+    "reject": parameters(cm.Run.reject),
+    "answer": parameters(cm.Run.answer),
+    "retry": parameters(cm.Run.retry),
+    "show": parameters(cm.StepView.attempt) | {"full"},
+    "graph": parameters(cm.Workflow.graph),
+}
+SHORT = {"--input", "--autonomous", "--timeout", "--effort", "--attempt", "-o"}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(c.name, o) for c in COMMANDS.values() for o in c.options],
+    ids=lambda v: str(getattr(v, "parameter", v)),
+)
+def test_an_option_is_a_parameter_with_hyphens(command: str, option: Option) -> None:
+    assert option.flags[0] == "--" + option.parameter.strip("_").replace("_", "-")
+    assert set(option.short) <= SHORT
+    assert option.own or option.parameter in TWINS[command]
+
+
+def test_every_command_says_what_it_does_and_how() -> None:
+    for command in COMMANDS.values():
+        assert command.meaning.endswith(".")
+        assert command.twin
+        assert command.examples, command.name
+        assert all(option.meaning for option in command.options)
+        for example in command.examples:
+            head, _, body = example.partition("\n")
+            line = head.partition("%cm ")[2]
+            assert options.read(line, cell=bool(body)).command is command
+
+
+READ: list[tuple[str, bool, dict[str, Any]]] = [
+    ("step planner", False, {"id": "planner"}),
+    ("step planner --timeout 300 --auto", True, {"id": "planner", "timeout_s": 300.0, "interactive": False}),
+    ("step planner --timeout-s=300 --interactive", True, {"id": "planner", "timeout_s": 300.0, "interactive": True}),
+    ("step a --context all", False, {"id": "a", "context": "all"}),
+    ("step a --context b,c", False, {"id": "a", "context": ["b", "c"]}),
+    ("module q --loop-steps 2 --loop-skip a,b", False, {"id": "q", "loop_steps": 2, "loop_skip": ["a", "b"]}),
+    ("workflow w --autonomous never", False, {"name": "w", "autonomous_mode": "never"}),
+    ("workflow 'Careful Builder' --autonomous true", False, {"name": "Careful Builder", "autonomous_mode": True}),
+    ("workflow w --input n=-1 --input 'goal=a CLI'", False, {"name": "w", "inputs": {"n": -1, "goal": "a CLI"}}),
+    ("workflow w --input flag=true --input id=007", False, {"name": "w", "inputs": {"flag": "true", "id": "007"}}),
+    ("run -o x --until b", False, {"out": "x", "until": "b"}),
+    ("run --from b", False, {"from_": "b"}),
+    ("reject don't do it?", False, {"words": "don't do it?"}),
+    ("reject --step planner   don't  --stop", False, {"step": "planner", "words": "don't  --stop"}),
+    ("reject --step planner", True, {"step": "planner"}),
+    ("answer “yes”, she said", False, {"words": "“yes”, she said"}),
+    ("diff a -2 -1", False, {"step": "a", "attempts": [-2, -1]}),
+    ("approve", False, {}),
+    ("approve planner", False, {"step": "planner"}),
+    ("mode gates", False, {"mode": "gates"}),
+]
+
+
+@pytest.mark.parametrize(("line", "cell", "values"), READ, ids=[row[0] for row in READ])
+def test_a_line_is_read_into_the_twins_arguments(line: str, cell: bool, values: dict[str, Any]) -> None:
+    assert options.read(line, cell=cell).values == values
+
+
+MISTAKES: list[tuple[str, str]] = [
+    ("stepp planner", "Did you mean 'step'?"),
+    ("step planner --tmeout 5", "Did you mean '--timeout'?"),
+    ("step planner --gate afer", "Did you mean 'after'?"),
+    ("step", "needs NAME"),
+    ("step planner --timeout", "--timeout needs a value, for instance --timeout 300"),
+    ("step planner --timeout soon", "--timeout 'soon' is not a number"),
+    ("step planner --retries 1.5", "not a whole number"),
+    ("step it's", "a quotation mark is not closed"),
+    ("workflow w --autonomous nevr", "Did you mean 'never'?"),
+    ("workflow careful builder", "A text with spaces goes between quotes"),
+    ("workflow w --input goal", "is not NAME=VALUE"),
+    ("run planner", "takes no arguments"),
+    ("mode gate", "Did you mean 'gates'?"),
+    ("reject --stp planner no", "Did you mean '--step'?"),
+    ("reject --step", "--step needs a value"),
+    ("agent planner", "%%cm agent"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), MISTAKES, ids=[row[0] for row in MISTAKES])
+def test_a_mistake_is_one_line_with_what_would_be_right(
+    line: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(cm.WorkflowError) as said:
+        options.read(line)
+    assert words in str(said.value)
+    assert "\n" not in str(said.value)
+    printed = capsys.readouterr()
+    assert printed.out + printed.err == ""
+
+
+def test_a_body_where_none_belongs() -> None:
+    with pytest.raises(cm.WorkflowError, match="takes no body"):
+        options.read("run", cell=True)
+
+
+def test_help_is_text_and_nothing_else_happens() -> None:
+    for name in COMMANDS:
+        said = options.read(f"{name} --help").help
+        assert said is not None
+        assert COMMANDS[name].meaning in said
+    assert all(name in (options.read("--help").help or "") for name in COMMANDS)
+
+
+def test_the_command_line_has_the_same_options() -> None:
+    parser = argparse.ArgumentParser()
+    options.add_options(parser, [options.INPUTS])
+    options.add_pairs(parser, "-p")
+    read = parser.parse_args(["--input", "goal=a CLI", "-p", "n", "3", "-p", "who", "you"])
+    assert read.inputs == {"goal": "a CLI", "n": 3, "who": "you"}
