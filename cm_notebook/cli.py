@@ -35,7 +35,7 @@ from typing import IO, Any, NoReturn
 
 from . import config, options
 from . import run as runs
-from .errors import CodeMachineError, EngineError, GatePending, ReplayMismatch, TransitionError, WorkflowError, did_you_mean
+from .errors import CodeMachineError, GatePending, TransitionError, WorkflowError, did_you_mean
 from .events import Action, AnyEvent, Decision, Gate, GateOpened, RunFinished, TurnFailed, TurnFinished, TurnStarted
 from .feed import LiveText
 from .journal import open_journal
@@ -88,7 +88,7 @@ TUTORIAL = Command(
 DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.", "cm.doctor()", (), (_DEBUG,))
 
 HELP = """\
-cm-notebook: workflows of AI agents, step by step, with you deciding at the right moments.
+cm-notebook: workflows of AI agents, with you deciding at the right moments.
 
   cm-notebook tutorial [NAME]    copy the notebooks here and open them in JupyterLab
   cm-notebook run FILE           run the workflow in a .py or .json file
@@ -104,6 +104,8 @@ Examples:
 In a notebook: %load_ext cm_notebook, then %cm?
 """
 CODES = """\
+-p NAME VALUE is --input NAME=VALUE, as papermill has it.
+
 Exit codes: 0 completed, or paused where --until said; 1 failed, or the file or a value is wrong;
 2 not understood; 3 waits for a decision; 4 stopped. A run that did not complete can go on: --resume.
 """
@@ -125,18 +127,28 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, command: Command, epilog: str = "") -> None:
         super().__init__(
             prog=f"cm-notebook {command.name}",
-            description=command.meaning,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             add_help=False,
         )
+        self._command, self._epilog = command, epilog
         for argument in command.arguments:
             many: dict[str, Any] = {"nargs": argument.many} if argument.many else {}
-            self.add_argument(argument.name, help=argument.meaning, metavar=argument.shown, **many)
+            self.add_argument(argument.name, metavar=argument.shown, **many)
         options.add_options(self, command.options)
-        self.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="this page")
-        self._flags = ["-h", "--help"] + [flag for option in command.options for flag in option.flags]
+        self._flags = {flag: option.usual for option in command.options for flag in option.flags}
+
+    def format_help(self) -> str:
+        """The page that ``--help`` prints."""
+        arguments = self._command.arguments
+        rows = [[argument.shown, argument.meaning] for argument in arguments]
+        for option in self._command.options:
+            flags = ", ".join([*(flag for flag in option.short if flag[1] != "-"), option.usual])
+            value = "" if option.kind == "switch" else " " + ("|".join(option.choices) or option.example)
+            rows.append([flags + value, option.meaning])
+        shown = "".join(f" [{argument.shown}]" if argument.many else f" {argument.shown}" for argument in arguments)
+        lines = [f"usage: {self.prog}{shown} [options]", "", self._command.meaning, ""]
+        lines += (f"  {line}" for line in say.table(rows))
+        return "\n".join([*lines, *(["", self._epilog] if self._epilog else [""])])
 
     def read(self, words: Sequence[str]) -> dict[str, Any] | None:
         """What was asked for, by parameter; ``None`` when help was, which is printed.
@@ -151,21 +163,22 @@ class _Parser(argparse.ArgumentParser):
         for word in words:
             flag = word.partition("=")[0]
             if re.match(r"--[A-Za-z]", word) and flag not in self._flags:
-                raise _Misunderstood(f"{self.prog} has no option {flag}. {did_you_mean(flag, self._flags, 'Options')}")
+                hint = did_you_mean(flag, dict.fromkeys(self._flags.values()), "Options")
+                raise _Misunderstood(f"{self._command.name} has no option {flag}. {hint}")
         try:
             return vars(self.parse_args(list(words)))
         except WorkflowError as error:  # from what reads a value
-            raise _Misunderstood(f"{self.prog}: {error}") from None
+            raise _Misunderstood(f"{self._command.name}: {error}") from None
 
     def error(self, message: str) -> NoReturn:
         """Refuse, in one line."""
-        raise _Misunderstood(f"{self.prog}: {message}. See `{self.prog} --help`.")
+        raise _Misunderstood(f"{self._command.name}: {message}. See `{self.prog} --help`.")
 
 
 class _Pair(argparse.Action):
     """``-p NAME VALUE``, as papermill has it."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         pairs = dict(getattr(namespace, self.dest, None) or {})
         namespace.__dict__[self.dest] = {**pairs, values[0]: options.value_of(values[1])}
 
@@ -211,7 +224,7 @@ def _dispatch(words: list[str]) -> int:
         return DONE
     commands: dict[str, Callable[[list[str]], int]] = {"run": _run, "tutorial": _tutorial, "doctor": _doctor}
     if name not in commands:
-        raise _Misunderstood(f"cm-notebook has no command {name!r}. {did_you_mean(name, commands, 'Commands')}")
+        raise _Misunderstood(f"there is no command {name!r}. {did_you_mean(name, commands, 'Commands')}")
     return commands[name](words[1:])
 
 
@@ -228,9 +241,9 @@ def version() -> str:
 
 def _doctor(words: list[str]) -> int:
     if _Parser(DOCTOR).read(words) is not None:
-        from .doctor import examine
+        from . import doctor
 
-        print(examine())
+        print(doctor())
     return DONE
 
 
@@ -256,9 +269,7 @@ def _tutorial(words: list[str]) -> int:
 
 def _run(words: list[str]) -> int:
     parser = _Parser(RUN, f"{CODES}\n{RUN_EXAMPLES}")
-    help = "as --input NAME=VALUE"
-    parser.add_argument("-p", nargs=2, dest="inputs", action=_Pair, metavar=("NAME", "VALUE"), help=help,
-                        default=argparse.SUPPRESS)  # fmt: skip
+    parser.add_argument("-p", nargs=2, dest="inputs", action=_Pair, default=argparse.SUPPRESS)
     asked = parser.read(words)
     if asked is None:
         return DONE
@@ -267,14 +278,10 @@ def _run(words: list[str]) -> int:
     console = Console()
     policy = asked.get("on_gate") or config.setting("on_gate")
     there = policy is None and somebody() and (console.can_ask or config.setting("headless") is False)
-    before = config.chosen.get("headless")
     config.chosen["headless"] = not there  # the run asks the same question, and must come to the same answer
-    try:
-        run, known = _begin(asked, policy)
-        told = Session(run, console, asks=there and console.can_ask, verbose="verbose" in asked, known=known)
-        return told.see_through(_again(asked, run.id), until=asked.get("until"))
-    finally:
-        config.chosen["headless"] = before
+    run, known = _begin(asked, policy)
+    told = Session(run, console, asks=there and console.can_ask, verbose="verbose" in asked, known=known)
+    return told.see_through(_again(asked, run.id), until=asked.get("until"))
 
 
 def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
@@ -350,16 +357,15 @@ def _import(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     sys.path.insert(0, str(path.parent.absolute()))
-    with contextlib.suppress(TransitionError):
-        raise WorkflowError(f"{path}: run {runs.current().id} is already there.")
+    before = _current()
     try:
         spec.loader.exec_module(module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # anything that a file can do, SystemExit included
         raise WorkflowError(f"{_place(path, error)}: {_said(error)}") from error
-    with contextlib.suppress(TransitionError):
-        started = runs.current()
+    started = _current()
+    if started is not None and started is not before:
         with contextlib.suppress(CodeMachineError):
             started.stop()
         raise WorkflowError(
@@ -368,11 +374,18 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
+def _current() -> Run | None:
+    with contextlib.suppress(TransitionError):
+        return runs.current()
+    return None
+
+
 def _place(path: Path, error: BaseException) -> str:
     """The file, and the line in it where the error came up."""
+    own = str(path.absolute())
     if isinstance(error, SyntaxError):
-        return f"{error.filename or path}, line {error.lineno}"
-    here = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        return f"{path if error.filename == own else error.filename}, line {error.lineno}"
+    here = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
     return f"{path}, line {here[-1]}" if here else str(path)
 
 
@@ -403,7 +416,6 @@ def _choose(module: ModuleType, file: str, name: str | None) -> Workflow:
 _KEYS: dict[str, str] = {"approve": "a", "reject": "r", "edit": "e", "skip": "s", "stop": "t", "retry": "y"}
 _LONG, _HEAD, _TAIL = 60, 40, 12
 """Lines of an output: from how many on it is cut, and how many then remain of its beginning and end."""
-_BEING_RAISED = (CodeMachineError, EngineError, ReplayMismatch)
 
 
 class Session:
@@ -426,8 +438,8 @@ class Session:
         self._awake = threading.Event()
         self._rests = False
         self._ended: BaseException | None = None
-        self._written: set[tuple[str, int]] = set()
-        """Attempts whose text has been printed."""
+        self._written: dict[tuple[str, int], str] = {}
+        """What has been printed of an attempt's text."""
 
     def see_through(self, again: str | None, until: str | None = None) -> int:
         """Follow the run until it rests; returns the exit code, having said why if it is not 0."""
@@ -443,9 +455,9 @@ class Session:
             self._tell(feed.take())
         except KeyboardInterrupt:
             self._console.fresh_line()
-            why = self._stop()
+            why = self._stop("stopped by you")
         except NobodyReads:
-            why = self._stop() and "nobody reads the output any more"
+            why = self._stop("stopped, because nobody reads its output any more")
         except EOFError:
             self._console.fresh_line()
         finally:
@@ -470,7 +482,7 @@ class Session:
         self._rests = True
         self._awake.set()
 
-    def _stop(self) -> str:
+    def _stop(self, why: str) -> str:
         """Stop the run, and give its agents time to end what they began; a second Ctrl+C does not wait for that."""
         try:
             self._run.stop()
@@ -478,7 +490,7 @@ class Session:
             return ""  # it has ended by itself
         with contextlib.suppress(TimeoutError):
             run_sync(asyncio.run_coroutine_threadsafe(_all_done(), engine_loop()), ENDING_S)
-        return "stopped by you"
+        return why
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
@@ -486,19 +498,19 @@ class Session:
         for thing in things:
             if isinstance(thing, LiveText):
                 if self._verbose:
-                    self._written.add((thing.path, thing.attempt))
-                    self._console.live(clean(thing.text))
+                    self._write(thing.path, thing.attempt, thing.text)
             elif thing.seq > self._state.seq:
                 apply(self._state, thing)
                 if thing.seq > self._known:
                     self._tell_event(thing)
 
     def _tell_event(self, event: AnyEvent) -> None:
-        if isinstance(event, TurnStarted) and event.turn > 1:
-            self._written.discard((event.path, event.attempt))
-        if isinstance(event, TurnFinished) and self._verbose and (event.path, event.attempt) not in self._written:
-            self._written.add((event.path, event.attempt))
-            self._console.live(clean(event.text))
+        if isinstance(event, TurnStarted):
+            self._written.pop((event.path, event.attempt), None)
+        if isinstance(event, TurnFinished) and self._verbose and not self._is_written(event, event.text):
+            self._console.fresh_line()
+            self._written.pop((event.path, event.attempt), None)
+            self._write(event.path, event.attempt, event.text)
         if isinstance(event, GateOpened) and (self._asks or event.gate.kind == "failed"):
             return  # the question says it, or the failure was the line before
         if (line := say.event_line(self._state, event)) is not None:
@@ -506,25 +518,30 @@ class Session:
             good = isinstance(event, RunFinished) and event.status == "completed"
             self._console.line(line, "red" if bad else "green" if good else "")
 
+    def _write(self, path: str, attempt: int, text: str) -> None:
+        self._written[path, attempt] = self._written.get((path, attempt), "") + text
+        self._console.live(clean(text))
+
+    def _is_written(self, place: TurnFinished | Gate, text: str) -> bool:
+        return self._written.get((place.path, place.attempt), "").strip() == text.strip()
+
     def _end(self, again: str | None, why: str, until: str | None) -> int:
         """The exit code; what is not 0 is explained on stderr."""
         with self._run.reading() as state:
             status, reason = state.status, state.reason
         if status == "completed":
             return DONE
-        as_asked = status == "paused" and until is not None and not why
-        if isinstance(self._ended, BaseException) and not isinstance(self._ended, _BEING_RAISED):
-            raise self._ended  # a bug, ours or the engine's
-        if self._ended is not None:
-            _complain(str(self._ended))
-        elif why or status == "stopped":
-            _complain(f"{say.one_line(state.name, 80)} was {why or reason or 'stopped'}.".replace("was nobody", "was stopped: nobody"))
-        elif status == "failed":
-            _complain(reason)
-        elif status == "paused" and not as_asked:
-            _complain(f"paused: {state.pause_reason}.")
-        elif status == "waiting":
-            _complain("the gate stays open.")
+        if self._ended is not None and not isinstance(self._ended, CodeMachineError):
+            raise self._ended  # a bug surfaces as itself
+        as_asked = status == "paused" and until is not None
+        said = {
+            "failed": reason,
+            "stopped": f"{say.one_line(state.name, 80)} was {why or reason or 'stopped'}.",
+            "waiting": "the gate stays open.",
+            "paused": "" if as_asked else f"{say.one_line(state.name, 80)} is paused: {state.pause_reason}.",
+        }
+        if message := str(self._ended or said.get(status, "")):
+            _complain(message)
         if again is not None:
             print(f"Go on with it: {again}", file=sys.stderr)
         if as_asked:
@@ -556,8 +573,7 @@ class Session:
 
     def _show(self, gate: Gate, step: StepState) -> None:
         shown = self._subject(gate, step)
-        self._console.forget_typed()
-        if shown and (gate.kind == "start" or (gate.path, gate.attempt) not in self._written):
+        if shown and not self._is_written(gate, shown):
             self._console.say(f"--- {gate.step}{f', attempt {gate.attempt}' if gate.attempt > 1 else ''}", "dim")
             lines = clean(shown).splitlines()
             if len(lines) > _LONG:
@@ -566,6 +582,7 @@ class Session:
             self._console.say("\n".join(lines))
             self._console.say("---", "dim")
         self._console.say(clean(say.gate_sentence(self._state, gate)), "bold")
+        self._console.forget_typed()
         self._console.say(self._choices(gate, step))
 
     def _subject(self, gate: Gate, step: StepState) -> str:
@@ -604,7 +621,7 @@ class Session:
         for way in say.ways(self._state, gate):
             known |= {_KEYS[way.action]: way.action, way.action: way.action}
         known |= {"p": "prompt"} if gate.kind == "failed" else {}
-        known |= {key: name for key, name in (("d", "diff"), ("v", "view"), ("?", "help"))}
+        known |= {"d": "diff", "v": "view", "?": "help"}
         action = known.get(word)
         if action is None:
             self._console.say(self._choices(gate, step))
@@ -659,9 +676,12 @@ class Session:
             "stop": "end the run; it can be resumed",
         }
         rows = [[_KEYS[way.action], way.label, meanings[way.action]] for way in say.ways(self._state, gate)]
-        rows += [["p", "Edit prompt", "change its prompt in your editor, and try that"]] if gate.kind == "failed" else []
-        rows += [["d", "Diff", "what changed since the attempt before"]] if len(step.attempts) > 1 else []
-        rows += [["v", "View", "all of the text"], ["Ctrl+C", "", "stop the run"], ["Ctrl+D", "", "leave; the gate stays open"]]
+        if gate.kind == "failed":
+            rows.append(["p", "Edit prompt", "change its prompt in your editor, and try that"])
+        if len(step.attempts) > 1:
+            rows.append(["d", "Diff", "what changed since the attempt before"])
+        rows.append(["v", "View", "all of the text"])
+        rows += [["Ctrl+C", "", "stop the run"], ["Ctrl+D", "", "leave; the gate stays open"]]
         return "\n".join(f"  {line}" for line in say.table(rows))
 
 
@@ -736,10 +756,11 @@ class Console:
 
     def forget_typed(self) -> None:
         """Drop what was typed before the question was there to be read."""
-        with contextlib.suppress(ImportError, OSError, ValueError):
+        if os.name == "posix":
             import termios
 
-            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+            with contextlib.suppress(termios.error):
+                termios.tcflush(sys.stdin, termios.TCIFLUSH)
 
     def edit(self, text: str) -> str | None:
         """The text as the person leaves it in an editor; ``None`` when it is the same or the editor failed.
@@ -758,7 +779,9 @@ class Console:
             try:
                 ended = subprocess.run([*shlex.split(editor), str(file)], stdout=self._talk).returncode
             except (OSError, ValueError) as error:
-                raise CodeMachineError(f"the editor {editor!r} cannot be started: {error}. Name another: $EDITOR") from None
+                raise CodeMachineError(
+                    f"the editor {editor!r} does not start: {error}. Name another: $EDITOR"
+                ) from None
             new = file.read_text(encoding="utf-8", errors="replace")
         if not text.endswith("\n"):
             new = new.removesuffix("\n")  # editors end the last line
@@ -810,9 +833,9 @@ def _prepare_streams() -> None:
         return text.encode("ascii", "replace").decode(), error.end
 
     codecs.register_error("cm_notebook.ascii", in_ascii)
-    for stream, errors in ((sys.stdout, "cm_notebook.ascii"), (sys.stderr, "cm_notebook.ascii"), (sys.stdin, "replace")):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "cm_notebook.ascii")
 
 
 def _let_go_of_stdout() -> None:

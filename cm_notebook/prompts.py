@@ -49,9 +49,10 @@ def parse(template: str, raw: bool = False) -> tuple[str | Hole, ...]:
     return tuple(parts)
 
 
-def holes(template: str, raw: bool = False) -> list[Hole]:
+@functools.lru_cache(maxsize=4096)
+def holes(template: str, raw: bool = False) -> tuple[Hole, ...]:
     """The places of `template` that are filled in."""
-    return [part for part in parse(template, raw) if isinstance(part, Hole)]
+    return tuple(part for part in parse(template, raw) if isinstance(part, Hole))
 
 
 def pieces(parts: Iterable[Part], texts: Mapping[Ref, str | tuple[Part, ...]]) -> Iterator[str]:
@@ -172,8 +173,9 @@ def compose(state: RunState, step: StepState) -> tuple[tuple[Part, ...], tuple[P
     if redo is not None and redo.prompt is not None:
         return (redo.prompt,), None
     templates = step.step.prompts(state.agents.get(step.step.agent))
-    parsed = parse(templates[step.turn - 1], step.step.raw)
-    names = {part.name for part in parsed if isinstance(part, Hole)}
+    template = templates[step.turn - 1]
+    parsed = parse(template, step.step.raw)
+    names = {hole.name for hole in holes(template, step.step.raw)}
     if parsed == ("",):
         return (), None  # a function without a prompt reads its Turn
     feedback = redo.feedback if redo is not None else None
@@ -183,7 +185,9 @@ def compose(state: RunState, step: StepState) -> tuple[tuple[Part, ...], tuple[P
         answer: tuple[Part, ...] = (rejected.answer,) if rejected.answer is not None else ()
         before: Part = Ref(rejected.turns[-1], "prompt") if rejected.turns else ""
         return (before, "\n\n## Your last answer\n\n", *answer, "\n\n## Feedback on it\n\n", feedback), None
-    parts = tuple(_filled(state, step, part, feedback) if isinstance(part, Hole) else part for part in parsed)
+    parts: tuple[Part, ...] = parsed  # type: ignore[assignment]
+    if names:
+        parts = tuple(_filled(state, step, part, feedback) if isinstance(part, Hole) else part for part in parsed)
     if step.turn > 1:
         return parts, None
     if step.looped_by is not None and "loop" not in names:
@@ -231,8 +235,11 @@ def _step_named(state: RunState, name: str) -> StepState | None:
 
 
 def _names_a_step(state: RunState, templates: Iterable[str], raw: bool) -> bool:
-    found = (hole.name for template in templates for hole in holes(template, raw))
-    return any(name == "previous" or _step_named(state, name) is not None for name in found)
+    for template in templates:
+        for hole in holes(template, raw):
+            if hole.name == "previous" or _step_named(state, hole.name) is not None:
+                return True
+    return False
 
 
 def _previous(state: RunState, step: StepState) -> Ref | None:

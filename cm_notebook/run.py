@@ -795,8 +795,9 @@ class Run:
         ------
         TransitionError    It is not legal now; nothing was changed.
         """
-        event.seq = self._state.seq + 1
-        event.at = max(time.time(), self._state.at)
+        # past pydantic's __setattr__, which costs more than all the rest here
+        object.__setattr__(event, "seq", self._state.seq + 1)
+        object.__setattr__(event, "at", max(time.time(), self._state.at))
         apply(self._state, event)
         self._batch.append(event)
 
@@ -817,7 +818,6 @@ class Run:
                     self.record(started)
                     starts.append(started)
                     prompts.append(text)
-                    progress = True
 
     def _turn_started(self, action: StartTurn) -> tuple[TurnStarted, str]:
         step = action.step
@@ -1135,10 +1135,12 @@ class _Asking:
 
     def __init__(self, run: Run, started: TurnStarted, limit: asyncio.Timeout) -> None:
         self._run, self._started, self._limit = run, started, limit
-        self._one_at_a_time = asyncio.Lock()
+        self._one_at_a_time: asyncio.Lock | None = None
 
     async def __call__(self, question: str) -> str:
         run, loop = self._run, asyncio.get_running_loop()
+        if self._one_at_a_time is None:
+            self._one_at_a_time = asyncio.Lock()
         async with self._one_at_a_time:
             step = run._state.steps[self._started.step]
             if step.resent and step.resent[0][0] == question:

@@ -575,6 +575,7 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
     last = step.attempts[-1]
     if step.status == "retrying":
         last.turns.pop()
+        last.started_at = event.at  # waiting between two tries is not work
     elif last.ended_at is not None:
         last.asked_s += max(0.0, event.at - last.ended_at)  # a person looked at the answer to the prompt before
     last.ended_at = None

@@ -18,7 +18,7 @@ def load(shell: Any) -> None:
     """Register magic, completion, settings and clicks with `shell`, and say in one line what is here."""
     from . import bridge
     from .completion import make_matcher
-    from .magics import CMMagics, Shown, show_pending
+    from .magics import CMMagics, Shown, keep_questions, show_pending
     from .notebook import notebook
     from .settings import Settings
 
@@ -34,10 +34,11 @@ def load(shell: Any) -> None:
     shell.Completer.custom_matchers.append(matcher)
     settings = Settings(parent=shell)
     shell.configurables.append(settings)
+    shell.input_transformers_cleanup.append(keep_questions)
     GatePending.show = show_pending
     if config.setting("direct_clicks"):
         bridge.direct_clicks.install(bridge.kernel())
-    shell.cm_notebook_parts = (matcher, (magics, settings), Shown.TYPES)
+    shell.cm_notebook_parts = (matcher, keep_questions, (magics, settings), Shown.TYPES)
     print(_greeting())
 
 
@@ -48,13 +49,15 @@ def unload(shell: Any) -> None:
     parts = getattr(shell, "cm_notebook_parts", None)
     if parts is None:
         return
-    matcher, configurables, shown = parts
+    matcher, transformer, configurables, shown = parts
     del shell.cm_notebook_parts
     for table in shell.magics_manager.magics.values():
         table.pop("cm", None)
     shell.magics_manager.registry.pop("CMMagics", None)
     with contextlib.suppress(ValueError):
         shell.Completer.custom_matchers.remove(matcher)
+    with contextlib.suppress(ValueError):
+        shell.input_transformers_cleanup.remove(transformer)
     for configurable in configurables:
         with contextlib.suppress(ValueError):
             shell.configurables.remove(configurable)

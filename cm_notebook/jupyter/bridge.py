@@ -10,6 +10,7 @@ IPython is never imported here; when it is not loaded already, there is no kerne
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import datetime
@@ -389,19 +390,34 @@ def wait_in_cell(future: concurrent.futures.Future[T], timeout_s: float | None =
     Raises
     ------
     TimeoutError        It takes longer; the work goes on.
-    CodeMachineError    No click could arrive here; the message says what to do instead.
+    CodeMachineError    No click could arrive here, or the loop cannot be turned; the message says what to do instead.
     """
     here: Any = running_loop()
-    in_cell = here is not None and here is getattr(getattr(kernel(), "io_loop", None), "asyncio_loop", None)
-    if in_cell and not future.done():
+    in_kernel = here is not None and here is getattr(getattr(kernel(), "io_loop", None), "asyncio_loop", None)
+    awaiting = in_kernel and _in_awaiting_cell()
+    if in_kernel and not future.done():
         clicks = here is not loop and somebody()
         filtered = direct_clicks.installed and direct_clicks.enabled
         if kernel_version().startswith("6.") and (here is loop or (clicks and filtered)):
+            if awaiting:
+                raise CodeMachineError(
+                    "On ipykernel 6, a cell that holds an `await` cannot wait synchronously. Use `await run`."
+                )
             return _turn_and_wait(here, future, timeout_s)
         if clicks and not direct_clicks.heard_while_blocked:
             raise _deaf()
-    with _interruptible():
+    with _interruptible() if awaiting else contextlib.nullcontext():
         return run_sync(future, timeout_s, loop=loop)
+
+
+def _in_awaiting_cell() -> bool:
+    """Whether we are directly in a cell that holds an ``await``: ipykernel runs it as a task of its own.
+
+    An interrupt cancels that task, through the loop. Turning the loop from within would let it be cancelled while it
+    runs; ipykernel 6 then takes the end of the cell for its own end, and answers no more.
+    """
+    task = asyncio.current_task()
+    return task is not None and getattr(task.get_coro(), "__name__", "") == "run_cell_async"
 
 
 def _turn_and_wait(here: Any, future: concurrent.futures.Future[T], timeout_s: float | None) -> T:
@@ -413,9 +429,8 @@ def _turn_and_wait(here: Any, future: concurrent.futures.Future[T], timeout_s: f
         raise _deaf() from None
     waiting = here.create_task(wait_detached(future, timeout_s))
     try:
-        with _interruptible():
-            result: T = here.run_until_complete(waiting)
-            return result
+        result: T = here.run_until_complete(waiting)
+        return result
     finally:
         waiting.cancel()
 
@@ -433,11 +448,8 @@ def _deaf() -> CodeMachineError:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Hear an interrupt at once.
-
-    In a cell that holds an ``await``, ipykernel answers it on the very loop that a synchronous wait blocks.
-    """
-    if kernel() is None or threading.current_thread() is not threading.main_thread():
+    """Hear an interrupt at once, in a cell that holds an ``await``: there ipykernel answers it on the blocked loop."""
+    if threading.current_thread() is not threading.main_thread():  # a subshell: it has no signals
         yield
         return
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,6 +9,7 @@ too, and not shown a second time (``Shown``). Whatever is wrong becomes one line
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -274,16 +275,13 @@ class CMMagics(Magics):
         if step is None:
             self._present(run, wait=False)
             return run
-        seen = run[step]
         number, full = values.get("number"), values.get("full", False)
+        seen = run[step]
+        # Static even while it runs: the live card belongs under the cell of its step and would move here.
         with run.reading() as state:
             shown = state.step(step)
-            static = shown.settled or full or number is not None or state.ended is not None
-            if static:
-                attempt = html.find_attempt(shown, number) if number is not None else None
-                self._display(text.show_text(state, shown, attempt), html.show_html(state, shown, number, full))
-        if not static:
-            self._present(run, [seen.id], wait=False)
+            attempt = html.find_attempt(shown, number) if number is not None else None
+            self._display(text.show_text(state, shown, attempt), html.show_html(state, shown, number, full))
         return seen if number is None else seen.attempt(number)
 
     def _diff(self, values: Values, body: str | None) -> Text:
@@ -390,6 +388,24 @@ class CMMagics(Magics):
 
     def _display(self, plain: str, rich: str) -> None:
         self._shell.display_pub.publish(data={"text/plain": str(plain), "text/html": rich})
+
+
+_QUESTION = re.compile(r"%cm\s+(?:reject|answer)\s.*\?\s*$")
+
+
+def keep_questions(lines: list[str]) -> list[str]:
+    """Let the person's words end in a question mark: IPython takes such a line for a request for help.
+
+    One of its input transformers; the bodies of cell magics are left as they are.
+    """
+    if lines and lines[0].startswith("%%"):
+        return lines
+    return [
+        f"get_ipython().run_line_magic('cm', {line.strip().partition(' ')[2].strip()!r})\n"
+        if _QUESTION.match(line) and not line.rstrip().endswith("??")
+        else line
+        for line in lines
+    ]
 
 
 def _words(values: Mapping[str, Any], body: str | None) -> str:

@@ -17,25 +17,28 @@ from . import bridge
 
 
 class _Base(Configurable):
-    def __init__(self, **options: Any) -> None:
-        self._filling = True
-        super().__init__(**options)
-        for name in config.SETTINGS:
-            if name in config.chosen:
-                setattr(self, name, config.chosen[name])
-        self._filling = False
-        self.observe(self._set, names=list(config.SETTINGS))
+    def _load_config(self, cfg: Any, section_names: Any = None, traits: Any = None) -> None:
+        """Take what was configured: by ``%config``, or in IPython's own configuration file.
 
-    def _set(self, change: Any) -> None:
-        before = config.chosen.get(change.name)
-        config.chosen[change.name] = change.new
-        try:
-            value = config.setting(change.name)
-        except CodeMachineError as error:
-            config.chosen[change.name] = before
-            raise traitlets.TraitError(str(error)) from None
-        if change.name == "direct_clicks":
-            bridge.direct_clicks.enabled = bool(value)
+        A trait tells only of a change, and choosing the default is no change to it: so not by observing.
+        """
+        super()._load_config(cfg, section_names=section_names, traits=traits)
+        for name, value in self._find_my_config(cfg).items():
+            if name in config.SETTINGS:
+                _choose(name, value)
+
+
+def _choose(name: str, value: Any) -> None:
+    before = dict(config.chosen)
+    config.chosen[name] = value
+    try:
+        fitting = config.setting(name)
+    except CodeMachineError as error:
+        config.chosen.clear()
+        config.chosen.update(before)
+        raise traitlets.TraitError(str(error)) from None
+    if name == "direct_clicks":
+        bridge.direct_clicks.enabled = bool(fitting)
 
 
 def _trait(setting: config.Setting) -> Any:

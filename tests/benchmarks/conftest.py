@@ -14,7 +14,7 @@ import pytest
 from tests.benchmarks.measure import UNITS, Pair
 
 _TABLE = pytest.StashKey["list[Row]"]()
-HEADINGS = ("work", "ours", "floor", "ratio", "budget", "clock", "")
+HEADINGS = ("work", "ours", "floor", "ratio", "budget", "clock", "kept")
 
 
 @dataclass
@@ -65,7 +65,6 @@ def budget(request: pytest.FixtureRequest) -> Budget:
         figures: Pair | float,
         unit: str,
         *,
-        clock: str,
         times: float | None = None,
         plus: float | None = None,
         at_most: float | None = None,
@@ -78,14 +77,13 @@ def budget(request: pytest.FixtureRequest) -> Budget:
             What was measured: ours and its floor, or ours alone, in seconds or bytes.
         unit
             A key of ``UNITS``, perhaps with more behind it: ``"ms/step"``.
-        clock
-            How it was measured.
         times, plus, at_most
             The budget: so many times the floor, so much more than the floor, or so much; the last two in `unit`.
         """
-        pair = figures if isinstance(figures, Pair) else Pair([figures], [float("nan")])
+        pair = figures if isinstance(figures, Pair) else Pair([figures], [], "")
         scale = UNITS[unit.partition("/")[0]]
-        ours, floor = pair.ours * scale, pair.floor * scale
+        alone = not pair.floor_all
+        ours, floor = pair.ours * scale, 0.0 if alone else pair.floor * scale
         limits, words = [float("inf")], []
         if times is not None:
             limits.append(times * floor)
@@ -97,15 +95,14 @@ def budget(request: pytest.FixtureRequest) -> Budget:
             limits.append(at_most)
             words.append(f"≤ {at_most:g} {unit}")
         kept = ours <= min(limits)
-        alone = floor != floor
         row = Row(
             work,
             f"{ours:.3g} {unit}",
             "" if alone else f"{floor:.3g} {unit}",
             "" if alone else f"{ours / floor:.2f}",
             ", ".join(words) or "–",
-            clock,
-            "" if not words else "kept" if kept else "MISSED",
+            pair.clock,
+            "" if not words else "yes" if kept else "NO",
         )
         table.append(row)
         shown = f"{work}: {row.ours}; floor {row.floor or '–'}; budget {row.budget}"

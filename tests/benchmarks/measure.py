@@ -2,8 +2,8 @@
 
 Strategy: a figure is seconds (or bytes) for one unit of work, smaller is better. ``paired`` takes ours and the floor in
 turns (A B A B …), so whatever else the machine does meets both, and keeps the best round of each: a neighbour can only
-make a round slower. Work that only computes is measured in CPU time (``cpu``), which a busy neighbour does not lengthen;
-work that waits for the disk, another thread or another process on the clock (``wall``).
+make a round slower. Work that only computes is measured in CPU time, which a busy neighbour hardly lengthens; work that
+waits for the disk, another thread or another process on the clock ("wall").
 
 A *floor* is a plain program that does the same input and output by hand. They stand at the end of this file.
 """
@@ -19,21 +19,28 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cm_notebook as cm
 from cm_notebook.journal import AnyJournal
 
-Measure = Callable[[], float]
-Clock = Callable[[], float]
+Measure = Callable[[], "Time"]
 
-wall: Clock = time.perf_counter
-cpu: Clock = time.process_time
-"""Of all threads of this process together."""
+
+class Time(NamedTuple):
+    """Seconds that something took: on the clock, and of all threads' computing."""
+
+    wall: float
+    cpu: float
+
+    def per(self, count: int) -> Time:
+        """For one of `count`."""
+        return Time(self.wall / count, self.cpu / count)
+
 
 TEXT = "x" * 1024
 """What each step produces."""
@@ -46,10 +53,11 @@ UNITS = {"×": 1.0, "s": 1.0, "ms": 1e3, "µs": 1e6, "bytes": 1.0, "KiB": 1 / 10
 
 @dataclass
 class Pair:
-    """What the rounds gave: the figures of ours and of the floor, in order."""
+    """What the rounds gave: the figures of ours and of the floor, in order. ``clock`` says what they are."""
 
-    ours_all: list[float] = field(default_factory=list)
-    floor_all: list[float] = field(default_factory=list)
+    ours_all: list[float]
+    floor_all: list[float]
+    clock: str
 
     @property
     def ours(self) -> float:
@@ -67,35 +75,44 @@ class Pair:
         return self.ours / self.floor
 
 
-def paired(ours: Measure, floor: Measure, *, rounds: int = 5, within_s: float = 40) -> Pair:
+class Rounds(NamedTuple):
+    """The same rounds by both clocks."""
+
+    wall: Pair
+    cpu: Pair
+
+
+def paired(ours: Measure, floor: Measure | None = None, *, rounds: int = 5, within_s: float = 40) -> Rounds:
     """Measure both in turns, after a first round that only warms up.
 
     Parameters
     ----------
+    floor
+        ``None``: there is none, the budget is a figure of its own.
     rounds
         How often. At most; at least one is made.
     within_s
         Seconds after which no further round begins, so that a slow disk costs precision and not an hour.
     """
-    pair, end = Pair(), time.monotonic() + within_s
+    times: dict[Measure, list[Time]] = {ours: [], **({floor: []} if floor is not None else {})}
+    end = time.monotonic() + within_s
     for number in range(rounds + 1):
         if number > 1 and time.monotonic() > end:
             break
-        for measure, figures in ((ours, pair.ours_all), (floor, pair.floor_all)):
+        for measure in times:
             gc.collect()
-            figure = measure()
-            if number > 0:
-                figures.append(figure)
-    return pair
+            times[measure].append(measure())
+    kept = [[*times[measure][1:]] if measure is not None else [] for measure in (ours, floor)]
+    return Rounds(*(Pair(*([getattr(one, clock) for one in side] for side in kept), clock) for clock in Time._fields))
 
 
 @contextmanager
-def stopwatch(clock: Clock) -> Iterator[Callable[[], float]]:
-    """Time of the block on `clock`, in seconds: call what this gives, after the block."""
-    start = clock()
-    passed: list[float] = []
+def stopwatch() -> Iterator[Callable[[], Time]]:
+    """Time of the block: call what this gives, after the block."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    passed: list[Time] = []
     yield lambda: passed[0]
-    passed.append(clock() - start)
+    passed.append(Time(time.perf_counter() - wall, time.process_time() - cpu))
 
 
 @contextmanager
@@ -141,9 +158,9 @@ def looping(times: int) -> cm.Workflow:
     return cm.Workflow("loop", agents=[work, again], steps=f"work -> again(loop 1, max {times})", autonomous_mode="always")
 
 
-def finish(workflow: cm.Workflow, journal: str | os.PathLike[str] | AnyJournal, clock: Clock, **options: Any) -> float:
-    """Seconds on `clock` from the start of a run to its end."""
-    with stopwatch(clock) as passed:
+def finish(workflow: cm.Workflow, journal: str | os.PathLike[str] | AnyJournal, **options: Any) -> Time:
+    """Time from the start of a run to its end."""
+    with stopwatch() as passed:
         run = workflow.start(journal=journal, **options).wait()
     assert run.status == "completed"
     return passed()
@@ -156,9 +173,13 @@ class Chunks:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.go = False
+        """Set by the reader when it is there."""
 
     async def stream(self, request: cm.AgentRequest) -> AsyncIterator[cm.AgentEvent]:
         """One turn."""
+        while not self.go:
+            await asyncio.sleep(0.001)
         for number in range(self.count):
             yield cm.Delta(piece(number))
         yield cm.TurnDone("done")
@@ -172,11 +193,11 @@ def piece(number: int) -> str:
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-def new_process(code: str, *arguments: str) -> tuple[float, float]:
-    """Run `code` in a new Python; wall seconds until it prints a line, and CPU seconds until its end."""
+def new_process(code: str, *arguments: str) -> Time:
+    """Run `code` in a new Python until it prints "done", which is its end but for its last bytes."""
     start = time.perf_counter()
     child = subprocess.Popen(
-        [sys.executable, "-X", "frozen_modules=on", "-c", code, *arguments],
+        [sys.executable, "-c", code, *arguments],
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
@@ -189,7 +210,7 @@ def new_process(code: str, *arguments: str) -> tuple[float, float]:
     child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 0, f"ended with {child.returncode}"
     assert said.strip() == "done", said
-    return until_line, used.ru_utime + used.ru_stime
+    return Time(until_line, used.ru_utime + used.ru_stime)
 
 
 # -- floors ------------------------------------------------------------------------------------------------------------
@@ -204,57 +225,57 @@ def database(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def rows_committed(path: Path, count: int, clock: Clock) -> float:
-    """Floor of a durable chain: a row of 1 KiB for each step, each committed; seconds."""
+def rows_committed(path: Path, count: int) -> Time:
+    """Floor of a durable chain: a row of 1 KiB for each step, each committed."""
     connection = database(path)
-    with stopwatch(clock) as passed:
+    with stopwatch() as passed:
         for _ in range(count):
             connection.execute("INSERT INTO steps (body) VALUES (?)", (TEXT,))
     connection.close()
     return passed()
 
 
-def tasks_awaited(count: int, clock: Clock) -> float:
-    """Floor of a chain in memory: one Task for each step; seconds."""
+def tasks_awaited(count: int) -> Time:
+    """Floor of a chain in memory: one Task for each step."""
 
     async def step() -> str:
         return TEXT
 
-    async def steps() -> float:
+    async def steps() -> Time:
         loop = asyncio.get_running_loop()
-        with stopwatch(clock) as passed:
+        with stopwatch() as passed:
             for _ in range(count):
                 await loop.create_task(step())
         return passed()
 
-    return _on_a_thread(steps)
+    return on_a_thread(steps())
 
 
-def queue_of_64(count: int, clock: Clock) -> float:
-    """Floor of a stream: chunks through an ``asyncio.Queue(64)``; seconds."""
+def queue_of_64(count: int) -> Time:
+    """Floor of a stream: chunks through an ``asyncio.Queue(64)``."""
 
     async def produce(queue: asyncio.Queue[str | None]) -> None:
         for number in range(count):
             await queue.put(piece(number))
         await queue.put(None)
 
-    async def both() -> float:
+    async def both() -> Time:
         queue: asyncio.Queue[str | None] = asyncio.Queue(64)
         characters = 0
-        with stopwatch(clock) as passed:
+        with stopwatch() as passed:
             producer = asyncio.get_running_loop().create_task(produce(queue))
             while (text := await queue.get()) is not None:
                 characters += len(text)
             await producer
         return passed()
 
-    return _on_a_thread(both)
+    return on_a_thread(both())
 
 
-def _on_a_thread(work: Callable[[], Any]) -> float:
-    """Run a coroutine function on a loop of its own thread while this one waits, as a run's loop does."""
-    result: list[float] = []
-    thread = threading.Thread(target=lambda: result.append(asyncio.run(work())))
+def on_a_thread(work: Coroutine[Any, Any, Time]) -> Time:
+    """Run `work` on a loop of its own thread while this one waits, as a run's loop does."""
+    result: list[Time] = []
+    thread = threading.Thread(target=lambda: result.append(asyncio.run(work)))
     thread.start()
     thread.join()
     return result[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import cm_notebook as cm
 from cm_notebook.journal import Journal
 from tests.benchmarks import measure
-from tests.benchmarks.measure import TEXT, paired, stopwatch, wall
+from tests.benchmarks.measure import TEXT, Time, paired, stopwatch
 from tests.helpers import gate
 
 _numbers = itertools.count()
@@ -74,39 +74,39 @@ def waiting_run(journal: Journal) -> cm.Run:
 
 
 def test_cold(budget):
-    def ours() -> float:
+    def ours() -> Time:
         journal = Journal(new_file())
         run = waiting_run(journal)
         run._let_go()  # as if its process had died
-        return measure.new_process(COLD, run.id, journal.path)[0]
+        return measure.new_process(COLD, run.id, journal.path)
 
-    def floor() -> float:
+    def floor() -> Time:
         path = new_file()
         _gate_by_hand(path).close()
-        return measure.new_process(COLD_FLOOR, str(path))[0]
+        return measure.new_process(COLD_FLOOR, str(path))
 
     pair = paired(ours, floor, rounds=12)
-    budget("gate, new process to next step done", pair, "ms", clock="wall", times=1.5)
+    budget("gate, new process to next step done", pair.wall, "ms", times=1.5)
 
 
 def test_warm(budget):
-    def ours() -> float:
+    def ours() -> Time:
         run = waiting_run(Journal(new_file()))
-        with stopwatch(wall) as passed:
+        with stopwatch() as passed:
             run.approve()
             run.wait()
         return passed()
 
-    def floor() -> float:
+    def floor() -> Time:
         connection = _gate_by_hand(new_file())
-        with stopwatch(wall) as passed:
+        with stopwatch() as passed:
             for body in ('{"type": "approved"}', '{"type": "started"}', f'{{"type": "finished", "text": "{TEXT}"}}'):
                 connection.execute("INSERT INTO steps (body) VALUES (?)", (body,))
         connection.close()
         return passed()
 
     pair = paired(ours, floor, rounds=50)
-    budget("gate, click to next step done", pair, "ms", clock="wall", times=1)
+    budget("gate, click to next step done", pair.wall, "ms", times=1)
 
 
 def _gate_by_hand(path: Path) -> sqlite3.Connection:

@@ -8,7 +8,7 @@ import pytest
 
 import cm_notebook as cm
 from cm_notebook.journal import Journal, MemoryJournal
-from tests.benchmarks.measure import chain, cpu, paired, stopwatch, work
+from tests.benchmarks.measure import Time, chain, paired, stopwatch, work
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +31,17 @@ def test_resume_takes_time_for_each_event_only(budget, stopped):
     figures = {}
     for steps, (run_id, path) in stopped.items():
 
-        def resume(run_id: str = run_id, path: Path = path, last: str = f"s{steps - 2}") -> float:
+        def resume(run_id: str = run_id, path: Path = path, last: str = f"s{steps - 2}") -> Time:
             journal = Journal(path)
             events = journal.events(run_id)[-1].seq
-            with stopwatch(cpu) as passed:
+            with stopwatch() as passed:
                 run = cm.resume(run_id, agents=[work], journal=journal, until=last)
             run.wait()
             run.stop()
-            return passed() / events
+            return passed().per(events)
 
-        figures[steps] = paired(resume, lambda: float("nan"), rounds=7)
+        figures[steps] = paired(resume, rounds=7).cpu
     for steps in (5_000, 10_000):
         name = f"resume, {steps:,} steps, {2 * steps:,} events"
-        budget(name, figures[steps].ours, "ms/event", clock="CPU", at_most=0.03)
-    budget("resume, per event, 10,000 steps ÷ 500", figures[10_000].ours / figures[500].ours, "×", clock="CPU", at_most=1.25)
+        budget(name, figures[steps], "ms/event", at_most=0.03)
+    budget("resume, per event, 10,000 steps ÷ 500", figures[10_000].ours / figures[500].ours, "×", at_most=1.25)

@@ -73,7 +73,7 @@ def test_reject_gives_a_second_attempt_with_its_diff(open_notebook, picture, the
     nb.wait_text(1, WAITS)
     picture(nb, f"gate-{theme}")
     nb.click("button", "Reject…", cell=1)
-    nb.click("button", "Send back Ctrl+↵", cell=1)  # no words: refused
+    nb.click("button", "Send back", cell=1)  # no words: refused
     nb.wait_text(1, "Say what should be different")
     nb.type("Name the tests `now`.")
     picture(nb, f"reject-{theme}")
@@ -140,7 +140,7 @@ def test_unattended_asks_first_and_a_locked_workflow_has_no_menu(open_notebook, 
     nb.click("button", "Switch to unattended", cell=1)
     nb.wait_text(1, "mode: unattended")
     nb.click("button", "Approve", cell=1)
-    nb.wait_text(1, "approved by unattended mode")
+    nb.wait_text(1, "Approved by unattended mode")
     nb.wait_text(2, WAITS)
     assert nb.output(2).get_by_role("button", name="mode:").count() == 0
 

@@ -891,8 +891,17 @@ def test_a_step_that_is_removed() -> None:
 def test_a_module_added_again_counts_from_nought() -> None:
     driver = run(work("a"), gate(1, 2, loop_skip=["a"]), script={"gate": [loop()] * 9})
     driver.record(StepRemoved(step="gate"))
+    assert driver.turns().count("gate") == 3
     driver.add(gate(1, 2)).go()
-    assert driver.gate().payload["iterations"] == 2
+    assert driver.turns().count("gate") == 6, "it may go back twice again"
+
+
+def test_a_loop_goes_back_and_not_forward() -> None:
+    driver = Driver(Workflow("W", steps=[work("a"), gate(1, 2), work("z")])).until_running("gate")
+    driver.end(driver.state.steps["gate"], loop())
+    assert driver.state.steps["gate"].status == "looping"
+    message = driver.refused(LoopedBack(module="gate", to="z", iteration=2), TransitionError)
+    assert "cannot go back to 'z'" in message
 
 
 def test_context_all_after_an_earlier_step_changed() -> None:

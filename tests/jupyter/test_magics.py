@@ -143,11 +143,10 @@ def test_pattern_2_in_one_go(cells: Cells) -> None:
     assert isinstance(run, cm.Run)
     gate(run, "reviewer")
     assert run["implementer"].status == "done"
+    assert "locked" in error(cells, "%cm mode unattended")
     cells("%cm approve")
     run.wait(10)
     assert run.status == "completed"
-    assert run.mode == "gates"
-    assert "locked" in error(cells, "%cm mode unattended")
 
 
 # -- running a cell again (UX.md §1a) ----------------------------------------------------------------------------------
@@ -406,7 +405,7 @@ def test_a_step_that_failed_runs_again_with_its_cell(cells: Cells) -> None:
     cells(
         "tries = []",
         "import cm_notebook as cm",
-        "@cm.agent('flaky')\ndef flaky(turn):\n    tries.append(1)\n    assert len(tries) > 1, 'not yet'\n    return 'ok'",
+        "@cm.agent('flaky')\ndef flaky(turn):\n    tries.append(1)\n    assert len(tries) > 1\n    return 'ok'",
         "%cm workflow w",
         "%cm step flaky",
         "%cm run",
@@ -750,7 +749,7 @@ def test_loading_twice_and_unloading_leaves_no_trace(cells: Cells) -> None:
     assert len(shell.configurables) == settings
     assert run.id in cells("%cm")
     cells("%unload_ext cm_notebook")
-    assert "UsageError" in (cells.shell.find_line_magic("cm") is None and "UsageError" or "")
+    assert cells.shell.find_line_magic("cm") is None
     assert cm.GatePending.show is None
     said = cells("%load_ext cm_notebook")
     assert said.count("\n") <= 2

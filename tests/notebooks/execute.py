@@ -1,0 +1,175 @@
+"""Execute the shipped notebooks and save them with their outputs.
+
+    uv run python tests/notebooks/execute.py              all of them
+    uv run python tests/notebooks/execute.py 01 04        those whose names begin so
+    uv run python tests/notebooks/execute.py --check      save nothing; exit code 1 when one would change
+    uv run python tests/notebooks/execute.py --prompts 01 write its prompts on its tape first, after an edit of either
+
+The notebooks are edited in place, in JupyterLab or by hand; nothing here knows what is in them. Each is executed in a
+copy of the folder, with nobody there to answer, so from its tape and its taped decisions. What is saved does not depend
+on the machine: no times of execution, no widget state, no version of Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+SHOWN = 160
+"""Characters of a prompt that stand on a tape, for the message about one that differs."""
+
+
+def shipped() -> list[Path]:
+    """The notebooks, in their order."""
+    return sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def copy_to(folder: Path) -> Path:
+    """A copy of the notebooks and their tapes, without what runs have left behind."""
+    return Path(shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns(".*", "__pycache__")))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a kernel: ours, without settings of this package; nbclient itself says that nobody is there."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CM_", "PYTEST_", "JPY_"))}
+    return {**inherited, **more}
+
+
+def execute(path: Path, *, allow_errors: bool = False) -> Any:
+    """The notebook at `path`, executed in its folder; the file stays as it is.
+
+    Raises
+    ------
+    CellExecutionError    A cell failed; with `allow_errors` none does.
+    """
+    book = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        book,
+        timeout=60,
+        kernel_name="python3",
+        allow_errors=allow_errors,
+        store_widget_state=False,
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    with _only(environment()):
+        client.execute()
+    return book
+
+
+@contextlib.contextmanager
+def _only(wanted: dict[str, str]) -> Iterator[None]:
+    """With these variables in the environment and no others: a kernel takes ours, whatever it is given besides."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def text(book: Any) -> str:
+    """The file of an executed notebook: what is of this machine left out, pieces of one stream put together."""
+    book.metadata.pop("widgets", None)
+    book.metadata.kernelspec = dict(KERNEL)
+    book.metadata.language_info = {"name": "python"}
+    for cell in book.cells:
+        for name in ("execution", "collapsed", "scrolled", "ExecuteTime"):
+            cell.metadata.pop(name, None)
+        if cell.cell_type == "code":
+            cell.outputs = _joined(cell.outputs)
+    return nbformat.writes(book, version=4) + "\n"
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    made: list[Any] = []
+    for output in outputs:
+        if made and output.output_type == "stream" == made[-1].output_type and output.name == made[-1].name:
+            made[-1].text += output.text
+        else:
+            made.append(output)
+    return made
+
+
+def write_prompts(path: Path, tape: Path) -> None:
+    """Put on `tape` the prompts that executing the notebook at `path` sends, as digests with their beginnings."""
+    from cm_notebook.prompts import digest
+    from cm_notebook.run import Run
+
+    lines = [json.loads(line) for line in tape.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for line in lines:
+        line.pop("prompt", None)
+    with tempfile.TemporaryDirectory() as scratch:
+        there = copy_to(Path(scratch))
+        _write_tape(there / tape.relative_to(NOTEBOOKS), lines)
+        execute(there / path.name)
+        journal = there / ".cm_notebook" / "journal.db"
+        with contextlib.closing(sqlite3.connect(journal)) as database:
+            ids = [row[0] for row in database.execute("select id from runs")]
+        sent: dict[tuple[str, int], str] = {}
+        for id in ids:
+            run = Run.open(id, journal)
+            if run.state.recorded is not None:
+                sent |= {(view.id, one.number): one.prompt for view in run for one in view.attempts}
+    for line in lines:
+        prompt = sent.get((line.get("path", ""), line.get("attempt", 0)))
+        if prompt is not None:
+            line["prompt"] = {"sha256": digest(prompt), "start": prompt[:SHOWN]}
+    _write_tape(tape, lines)
+
+
+_ORDER = ("path", "attempt", "turn", "prompt", "session_id", "events", "text")
+
+
+def _write_tape(tape: Path, lines: list[dict[str, Any]]) -> None:
+    ordered = [{**{name: line[name] for name in _ORDER if name in line}, **line} for line in lines]
+    tape.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered), encoding="utf-8")
+
+
+def main() -> int:
+    """Execute and save those that were asked for; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Execute the shipped notebooks and save them with their outputs.")
+    parser.add_argument("names", nargs="*", help="beginnings of their names, for instance 01; all without it")
+    parser.add_argument("--check", action="store_true", help="save nothing, and say which would change")
+    parser.add_argument("--prompts", action="store_true", help="write the prompts on the tape first")
+    asked = parser.parse_args()
+    changed = 0
+    for path in shipped():
+        if asked.names and not path.name.startswith(tuple(asked.names)):
+            continue
+        tape = NOTEBOOKS / "tapes" / f"{path.name[:2]}.jsonl"
+        if asked.prompts and tape.exists():
+            write_prompts(path, tape)
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                made = text(execute(copy_to(Path(scratch)) / path.name))
+            except CellExecutionError as error:
+                print(f"{path.name}: {error}", file=sys.stderr)
+                return 1
+        same = made == path.read_text(encoding="utf-8")
+        print(f"{path.name}: {'as it was' if same else 'would change' if asked.check else 'saved'}")
+        changed += not same
+        if not asked.check:
+            path.write_text(made, encoding="utf-8")
+    return 1 if asked.check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
