@@ -90,9 +90,9 @@ DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.",
 HELP = """\
 cm-notebook: workflows of AI agents, with you deciding at the right moments.
 
-  cm-notebook tutorial [NAME]    copy the notebooks here and open them in JupyterLab
+  cm-notebook tutorial [NAME]    copy the notebooks and open them in JupyterLab
   cm-notebook run FILE           run the workflow in a .py or .json file
-  cm-notebook doctor             what is here, what is missing, and how to mend it
+  cm-notebook doctor             what is here, what is missing, how to mend it
   cm-notebook COMMAND --help     more about one of them
   cm-notebook --version
 
@@ -635,18 +635,18 @@ class Session:
 
     def _made(self, gate: Gate, step: StepState, action: str, rest: str) -> Decision | None:
         if action == "reject":
-            words = rest or self._console.ask("Why? ", lambda: not self._is_open(gate))
-            return Decision(action="reject", feedback=words.strip()) if words and words.strip() else None
+            words = rest or self._asked("Why? ", gate)
+            return Decision(action="reject", feedback=words) if words else self._nothing()
         if action == "edit":
-            text = self._edited(self._subject(gate, step))
-            return Decision(action="approve", output=text) if text is not None else None
+            text = self._console.edit(self._subject(gate, step))
+            return Decision(action="approve", output=text) if text is not None else self._nothing()
         if action == "prompt":
-            text = self._edited(step.last.prompt if step.last is not None else "")
-            return Decision(action="retry", prompt=text) if text is not None else None
+            text = self._console.edit(step.last.prompt if step.last is not None else "")
+            return Decision(action="retry", prompt=text) if text is not None else self._nothing()
         if action == "skip":
             question = f"Skip {gate.step}? It gives no output; what names it gets an empty text. [y/N] "
-            sure = self._console.ask(question, lambda: not self._is_open(gate))
-            return Decision(action="skip") if sure and sure.strip().lower() in ("y", "yes") else None
+            sure = self._asked(question, gate).lower() in ("y", "yes")
+            return Decision(action="skip") if sure else self._nothing()
         if action == "retry" and rest:
             if gate.kind != "exhausted" or not re.fullmatch("[1-9][0-9]{0,5}", rest):
                 raise WorkflowError("retry takes a number, and only where a loop is used up: y 2")
@@ -654,11 +654,11 @@ class Session:
         made: Action = action  # type: ignore[assignment]
         return Decision(action=made)
 
-    def _edited(self, text: str) -> str | None:
-        new = self._console.edit(text)
-        if new is None:
-            self._console.say("Nothing was changed, so nothing is decided.", "yellow")
-        return new
+    def _asked(self, question: str, gate: Gate) -> str:
+        return (self._console.ask(question, lambda: not self._is_open(gate)) or "").strip()
+
+    def _nothing(self) -> None:
+        self._console.say("Nothing was changed, so nothing is decided.", "yellow")
 
     def _view(self, gate: Gate, step: StepState) -> str:
         return clean(self._subject(gate, step)) or "There is no text."

@@ -67,21 +67,3 @@ class Feed:
         return [
             LiveText(thing[0], thing[1], "".join(thing[2])) if isinstance(thing, tuple) else thing for thing in things
         ]
-
-
-class Draft:
-    """The text of a turn that is being written, from its start."""
-
-    def __init__(self, attempt: int) -> None:
-        self.attempt = attempt
-        self._parts: list[str] = []
-
-    def add(self, text: str) -> None:
-        """Append a piece."""
-        self._parts.append(text)
-
-    def text(self) -> str:
-        """All of it; called from any thread."""
-        parts = self._parts
-        whole = "".join(parts[:])
-        return whole

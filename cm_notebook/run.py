@@ -64,13 +64,13 @@ from .events import (
     TurnStarted,
     Usage,
 )
-from .feed import Draft, Feed, LiveText
+from .feed import Feed, LiveText
 from .journal import AnyJournal, open_journal, own_folder
 from .loops import engine_loop, run_sync, running_loop, wait_detached
 from .prompts import check_templates, digest, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
-from .turns import Ending, sound, take_turn
+from .turns import Ending, LiveTurn, failed, sound, take_turn, too_late
 from .workflow import Agent, Separator, Step, Workflow, as_step
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
@@ -110,8 +110,7 @@ class Run:
         self._tape: Any = None
         self._on_gate: GatePolicy | None = None
         self._somebody = True
-        self._tasks: dict[str, tuple[int, asyncio.Task[None]]] = {}
-        self._drafts: dict[str, Draft] = {}
+        self._turns: dict[str, LiveTurn] = {}
         self._questions: dict[str, asyncio.Future[str]] = {}
         self._asked: set[str] = set()
         self._stuck: Gate | None = None
@@ -336,8 +335,8 @@ class Run:
 
     def draft(self, path: str) -> str:
         """The text that is being written there now; ``""`` when nothing is."""
-        draft = self._drafts.get(path)
-        return draft.text() if draft is not None else ""
+        turn = self._turns.get(path)
+        return turn.text() if turn is not None else ""
 
     def watch(self, wake: Callable[[], None]) -> Feed:
         """A feed of what happens from now on; `wake` is called on the run's thread when there is something."""
@@ -447,7 +446,6 @@ class Run:
         AlreadyDecided     Somebody was faster, or the gate is closed; nothing was changed.
         TransitionError    The gate cannot be answered like this; nothing was changed.
         """
-
         texts = {name: sound(text) for name in ("feedback", "output", "prompt") if (text := getattr(decision, name))}
         decision = decision.model_copy(update=texts)
 
@@ -841,9 +839,9 @@ class Run:
         state = self._state
         for event in events:
             if isinstance(event, TurnCutShort):
-                running = self._tasks.pop(event.path, None)
+                running = self._turns.pop(event.path, None)
                 if running is not None:
-                    running[1].cancel()
+                    running.cancel()
             elif isinstance(event, GateDecided):
                 self._tell_turn(event)
             elif isinstance(event, RunResumed):
@@ -909,9 +907,10 @@ class Run:
         self.error = error
         if self._driving:
             self._driving = False
-            for _seq, task in self._tasks.values():
-                task.cancel()
-            self._tasks.clear()
+            for turn in self._turns.values():
+                if self._loop is not None:
+                    self._loop.call_soon_threadsafe(turn.cancel)
+            self._turns.clear()
             self._journal.release(self.id)
             if self._rest.done():
                 self._rest = concurrent.futures.Future()
@@ -998,36 +997,47 @@ class Run:
             return error.engine or "unknown"
 
     def _launch(self, started: TurnStarted, prompt: str) -> None:
-        loop = cast("asyncio.AbstractEventLoop", self._loop)
-        self._drafts[started.path] = Draft(started.attempt)
-        task = loop.create_task(self._turn(started, prompt))
-        self._tasks[started.path] = (started.seq, task)
+        state = self._state.steps[started.step]
+        turn = LiveTurn(started, state.step, self._too_late)
+        turn.failures = state.attempts[-1].failures
+        self._turns[started.path] = turn
+        turn.task = cast("asyncio.AbstractEventLoop", self._loop).create_task(self._turn(turn, prompt))
 
-    async def _turn(self, started: TurnStarted, prompt: str) -> None:
+    async def _turn(self, turn: LiveTurn, prompt: str) -> None:
         """Do one turn and propose how it ended. Cancelled when the turn was cut short, which is recorded by then."""
-        with self._lock:
-            state = self._state.steps[started.step]
-            step, failures = state.step, state.attempts[-1].failures
-            limit = asyncio.timeout(step.timeout_s)
-            request = self._request(started, prompt, limit)
-        ending = await take_turn(
-            started,
-            step,
-            lambda: self._engine_for(step),
-            request,
-            limit,
-            lambda text: self._write(started, text),
-            failures,
-        )
-        self._propose(lambda: self._turn_ended(started, ending), wait=False)
 
-    def _turn_ended(self, started: TurnStarted, ending: Ending) -> list[AnyEvent]:
+        def write(text: str) -> None:
+            text = sound(text)
+            turn.write(text)
+            for feed in self._feeds:
+                feed.put_text(turn.started.path, turn.started.attempt, text)
+
+        turn.run_clock()
+        try:
+            engine = self._engine_for(turn.step)
+            request = self._request(turn, prompt, write)
+        except EngineError as error:
+            ending = failed(turn, error, None)
+        else:
+            try:
+                ending = await take_turn(turn, engine, request, write)
+            except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
+                ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
+                self._propose(lambda: self._turn_ended(turn, ending), wait=False)
+                raise
+        turn.stop_clock()
+        self._propose(lambda: self._turn_ended(turn, ending), wait=False)
+
+    def _too_late(self, turn: LiveTurn) -> None:
+        self._propose(lambda: self._turn_ended(turn, too_late(turn)), wait=False)
+        turn.cancel()
+
+    def _turn_ended(self, turn: LiveTurn, ending: Ending) -> list[AnyEvent]:
         """The end of a turn as events; none when the turn was cut short meanwhile."""
-        running = self._tasks.get(started.path)
-        if running is None or running[0] != started.seq:
+        started = turn.started
+        if self._turns.get(started.path) is not turn:
             return []
-        del self._tasks[started.path]
-        self._drafts.pop(started.path, None)
+        del self._turns[started.path]
         if ending.error is not None:
             self.error = ending.error
         if not ending.fatal:
@@ -1037,7 +1047,8 @@ class Run:
         ]
         return [ending.event, *others, RunFinished(status="failed", reason=f"{started.step}: {ending.error}")]
 
-    def _request(self, started: TurnStarted, prompt: str, limit: asyncio.Timeout) -> AgentRequest:
+    def _request(self, turn: LiveTurn, prompt: str, write: Callable[[str], None]) -> AgentRequest:
+        started = turn.started
         with self._lock:
             state = self._state
             step = state.steps[started.step]
@@ -1067,7 +1078,8 @@ class Run:
                 outputs=_Outputs(self),
                 workspace=self._workspace(),
                 timeout_s=step.step.timeout_s,
-                ask_human=_Asking(self, started, limit),
+                emit=write,
+                ask_human=lambda question: self._ask_human(turn, question),
             )
 
     def _workspace(self) -> Path:
@@ -1078,12 +1090,28 @@ class Run:
             self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
 
-    def _write(self, started: TurnStarted, text: str) -> None:
-        draft = self._drafts.get(started.path)
-        if draft is not None:
-            draft.add(text)
-        for feed in self._feeds:
-            feed.put_text(started.path, started.attempt, text)
+    async def _ask_human(self, turn: LiveTurn, question: str) -> str:
+        """Open a ``question`` gate and wait for its answer, one at a time; the turn's time stands still."""
+        if turn.asking is None:
+            turn.asking = asyncio.Lock()
+        async with turn.asking:
+            step = self._state.steps[turn.started.step]
+            for place, (asked, said) in enumerate(step.resent):
+                if asked == question and place not in turn.recalled:
+                    turn.recalled.add(place)
+                    return said  # answered before the process died
+            answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+            def propose() -> list[AnyEvent]:
+                opened = meaning.ask(self._state, step, question)
+                self._questions[opened.gate.id] = answer
+                return [opened]
+
+            turn.stop_clock()
+            self._propose(propose)
+            said = await answer
+            turn.run_clock()
+            return said
 
     def _tell_turn(self, event: GateDecided) -> None:
         waiting = self._questions.pop(event.gate_id, None)
@@ -1128,38 +1156,6 @@ class _Outputs(Mapping[str, str]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-class _Asking:
-    """``ask_human`` of one turn: opens a ``question`` gate and waits, which its time-out does not count."""
-
-    def __init__(self, run: Run, started: TurnStarted, limit: asyncio.Timeout) -> None:
-        self._run, self._started, self._limit = run, started, limit
-        self._one_at_a_time: asyncio.Lock | None = None
-
-    async def __call__(self, question: str) -> str:
-        run, loop = self._run, asyncio.get_running_loop()
-        if self._one_at_a_time is None:
-            self._one_at_a_time = asyncio.Lock()
-        async with self._one_at_a_time:
-            step = run._state.steps[self._started.step]
-            if step.resent and step.resent[0][0] == question:
-                return step.resent.pop(0)[1]  # answered before the process died
-            due = self._limit.when()
-            self._limit.reschedule(None)
-            asked = loop.time()
-            answer: asyncio.Future[str] = loop.create_future()
-
-            def propose() -> list[AnyEvent]:
-                gate = meaning.ask(run._state, step, question)
-                run._questions[gate.gate.id] = answer
-                return [gate]
-
-            run._propose(propose)
-            said = await answer
-            if due is not None:
-                self._limit.reschedule(due + loop.time() - asked)
-            return said
 
 
 # -- module functions -------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """One turn: a prompt goes out to an engine, one event comes back.
 
-Strategy: this is the edge between a run and whoever does the work. It knows time-outs, retries and errors, and nothing
-of gates or journals: ``take_turn`` hands live text on, and returns how the turn ended as the event that says so.
+Strategy: this is the edge between a run and whoever does the work. It knows time, retries and errors, and nothing of
+gates or journals: ``take_turn`` hands live text on, and returns how the turn ended as the event that says so.
 """
 
 from __future__ import annotations
@@ -30,39 +30,77 @@ class Ending(NamedTuple):
     fatal: bool = False
 
 
-async def take_turn(
-    started: TurnStarted,
-    step: Step,
-    engine: Callable[[], Engine],
-    request: AgentRequest,
-    limit: asyncio.Timeout,
-    write: Callable[[str], None],
-    failures: int,
-) -> Ending:
-    """Do the turn that `started` announces.
+class LiveTurn:
+    """A turn that is under way: its task, what it has written so far, and its time.
 
     Parameters
     ----------
-    engine
-        Finds the engine; what it raises is how the turn fails.
-    limit
-        The turn's time-out, not yet entered; whoever makes the turn wait for a person moves it.
+    step
+        The step; its ``timeout_s`` is the turn's time, which stands still while the turn waits for a person.
+    late
+        Called when the time is over. The task may not listen to being cancelled, so the turn's end is not left to it.
+    """
+
+    def __init__(self, started: TurnStarted, step: Step, late: Callable[[LiveTurn], None]) -> None:
+        self.started, self.step = started, step
+        self.task: asyncio.Task[None] | None = None
+        self.failures = 0
+        self.asking: asyncio.Lock | None = None
+        self.recalled: set[int] = set()
+        self._late = late
+        self._left_s = step.timeout_s
+        self._since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._parts: list[str] = []
+
+    def write(self, text: str) -> None:
+        """Append to what it has written."""
+        self._parts.append(text)
+
+    def text(self) -> str:
+        """All that it has written; from any thread."""
+        return "".join(self._parts[:])
+
+    def run_clock(self) -> None:
+        """Let its time run, from where it stood."""
+        if self._left_s is not None and self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._since = loop.time()
+            self._timer = loop.call_later(self._left_s, self._late, self)
+
+    def stop_clock(self) -> None:
+        """Let its time stand still."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._left_s = max(0.0, (self._left_s or 0.0) - (asyncio.get_running_loop().time() - self._since))
+
+    def cancel(self) -> None:
+        """It is not waited for any more."""
+        self.stop_clock()
+        if self.task is not None:
+            self.task.cancel()
+
+
+async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write: Callable[[str], None]) -> Ending:
+    """Do `turn`: send the request to the engine and pass on what it writes.
+
+    Parameters
+    ----------
     write
         Gets the live text.
-    failures
-        How often this attempt has failed before.
 
     Raises
     ------
     asyncio.CancelledError    The turn was cut short; whoever did that has recorded it.
     """
-    where = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
+    started, step = turn.started, turn.step
     done: TurnDone | None = None
     usage: UsageReported | None = None
     session_id: str | None = None
     pieces = 0
     try:
-        async with limit, contextlib.aclosing(cast("Any", engine().stream(request))) as stream:
+        async with contextlib.aclosing(cast("Any", engine.stream(request))) as stream:
             async for told in stream:
                 if isinstance(told, Delta):
                     write(told.text)
@@ -78,7 +116,10 @@ async def take_turn(
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
         event = TurnFinished(
-            **where,
+            step=started.step,
+            path=started.path,
+            attempt=started.attempt,
+            turn=started.turn,
             text=sound(done.text),
             output=sound(done.output),
             verdict=_verdict(step, done),
@@ -89,16 +130,16 @@ async def take_turn(
             note=done.note,
         )
     except EngineError as error:
-        return Ending(_failed(where, error, _retry_in_s(step, error, failures)), error)
-    except Exception as error:
-        if isinstance(error, TimeoutError) and limit.expired():
-            text = (
-                f"{started.step} did not finish within {step.timeout_s:g} s. Retry, or give it more time: timeout_s=…"
-            )
-            late = EngineTimeout(text)
-            return Ending(_failed(where, late, None), late)
-        return Ending(_failed(where, error, None), error, fatal=True)  # a tape that differs, or a bug
+        return failed(turn, error, _retry_in_s(step, error, turn.failures))
+    except Exception as error:  # a tape that differs, or a bug
+        return failed(turn, error, None, fatal=True)
     return Ending(event)
+
+
+def too_late(turn: LiveTurn) -> Ending:
+    """The ending of a turn whose time is over."""
+    text = f"{turn.started.step} did not finish within {turn.step.timeout_s:g} s. Retry, or give it more: timeout_s=…"
+    return failed(turn, EngineTimeout(text), None)
 
 
 def _verdict(step: Step, done: TurnDone) -> Verdict | None:
@@ -119,13 +160,22 @@ def _retry_in_s(step: Step, error: EngineError, failures: int) -> float | None:
     return float(min(LONGEST_BACKOFF_S, 2**failures))
 
 
-def _failed(where: dict[str, Any], error: Exception, retry_in_s: float | None) -> TurnFailed:
+def failed(turn: LiveTurn, error: Exception, retry_in_s: float | None, *, fatal: bool = False) -> Ending:
+    """The ending of a turn that raised `error`."""
     detail = getattr(error, "detail", None)
     if not isinstance(error, CodeMachineError):
         detail = "".join(traceback.format_exception(error))
     message = sound(str(error) or type(error).__name__)
-    info = ErrorInfo(kind=type(error).__name__, message=message, detail=sound(detail) if detail else None)
-    return TurnFailed(**where, error=info, retry_in_s=retry_in_s)
+    started = turn.started
+    event = TurnFailed(
+        step=started.step,
+        path=started.path,
+        attempt=started.attempt,
+        turn=started.turn,
+        error=ErrorInfo(kind=type(error).__name__, message=message, detail=sound(detail) if detail else None),
+        retry_in_s=retry_in_s,
+    )
+    return Ending(event, error, fatal)
 
 
 def sound(value: Any) -> Any:

@@ -43,6 +43,8 @@ class AgentRequest:
         The agent's own conversation to continue.
     timeout_s
         Seconds the turn may take. The run enforces it; an engine may pass it on.
+    emit
+        Shows text now, from any thread; for agents that speak beside their stream.
     ask_human
         Asks a person and returns the answer; waiting is not counted in `timeout_s`.
     """
@@ -64,6 +66,7 @@ class AgentRequest:
     outputs: Mapping[str, str] = field(default_factory=dict)
     workspace: Path = Path()
     timeout_s: float | None = None
+    emit: Callable[[str], None] | None = None
     ask_human: Callable[[str], Awaitable[str]] | None = None
 
 

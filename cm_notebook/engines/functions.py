@@ -1,9 +1,9 @@
 """Python functions as agents: what a function is told, and how it runs.
 
-Strategy: the function gets a ``Turn`` and works beside the stream, an async one on the loop, a sync one in a daemon
-thread of its own. A ``_Line`` joins the two: what the function emits, in whatever thread, waits in one buffer, and the
-loop is woken once per batch. When the turn is over before the function is, an async function is cancelled. A thread
-cannot be, so it is let go: what it next asks of its ``Turn`` raises ``_TurnOver``; one that asks nothing delays nobody.
+Strategy: the function gets a ``Turn`` and runs where the turn runs: an async one in the turn's task, a sync one in
+a daemon thread of its own. What it emits goes straight to the run, from whatever thread (``AgentRequest.emit``). When the
+turn is over before the function is, an async function is cancelled with its task. A thread cannot be and is let go:
+what it next asks of its ``Turn`` raises ``_TurnOver``, and one that asks nothing delays nobody.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import contextvars
 import inspect
 import threading
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,7 @@ from pydantic import BaseModel
 
 from ..errors import EngineError, EngineProtocolError, ReplayMismatch
 from ..workflow import Verdict
-from .base import AgentEvent, AgentRequest, Delta, TurnDone
-
-GRACE_S = 1.0
-"""Seconds that a cancelled async function has for cleaning up."""
+from .base import AgentEvent, AgentRequest, TurnDone
 
 
 class _TurnOver(BaseException):
@@ -70,7 +67,7 @@ class Turn:
     def emit(self, text: str) -> None:
         """Show `text` now. From sync and async code, from any thread; it never waits.
 
-        It is live only: the answer is what the function returns. An async function is shown at its next ``await``.
+        It is live only: the answer is what the function returns.
         """
         if not isinstance(text, str):
             raise TypeError(f"turn.emit takes text, not {type(text).__name__}; write turn.emit(str(…)).")
@@ -91,20 +88,25 @@ class Turn:
         return line.ask(question) if threading.get_ident() == line.thread else line.ask_and_wait(question)
 
 
+class _Raised(Exception):  # noqa: N818 (it is only carried)
+    """Carries what a sync function raised out of its thread, whatever it is."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class _Line:
-    """Joins a function to the stream that the run reads: text one way, answers the other."""
+    """Joins a function to its run, as long as somebody listens: text one way, answers the other."""
 
-    __slots__ = ("ask", "asked", "loop", "open", "pieces", "thread", "waiter", "woken")
+    __slots__ = ("ask", "asked", "loop", "open", "show", "thread")
 
-    def __init__(self, ask: Callable[[str], Awaitable[str]] | None) -> None:
-        self.ask = ask
+    def __init__(self, request: AgentRequest) -> None:
+        self.show, self.ask = request.emit, request.ask_human
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
-        self.waiter: asyncio.Future[None] | None = None
         self.open = True
-        self.woken = False
-        self.pieces: list[str] = []
-        self.asked: set[concurrent.futures.Future[str]] = set()
+        self.asked: set[concurrent.futures.Future[str]] | None = None
 
     def check(self) -> None:
         """Raise ``_TurnOver`` when nobody listens any more."""
@@ -114,31 +116,8 @@ class _Line:
     def send(self, text: str) -> None:
         """Hand over `text`, from any thread."""
         self.check()
-        self.pieces.append(text)
-        if self.woken:
-            return  # whoever takes the batch clears the flag first, so this piece is in it
-        self.woken = True
-        if threading.get_ident() == self.thread:
-            self.wake()
-        else:
-            self.loop.call_soon_threadsafe(self.wake)
-
-    def take(self) -> str:
-        """All that was handed over since the last time."""
-        self.woken = False
-        batch = self.pieces[:]
-        del self.pieces[: len(batch)]  # not a new list: another thread may be about to append to this one
-        return "".join(batch)
-
-    async def news(self) -> None:
-        """Wait for the next :meth:`wake`. On the loop, as that is, so none is missed between looking and waiting."""
-        self.waiter = self.loop.create_future()
-        await self.waiter
-
-    def wake(self, _ended: object = None) -> None:
-        """There is something to take, or the function has ended."""
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+        if self.show is not None:
+            self.show(text)
 
     def ask_and_wait(self, question: str) -> str:
         """Ask from another thread, and block it until the answer is there or the turn is over."""
@@ -148,6 +127,8 @@ class _Line:
             return await self.ask(question)
 
         answer = asyncio.run_coroutine_threadsafe(put(), self.loop)
+        if self.asked is None:
+            self.asked = set()
         self.asked.add(answer)
         if not self.open:
             answer.cancel()  # closed since it was checked
@@ -161,7 +142,7 @@ class _Line:
     def close(self) -> None:
         """Nobody listens any more; questions that are open are void."""
         self.open = False
-        for answer in list(self.asked):
+        for answer in list(self.asked or ()):
             answer.cancel()
 
 
@@ -174,9 +155,7 @@ class FunctionEngine:
     name = "function"
 
     async def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
-        """Call the function and yield what it emits, then what it returns.
-
-        The deltas are what it emits; they need not add up to the text.
+        """Call the function and yield what it returns; what it emits goes to ``request.emit`` meanwhile.
 
         Raises
         ------
@@ -191,27 +170,17 @@ class FunctionEngine:
                 "Run its cell again, or pass the workflow: cm.resume(run_id, workflow).",
                 **_where(request),
             )
-        line = _Line(request.ask_human)
-        task = line.loop.create_task(_call(function, _turn(request, line)))
-        task.add_done_callback(line.wake)
+        line = _Line(request)
         try:
-            while True:
-                if text := line.take():
-                    yield Delta(text)
-                elif task.done():
-                    break
-                else:
-                    await line.news()
+            value = await _call(function, _turn(request, line))
+        except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
+            raise
+        except _Raised as raised:
+            raise _translated(request, raised.error) from raised.error
+        except BaseException as error:  # SystemExit too: raised in a task it would end the loop
+            raise _translated(request, error) from error
         finally:
             line.close()
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task}, timeout=GRACE_S)
-        if task.cancelled():
-            raise EngineError(f"agent {request.agent.id!r} was cancelled from within.", **_where(request))
-        value, error = task.result()
-        if error is not None:
-            raise _translated(request, error)
         yield _done(request, value)
 
 
@@ -230,21 +199,15 @@ def _turn(request: AgentRequest, line: _Line) -> Turn:
     )
 
 
-async def _call(function: Callable[[Turn], Any], turn: Turn) -> tuple[Any, BaseException | None]:
-    """What the function returned, or what it raised: ``SystemExit`` raised in a task would end the loop."""
-    try:
-        if inspect.iscoroutinefunction(function):
-            return await function(turn), None
-        value, error = await _in_thread(function, turn)
-        # a decorated async function often looks like a sync one that returns a coroutine
-        return (await value, None) if error is None and inspect.isawaitable(value) else (value, error)
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        return None, error
+async def _call(function: Callable[[Turn], Any], turn: Turn) -> Any:
+    if inspect.iscoroutinefunction(function):
+        return await function(turn)
+    value = await _in_thread(function, turn)
+    # a decorated async function often looks like a sync one that returns a coroutine
+    return await value if inspect.isawaitable(value) else value
 
 
-async def _in_thread(function: Callable[[Turn], Any], turn: Turn) -> tuple[Any, BaseException | None]:
+async def _in_thread(function: Callable[[Turn], Any], turn: Turn) -> Any:
     """Run the function in a thread that delays neither loop nor interpreter when it never ends."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
@@ -265,7 +228,10 @@ async def _in_thread(function: Callable[[Turn], Any], turn: Turn) -> tuple[Any, 
             loop.call_soon_threadsafe(settle, value, failure)
 
     threading.Thread(target=work, name=f"cm {turn.path}", daemon=True).start()
-    return await ended
+    value, failure = await ended
+    if failure is not None:
+        raise _Raised(failure)
+    return value
 
 
 def _done(request: AgentRequest, value: Any) -> TurnDone:

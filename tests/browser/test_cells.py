@@ -74,7 +74,7 @@ def test_run_all_stops_at_the_first_gate_and_clicks_let_the_rest_go_on(open_note
     page.approve(REVIEW, "reviewer")
     nb.run_cell(end)
     nb.wait_text(end, "'reviewer says 1'")
-    assert "approved by you" in nb.text(PLAN)
+    assert "Approved by you" in nb.text(PLAN)
     assert nb.console_errors == []
 
 
@@ -99,7 +99,7 @@ def test_an_approve_cell_in_a_run_all_decides_nothing(open_notebook, kernel):
     nb.wait_text(BUILD, "nothing was decided")
     assert "('planner', 'waiting', 1)" in page.known()
     page.run(BUILD)  # now it has been seen
-    nb.wait_text(PLAN, "approved by you")
+    nb.wait_text(PLAN, "Approved by you")
 
 
 def test_running_cells_again(open_notebook):
@@ -170,4 +170,4 @@ def test_edit_opens_a_cell_with_the_output(open_notebook, line):
     page.last += 1
     page.write(BUILD + 1, "%%cm edit planner\nmy own plan")
     nb.wait_text(PLAN, "my own plan")
-    assert "edited and approved by you" in nb.text(PLAN)
+    assert "Edited and approved by you" in nb.text(PLAN)

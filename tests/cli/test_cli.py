@@ -31,7 +31,7 @@ def planner(turn):
 
 @cm.agent("coder")
 def coder(turn):
-    return "code for " + turn.outputs["planner"]
+    return "code for " + turn.outputs.get("planner", "")
 
 workflow = cm.Workflow("demo", agents=[planner, coder], steps="planner? -> coder", inputs={"goal": "a CLI"})
 """

@@ -44,7 +44,7 @@ def test_code_and_latex_are_left_alone(text: str) -> None:
 
 def test_raw_templates_have_no_holes() -> None:
     assert parse("{{ a }}", True) == ("{{ a }}",)
-    assert (holes("{{ a }}{{ b.c }}"), holes("{{ a }}", True)) == ([Hole("a", None), Hole("b", "c")], [])
+    assert (list(holes("{{ a }}{{ b.c }}")), list(holes("{{ a }}", True))) == ([Hole("a", None), Hole("b", "c")], [])
 
 
 @given(

@@ -496,6 +496,39 @@ def test_a_function_that_never_ends_is_given_up() -> None:
     assert run.wait(10)["hangs"].text == "", "the late answer is not taken"
 
 
+def test_a_task_that_cancels_itself_fails() -> None:
+    @cm.agent("a")
+    async def cancels(turn: cm.Turn) -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+        return "never"
+
+    run = cm.Workflow("c", agents=[cancels], steps="a").start(journal=":memory:")
+    assert gate(run).payload["error"] == "a was cancelled from within."
+    run.stop()
+
+
+def test_an_async_function_that_will_not_be_cancelled_is_given_up() -> None:
+    release = threading.Event()
+
+    @cm.agent("stubborn")
+    async def stubborn(turn: cm.Turn) -> str:
+        while not release.is_set():
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                continue
+        return "late"
+
+    run = cm.Workflow("s", agents=[stubborn], steps=[cm.step("stubborn", timeout_s=0.05)]).start(journal=":memory:")
+    assert "did not finish within 0.05 s" in gate(run).payload["error"]
+    run.skip()
+    assert run.wait(10)["stubborn"].text == ""
+    release.set()
+
+
 def test_a_bug_in_an_engine_surfaces_as_itself() -> None:
     class Buggy:
         name = "buggy"
