@@ -657,8 +657,9 @@ class Session:
     def _asked(self, question: str, gate: Gate) -> str:
         return (self._console.ask(question, lambda: not self._is_open(gate)) or "").strip()
 
-    def _nothing(self) -> None:
+    def _nothing(self) -> Decision | None:
         self._console.say("Nothing was changed, so nothing is decided.", "yellow")
+        return None
 
     def _view(self, gate: Gate, step: StepState) -> str:
         return clean(self._subject(gate, step)) or "There is no text."

@@ -180,7 +180,7 @@ def compose(state: RunState, step: StepState) -> tuple[tuple[Part, ...], tuple[P
         return (), None  # a function without a prompt reads its Turn
     feedback = redo.feedback if redo is not None else None
     if feedback is not None and "feedback" not in names and (rejected := _rejected(step)) is not None:
-        if rejected.session_id is not None:
+        if step.session is not None:
             return (feedback,), None
         answer: tuple[Part, ...] = (rejected.answer,) if rejected.answer is not None else ()
         before: Part = Ref(rejected.turns[-1], "prompt") if rejected.turns else ""

@@ -658,7 +658,8 @@ class Run:
             check_templates(workflow, values)
             self._agents.update({agent.id: agent for agent in workflow.agents})
             for item in workflow.executable:
-                self._engine_for(item)
+                if item.id not in self._state.steps:
+                    self._engine_for(item)
 
         def propose() -> list[AnyEvent]:
             state = self._state
@@ -669,8 +670,8 @@ class Run:
                 under_way = [step for step in state.under_way if step.id not in gone]
                 events += [meaning.cut_short(step, f"{again} runs again") for step in under_way]
                 events.append(Rewound(to=again, later=later))
-            free = state.ended is not None and until is None  # resuming lifts every limit
-            if not free and (state.paused or state.until_reached or state.until != until):
+            held = state.paused or state.until_reached or state.until != until
+            if held if state.ended is None else until is not None:  # resuming lifts every limit
                 events.append(RunUnpaused(until=until))
             return events
 

@@ -215,6 +215,8 @@ class StepState:
     gates: int = 0
     """Gates opened so far: the last part of a gate's id."""
     redo: Redo | None = None
+    session: str | None = None
+    """The agent's own conversation, to be continued; a step that begins anew begins a new one."""
     retry_at: float | None = None
     looped_by: str | None = None
     """The module that sent the run back to this step."""
@@ -452,7 +454,7 @@ def _run_started(state: RunState, event: RunStarted) -> None:
 
 
 def _run_resumed(state: RunState, event: RunResumed) -> None:
-    state.ended, state.ended_at, state.ending, state.reason = None, None, None, ""
+    state.ended, state.ended_at, state.reason = None, None, ""  # an end decided on before a crash still comes
     state.paused, state.pause_reason = False, ""
     state.resumed.append(event)
     _go_until(state, event.until)
@@ -535,7 +537,7 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
         state.cursor = min(state.cursor, step.index)
     elif step.status != "pending":
         # what waits for a decision was made by the old definition: it is made again
-        _begin_again(step, "ready" if step.attempts else "pending")
+        _begin_again(step, "pending")
 
 
 def _step_removed(state: RunState, event: StepRemoved) -> None:
@@ -600,6 +602,7 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
     last.failures = 0
     last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
+    step.session = last.session_id
     if isinstance(event.output, dict):
         for key, value in event.output.items():
             state.texts[Ref(event.seq, f".{key}")] = as_text(value)
@@ -676,8 +679,8 @@ def _conclude(state: RunState, step: StepState, last: Attempt) -> None:
         _settle(state, step, "finished", last.answer)
 
 
-def _go_back(state: RunState, step: StepState) -> None:
-    """Loop once more, or say that the jumps are used up."""
+def _go_back(state: RunState, step: StepState, *, asked: bool = False) -> None:
+    """Loop once more, or say that the jumps are used up; a person who `asked` for it is not passed over."""
     module = cast("Module", step.step)
     loop = state.loops.setdefault(step.id, Loop())
     limit = module.loop_max_iterations
@@ -686,7 +689,7 @@ def _go_back(state: RunState, step: StepState) -> None:
         return
     last = step.last
     answer = last.answer if last is not None else None
-    if module.on_exhausted == "continue":
+    if module.on_exhausted == "continue" and not asked:
         _settle(state, step, "finished", answer)
         return
     used = loop.count
@@ -894,10 +897,12 @@ def _reject_verdict(state: RunState, step: StepState, gate: Gate, decision: Deci
     loop = state.loops.setdefault(step.id, Loop())
     loop.reason = Ref(seq, "feedback")
     loop.output = step.last.answer if step.last is not None else None
-    _go_back(state, step)
+    _go_back(state, step, asked=True)
 
 
 def _retry(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
+    if gate.kind == "stale":
+        step.session = None
     edited = Ref(seq, "prompt") if decision.prompt is not None else None
     kept = step.redo.feedback if step.redo is not None and edited is None else None
     if edited is None and step.redo is not None:
@@ -916,7 +921,7 @@ def _retry_exhausted(state: RunState, step: StepState, gate: Gate, decision: Dec
 
 
 def _keep_stale(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
-    step.status = "finished"
+    step.status = "finished" if step.approved is not None else "skipped"
     step.stale = False
     _advance(state)
 
@@ -1041,7 +1046,7 @@ def _advance(state: RunState) -> None:
 def _begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
     """The step runs anew, from its first prompt."""
     step.status, step.turn, step.stale = status, 1, False
-    step.redo, step.due, step.retry_at = None, None, None
+    step.redo, step.due, step.retry_at, step.session = None, None, None, None
 
 
 def _next_attempt(step: StepState) -> int:
@@ -1211,14 +1216,12 @@ def _start(state: RunState, step: StepState) -> StartTurn | Record:
     first = step.status == "pending" and step.turn == 1
     if first and not asked and step.step.gate in ("before", "both") and state.pauses(step.step):
         return Record(_open(state, step, Due("start", {}, prompt + (context or ())), prompt, context))
-    last = step.last
-    keeps_session = last is not None and step.status != "pending"
     return StartTurn(
         step=step,
         attempt=_next_attempt(step),
         turn=step.turn,
         prompt=prompt,
         context=context,
-        session_id=last.session_id if keeps_session and last is not None else None,
+        session_id=step.session,
         not_before=step.retry_at,
     )

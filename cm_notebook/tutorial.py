@@ -236,6 +236,7 @@ def open_lab(notebook: Path, *, browser: bool = True) -> int:
             print("Stop it with Ctrl+C.", flush=True)
             return 1 if server.wait() else 0
         except KeyboardInterrupt:
+            _end(server)
             print("\nJupyterLab is stopped.", flush=True)
             return 0
         finally:
@@ -252,7 +253,14 @@ def _write_settings(own: Path, token: str) -> None:
 
 
 def _command(notebook: Path, port: int, own: Path, *, browser: bool) -> list[str]:
-    words = [sys.executable, "-m", "jupyterlab", notebook.name, "--log-level=ERROR"]
+    words = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        notebook.name,
+        "--ServerApp.log_level=ERROR",
+        "--LabApp.log_level=ERROR",
+    ]
     words += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     words += ["--ServerApp.base_url=/", "--ServerApp.certfile=", f"--ServerApp.root_dir={notebook.parent.absolute()}"]
     words += [f"--LabApp.workspaces_dir={own / 'workspaces'}"]  # the tabs of other days stay as they are
@@ -343,7 +351,8 @@ def run_headless(notebook: Path) -> int:
             return super().process_message(msg, cell, cell_index)
 
     book = import_module("nbformat").read(notebook, as_version=4)
-    client = Client(book, resources={"metadata": {"path": str(notebook.parent)}}, timeout=None)
+    quiet = ["--IPKernelApp.log_level=ERROR"]  # newer kernels warn, each time, that they talk over loopback
+    client = Client(book, resources={"metadata": {"path": str(notebook.parent)}}, timeout=None, extra_arguments=quiet)
     try:
         client.execute(env={**os.environ, "CM_HEADLESS": "1"})
     except CellExecutionError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -417,17 +416,11 @@ def _words(values: Mapping[str, Any], body: str | None) -> str:
 def show_pending(error: GatePending) -> list[str]:
     """What stands for the traceback of a result that was read too early: one sentence, and the gate again."""
     run = error.run
-    if run is not None and run.gates and bridge.somebody() and error is not _shown_again():
+    shown = vars(error).get("shown", False)
+    vars(error)["shown"] = True  # IPython asks for the lines more than once
+    if run is not None and run.gates and bridge.somebody() and not shown:
         from . import view
 
-        _pending_shown[:] = [weakref.ref(error)]  # IPython and ipykernel both ask for the traceback
         with contextlib.suppress(CodeMachineError):
             view.show(run)  # the whole run: a card would leave the cell of its step and come here
     return [str(error)]
-
-
-_pending_shown: list[weakref.ref[GatePending]] = []
-
-
-def _shown_again() -> GatePending | None:
-    return _pending_shown[0]() if _pending_shown else None

@@ -144,6 +144,30 @@ def _line(words: str) -> dict[str, str]:
 # -- what a page is told ----------------------------------------------------------------------------------------------
 
 
+HELP = [
+    ("A", "approve (in the bar)"),
+    ("S", "skip (in the bar)"),
+    ("R", "reject, with words"),
+    ("E", "edit"),
+    ("Ctrl+Enter", "send the words"),
+    ("G", "to the bar"),
+    ("J", "next step"),
+    ("K", "step before"),
+    ("[", "attempt before"),
+    ("]", "next attempt"),
+    ("D", "what changed"),
+    ("Esc", "back to the cell"),
+    ("?", "this list"),
+]
+MODES = [
+    ("step-by-step", "pause after every step"),
+    ("gates", "pause where a step asks for it"),
+    ("unattended", "do not pause: gates approve themselves"),
+]
+SILENT = "The kernel has not answered yet. The buttons come when it does; until then use %cm approve in a cell."
+GONE = "Not connected. Restart the kernel and run this cell again."
+
+
 def head_record(state: RunState, steps: Sequence[str] | None = None, now: float | None = None) -> dict[str, Any]:
     """The line above, the words below, and what may be done to the run as a whole."""
     said = html.inline(say.sentence(state))
@@ -157,26 +181,29 @@ def head_record(state: RunState, steps: Sequence[str] | None = None, now: float 
         "pill": html.pill(say.run_look(state)),
         "words": html.faint(*say.run_total(state, now).words()),
         "source": html.origin_words(state),
-        "status": state.status,
         "mode": state.mode,
         "locked": state.locked is not None,
-        "paused": state.paused,
+        "over": state.ended is not None,
+        "paused": state.paused and state.ended is None,
         "said": said,
         "spoken": say.one_line(say.sentence(state), 300),
         "place": "" if steps is None else html.inline(html.place_words(state, [state.step(id) for id in steps])),
         "shortcuts": bool(setting("shortcuts")),
         "frame": html.FRAME,
+        "help": HELP,
+        "modes": MODES,
+        "words_for": {"silent": SILENT, "gone": GONE},
     }
 
 
 def card_records(state: RunState, steps: Sequence[str] | None = None, now: float | None = None) -> list[dict[str, Any]]:
     """The lines of the view: cards, folds, captions."""
-    return [_row_record(state, row, now) for row in html.rows(state, steps)]
+    return [_row_record(state, row, place, now) for place, row in enumerate(html.rows(state, steps))]
 
 
-def _row_record(state: RunState, row: html.Row, now: float | None) -> dict[str, Any]:
+def _row_record(state: RunState, row: html.Row, place: int, now: float | None) -> dict[str, Any]:
     if row.caption is not None:
-        return {"key": f"-{row.caption}", "caption": row.caption}
+        return {"key": f"-{place}", "caption": row.caption}
     if len(row.steps) > 1:
         first, last, tone = row.steps[0], row.steps[-1], "done" if row.steps[0].settled else "pending"
         ids = [step.id for step in row.steps]
@@ -226,7 +253,7 @@ def _attempt_record(state: RunState, step: StepState, attempt: Attempt) -> dict[
 
 
 _ASKS: dict[str, dict[str, Any]] = {
-    "reject": {"ask": "feedback", "label": "What should be different?", "send": "Send back"},
+    "reject": {"ask": "feedback", "label": "What should be different?", "send": "Send back", "empty": "Say what should be different: its agent gets your words."},
     "answer": {"ask": "feedback", "label": "Your answer", "send": "Answer", "at_once": True},
     "edit": {"ask": "output", "label": "The output to go on with", "send": "Approve this"},
 }
@@ -345,7 +372,7 @@ class Writing:
 
     def whole(self) -> list[Any]:
         """All there is, for a page that begins."""
-        return [self.attempt, "".join(self.blocks), "".join(self.rest)]
+        return ["".join(self.blocks), "".join(self.rest)]
 
 
 # -- one place where a run is shown -----------------------------------------------------------------------------------
@@ -364,6 +391,7 @@ def _widget_class() -> Any:
         graph = traitlets.Unicode().tag(sync=True)
         cards: Any = traitlets.List().tag(sync=True)
         gates: Any = traitlets.List().tag(sync=True)
+        final = traitlets.Unicode().tag(sync=True)
 
     return RunWidget
 
@@ -378,13 +406,13 @@ class Display:
         self.widget: Any = None
         self.number = 0
         """Of the last message sent."""
-        self.heard = False
-        """Whether a page is there."""
+        self.pages = set[str]()
+        """Those that have said hello."""
         self._lines: list[str] = []
-        self._shown: tuple[Any, ...] = ()
+        self._gates: tuple[str, ...] = ()
         with run.reading() as state:
-            over = self.over(state)
-        if mode == "full" and not over:
+            self._over = self.over(state)
+        if mode == "full" and not self._over:
             self._make_widget()
             self.main = bridge.Slot.open(*self._widget_bundle())
             self.spare: bridge.Slot | None = bridge.Slot.open(self._snapshot())
@@ -405,7 +433,7 @@ class Display:
         with self.run.reading() as state:
             traits = self._traits(state, time.time())
         self.widget = _widget_class()(place=self.place, **traits)
-        self.heard, self.number = False, 0
+        self.pages, self.number = set(), 0
 
     def _widget_bundle(self) -> tuple[dict[str, Any], dict[str, Any]]:
         made = self.widget._repr_mimebundle_()
@@ -428,40 +456,52 @@ class Display:
 
     def refresh(self, state: RunState, lines: Sequence[str]) -> int:
         """Show the state as it is now; how many messages it took."""
-        over = self.over(state)
         if self.mode == "log":
             self._lines = [*self._lines, *lines][-LOG_LINES:]
             self.main.update({"text/plain": "\n".join(self._lines) or say.headline(state)})
             return 1
+        over, was_over = self.over(state), self._over
+        self._over = over
+        if over and was_over:
+            return 0
         if over:
             self._freeze()
-            return 0
-        if self.mode == "html":
+        elif self.mode == "html":
             self.main.update(_static(self.run, self.steps))
-            return 1
-        if self.widget is None:
+        elif was_over:
             self._thaw()
         else:
             with self.widget.hold_sync():
                 for name, value in self._traits(state, time.time()).items():
                     setattr(self.widget, name, value)
-        gates = tuple(state.gates)
-        if self.spare is not None and self._shown != gates:
-            self._shown = gates
-            self.spare.update(self._snapshot())
+            if self._gates != tuple(state.gates):
+                self._snap()
         return 1
 
-    def _freeze(self) -> None:
-        self.main.update(_static(self.run, self.steps))
-        if self.spare is not None:
-            self.spare.update({"text/plain": ""})
-        self.close()
-
-    def _thaw(self) -> None:
-        self._make_widget()
-        self.main.update(*self._widget_bundle())
+    def _snap(self) -> None:
+        """Put a fresh snapshot into B."""
+        self._gates = tuple(self.run.state.gates)
         if self.spare is not None:
             self.spare.update(self._snapshot())
+
+    def _freeze(self) -> None:
+        final = _static(self.run, self.steps)
+        self.main.update(final)
+        if self.spare is not None:
+            self.spare.update({"text/plain": ""})
+        if self.widget is not None and len(self.pages) > 1:
+            # A page that was opened from the file does not know A's id: the widget itself shows it the saved view.
+            self.widget.final = final["text/html"]
+        else:
+            self.close()
+
+    def _thaw(self) -> None:
+        if self.widget is None:
+            self._make_widget()
+        else:
+            self.widget.final = ""
+        self.main.update(*self._widget_bundle())
+        self._snap()
 
     def retire(self) -> None:
         """It is shown somewhere else: say so here."""
@@ -585,7 +625,7 @@ class Hub:
         sent = 0
         for display in displays:
             told = [piece for piece in pieces if display.covers(piece[1])]
-            if told and display.heard:
+            if told and display.pages:
                 display.send("live", pieces=told)
                 sent = 1
         # Drawing costs in proportion to the number of steps, so long runs are drawn less often.
@@ -611,12 +651,12 @@ class Hub:
                 if writing is None or writing.attempt != thing.attempt:
                     continue
                 kind, *texts = writing.add(thing.text)
-                pieces.append([kind, thing.path, thing.attempt, *texts])
+                pieces.append([kind, thing.path, *texts])
                 continue
             self._dirty = True
             if isinstance(thing, TurnStarted):
                 self._writings[thing.path] = Writing(thing.attempt)
-                pieces.append(["start", thing.path, thing.attempt])
+                pieces.append(["start", thing.path])
             with self.run.reading() as state:
                 if any(display.mode == "log" for display in self.displays):
                     self._lines += filter(None, [say.event_line(state, thing)])
@@ -641,16 +681,16 @@ class Hub:
         with self.run.reading() as state:
             steps: list[StepState | None] = [*state.running.values()] or [state.current]
             moving = [step for step in steps if step is not None and _moves(state, step)]
-            lines: list[list[Any]] = [["line", step.path, 0, html.summary(state, step, now)] for step in moving[:32]]
+            lines: list[list[Any]] = [["line", step.path, html.summary(state, step, now)] for step in moving[:32]]
             words = html.faint(*say.run_total(state, now).words())
         with self._lock:
             displays = list(self.displays)
         for display in displays:
-            if display.widget is None or not display.heard:
+            if display.widget is None or not display.pages:
                 continue
             told = [line for line in lines if display.covers(line[1])]
             if told:
-                display.send("live", pieces=[*told, ["words", "", 0, words]])
+                display.send("live", pieces=[*told, ["words", "", words]])
             else:
                 display.widget.send({"kind": "mark", "number": display.number})
         if moving:
@@ -686,14 +726,10 @@ class Hub:
             display.send("said", page=page, gate=content.get("decide", ""), text=words)
 
     def _hello(self, display: Display, page: str) -> None:
-        if not display.heard:
-            display.heard = True
-        elif self._timer is not None and not self._quiet:
-            self._timer.cancel()
-            self._tick()  # what is still to be told belongs to the old count
+        display.pages.add(page)
         texts = {path: writing.whole() for path, writing in self._writings.items() if display.covers(path)}
         if display.widget is not None:
-            display.widget.send_state(["head", "graph", "cards", "gates"])
+            display.widget.send_state(["head", "graph", "cards", "gates", "final"])
             display.widget.send({"kind": "all", "page": page, "number": display.number, "texts": texts})
 
     def _want(self, display: Display, page: str, content: Mapping[str, Any]) -> None:

@@ -42,8 +42,8 @@ class Time(NamedTuple):
         return Time(self.wall / count, self.cpu / count)
 
 
-TEXT = "x" * 1024
-"""What each step produces."""
+SIZE = 1024
+"""Characters that each step produces; all steps different ones."""
 
 UNITS = {"×": 1.0, "s": 1.0, "ms": 1e3, "µs": 1e6, "bytes": 1.0, "KiB": 1 / 1024, "MiB": 1 / 1024**2}
 
@@ -135,14 +135,14 @@ def peak_memory() -> Iterator[Callable[[], int]]:
 @cm.agent("work")
 async def work(turn: cm.Turn) -> str:
     """A step that costs nothing and produces 1 KiB."""
-    return TEXT
+    return turn.step.ljust(SIZE)
 
 
-def chain(steps: int, **options: Any) -> cm.Workflow:
+def chain(steps: int, agent: cm.Agent = work, **options: Any) -> cm.Workflow:
     """A workflow of so many such steps, one after the other."""
     return cm.Workflow(
         f"chain of {steps}",
-        agents=[work],
+        agents=[agent],
         steps=[cm.step("work", id=f"s{number}", **options) for number in range(steps)],
         autonomous_mode="always",
     )
@@ -153,9 +153,10 @@ def looping(times: int) -> cm.Workflow:
 
     @cm.agent("again")
     async def again(turn: cm.Turn) -> cm.Verdict:
-        return cm.Verdict(action="loop" if turn.iteration <= times else "continue", reason=TEXT)
+        return cm.Verdict(action="loop" if turn.iteration <= times else "continue", reason="x" * SIZE)
 
-    return cm.Workflow("loop", agents=[work, again], steps=f"work -> again(loop 1, max {times})", autonomous_mode="always")
+    steps = f"work -> again(loop 1, max {times})"
+    return cm.Workflow("loop", agents=[work, again], steps=steps, autonomous_mode="always")
 
 
 def finish(workflow: cm.Workflow, journal: str | os.PathLike[str] | AnyJournal, **options: Any) -> Time:
@@ -229,8 +230,8 @@ def rows_committed(path: Path, count: int) -> Time:
     """Floor of a durable chain: a row of 1 KiB for each step, each committed."""
     connection = database(path)
     with stopwatch() as passed:
-        for _ in range(count):
-            connection.execute("INSERT INTO steps (body) VALUES (?)", (TEXT,))
+        for number in range(count):
+            connection.execute("INSERT INTO steps (body) VALUES (?)", (str(number).ljust(SIZE),))
     connection.close()
     return passed()
 
@@ -238,14 +239,14 @@ def rows_committed(path: Path, count: int) -> Time:
 def tasks_awaited(count: int) -> Time:
     """Floor of a chain in memory: one Task for each step."""
 
-    async def step() -> str:
-        return TEXT
+    async def step(number: int) -> str:
+        return str(number).ljust(SIZE)
 
     async def steps() -> Time:
         loop = asyncio.get_running_loop()
         with stopwatch() as passed:
-            for _ in range(count):
-                await loop.create_task(step())
+            for number in range(count):
+                await loop.create_task(step(number))
         return passed()
 
     return on_a_thread(steps())

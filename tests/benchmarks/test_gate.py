@@ -9,7 +9,7 @@ from pathlib import Path
 import cm_notebook as cm
 from cm_notebook.journal import Journal
 from tests.benchmarks import measure
-from tests.benchmarks.measure import TEXT, Time, paired, stopwatch
+from tests.benchmarks.measure import SIZE, Time, paired, stopwatch
 from tests.helpers import gate
 
 _numbers = itertools.count()
@@ -21,9 +21,10 @@ import cm_notebook as cm
 async def work(turn):
     return "x" * 1024
 
-workflow = cm.Workflow("gate", agents=[work], steps=[cm.step("work", id="asks", interactive=True), cm.step("work", id="next")])
+steps = [cm.step("work", id="asks", interactive=True), cm.step("work", id="next")]
+workflow = cm.Workflow("gate", agents=[work], steps=steps)
 """
-COLD = GATED + """
+COLD = f"""{GATED}
 import os, sys
 run = cm.resume(sys.argv[1], workflow, journal=sys.argv[2])
 run.approve()
@@ -100,7 +101,11 @@ def test_warm(budget):
     def floor() -> Time:
         connection = _gate_by_hand(new_file())
         with stopwatch() as passed:
-            for body in ('{"type": "approved"}', '{"type": "started"}', f'{{"type": "finished", "text": "{TEXT}"}}'):
+            for body in (
+                '{"type": "approved"}',
+                '{"type": "started"}',
+                f'{{"type": "finished", "text": "{"x" * SIZE}"}}',
+            ):
                 connection.execute("INSERT INTO steps (body) VALUES (?)", (body,))
         connection.close()
         return passed()
@@ -111,6 +116,6 @@ def test_warm(budget):
 
 def _gate_by_hand(path: Path) -> sqlite3.Connection:
     connection = measure.database(path)
-    for body in ('{"type": "started"}', f'{{"type": "finished", "text": "{TEXT}"}}', '{"type": "opened"}'):
+    for body in ('{"type": "started"}', f'{{"type": "finished", "text": "{"x" * SIZE}"}}', '{"type": "opened"}'):
         connection.execute("INSERT INTO steps (body) VALUES (?)", (body,))
     return connection

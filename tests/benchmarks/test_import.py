@@ -55,7 +55,7 @@ print(time.perf_counter() - start[0], time.process_time() - start[1])
             client.execute_interactive("1 + 1", timeout=60, output_hook=lambda message: None)
             reply = client.execute_interactive(timed, timeout=60, output_hook=keep)["content"]
             assert reply["status"] == "ok", f"{reply['evalue']}\n{''.join(said)}"
-            return Time(*map(float, said[-1].split()))
+            return Time(*map(float, "".join(said).splitlines()[-1].split()))
         finally:
             client.stop_channels()
             manager.shutdown_kernel(now=True)

@@ -31,9 +31,7 @@ async def read(loop: str, count: int = COUNT) -> Time:
 
 @pytest.mark.parametrize(("loop", "place"), [("kernel", "the same loop"), ("thread", "another thread's loop")])
 def test_stream(budget, loop, place):
-    rounds = paired(
-        lambda: on_a_thread(read(loop)).per(COUNT), lambda: measure.queue_of_64(COUNT).per(COUNT), rounds=9
-    )
+    rounds = paired(lambda: on_a_thread(read(loop)).per(COUNT), lambda: measure.queue_of_64(COUNT).per(COUNT), rounds=9)
     budget(f"stream of 100,000 chunks to {place}; floor: Queue(64)", rounds.wall, "µs/chunk", times=3)
 
 

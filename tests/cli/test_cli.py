@@ -648,6 +648,7 @@ def test_help_is_one_screen(here: Here, capsys: pytest.CaptureFixture[str]) -> N
     assert len(page.splitlines()) < 24
     assert max(map(len, page.splitlines())) <= 80
     assert cli.main([]) == 2
+    assert capsys.readouterr().out == page
     for command in (cli.RUN, cli.TUTORIAL, cli.DOCTOR):
         assert f"cm-notebook {command.name}" in page
         assert cli.main([command.name, "--help"]) == 0

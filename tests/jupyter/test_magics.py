@@ -67,12 +67,8 @@ class Cells:
     def restart(self) -> None:
         """The kernel ends and another one begins."""
         for run in list(runs._driven.values()):
-            loop, tasks = run._loop, [task for _seq, task in run._tasks.values()]
-            run._tasks.clear()
-            run._driving, run._scheduled = False, True
+            run._driving, run._scheduled = False, True  # deaf: what its turns propose is never taken
             run._journal.release(run.id)
-            for task in tasks:
-                loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
         runs._driven.clear()
         runs._current = None
         fresh = books.Notebook(lambda: self.shell.user_ns)
@@ -286,6 +282,16 @@ def test_after_a_restart_nothing_starts_whose_cell_was_not_run(cells: Cells) -> 
     cells(IMPLEMENTER)
     cells.to("implementer")
     assert len(cells.run["planner"].attempts) == 1
+
+
+def test_a_limit_outlives_a_stop(cells: Cells) -> None:
+    start(cells)
+    cells.restart()
+    cells(WORKFLOW, PLANNER, "%cm stop", PLANNER)
+    cells.to("planner")
+    cells("%cm approve")
+    until(lambda: cells.run.status == "paused", "a pause")
+    assert cells.run["implementer"].status == "pending"
 
 
 def test_after_a_restart_a_second_run_of_the_cell_is_a_new_attempt(cells: Cells) -> None:

@@ -39,6 +39,11 @@ def shipped() -> list[Path]:
     return sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
+def tape_of(path: Path) -> Path:
+    """The tape that the notebook `path` plays, whether there is one or not."""
+    return NOTEBOOKS / "tapes" / f"{path.name[:2]}.jsonl"
+
+
 def copy_to(folder: Path) -> Path:
     """A copy of the notebooks and their tapes, without what runs have left behind."""
     return Path(shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns(".*", "__pycache__")))
@@ -154,7 +159,7 @@ def main() -> int:
     for path in shipped():
         if asked.names and not path.name.startswith(tuple(asked.names)):
             continue
-        tape = NOTEBOOKS / "tapes" / f"{path.name[:2]}.jsonl"
+        tape = tape_of(path)
         if asked.prompts and tape.exists():
             write_prompts(path, tape)
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,0 +1,109 @@
+"""Notebooks with nobody there: nbclient and papermill run them in a real kernel, as a CI does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+SETUP = """\
+%load_ext cm_notebook
+import cm_notebook as cm
+cm.register_engine(cm.ScriptedEngine({"planner": ["a plan"], "implementer": ["a program"]}))"""
+GOAL = "goal = 'a todo CLI'"
+WORKFLOW = "%cm workflow careful --autonomous {} --engine scripted"
+PLANNER = "%%cm step planner\nPlan {{ goal }}."
+IMPLEMENTER = "%%cm step implementer\nBuild {{ planner }}."
+TAPE = """\
+{"tape": 1, "run": "careful-1", "workflow": "careful"}
+{"path": "planner", "attempt": 1, "text": "a recorded plan"}
+{"gate": {"path": "planner", "attempt": 1, "kind": "review"}, "decision": {"action": "approve"}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is to find out by itself."""
+    monkeypatch.delenv("CM_HEADLESS")
+
+
+def notebook(*sources: str) -> Any:
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    made.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    return made
+
+
+def execute(*sources: str) -> Any:
+    made = notebook(*sources)
+    NotebookClient(made, timeout=90, kernel_name="python3").execute()
+    return made
+
+
+def printed(cell: Any) -> str:
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def test_run_all_waits_in_each_cell_and_leaves_lines_and_the_static_view() -> None:
+    done = execute(SETUP, GOAL, WORKFLOW.format("always"), PLANNER, IMPLEMENTER, "cm.current()['implementer'].text")
+    assert "cm: planner ok" in printed(done.cells[3])
+    assert "cm: implementer ok" in printed(done.cells[4])
+    assert "planner ok" not in printed(done.cells[4])
+    shown = [output for output in done.cells[3].outputs if output.output_type == "display_data"]
+    assert len(shown) == 1
+    assert "a plan" in shown[0].data["text/html"]
+    assert "application/vnd.jupyter.widget-view+json" not in json.dumps(done)
+    assert done.cells[5].outputs[0].data["text/plain"] == "'a program'"
+
+
+def test_an_undecided_gate_stops_the_notebook_in_one_sentence() -> None:
+    made = notebook(SETUP, GOAL, WORKFLOW.format("never"), PLANNER, IMPLEMENTER)
+    with pytest.raises(CellExecutionError, match="nobody can answer here"):
+        NotebookClient(made, timeout=90, kernel_name="python3").execute()
+    error = made.cells[3].outputs[-1]
+    assert error.ename == "GatePending"
+    assert len(error.traceback) == 1
+    assert "text/html" in made.cells[3].outputs[-2].data
+    assert made.cells[4].outputs == []
+
+
+def test_a_wrong_line_stops_the_notebook() -> None:
+    with pytest.raises(CellExecutionError, match="Did you mean 'workflow'"):
+        execute(SETUP, "%cm workflw careful")
+
+
+def test_decision_cells_have_nothing_to_decide_where_something_else_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CM_ON_GATE", "approve")
+    done = execute(SETUP, GOAL, WORKFLOW.format("never"), PLANNER, "%cm approve", IMPLEMENTER, "%cm status")
+    assert "Nothing is to be decided" in printed(done.cells[4])
+    assert "on_gate" in done.cells[5].outputs[-1].data["text/html"]
+
+
+def test_every_execution_is_a_new_run() -> None:
+    for _ in range(2):
+        done = execute(SETUP, GOAL, WORKFLOW.format("always"), PLANNER, "print(len(cm.runs()))")
+    assert printed(done.cells[4]) == "2\n"
+
+
+def test_a_tape_answers_turns_and_gates(tmp_path: Path) -> None:
+    Path("tape.jsonl").write_text(TAPE, encoding="utf-8")
+    line = "%cm workflow careful --autonomous never --tape tape.jsonl"
+    done = execute(SETUP, GOAL, line, PLANNER)
+    assert "a recorded plan" in done.cells[3].outputs[-1].data["text/html"]
+    assert "approved (recorded)" in printed(done.cells[3])
+
+
+def test_papermills_parameters_stand_in_prompts(tmp_path: Path) -> None:
+    made = notebook(SETUP, GOAL, WORKFLOW.format("always"), PLANNER, "print(cm.current()['planner'].prompt)")
+    made.cells[1].metadata.tags = ["parameters"]
+    nbformat.write(made, tmp_path / "in.ipynb")
+    papermill.execute_notebook(
+        str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb"), parameters={"goal": "a web shop"}, progress_bar=False
+    )
+    done = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    assert printed(done.cells[-1]) == "Plan a web shop.\n"

@@ -1,0 +1,262 @@
+"""The shipped notebooks: each runs from its tape with nobody there, always the same, and is saved as it comes out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from tests.notebooks import execute as books
+
+ROOT = books.NOTEBOOKS.parent
+ALL = books.shipped()
+TAPED = [path for path in ALL if (books.NOTEBOOKS / "tapes" / f"{path.name[:2]}.jsonl").exists()]
+WITH_DECISIONS = [path for path in TAPED if '"decision"' in books.tape_of(path).read_text(encoding="utf-8")]
+PYTHON = Path(sys.executable)
+
+pytestmark = [
+    # What Jupyter's own packages warn about is not ours to mend.
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.timeout(300),
+]
+
+
+def names(paths: list[Path]) -> list[Any]:
+    return [pytest.param(path, id=path.stem) for path in paths]
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(book: Any) -> list[Any]:
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
+def errors(book: Any) -> list[Any]:
+    return [output for cell in code_cells(book) for output in cell.outputs if output.output_type == "error"]
+
+
+def said(book: Any) -> str:
+    """All that the outputs say, as plain text."""
+    parts = []
+    for cell in code_cells(book):
+        for output in cell.outputs:
+            parts += [output.get("text", ""), output.get("data", {}).get("text/plain", ""), output.get("evalue", "")]
+            parts += output.get("traceback", ())
+    return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(parts))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The notebooks and their tapes, to write to."""
+    return books.copy_to(tmp_path)
+
+
+def without_decisions(folder: Path, path: Path) -> Path:
+    """The notebook of that name in `folder`, whose tape has lost its decisions."""
+    tape = folder / books.tape_of(path).relative_to(books.NOTEBOOKS)
+    lines = tape.read_text(encoding="utf-8").splitlines(keepends=True)
+    tape.write_text("".join(line for line in lines if '"decision"' not in line), encoding="utf-8")
+    return folder / path.name
+
+
+# -- as they are saved -------------------------------------------------------------------------------------------------
+
+
+def test_there_are_some() -> None:
+    assert len(ALL) >= 6
+    assert len(TAPED) >= 5
+    assert len(WITH_DECISIONS) >= 3
+
+
+@pytest.mark.parametrize("path", names(ALL))
+def test_limits(path: Path) -> None:
+    book = read(path)
+    cells = code_cells(book)
+    nbformat.validate(book)
+    assert len(cells) <= 12
+    assert path.stat().st_size < 300_000
+    assert "widgets" not in book.metadata
+    assert book.metadata.kernelspec.name == "python3"
+    assert book.cells[0].cell_type == "markdown"
+    assert book.cells[0].source.startswith("# ")
+    assert book.cells[1].metadata.get("tags") == ["parameters"]
+    assert book.cells[1].source == 'goal = "a todo CLI"'
+
+
+@pytest.mark.parametrize("path", names(ALL))
+def test_is_saved_with_its_outputs(path: Path) -> None:
+    book = read(path)
+    cells = code_cells(book)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    shown = "".join(str(cell.outputs) for cell in cells)
+    assert "application/vnd.jupyter.widget" not in shown
+    assert "text/html" in shown
+    assert not errors(book)
+    if "%load_ext" in str(cells):
+        assert cells[-1].source == "%cm status"
+
+
+@pytest.mark.parametrize("path", names(ALL))
+def test_knows_nothing_of_the_machine_that_saved_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for word in ("/home/", "/root", "/tmp", "/work", "/Users/", str(ROOT), "r-" + "0" * 8):
+        assert word not in text
+    assert not re.search(r"\br-[0-9a-f]{8}\b", text), "the id of a run"
+
+
+@pytest.mark.parametrize("path", names(TAPED))
+def test_tape(path: Path) -> None:
+    tape = books.tape_of(path)
+    turns = [line for line in map(json.loads, tape.read_text(encoding="utf-8").splitlines()) if "path" in line]
+    assert tape.stat().st_size <= 100_000
+    for turn in turns:
+        where = f"{turn['path']} {turn['attempt']}"
+        assert turn["events"], where
+        assert sum(length for _ms, length in turn["events"]) == len(turn["text"]), where
+        assert turn["usage"]["output_tokens"] > 0, where
+        assert turn["cost_usd"] > 0, where
+        assert turn["duration_s"] * 1000 >= turn["events"][-1][0], where
+        assert re.fullmatch("[0-9a-f]{64}", turn["prompt"]["sha256"]), where
+        assert turn["prompt"]["start"], where
+
+
+@pytest.mark.parametrize("path", names(TAPED))
+def test_programs_on_the_tape_are_python(path: Path) -> None:
+    tape = books.tape_of(path).read_text(encoding="utf-8")
+    for line in map(json.loads, tape.splitlines()):
+        for program in re.findall(r"```python\n(.*?)```", line.get("text", ""), re.DOTALL):
+            compile(program, path.stem, "exec")
+
+
+@pytest.mark.parametrize("number", ["00", "01"])
+def test_the_first_ones_show_a_rejection(number: str) -> None:
+    path = next(path for path in ALL if path.name.startswith(number))
+    assert "attempt 1 rejected (recorded)" in said(read(path))
+    assert "attempt 2 approved (recorded)" in said(read(path))
+
+
+# -- executed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", names(ALL))
+def test_comes_out_as_it_is_saved(path: Path, folder: Path) -> None:
+    """The saved one is the first execution, this is the second."""
+    book = books.execute(folder / path.name)
+    assert not errors(book)
+    assert books.text(book) == path.read_text(encoding="utf-8"), (
+        "Another execution gives another file. If that is right: uv run python tests/notebooks/execute.py"
+    )
+
+
+def test_twice_in_the_same_folder(folder: Path) -> None:
+    """What the first run has left in the journal changes nothing: where nobody is there, each is a new one."""
+    path = folder / ALL[0].name
+    first = books.text(books.execute(path))
+    assert books.text(books.execute(path)) == first
+
+
+@pytest.mark.parametrize("path", names(WITH_DECISIONS))
+def test_stops_where_nobody_decides(path: Path, folder: Path) -> None:
+    from nbclient.exceptions import CellExecutionError
+
+    with pytest.raises(CellExecutionError) as stopped:
+        books.execute(without_decisions(folder, path))
+    assert stopped.value.ename == "GatePending"
+    first = json.loads(next(x for x in books.tape_of(path).read_text("utf-8").splitlines() if '"decision"' in x))
+    assert stopped.value.evalue == (
+        f'Stopped at the gate "{first["gate"]["path"]}": nobody can answer here. '
+        "Play a tape with a decision (`--tape`), or pass `--on-gate approve` if that is what you want."
+    )
+
+
+def test_the_cell_that_stopped_shows_the_gate(folder: Path) -> None:
+    book = books.execute(without_decisions(folder, ALL[0]), allow_errors=True)
+    stopped = next(cell for cell in code_cells(book) if any(o.output_type == "error" for o in cell.outputs))
+    assert "%%cm step planner" in stopped.source
+    error = next(output for output in stopped.outputs if output.output_type == "error")
+    assert "Traceback" not in "\n".join(error.traceback)
+    assert "planner is waiting for you" in said(book)
+
+
+# -- by the tools that people use --------------------------------------------------------------------------------------
+
+
+def run(*words: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=folder,
+        env=books.environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_papermill_with_another_goal(folder: Path) -> None:
+    """The tape is strict: it has no answer for this prompt, and says so."""
+    done = run("papermill", "00-start-here.ipynb", "out.ipynb", "-p", "goal", "a bookmark CLI", folder=folder)
+    assert done.returncode != 0
+    book = read(folder / "out.ipynb")
+    [error] = errors(book)
+    assert "ReplayMismatch" in error.ename + error.evalue + "".join(error.traceback)
+    assert 'The tape has no answer for "planner" with this prompt; it changed here: ' in said(book)
+    assert "a bookmark CLI" in said(book)
+    assert not any("%cm status" in cell.source and cell.outputs for cell in code_cells(book))
+
+
+def test_papermill_with_the_same_goal_logs_each_step(folder: Path) -> None:
+    done = run(
+        *("papermill", "00-start-here.ipynb", "out.ipynb", "-p", "goal", "a todo CLI", "--log-output"), folder=folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cm: planner ok 4.3s 349 tok $0.003 (attempt 2)" in done.stderr
+    assert not errors(read(folder / "out.ipynb"))
+
+
+def test_jupyter_execute(folder: Path) -> None:
+    # It is given the file by its whole path: it works in the folder of the notebook then.
+    first = folder / ALL[0].name
+    assert run("jupyter", "execute", str(first), folder=folder.parent).returncode == 0
+    stopped = run("jupyter", "execute", str(without_decisions(folder, ALL[0])), folder=folder.parent)
+    assert stopped.returncode != 0
+    assert 'Stopped at the gate "planner": nobody can answer here.' in stopped.stderr
+
+
+def test_tutorial_execute(tmp_path: Path) -> None:
+    words = ("cm_notebook", "tutorial", "01", "--to", str(tmp_path / "mine"), "--execute")
+    done = run(*words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cm: reviewer approved (recorded)" in done.stdout
+    without_decisions(tmp_path / "mine", ALL[1])
+    stopped = run(*words, folder=tmp_path)
+    assert stopped.returncode == 3
+    assert 'Stopped at the gate "planner": nobody can answer here.' in stopped.stderr
+
+
+def test_html_needs_no_network(tmp_path: Path) -> None:
+    """The static view is in the page, and nothing of it asks for a widget manager."""
+    shutil.copy(ALL[0], tmp_path)
+    done = run("nbconvert", "--to", "html", ALL[0].name, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / ALL[0].with_suffix(".html").name).read_text(encoding="utf-8")
+    assert "start-here" in page
+    assert "Name the tests." in page
+    assert "data:image/svg+xml" in page or "<details" in page
+    assert "html-manager" not in page
+    assert "jupyter.widget" not in page
+    plain = run("nbconvert", "--to", "html", "--template", "basic", ALL[0].name, folder=tmp_path)
+    assert plain.returncode == 0, plain.stderr
+    page = (tmp_path / ALL[0].with_suffix(".html").name).read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert not re.findall(r'(?:src|href)="https?:', page)
