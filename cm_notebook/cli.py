@@ -187,13 +187,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """What the program does with `words` (default: those of the process); returns the exit code."""
     words = list(sys.argv[1:] if words is None else words)
     _prepare_streams()
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):  # the end of a CI job and of a terminal: as Ctrl+C
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, signal.default_int_handler)
     try:
-        return _dispatch(words)
+        with _ends_as_interrupts():
+            return _dispatch(words)
     except _Misunderstood as error:
         code = USAGE
         _complain(str(error))
@@ -212,6 +208,21 @@ def main(words: Sequence[str] | None = None) -> int:
         code = FAILED
         _let_go_of_stdout()
     return code
+
+
+@contextlib.contextmanager
+def _ends_as_interrupts() -> Iterator[None]:
+    """The end of a CI job, and of a terminal, are taken as Ctrl+C."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    mine = threading.current_thread() is threading.main_thread()
+    taken = [number for number in numbers if mine and signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in taken:
+            signal.signal(number, signal.default_int_handler)
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _dispatch(words: list[str]) -> int:

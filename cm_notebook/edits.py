@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import WorkflowError
 from .events import AnyEvent, StepAdded, StepChanged, StepRemoved
-from .prompts import check_templates, fingerprint
+from .prompts import agent_facts, check_templates, fingerprint
 from .state import RunState, cut_short
 from .workflow import Agent, Separator, Step, Workflow, step_data
 
@@ -39,7 +39,10 @@ def checked_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def fingerprints(workflow: Workflow, inputs: Mapping[str, Any]) -> dict[str, str]:
     """What decides about each step, as a digest, by step."""
-    return {item.id: fingerprint(item, workflow.agent(item.agent), inputs) for item in workflow.executable}
+    agents = {agent.id: (agent, agent_facts(agent)) for agent in workflow.agents}
+    return {
+        item.id: fingerprint(item, agents[item.agent][0], inputs, agents[item.agent][1]) for item in workflow.executable
+    }
 
 
 def changed(
@@ -118,11 +121,10 @@ def _definition(state: RunState, item: Step | Separator, made: Workflow, inputs:
     if isinstance(item, Separator):
         return {"fingerprint": ""}
     agent = made.agent(item.agent)
-    data = agent.model_dump(mode="json", exclude_defaults=True)
     known = state.agents.get(agent.id)
-    same = known is not None and known.model_dump(mode="json", exclude_defaults=True) == data
+    same = known is not None and agent_facts(known) == agent_facts(agent)
     return {
-        "agents": [] if same else [data],
+        "agents": [] if same else [agent.model_dump(mode="json", exclude_defaults=True)],
         "inputs": {name: value for name, value in inputs.items() if state.inputs.get(name, _MISSING) != value},
         "fingerprint": fingerprint(item, agent, {**made.inputs, **inputs}),
     }

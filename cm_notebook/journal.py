@@ -84,6 +84,10 @@ class MemoryJournal:
         """Whether somebody else may have written."""
         return False
 
+    def read(self, run_id: str, after: int = 0) -> Iterator[AnyEvent]:
+        """The events of a run one by one."""
+        return iter(self.events(run_id, after))
+
     def events(self, run_id: str, after: int = 0) -> list[AnyEvent]:
         """The events of a run, from ``seq`` `after` + 1 on."""
         if run_id not in self._runs:
@@ -217,7 +221,7 @@ class Journal:
                 if self._seen.get(run_id) == (version, after):
                     return []
                 rows = execute(_SELECT, (base + after, base + (1 << 32)))
-                found = _read_rows(rows, self.path)
+                found = list(_read_rows(rows, self.path))
                 self._seen[run_id] = (version, found[-1].seq if found else after)
                 return found
         except BaseException:
@@ -278,9 +282,13 @@ class Journal:
         ------
         JournalError    There is no such run, or a row is damaged; the message names it.
         """
+        return list(self.read(run_id, after))
+
+    def read(self, run_id: str, after: int = 0) -> Iterator[AnyEvent]:
+        """The events of a run one by one, as :meth:`events`; nobody else reads here until the last one is taken."""
         base = self._base(run_id)
         with self._read, self._translated():
-            return _read_rows(self._reader.execute(_SELECT, (base + after, base + (1 << 32))), self.path)
+            yield from _read_rows(self._reader.execute(_SELECT, (base + after, base + (1 << 32))), self.path)
 
     def runs(self) -> list[RunInfo]:
         """All runs, newest first."""
@@ -337,17 +345,15 @@ def open_journal(where: str | os.PathLike[str] | AnyJournal) -> AnyJournal:
         return _opened[key]
 
 
-def _read_rows(rows: Iterator[tuple[int, float, str, str]] | sqlite3.Cursor, path: str) -> list[AnyEvent]:
-    found: list[AnyEvent] = []
+def _read_rows(rows: sqlite3.Cursor, path: str) -> Iterator[AnyEvent]:
     for key, at, type_name, text in rows:
         try:
-            found.append(facts.read(type_name, key & 0xFFFFFFFF, at, text))
+            yield facts.read(type_name, key & 0xFFFFFFFF, at, text)
         except (ValueError, TypeError) as error:
             line = str(error).splitlines()[0]
             raise JournalError(
                 f"{path} is damaged at event {key & 0xFFFFFFFF} ({type_name}): {line}.", path=path
             ) from error
-    return found
 
 
 def own_folder() -> Path:

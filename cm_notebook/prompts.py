@@ -145,18 +145,21 @@ def _check_hole(
     )
 
 
-def fingerprint(step: Step, agent: Agent, inputs: Mapping[str, object]) -> str:
+def agent_facts(agent: Agent) -> str:
+    """All that decides what an agent does: its prompt, engine, model, source, as JSON."""
+    return agent.model_dump_json(exclude_defaults=True)
+
+
+def fingerprint(step: Step, agent: Agent, inputs: Mapping[str, object], facts: str | None = None) -> str:
     """A digest of all that decides what a step is told to do.
 
-    Its options, its agent's prompt, engine, model or source, and the values of the inputs that its templates name.
+    Its options, what decides about its agent (`facts`, where :func:`agent_facts` is at hand already), and the values of
+    the inputs that its templates name.
     """
     named = {hole.name for template in step.prompts(agent) for hole in holes(template, step.raw)}
-    facts = [
-        step.model_dump(mode="json", exclude_defaults=True),
-        agent.model_dump(mode="json", exclude_defaults=True),
-        {name: inputs[name] for name in sorted(named) if name in inputs},
-    ]
-    return digest(json.dumps(facts, sort_keys=True))[:16]
+    used = {name: inputs[name] for name in sorted(named) if name in inputs}
+    said = json.dumps(used, sort_keys=True) if used else ""
+    return digest("\n".join((step.model_dump_json(exclude_defaults=True), facts or agent_facts(agent), said)))[:16]
 
 
 # -- composing --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import os
 import secrets
 import sys
@@ -63,6 +64,7 @@ from .events import (
     TurnCutShort,
     TurnStarted,
     Usage,
+    place,
 )
 from .feed import Feed, LiveText
 from .journal import AnyJournal, open_journal, own_folder
@@ -209,16 +211,25 @@ class Run:
         return run
 
     def _reload(self) -> None:
-        state = RunState()
-        for event in self._journal.events(self.id):
-            try:
-                apply(state, event)
-            except CodeMachineError as error:
-                raise JournalError(
-                    f"run {self.id!r} in {self._journal.path} does not make sense at event {event.seq}: {error}",
-                    path=self._journal.path,
-                ) from error
-        self._state = state
+        """Make the state anew from the journal."""
+        before, self._state = self._state, RunState()
+        try:
+            self._read_on()
+        except CodeMachineError:
+            self._state = before
+            raise
+
+    def _read_on(self) -> None:
+        """Bring the state up to what the journal holds."""
+        with _no_collecting():
+            for event in self._journal.read(self.id, self._state.seq):
+                try:
+                    apply(self._state, event)
+                except CodeMachineError as error:
+                    raise JournalError(
+                        f"run {self.id!r} in {self._journal.path} does not make sense at event {event.seq}: {error}",
+                        path=self._journal.path,
+                    ) from error
 
     def _prepare(
         self,
@@ -692,7 +703,6 @@ class Run:
         """As ``_propose``, but a run that has ended is resumed for it."""
         if self._loop is None:
             raise TransitionError(f"run {self.id!r} is not driven here. Resume it first: cm.resume({self.id!r}).")
-        self._drive()
 
         def propose() -> list[AnyEvent]:
             wanted = proposal()
@@ -700,7 +710,7 @@ class Run:
             return [RunResumed(), *wanted] if ended is not None and (wanted or ended != "completed") else wanted
 
         try:
-            self._propose(propose)
+            self._propose(propose, drive=True)
         finally:
             if self._state.ended is not None and self._rest.done():
                 self._let_go()  # it was refused, and the run is where it was
@@ -711,14 +721,19 @@ class Run:
 
     # -- recording ----------------------------------------------------------------------------------------------------
 
-    def _propose(self, proposal: Proposal, *, wait: bool = True) -> None:
-        """Have `proposal` made into events; with `wait`, returns when they are on disk, or raises why not."""
-        if not wait:
-            self._inbox.append((proposal, None))
+    def _propose(self, proposal: Proposal, *, wait: bool = True, drive: bool = False) -> None:
+        """Have `proposal` made into events; with `wait`, returns when they are on disk, or raises why not.
+
+        With `drive` the run is driven for it; a run that is just coming to its end stays so.
+        """
+        reply: concurrent.futures.Future[None] | None = concurrent.futures.Future() if wait else None
+        with self._lock:
+            if drive:
+                self._drive()
+            self._inbox.append((proposal, reply))
+        if reply is None:
             self._schedule()
             return
-        reply: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._inbox.append((proposal, reply))
         if not self._driving or self._loop is None or running_loop() is self._loop:
             self._pass()
         else:
@@ -794,9 +809,7 @@ class Run:
         ------
         TransitionError    It is not legal now; nothing was changed.
         """
-        # past pydantic's __setattr__, which costs more than all the rest here
-        object.__setattr__(event, "seq", self._state.seq + 1)
-        object.__setattr__(event, "at", max(time.time(), self._state.at))
+        place(event, self._state.seq + 1, max(time.time(), self._state.at))
         apply(self._state, event)
         self._batch.append(event)
 
@@ -882,7 +895,8 @@ class Run:
     def _come_to_rest(self) -> None:
         """Tell those who wait that the run goes no further by itself, and how it ended."""
         with self._lock:
-            if not self._rest.done() and self._resting():
+            # What is in the inbox may go on with it; the pass that takes it comes here again.
+            if not self._rest.done() and not self._inbox and self._resting():
                 self._rest_now(self._state)
 
     def _rest_now(self, state: RunState) -> None:
@@ -1232,18 +1246,20 @@ def resume(
     run._prepare(given.values(), **options)
     run._drive()
 
+    different: list[AnyEvent] = []
+
     def propose() -> list[AnyEvent]:
-        cut = [meaning.cut_short(step, reason) for step in run._state.under_way]
-        return [RunResumed(reason=reason, until=until), *cut]
+        anew = {event.step for event in different if isinstance(event, TurnCutShort)}
+        cut = [meaning.cut_short(step, reason) for step in run._state.under_way if step.id not in anew]
+        return [RunResumed(reason=reason, until=until), *cut, *different]
 
     try:
-        run._reload()  # what the one who drove it before wrote until the last moment
-        different: list[AnyEvent] = []
+        run._read_on()  # what the one who drove it before wrote until the last moment
         if workflow is not None:
             values = edits.checked_inputs({**run.state.inputs, **workflow.inputs})
             check_templates(workflow, values)
             different = edits.revision(run._state, workflow, values)
-        run._propose(lambda: [*propose(), *different])
+        run._propose(propose)
     except CodeMachineError:
         run._let_go()
         raise
@@ -1278,6 +1294,18 @@ def _nobody_there(gate: Gate) -> str:
         f'Stopped at the gate "{gate.step}": nobody can answer here. Play a tape with a decision (`--tape`), '
         "or pass `--on-gate approve` if that is what you want."
     )
+
+
+@contextlib.contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Keep the garbage collector from walking a state again and again while it is built of objects that all stay."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _quietly(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ touched and the token is in no list of processes. ``--execute`` is the same note
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import http.client
@@ -19,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CodeMachineError, GatePending, WorkflowError, did_you_mean
+from .loops import engine_loop, run_sync
 
 FOLDER = "cm-notebook-tutorial"
 NOTE = ".shipped.json"
@@ -351,10 +354,10 @@ def run_headless(notebook: Path) -> int:
             return super().process_message(msg, cell, cell_index)
 
     book = import_module("nbformat").read(notebook, as_version=4)
-    quiet = ["--IPKernelApp.log_level=ERROR"]  # newer kernels warn, each time, that they talk over loopback
+    quiet = ["--IPKernelApp.log_level=CRITICAL"]  # a kernel talks about loopback, and about being ended
     client = Client(book, resources={"metadata": {"path": str(notebook.parent)}}, timeout=None, extra_arguments=quiet)
     try:
-        client.execute(env={**os.environ, "CM_HEADLESS": "1"})
+        _see_through(client.async_execute(env={**os.environ, "CM_HEADLESS": "1"}))
     except CellExecutionError as error:
         if error.ename == "GatePending":
             raise GatePending(error.evalue) from error
@@ -366,6 +369,24 @@ def run_headless(notebook: Path) -> int:
     count = sum(1 for cell in book.cells if cell.cell_type == "code")
     print(f"{notebook.stem}: {count} cells ran.", flush=True)
     return 0
+
+
+def _see_through(work: Coroutine[Any, Any, Any]) -> None:
+    """Do `work` on another thread, for nbclient would take Ctrl+C for itself; then it is cancelled and tidies up."""
+
+    async def doing() -> None:
+        tasks.append(asyncio.current_task())
+        await work
+
+    tasks: list[Any] = []
+    done = asyncio.run_coroutine_threadsafe(doing(), engine_loop())
+    try:
+        run_sync(done)
+    except KeyboardInterrupt:
+        engine_loop().call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+        with contextlib.suppress(Exception, CancelledError):
+            run_sync(done, END_S)
+        raise
 
 
 def _failed(book: Any) -> int:

@@ -253,7 +253,12 @@ def _attempt_record(state: RunState, step: StepState, attempt: Attempt) -> dict[
 
 
 _ASKS: dict[str, dict[str, Any]] = {
-    "reject": {"ask": "feedback", "label": "What should be different?", "send": "Send back", "empty": "Say what should be different: its agent gets your words."},
+    "reject": {
+        "ask": "feedback",
+        "label": "What should be different?",
+        "send": "Send back",
+        "empty": "Say what should be different: its agent gets your words.",
+    },
     "answer": {"ask": "feedback", "label": "Your answer", "send": "Answer", "at_once": True},
     "edit": {"ask": "output", "label": "The output to go on with", "send": "Approve this"},
 }

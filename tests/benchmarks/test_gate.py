@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sqlite3
 from pathlib import Path
 
@@ -57,7 +58,9 @@ asyncio.run(main(sys.argv[1]))
 print("done", flush=True)
 os._exit(0)
 """
-"""As a person would write it who wants each fact on disk when it happens: the decision, the start, the end."""
+"""As somebody would write it who wants each fact on disk when it happens: the decision, the start, the end."""
+
+FINISHED = json.dumps({"type": "finished", "text": "x" * SIZE})
 
 
 def new_file() -> Path:

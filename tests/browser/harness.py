@@ -491,7 +491,7 @@ class NotebookPage:
 
     def text(self, cell: int) -> str:
         """The text that is to be seen in the cell's output."""
-        outputs = self.output(cell).locator(":scope > .jp-OutputArea-child > .jp-OutputArea-output")
+        outputs = self.output(cell).locator(":scope > .jp-OutputArea-child > .jp-OutputArea-output:visible")
         return "\n".join(outputs.all_inner_texts())
 
     def wait_text(self, cell: int, text: str, timeout_s: float = 15) -> None:

@@ -101,19 +101,16 @@ Here = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Here]:
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
     """The same in this process, for what ends before anything runs: exit code and stderr."""
     monkeypatch.setattr(config, "chosen", {})
     monkeypatch.setattr(sys, "path", [*sys.path])
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def ran(*words: str) -> tuple[int, str]:
         code = cli.main(words)
         return code, capsys.readouterr().err
 
-    yield ran
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return ran
 
 
 def last_run() -> cm.Run:

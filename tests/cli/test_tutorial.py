@@ -204,8 +204,8 @@ def lab(shipped: Path) -> Iterator[subprocess.Popen[str]]:
     )
     yield process
     if process.poll() is None:
-        process.kill()
-    process.communicate()
+        process.terminate()  # it ends its server
+    process.communicate(timeout=60)
 
 
 def get(port: int, path: str, token: str | None) -> tuple[int, str]:
@@ -304,3 +304,19 @@ def test_executed_on_a_kernel_that_is_not_there(shipped: Path, capsys: pytest.Ca
     done = ran("--execute")
     assert done.returncode == 1
     assert "needs the kernel 'no-such-kernel'" in done.stderr
+
+
+def test_interrupted_it_takes_the_kernel_with_it(shipped: Path) -> None:
+    said = "import os\nfrom pathlib import Path\nPath('kernel.tmp').write_text(str(os.getpid()))\n"
+    said += "os.rename('kernel.tmp', 'kernel')\nimport time\ntime.sleep(100)"
+    notebook(shipped / "00-start-here.ipynb", "Start here", said)
+    argv = [sys.executable, "-m", "cm_notebook", "tutorial", "--execute"]
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    kernel = Path(tutorial.FOLDER, "kernel")
+    until(kernel.exists, "the kernel", 60)
+    process.send_signal(signal.SIGTERM)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert complaint.decode().splitlines()[-1] == "cm-notebook: stopped."
+    assert b"Traceback" not in complaint
+    assert not Path("/proc", kernel.read_text()).exists()

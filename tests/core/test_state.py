@@ -809,7 +809,7 @@ def test_nothing_comes_before_the_start() -> None:
     [
         ("pending", "pending", ["a"]),
         ("start", "pending", ["a"]),
-        ("review", "ready", ["a", "a"]),
+        ("review", "pending", ["a", "a"]),
         ("finished", "finished", ["a"]),
         ("stale", "finished", ["a"]),
     ],

@@ -31,7 +31,7 @@ from nbclient.exceptions import CellExecutionError
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 SHOWN = 160
-"""Characters of a prompt that stand on a tape, for the message about one that differs."""
+"""Characters of a prompt that stand on a tape, so that the message about another one can say where it differs."""
 
 
 def shipped() -> list[Path]:
@@ -49,10 +49,18 @@ def copy_to(folder: Path) -> Path:
     return Path(shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns(".*", "__pycache__")))
 
 
-def environment(**more: str) -> dict[str, str]:
-    """The environment of a kernel: ours, without settings of this package; nbclient itself says that nobody is there."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CM_", "PYTEST_", "JPY_"))}
-    return {**inherited, **more}
+@contextlib.contextmanager
+def kernel_environment() -> Iterator[None]:
+    """The environment for a kernel: without settings of this package and of pytest, which it would take from us."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("CM_", "PYTEST_", "JPY_")):
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def execute(path: Path, *, allow_errors: bool = False) -> Any:
@@ -72,22 +80,9 @@ def execute(path: Path, *, allow_errors: bool = False) -> Any:
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
     )
-    with _only(environment()):
+    with kernel_environment():
         client.execute()
     return book
-
-
-@contextlib.contextmanager
-def _only(wanted: dict[str, str]) -> Iterator[None]:
-    """With these variables in the environment and no others: a kernel takes ours, whatever it is given besides."""
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def text(book: Any) -> str:
@@ -114,7 +109,7 @@ def _joined(outputs: list[Any]) -> list[Any]:
 
 
 def write_prompts(path: Path, tape: Path) -> None:
-    """Put on `tape` the prompts that executing the notebook at `path` sends, as digests with their beginnings."""
+    """Put on `tape` the prompts that executing the notebook at `path` sends; of long ones digest and beginning."""
     from cm_notebook.prompts import digest
     from cm_notebook.run import Run
 
@@ -136,7 +131,7 @@ def write_prompts(path: Path, tape: Path) -> None:
     for line in lines:
         prompt = sent.get((line.get("path", ""), line.get("attempt", 0)))
         if prompt is not None:
-            line["prompt"] = {"sha256": digest(prompt), "start": prompt[:SHOWN]}
+            line["prompt"] = prompt if len(prompt) <= SHOWN else {"sha256": digest(prompt), "start": prompt[:SHOWN]}
     _write_tape(tape, lines)
 
 
