@@ -1,7 +1,7 @@
 """Changing a workflow whose run lives: which events lead from the steps as they are to those that are wanted.
 
-Strategy: pure, like ``state.py``. A change is first tried on the workflow as a whole, with the checks that a new workflow
-has to pass, so what cannot run is refused by name before anything happens. Then it is said in events.
+Strategy: pure, like ``state.py``. A change is first tried on the workflow as a whole, with the checks that a new
+workflow has to pass, so what cannot run is refused by name before anything happens. Then it is said in events.
 """
 
 from __future__ import annotations

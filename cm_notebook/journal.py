@@ -4,8 +4,8 @@ Strategy: one SQLite file in WAL mode with ``synchronous=FULL``; all that one pa
 so one fsync. An event is a row with one integer key, ``run number << 32 | seq``. Events are all there is: what else one
 wants to know about a run is read out of them.
 
-Several processes may write. Whoever wants to takes the write lock first (``begin``), and gets what others have recorded
-meanwhile; so the check "is this legal now?" is always made on all there is. Who *drives* a run holds a lock on a file of
+Several processes may write. Whoever wants to takes the write lock first (``begin``), and gets what others have
+recorded meanwhile; so the check "is this legal now?" is always made on all there is. Who *drives* a run holds a lock on a file of
 its own, which the operating system lets go of when the process dies, however it dies.
 
 ``MemoryJournal`` is the same without a disk: a list.
@@ -149,7 +149,7 @@ class Journal:
 
     def _check_owner(self) -> None:
         """Leave files of others alone: opening one as a journal would already change it."""
-        with open(self.path, "rb") as file:
+        with Path(self.path).open("rb") as file:
             header = file.read(100)
         if header.startswith(b"SQLite format 3\0") and int.from_bytes(header[68:72], "big") != APPLICATION_ID:
             raise JournalError(f"{self.path} is a database of another program. Name another file.", path=self.path)
@@ -392,7 +392,7 @@ def _make(path: Path) -> None:
             pass  # somebody was faster: theirs counts
         except OSError:  # a file system without hard links
             if not path.exists():
-                os.replace(draft, path)
+                draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -403,11 +403,20 @@ def _explain(path: str, error: sqlite3.Error) -> str:
     if "readonly" in said or "attempt to write" in said:
         return f"the journal {path} is read-only. Make it writable, or name another with journal=."
     if "locked" in said or "busy" in said:
-        return f"the journal {path} is locked by another program ({BUSY_S:g} s waited). End it, or name another with journal=."
+        return (
+            f"the journal {path} is locked by another program ({BUSY_S:g} s waited). "
+            "End it, or name another with journal=."
+        )
     if "full" in said:
-        return f"the journal {path} could not be written: the disk is full. What is recorded is safe; make room and resume."
+        return (
+            f"the journal {path} could not be written: the disk is full. "
+            "What is recorded is safe; make room and resume."
+        )
     if "not a database" in said or "malformed" in said or "no such table" in said or "no such column" in said:
-        return f"the journal {path} is damaged or no journal ({said}). It was left as it is; move it away to begin a new one."
+        return (
+            f"the journal {path} is damaged or no journal ({said}). "
+            "It was left as it is; move it away to begin a new one."
+        )
     if "unable to open" in said:
         return f"the journal {path} cannot be opened: is its folder there and writable?"
     return f"the journal {path} cannot be used: {said}."

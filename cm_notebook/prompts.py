@@ -1,7 +1,7 @@
 """Templates: what a prompt may name, and the parts it is made of.
 
-Strategy: only ``{{ name }}`` and ``{{ name.field }}`` are special, so that prompts may hold any code or LaTeX. A template
-is split once into literals and names; composing it puts *references* where names stood, because a text that is already
+Strategy: only ``{{ name }}`` and ``{{ name.field }}`` are special, so that prompts may hold any code or LaTeX. A
+template is split once into literals and names; composing it puts *references* where names stood, because a text that is already
 in the journal is never stored again. Values are never expanded a second time.
 """
 
@@ -169,8 +169,8 @@ def compose(state: RunState, step: StepState) -> tuple[tuple[Part, ...], tuple[P
     """What is sent in the next turn of `step`: the parts of its prompt, and of the context appended to it.
 
     In this order of precedence: an edited prompt as it is; after a rejection the feedback alone, where the agent's own
-    session is continued, else the last prompt, the last answer and the feedback; else the template, with what the module
-    said that sent the run back, and with earlier outputs as ``context`` when the template names none.
+    session is continued, else the last prompt, the last answer and the feedback; else the template, with what the
+    module said that sent the run back, and with earlier outputs as ``context`` when the template names none.
     """
     redo = step.redo
     if redo is not None and redo.prompt is not None:

@@ -9,8 +9,8 @@ Strategy: a run has an inbox and one synchronous pass. Turns that ended, decisio
     → commit                                                              ┘
     → show the events, answer the proposers, start the turns
 
-``record`` is the only place where an event comes into being. What was there when the pass ran shares its transaction, so
-the end of one step and the start of the next are one write. Nothing is shown or started before it is on disk.
+``record`` is the only place where an event comes into being. What was there when the pass ran shares its transaction,
+so the end of one step and the start of the next are one write. Nothing is shown or started before it is on disk.
 """
 
 from __future__ import annotations
@@ -1137,6 +1137,14 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.id} {self.state.name!r}: {self.status}>"
+
+    def _ipython_display_(self) -> None:
+        """In a notebook with somebody there: the live view. Elsewhere IPython takes the text or the static view."""
+        if _kernel_host() is None or not self._somebody:
+            raise NotImplementedError
+        from .jupyter import view
+
+        view.show(self)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         from .render import html, text

@@ -117,8 +117,8 @@ STATUS_WORDS: dict[StepStatus, str] = {
 class Attempt:
     """One attempt of a step: what was sent, what came back, what was decided about it.
 
-    ``prompt`` and ``text`` are texts; ``started_at`` and ``ended_at`` Unix seconds; ``asked_s`` the seconds in which the
-    turn waited for an answer, which are not counted.
+    ``prompt`` and ``text`` are texts; ``started_at`` and ``ended_at`` Unix seconds; ``asked_s`` the seconds in which
+    the turn waited for an answer, which are not counted.
     """
 
     texts: dict[Ref, str | tuple[Part, ...]] = field(repr=False)
@@ -260,7 +260,7 @@ class Loop:
 
 @dataclass(slots=True)
 class StartTurn:
-    """Action: send a prompt. The text is that of ``prompt`` and then ``context``; not before ``not_before`` (Unix s)."""
+    """Action: send a prompt: the text of ``prompt`` and then ``context``; not before ``not_before`` (Unix seconds)."""
 
     step: StepState
     attempt: int

@@ -116,7 +116,7 @@ class StepView:
         return diff.text(old.text, new.text)
 
     def attempt(self, number: int = -1) -> Attempt:
-        """The attempt of that number: 1, 2 …, or counted from the end: -1, -2 …"""
+        """The attempt of that number: 1 is the first, -1 the last."""
         attempts = self.attempts
         for place, candidate in enumerate(attempts):
             if number in (candidate.number, place - len(attempts)):
@@ -131,4 +131,4 @@ class StepView:
         from .render import html, text
 
         with self.run.reading() as state:
-            return {"text/plain": text.run_text(state, [self.id]), "text/html": html.run_html(state, [self.id])}
+            return {"text/plain": text.show_text(state, self._step), "text/html": html.run_html(state, [self.id])}

@@ -408,7 +408,7 @@ class Workflow(Model):
         return cls(**data)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], agents: Iterable[Agent] = ()) -> Workflow:
+    def from_dict(cls, data: Any, agents: Iterable[Agent] = ()) -> Workflow:
         """A workflow from :meth:`to_dict`'s data; `agents` supplies the Python functions, by id.
 
         Raises
@@ -427,8 +427,8 @@ class Workflow(Model):
             if made.implementation and made.function is None:
                 if made.id not in given:
                     raise WorkflowError(
-                        f"agent {made.id!r} is a Python function ({made.implementation.split(':')[0]}), which cannot be "
-                        f"restored from data. Pass it: agents=[{made.id.replace('-', '_')}], or workflow=."
+                        f"agent {made.id!r} is a Python function ({made.implementation.split(':')[0]}), which cannot "
+                        f"be restored from data. Pass it: agents=[{made.id.replace('-', '_')}], or workflow=."
                     )
                 made = given[made.id]
             merged.append(made)
@@ -511,7 +511,8 @@ def _no_agent(id: str, agents: Iterable[Agent]) -> str:
 def _check_name(what: str, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise WorkflowError(
-            f"{what} {name!r}: a name starts with a letter and holds letters, digits, '-' and '_', for instance 'quality-gate'."
+            f"{what} {name!r}: a name starts with a letter and holds letters, digits, '-' and '_', "
+            "for instance 'quality-gate'."
         )
 
 
@@ -582,7 +583,8 @@ def _arrow_step(found: re.Match[str], start: int) -> AnyStep:
         key, _, value = part.partition(" ")
         if key not in names:
             raise WorkflowError(
-                f"steps, column {start + 1}: {found['name']}({part}) is not understood. {did_you_mean(key, names, 'Options')}"
+                f"steps, column {start + 1}: {found['name']}({part}) is not understood. "
+                + did_you_mean(key, names, "Options")
             )
         if key == "skip":
             options["loop_skip"] = value.split()

@@ -1,9 +1,9 @@
 """Python functions as agents: what a function is told, and how it runs.
 
-Strategy: the function gets a ``Turn`` and runs where the turn runs: an async one in the turn's task, a sync one in
-a daemon thread of its own. What it emits goes straight to the run, from whatever thread (``AgentRequest.emit``). When the
-turn is over before the function is, an async function is cancelled with its task. A thread cannot be and is let go:
-what it next asks of its ``Turn`` raises ``_TurnOver``, and one that asks nothing delays nobody.
+Strategy: the function gets a ``Turn`` and runs where the turn runs: an async one in the turn's own task, a sync one in
+a daemon thread. What it emits goes straight to the run, from whatever thread (``AgentRequest.emit``). When the turn is
+over before the function is, an async function is cancelled with its task. A thread cannot be and is let go: what it
+next asks of its ``Turn`` raises ``_TurnOver``, and one that asks nothing delays nobody.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Turn:
         return line.ask(question) if threading.get_ident() == line.thread else line.ask_and_wait(question)
 
 
-class _Raised(Exception):  # noqa: N818 (it is only carried)
+class _Raised(Exception):
     """Carries what a sync function raised out of its thread, whatever it is."""
 
     def __init__(self, error: BaseException) -> None:

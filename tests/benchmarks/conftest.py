@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.measure import UNITS, Pair
+from tests.browser.conftest import chromium, jupyter_server, open_notebook
+
+__all__ = ["chromium", "jupyter_server", "open_notebook"]  # fixtures of the tests in a browser
 
 _TABLE = pytest.StashKey["list[Row]"]()
 HEADINGS = ("work", "ours", "floor", "ratio", "budget", "clock", "kept")

@@ -1,0 +1,117 @@
+"""In a real browser: a long text arriving at a page, and how soon a click has its effect."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+CHUNKS = 100_000
+
+STREAM = f"""
+import asyncio
+import cm_notebook as cm
+from cm_notebook.jupyter.view import show
+
+class Writer:
+    name = "writer"
+
+    async def stream(self, request):
+        for number in range({CHUNKS}):
+            yield cm.Delta(f"{{number:05d}} ")
+            if number % 1000 == 0:
+                await asyncio.sleep(0.1)  # ten thousand chunks a second, a hundred times what models send
+        yield cm.TurnDone("written")
+
+agents = [cm.Agent("writer", "Write."), cm.Agent("other", "Wait.")]
+
+def start(steps, engine):
+    return cm.Workflow("benchmark", agents=agents, steps=steps).start(engine=engine)
+
+asked = start("other?", cm.ScriptedEngine({{"other": "I am here."}}))
+show(asked)
+"""
+GATES = 15
+GATED = f"""
+import time
+import cm_notebook as cm
+from cm_notebook.jupyter.view import show
+
+started = []
+
+@cm.agent("work")
+async def work(turn):
+    started.append(time.time())
+    return "done"
+
+run = cm.Workflow("benchmark", agents=[work], steps=[cm.step("work", id=f"s{{n}}", interactive=True) for n in range({GATES + 1})])
+run = run.start()
+show(run)
+"""
+LISTEN = """
+() => {
+  window.clicks = [];
+  document.addEventListener("click", event => {
+    if (event.target.closest("button")?.textContent.trim().startsWith("Approve")) {
+      window.clicks.push((performance.timeOrigin + performance.now()) / 1000);
+    }
+  }, true);
+}
+"""
+UNTIL_SHOWN = """
+([cell, text]) => {
+  const output = document.querySelectorAll(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell")[cell];
+  window.shown = null;
+  const look = () => {
+    if (output.innerText.includes(text)) window.shown = (performance.timeOrigin + performance.now()) / 1000;
+    else requestAnimationFrame(look);
+  };
+  look();
+}
+"""
+
+
+def test_stream_to_a_page(budget, open_notebook):
+    nb = open_notebook([STREAM, "run = start('writer', Writer())\nshow(run)"])
+    received: list[int] = []
+
+    def count(socket) -> None:
+        socket.on("framereceived", lambda payload: received.append(len(payload)))
+
+    nb.page.on("websocket", count)
+    nb.reload()
+    nb.page.evaluate(LISTEN)
+    nb.run_cell(0)
+    nb.wait_text(0, "waiting for you")
+    nb.wait_idle()
+    before = len(received)
+    nb.run_cell(1)
+    nb.wait_text(1, "00999", timeout_s=30)
+    nb.page.evaluate(UNTIL_SHOWN, [0, "Finished"])
+    nb.click("button", "Approve", cell=0)
+    nb.wait_until(lambda: nb.page.evaluate("window.shown"), what="the answer to the click")
+    answered = nb.page.evaluate("window.shown - window.clicks.at(-1)")
+    assert "Finished" not in nb.text(1), "the click was meant to fall into the stream"
+    nb.wait_text(1, "Finished", timeout_s=90)
+    assert "rate exceeded" not in nb.server.log()
+    text = CHUNKS * len(f"{0:05d} ")
+    ratio = sum(received[before:]) / text
+    budget("stream of 100,000 chunks to a page: bytes over the socket ÷ text", ratio, "×", at_most=3)
+    budget("click answered while 100,000 chunks arrive", answered, "ms", at_most=200)
+
+
+def test_click_to_next_step(budget, open_notebook):
+    nb = open_notebook([GATED, "import json; print(json.dumps(started))"])
+    nb.page.evaluate(LISTEN)
+    nb.run_cell(0)
+    for number in range(GATES):
+        nb.wait_text(0, f"s{number} is waiting for you")
+        nb.wait_idle()
+        nb.click("button", "Approve", cell=0)
+    nb.wait_text(0, f"s{GATES} is waiting for you")
+    nb.run_cell(1)
+    nb.wait_done(1)
+    started = json.loads(nb.text(1))[1:]
+    clicked = nb.page.evaluate("window.clicks")
+    assert len(clicked) == len(started) == GATES
+    delays = [start - click for click, start in zip(clicked, started, strict=True)]
+    budget("click to next step started, median", statistics.median(delays), "ms", at_most=50)
