@@ -5,8 +5,8 @@ so one fsync. An event is a row with one integer key, ``run number << 32 | seq``
 wants to know about a run is read out of them.
 
 Several processes may write. Whoever wants to takes the write lock first (``begin``), and gets what others have
-recorded meanwhile; so the check "is this legal now?" is always made on all there is. Who *drives* a run holds a lock on a file of
-its own, which the operating system lets go of when the process dies, however it dies.
+recorded meanwhile; so the check "is this legal now?" is always made on all there is. Who *drives* a run holds a lock on
+a file of its own, which the operating system lets go of when the process dies, however it dies.
 
 ``MemoryJournal`` is the same without a disk: a list.
 """

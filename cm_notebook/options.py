@@ -384,7 +384,7 @@ def read(line: str, *, cell: bool = False) -> Request:
     if command.words:
         values, asked_help = _read_words(command, rest)
     else:
-        values, asked_help = read_words_of(command, _split(rest))
+        values, asked_help = _read_options(command, _split(rest))
     if asked_help:
         return Request(command, help=help_text(command))
     _check_form(command, cell)
@@ -435,13 +435,8 @@ def _read_words(command: Command, rest: str) -> tuple[dict[str, Any], bool]:
     return values, False
 
 
-def read_words_of(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], bool]:
-    """The values of split words by parameter, and whether help was asked for; also for the command line.
-
-    Raises
-    ------
-    WorkflowError    They do not fit.
-    """
+def _read_options(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], bool]:
+    """The values of split words by parameter, and whether help was asked for."""
     if any(word in ("--help", "-h") for word in words):
         return {}, True
     known = {flag: option for option in command.options for flag in _spellings(option)}
@@ -481,19 +476,6 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> N
                 **action,
                 **rules,
             )
-
-
-def add_pairs(parser: argparse.ArgumentParser, flag: str) -> None:
-    """Give an argparse parser papermill's way to set an input: ``-p NAME VALUE``."""
-    parser.add_argument(
-        flag,
-        dest=INPUTS.parameter,
-        nargs=2,
-        action=_AddWords,
-        metavar=("NAME", "VALUE"),
-        default=argparse.SUPPRESS,
-        help=INPUTS.meaning,
-    )
 
 
 def _spellings(option: Option) -> tuple[str, ...]:
@@ -551,11 +533,6 @@ class _AddPair(argparse.Action):
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
         pairs = dict(getattr(namespace, self.dest, None) or {})
         setattr(namespace, self.dest, {**pairs, values[0]: values[1]})
-
-
-class _AddWords(_AddPair):
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
-        super().__call__(parser, namespace, (values[0], value_of(values[1])), flag)
 
 
 def _converter(kind: Kind, choices: tuple[str, ...], where: str) -> Callable[[str], Any]:

@@ -1,8 +1,8 @@
 """Templates: what a prompt may name, and the parts it is made of.
 
 Strategy: only ``{{ name }}`` and ``{{ name.field }}`` are special, so that prompts may hold any code or LaTeX. A
-template is split once into literals and names; composing it puts *references* where names stood, because a text that is already
-in the journal is never stored again. Values are never expanded a second time.
+template is split once into literals and names; composing it puts *references* where names stood, because a text that
+is already in the journal is never stored again. Values are never expanded a second time.
 """
 
 from __future__ import annotations

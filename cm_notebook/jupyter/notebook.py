@@ -14,6 +14,7 @@ journal after a kernel restart. A cell that runs again is one of the rows of ``U
 from __future__ import annotations
 
 import difflib
+import numbers
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from typing import Any
 from .. import edits
 from .. import run as runs
 from ..config import setting
-from ..errors import CodeMachineError, TransitionError, WorkflowError, did_you_mean
+from ..errors import CodeMachineError, RunLocked, TransitionError, WorkflowError, did_you_mean
 from ..events import Gate, Mode
 from ..journal import AnyJournal, open_journal
 from ..prompts import Hole, check_templates, holes, step_names
@@ -280,12 +281,11 @@ class Notebook:
         if inputs:
             plan.inputs = {**plan.inputs, **inputs}
         run = self._last()
-        if run is not None and run.status == "completed" and again is None:
-            plan.body = plan.body if plan.body is not None else list(run.state.items)
-            self._forget(looked=True)
-            run = None
         items = plan.steps(run.state.items if run is not None else ())
         ids = [item.id for item in items if not isinstance(item, Separator)]
+        if run is not None and run.status == "completed" and again is None and set(ids) <= set(run.state.steps):
+            plan.body = items  # nothing is left to do: the same once more
+            self._forget(looked=True)
         if not ids:
             raise WorkflowError(
                 f"{plan.name} has no steps yet. Add one with a cell: %%cm step NAME, and its prompt below."
@@ -319,10 +319,11 @@ class Notebook:
             raise TransitionError(f"there is no run {run_id!r}. {did_you_mean(run_id, known, 'Runs')}")
         found = Run.open(run_id)
         self._check_functions(found.state)
-        run = runs.resume(run_id, agents=self._known_to(found.state))
+        plan = self.plan if self.plan is not None and self.plan.name == found.state.name else Plan(found.state.name)
+        agents = [agent for agent in self.agents.values() if agent.id in found.state.agents]
+        run = runs.resume(run_id, agents=agents, engine=plan.engine, tape=plan.tape)
         self._forget(looked=True)
-        if self.plan is None or self.plan.name != run.state.name:
-            self.plan = Plan(run.state.name, run.state.locked or run.mode != "step-by-step")  # type: ignore[arg-type]
+        self.plan = plan
         self.run, self.since = run, time.time()
         self._allowed = set(run.state.steps)
         return run
@@ -407,7 +408,12 @@ class Notebook:
         given = {"engine": plan.engine, "tape": plan.tape, **options}
         given.pop("workspace", None)
         why = "stopped by you" if found.status == "stopped" else "the kernel had ended"
-        run = runs.resume(found.id, workflow, until=until, reason=why, **given)
+        try:
+            run = runs.resume(found.id, workflow, until=until, reason=why, **given)
+        except RunLocked as error:
+            raise RunLocked(
+                f"{error} Or begin another run: `%cm workflow {plan.name} --new`.", path=error.path
+            ) from None
         self.run, self.found, self.since = run, None, time.time()
         return run
 
@@ -481,9 +487,6 @@ class Notebook:
         except WorkflowError:
             return None
 
-    def _known_to(self, state: RunState) -> list[Agent]:
-        return [agent for agent in self.agents.values() if agent.id in state.agents]
-
     def _check_functions(self, state: RunState) -> None:
         """A function that no cell has defined in this kernel cannot run."""
         agents, used = self.agents, {step.step.agent for step in state.order}
@@ -514,8 +517,10 @@ class Notebook:
                 if hole.name in RESERVED or hole.name in names or hole.name in explicit:
                     continue
                 value = variables.get(hole.name)
-                if isinstance(value, (str, int, float)):
+                if isinstance(value, str):
                     values[hole.name] = value
+                elif isinstance(value, numbers.Real):  # numpy's too
+                    values[hole.name] = int(value) if isinstance(value, numbers.Integral) else float(value)
                 elif hole.name not in inputs:
                     raise WorkflowError(self._undefined(item, hole, {*names, *inputs}))
         return values

@@ -25,7 +25,8 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +84,7 @@ def show(run: Run, steps: Sequence[str] | None = None, *, mode: ViewMode | None 
         bridge.direct_clicks.install(bridge.kernel())
     hub = _hub(run)
     hub.retire(chosen)
-    hub.add(Display(run, chosen, how))
+    hub.add(Display(run, chosen, how, hub.listen))
 
 
 def show_static(run: Run, steps: Sequence[str] | None = None) -> None:
@@ -363,17 +364,26 @@ class Writing:
         """Take more of it; what to tell the pages."""
         self._size += len(text)
         if self._stream is not None and (len(text) > BURST or self._size > FORMATTED):
-            self._stream = None
+            return self._go_plain(text)
         made = self._stream.push(text) if self._stream is not None else []
         if made and self._stream is not None:
-            closed = "".join(block.html for block in made)
-            self.blocks.append(closed)
-            self.rest = [self._stream.tail]
-            return ["block", closed, self.rest[0]]
+            return self._close("".join(block.html for block in made), self._stream.tail)
         self.rest.append(clean(text))
+        told = ["delta", self.rest[-1]]
         if self._stream is None and len(self.rest) > 64:
             self.rest = ["".join(self.rest)[-KEPT:]]
-        return ["delta", self.rest[-1]]
+        return told
+
+    def _go_plain(self, text: str) -> list[str]:
+        """Format no more of it. A page keeps only the end of what is plain, so the beginning becomes a block."""
+        opened = "".join(self.rest) + clean(text)
+        self._stream = None
+        return self._close(f'<div class="cm-piece">{escape(opened[:KEPT])}</div>', opened[KEPT:])
+
+    def _close(self, block: str, rest: str) -> list[str]:
+        self.blocks.append(block)
+        self.rest = [rest]
+        return ["block", block, rest]
 
     def whole(self) -> list[Any]:
         """All there is, for a page that begins."""
@@ -404,8 +414,8 @@ def _widget_class() -> Any:
 class Display:
     """The run, or some of its steps, under one cell. Made there; then only the hub touches it."""
 
-    def __init__(self, run: Run, steps: list[str] | None, mode: ViewMode) -> None:
-        self.run, self.steps, self.mode = run, steps, mode
+    def __init__(self, run: Run, steps: list[str] | None, mode: ViewMode, listen: Callable[[Display], None]) -> None:
+        self.run, self.steps, self.mode, self._listen = run, steps, mode, listen
         self.place = uuid.uuid4().hex[:12]
         self.cell, self.execution = bridge.cell_id(), bridge.shell().execution_count
         self.widget: Any = None
@@ -439,6 +449,7 @@ class Display:
             traits = self._traits(state, time.time())
         self.widget = _widget_class()(place=self.place, **traits)
         self.pages, self.number = set(), 0
+        self._listen(self)  # before a page can say anything: what is said earlier would queue behind the next cell
 
     def _widget_bundle(self) -> tuple[dict[str, Any], dict[str, Any]]:
         made = self.widget._repr_mimebundle_()
@@ -569,8 +580,6 @@ class Hub:
 
     def add(self, display: Display) -> None:
         """Keep `display` right from now on."""
-        if display.widget is not None:
-            self._listen(display)
         with self._lock:
             self.displays.append(display)
         self._call(self._begin)
@@ -674,10 +683,7 @@ class Hub:
             for path in [path for path in self._writings if path not in state.running]:
                 del self._writings[path]
             for display in displays:
-                before = display.widget
                 sent = max(sent, display.refresh(state, lines))
-                if display.widget is not before and display.widget is not None:
-                    self._listen(display)
         return sent
 
     def _clock(self) -> None:
@@ -703,7 +709,8 @@ class Hub:
 
     # -- what pages say
 
-    def _listen(self, display: Display) -> None:
+    def listen(self, display: Display) -> None:
+        """Hear what the pages of its widget say, also while a cell computes."""
         widget = display.widget
 
         def heard(content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 
 CHUNKS = 100_000
@@ -43,8 +44,8 @@ async def work(turn):
     started.append(time.time())
     return "done"
 
-run = cm.Workflow("benchmark", agents=[work], steps=[cm.step("work", id=f"s{{n}}", interactive=True) for n in range({GATES + 1})])
-run = run.start()
+steps = [cm.step("work", id=f"s{{number}}", interactive=True) for number in range({GATES + 1})]
+run = cm.Workflow("benchmark", agents=[work], steps=steps).start()
 show(run)
 """
 LISTEN = """
@@ -85,7 +86,7 @@ def test_stream_to_a_page(budget, open_notebook):
     nb.wait_idle()
     before = len(received)
     nb.run_cell(1)
-    nb.wait_text(1, "00999", timeout_s=30)
+    nb.wait_until(lambda: re.search(r"\d{5} \d{5} ", nb.output(1).text_content()), what="text that arrives", cell=1)
     nb.page.evaluate(UNTIL_SHOWN, [0, "Finished"])
     nb.click("button", "Approve", cell=0)
     nb.wait_until(lambda: nb.page.evaluate("window.shown"), what="the answer to the click")

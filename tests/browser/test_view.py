@@ -413,13 +413,14 @@ def test_100_000_chunks(open_notebook):
     nb.wait_done(0)
     begun = time.time()
     nb.run_cell(1)
-    nb.wait_text(1, "THE END", 60)
+    body = nb.output(1).locator(".cm-body")
+    nb.wait_until(lambda: body.count() and "THE END" in body.text_content(), 60, cell=1)
     took = time.time() - begun
-    assert "000000 000001" in nb.text(1)  # head and tail while it is written
-    assert "left out until it is finished" in nb.text(1)
+    assert "000001 000002" in body.text_content()  # head and tail while it is written
+    assert "left out until it is finished" in body.text_content()
     nb.run_cell(2)
     nb.wait_text(1, "characters left out", 30)
-    assert "THE END" in nb.text(1)
+    assert body.text_content().rstrip().endswith("THE END")
     assert "%cm show planner --full" in nb.text(1)
     print(received, took)
     assert received["bytes"] <= 3 * 700_000
@@ -427,3 +428,113 @@ def test_100_000_chunks(open_notebook):
     nb.click("button", "Approve", cell=1)
     nb.wait_text(1, "Finished")
     assert nb.console_errors == []
+
+
+KINDS = """
+from cm_notebook.errors import EngineAuthError, EngineRateLimited
+replies = {
+    "sender": "Sent.",
+    "breaker": [cm.Reply(error=EngineAuthError("no key for anthropic")), "It works."],
+    "busy": [cm.Reply(error=EngineRateLimited("rate limited", retry_after_s=30))],
+    "checker": [cm.Reply(verdict=cm.Verdict(action="loop", reason="not good", score=0.5)) for _ in range(9)],
+    "unclear": ["What a nice day."],
+}
+def kind(steps, **options):
+    flow = cm.Workflow("kinds", agents=[cm.Agent(id=name, prompt="Go.") for name in replies], steps=steps)
+    run = flow.start(engine=cm.ScriptedEngine(replies), journal=":memory:", **options)
+    show(run)
+    return run
+"""
+
+
+def test_each_kind_of_gate_has_its_buttons(open_notebook, picture):
+    nb = start(
+        open_notebook,
+        KINDS,
+        "before = kind([cm.step('sender', gate='before', interactive=True)])",
+        "failed = kind('breaker')",
+        "busy = kind('busy')",
+        "spent = kind([cm.step('sender'), cm.module('checker', loop_steps=1, loop_max_iterations=1)])",
+        "verdict = kind([cm.step('sender'), cm.module('unclear', loop_steps=1, loop_max_iterations=1)])",
+        ASK,
+    )
+    seen = {
+        2: ("start", "Send it", "Edit", "Skip"),
+        3: ("failed", "Retry", "Edit prompt", "Skip", "Stop"),
+        5: ("exhausted", "Accept the last", "1 more", "2 more", "Edit", "Skip", "Stop"),
+        6: ("verdict", "Continue", "Loop…", "Retry", "Skip"),
+    }
+    for cell, (name, *labels) in seen.items():
+        bar = nb.output(cell).locator(".cm-bar .cm-buttons").first
+        nb.wait_until(lambda bar=bar: bar.count(), cell=cell)
+        assert [text.strip()[: len(label)] for text, label in zip(buttons(bar), labels, strict=True)] == labels
+        picture(nb, f"kind-{name}", cell)
+        assert nb.accessibility_violations(cell) == []
+    nb.wait_text(4, "again in")
+    picture(nb, "kind-retrying", 4)
+
+    nb.click("button", "Edit", cell=2)
+    field = nb.output(2).get_by_role("textbox")
+    nb.wait_until(lambda: "Go." in field.input_value())
+    field.fill("Go at once.")
+    nb.click("button", "Send this", cell=2)
+    nb.wait_text(2, "Finished")
+    nb.click("button", "Retry", cell=3)
+    nb.wait_text(3, "It works.")
+    nb.click("button", "2 more", cell=5)
+    nb.wait_text(5, "Not good enough after 3")
+    nb.click("button", "Loop…", cell=6)
+    nb.type("Be clear.")
+    nb.press("Control+Enter")
+    nb.wait_text(6, "pass 2")
+
+    nb.wait_text(7, "Which database?")
+    picture(nb, "kind-question", 7)
+    nb.output(7).get_by_role("textbox").fill("SQLite")
+    nb.click("button", "Answer", cell=7)
+    nb.wait_text(7, "We take SQLite.")
+
+
+def buttons(bar):
+    return [node.text_content() for node in bar.get_by_role("button").all()]
+
+
+ASK = """
+@cm.agent("asker")
+async def asker(turn):
+    return f"We take {await turn.ask_human('Which database?')}."
+asking = cm.Workflow("asking", agents=[asker], steps="asker").start(journal=":memory:")
+show(asking)
+"""
+
+
+def test_what_is_stale_can_run_from_here(open_notebook, picture):
+    nb = start(
+        open_notebook, "run = start('planner -> builder -> reviewer')\nshow(run)", "run.rerun('planner').status;"
+    )
+    nb.wait_text(1, "builder is stale")
+    picture(nb, "kind-stale", 1)
+    bar = nb.output(1).locator(".cm-bar .cm-buttons").first
+    assert [text.strip() for text in buttons(bar)] == ["KeepA", "Run again", "Run from here", "SkipS"]
+    nb.click("button", "Run from here", cell=1)
+    nb.wait_text(1, "Finished")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_many_steps_fold(open_notebook, picture, theme):
+    many = (
+        "run = cm.Workflow('many', agents=[cm.Agent(id=f's{n}', prompt='Go.') for n in range(20)], steps=' -> '.join("
+    )
+    many += (
+        "f's{n}' + '?' * (n == 9) for n in range(20))).start(engine=cm.ScriptedEngine({f's{n}': ['Done.', 'Again.'] "
+    )
+    many += "for n in range(20)}), journal=':memory:')\nshow(run)"
+    nb = start(open_notebook, many, theme=theme)
+    nb.wait_text(1, "s9 is waiting for you")
+    nb.output(1).locator("summary", has_text="9 done").click()
+    nb.wait_text(1, "s3 done")
+    picture(nb, f"many-{theme}", 1)
+    assert nb.accessibility_violations(1) == []
+    nb.output(1).locator("svg [data-step=s9]").focus()
+    nb.press("Enter")
+    nb.wait_until(lambda: nb.page.evaluate("() => document.activeElement.tagName === 'SUMMARY'"))

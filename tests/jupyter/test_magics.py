@@ -8,7 +8,7 @@ memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -197,7 +197,6 @@ def test_workflow_changed_keeps_what_it_shares(cells: Cells) -> None:
     cells(line.format("shoes", "planner -> implementer? -> reviewer"), "%cm run")
     run = cells.run
     gate(run, "implementer")
-    cells(line.format("shoes", "planner -> implementer? -> reviewer -> reviewer2") + "" if False else "%cm status")
     cells(line.format("hats", "planner -> implementer?"))
     assert cells.run is run
     assert [step.id for step in run] == ["planner", "implementer"]
@@ -539,6 +538,14 @@ def test_run_starts_pauses_goes_on_and_begins_again(cells: Cells) -> None:
     assert "Did you mean 'planner'?" in error(cells, "%cm run --until plannr")
 
 
+def test_run_goes_on_with_what_was_added_to_a_finished_run(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan.", "%%cm agent deployer\nShip.", "%cm workflow w", "%cm step planner", "%cm run")
+    run = cells.run.wait(10)
+    cells("%cm step deployer", "%cm run")
+    assert cells.run is run
+    assert run.wait(10)["deployer"].text == "deployer 1"
+
+
 def test_run_takes_inputs_and_a_policy(cells: Cells) -> None:
     cells("%%cm agent planner\nPlan {{ topic }}.", "%%cm workflow w --autonomous never\nplanner")
     cells("%cm run --input topic='two words' --on-gate approve -o mine")
@@ -693,7 +700,6 @@ def test_help_fits_one_screen_and_names_every_subcommand(cells: Cells) -> None:
     words = said.replace("%cm", " ").split()
     assert [name for name in options.COMMANDS if name not in words] == []
     assert "%cm step NAME" in cells("%cm step --help")
-    assert "Subcommand" in error(cells, "%cm stepp x") or True
     assert "Did you mean 'step'?" in error(cells, "%cm stepp x")
 
 
@@ -796,9 +802,3 @@ def test_doctor_says_what_is_missing_and_how_to_mend_it(cells: Cells, monkeypatc
     assert "name one of: offline" in said
     assert cells.shell.user_ns["report"].problems
     assert isinstance(cm.doctor().html, str)
-
-
-def quick(function: Callable[[], Any]) -> float:
-    begin = time.process_time()
-    function()
-    return time.process_time() - begin
