@@ -439,7 +439,7 @@ class Session:
     verbose
         Whether to print what the agents write.
     known
-        The last event that was told before, when the run is resumed.
+        The last event that was told already, when the run is resumed.
     """
 
     def __init__(self, run: Run, console: Console, *, asks: bool, verbose: bool, known: int = 0) -> None:
@@ -449,8 +449,8 @@ class Session:
         self._awake = threading.Event()
         self._rests = False
         self._ended: BaseException | None = None
-        self._written: dict[tuple[str, int], str] = {}
-        """What has been printed of an attempt's text."""
+        self._written: dict[tuple[str, int], list[str]] = {}
+        """What has been printed of an attempt's text, in pieces."""
 
     def see_through(self, again: str | None, until: str | None = None) -> int:
         """Follow the run until it rests; returns the exit code, having said why if it is not 0."""
@@ -474,8 +474,9 @@ class Session:
         finally:
             self._run.unwatch(feed)
         if why and not self._console.closed:
+            self._state = RunState()  # it may have been interrupted in the middle of an event
             with contextlib.suppress(NobodyReads):
-                self._tell(feed.take())
+                self._tell(self._run.events)
         return self._end(again, why, until)
 
     def _take(self, take: Callable[[], Iterable[AnyEvent | LiveText]]) -> None:
@@ -514,6 +515,7 @@ class Session:
                 apply(self._state, thing)
                 if thing.seq > self._known:
                     self._tell_event(thing)
+                    self._known = thing.seq
 
     def _tell_event(self, event: AnyEvent) -> None:
         if isinstance(event, TurnStarted):
@@ -530,11 +532,11 @@ class Session:
             self._console.line(line, "red" if bad else "green" if good else "")
 
     def _write(self, path: str, attempt: int, text: str) -> None:
-        self._written[path, attempt] = self._written.get((path, attempt), "") + text
+        self._written.setdefault((path, attempt), []).append(text)
         self._console.live(clean(text))
 
     def _is_written(self, place: TurnFinished | Gate, text: str) -> bool:
-        return self._written.get((place.path, place.attempt), "").strip() == text.strip()
+        return "".join(self._written.get((place.path, place.attempt), ())).strip() == text.strip()
 
     def _end(self, again: str | None, why: str, until: str | None) -> int:
         """The exit code; what is not 0 is explained on stderr."""
@@ -554,7 +556,7 @@ class Session:
         if message := str(self._ended or said.get(status, "")):
             _complain(message)
         if again is not None:
-            print(f"Go on with it: {again}", file=sys.stderr)
+            _complain(f"Go on with it: {again}", sign="")
         if as_asked:
             return DONE
         return {"waiting": WAITING, "failed": FAILED}.get(status, STOPPED)
@@ -858,6 +860,6 @@ def _let_go_of_stdout() -> None:
         os.close(devnull)
 
 
-def _complain(message: str) -> None:
+def _complain(message: str, sign: str = "cm-notebook: ") -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(f"cm-notebook: {message}", file=sys.stderr, flush=True)
+        print(f"{sign}{message}", file=sys.stderr, flush=True)

@@ -37,6 +37,16 @@ def checked_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(inputs)
 
 
+def inputs_of(state: RunState, workflow: Workflow | None, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The inputs of a run that goes on by `workflow`: its own, what is new in the definition, and what is `given` now.
+
+    A default that stands in the definition as it did leaves the value that the run was started with.
+    """
+    defaults = workflow.inputs if workflow is not None else {}
+    new = {name: value for name, value in defaults.items() if state.defaults.get(name, _MISSING) != value}
+    return checked_inputs({**state.inputs, **new, **(given or {})})
+
+
 def fingerprints(workflow: Workflow, inputs: Mapping[str, Any]) -> dict[str, str]:
     """What decides about each step, as a digest, by step."""
     agents = {agent.id: (agent, agent_facts(agent)) for agent in workflow.agents}

@@ -630,7 +630,7 @@ class Run:
         ------
         WorkflowError    A step that has run is renamed, deleted or stands elsewhere; nothing was changed.
         """
-        values = edits.checked_inputs({**self.state.inputs, **workflow.inputs, **(inputs or {})})
+        values = edits.inputs_of(self.state, workflow, inputs)
         check_templates(workflow, values)
         with self._lock:
             different = edits.revision(self._state, workflow, values)
@@ -664,7 +664,7 @@ class Run:
         ------
         WorkflowError    As for :meth:`revise`; nothing was changed.
         """
-        values = edits.checked_inputs({**self.state.inputs, **(workflow.inputs if workflow else {}), **(inputs or {})})
+        values = edits.inputs_of(self.state, workflow, inputs)
         if workflow is not None:
             check_templates(workflow, values)
             self._agents.update({agent.id: agent for agent in workflow.agents})
@@ -751,7 +751,8 @@ class Run:
     def _pass(self) -> None:
         """All that is to be done now, as one transaction; see the top of this file."""
         self._scheduled = False
-        replies: list[tuple[concurrent.futures.Future[None], CodeMachineError | None]] = []
+        replies: list[concurrent.futures.Future[None] | None] = []
+        refusals: list[CodeMachineError | None] = []
         starts: list[TurnStarted] = []
         prompts: list[str] = []
         begun = False
@@ -764,9 +765,8 @@ class Run:
                     apply(self._state, event)
                 while self._inbox:
                     proposal, reply = self._inbox.popleft()
-                    refused = self._record_all(proposal)
-                    if reply is not None:
-                        replies.append((reply, refused))
+                    replies.append(reply)
+                    refusals.append(self._record_all(proposal))
                 if self._driving:
                     self._act(starts, prompts)
                 begun = False
@@ -787,8 +787,9 @@ class Run:
                     feed.put(event)
             if shown and self._rest.done():
                 self._rest = concurrent.futures.Future()  # before the proposers go on: they may wait for it next
-        for reply, refused in replies:
-            reply.set_exception(refused) if refused is not None else reply.set_result(None)
+        for reply, refused in zip(replies, refusals, strict=True):
+            if reply is not None:
+                reply.set_exception(refused) if refused is not None else reply.set_result(None)
         if self._driving:
             self._follow(shown, starts, prompts)
 
@@ -912,12 +913,9 @@ class Run:
         else:
             self._rest.set_result(None)
 
-    def _pass_failed(
-        self, error: BaseException, replies: list[tuple[concurrent.futures.Future[None], CodeMachineError | None]]
-    ) -> None:
+    def _pass_failed(self, error: BaseException, replies: list[concurrent.futures.Future[None] | None]) -> None:
         """Nothing of this pass was kept: go back to what is on disk, and tell everybody who waits."""
-        waiting = [reply for reply, _refused in replies]
-        waiting += [reply for _proposal, reply in self._inbox if reply is not None]
+        waiting = [*replies, *(reply for _proposal, reply in self._inbox)]
         self._inbox.clear()
         self.error = error
         if self._driving:
@@ -930,10 +928,11 @@ class Run:
             if self._rest.done():
                 self._rest = concurrent.futures.Future()
             self._rest.set_exception(error)
+        for reply in waiting:
+            if reply is not None:
+                reply.set_exception(error)
         with contextlib.suppress(CodeMachineError):
             self._reload()
-        for reply in waiting:
-            reply.set_exception(error)
 
     # -- gates that answer themselves ---------------------------------------------------------------------------------
 
@@ -1169,13 +1168,13 @@ class _Outputs(Mapping[str, str]):
     def __getitem__(self, step: str) -> str:
         with self._run.reading() as state:
             found = state.steps.get(step) or state.steps.get(step.replace("_", "-"))
-            if found is None or found.approved is None:
+            if found is None or (found.approved is None and not found.settled):
                 raise KeyError(step)
-            return state.text(found.approved)
+            return state.text(found.approved)  # "" of a skipped one
 
     def __iter__(self) -> Iterator[str]:
         with self._run.reading() as state:
-            return iter([step.id for step in state.order if step.approved is not None])
+            return iter([step.id for step in state.order if step.approved is not None or step.settled])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -1264,7 +1263,7 @@ def resume(
     try:
         run._read_on()  # what the one who drove it before wrote until the last moment
         if workflow is not None:
-            values = edits.checked_inputs({**run.state.inputs, **workflow.inputs})
+            values = edits.inputs_of(run.state, workflow)
             check_templates(workflow, values)
             different = edits.revision(run._state, workflow, values)
         run._propose(propose)

@@ -304,6 +304,8 @@ class RunState:
     """The open ones, by id, oldest first."""
     decisions: dict[str, Decision] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """The inputs as the workflow's definition had them when the run started."""
     input_refs: dict[str, Ref] = field(default_factory=dict)
     loops: dict[str, Loop] = field(default_factory=dict)
     texts: dict[Ref, str | tuple[Part, ...]] = field(default_factory=dict)
@@ -444,6 +446,7 @@ def _run_started(state: RunState, event: RunStarted) -> None:
         state.locked = workflow.autonomous_mode
     state.mode = "step-by-step" if workflow.autonomous_mode in ("never", False) else "gates"
     state.workspace, state.recorded, state.started_at = event.workspace, event.recorded, event.at
+    state.defaults = workflow.inputs
     _take_inputs(state, event.seq, {**workflow.inputs, **event.inputs})
     for item in workflow.steps:
         _append(state, item)
@@ -619,7 +622,7 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
 
 def _judge(state: RunState, step: StepState, last: Attempt) -> None:
     """What the end of a turn leads to: a pause, the next chained prompt, or what the verdict says."""
-    more = step.turn < len(step.step.prompts(state.agents.get(step.step.agent)))
+    more = step.turn < step.step.turns
     asks = step.step.gate in ("after", "both") and (
         state.mode == "step-by-step" or (step.step.interactive is True and not more)
     )
@@ -848,7 +851,7 @@ def _stop_at(state: RunState, step: StepState, gate: Gate, due: Due | None, deci
 
 def _approve_review(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
     last = _edited(state, step, decision, seq)
-    if step.turn < len(step.step.prompts(state.agents.get(step.step.agent))):
+    if step.turn < step.step.turns:
         step.turn += 1
         step.status = "ready"
         step.redo = None

@@ -185,6 +185,11 @@ class Step(Model):
             self.id = self.agent
         _check_name("step", self.id)
 
+    @property
+    def turns(self) -> int:
+        """How many prompts are sent in one attempt."""
+        return len(self.prompt) if isinstance(self.prompt, list) and self.prompt else 1
+
     def prompts(self, agent: Agent | None) -> tuple[str, ...]:
         """The prompt templates of this step's turns, in order; at least one."""
         if isinstance(self.prompt, str):

@@ -402,7 +402,7 @@ def keep_questions(lines: list[str]) -> list[str]:
         return lines
     return [
         f"get_ipython().run_line_magic('cm', {line.strip().partition(' ')[2].strip()!r})\n"
-        if _QUESTION.match(line) and not line.rstrip().endswith("??")
+        if _QUESTION.match(line)
         else line
         for line in lines
     ]

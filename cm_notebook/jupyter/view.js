@@ -1,13 +1,12 @@
-// The run's view in the page: shows what the kernel says, tells it what a person did, decides nothing; messages: view.py.
-// HTML comes from Python, which has made it safe; what is being written becomes text nodes.
-// A view is "connecting" (the snapshot below it is shown) until the kernel has answered its `hello`, then "live";
-// "silent" when no answer came in 5 s, "gone" when the kernel is. Buttons work only while it is live.
+// The run's view in the page: it shows what the kernel says, tells it what a person did, and decides nothing. The
+// messages stand in view.py. HTML comes from Python, which has made it safe; what is being written becomes text nodes.
+// "connecting" (the snapshot is seen) until the kernel has answered `hello`, then "live"; "silent": it has not in 5 s;
+// "gone": there is none. Buttons work only while live.
 
-const SILENT_MS = 5000; // no answer to hello: leave it to the snapshot
-const DEAD_MS = 500; // a bar that has just appeared takes no click that was meant for what was there before
-const PIECE = 4000; // characters of plain text in one element: the browser lays out no more than that anew
-const KEPT = 8; // such pieces that stay while an endless text is written
-
+const SILENT_MS = 5000;
+const DEAD_MS = 500; // a new bar takes no click that was meant for what stood there before
+const PIECE = 4000; // characters of growing text that the browser lays out anew each time
+const KEPT = 8; // such pieces that stay of an endless text
 const TABS = { output: "Output", diff: "Diff", prompt: "Prompt", log: "Log" };
 
 const unique = () => `cm${Math.random().toString(36).slice(2)}`;
@@ -25,7 +24,7 @@ function make(tag, attributes = {}, ...children) {
 // Only what a person did counts: a script could press buttons too.
 const byHand = handler => event => { if (event.isTrusted) handler(event); };
 const button = (text, attributes, handler) => make("button", { type: "button", ...attributes, on: { click: byHand(handler) } }, text);
-const keycap = key => make("kbd", { "aria-hidden": "true" }, key);
+const keycap = key => make("kbd", { "aria-hidden": true }, key);
 const put = (node, html) => { if (node.cmHtml !== html) { node.cmHtml = html; node.innerHTML = html; } };
 
 // A text while it is written: formatted blocks, then plain pieces that grow at their end.
@@ -50,7 +49,7 @@ class Text {
     this.piece = document.createTextNode("");
     this.rest.append(make("div", { class: "cm-piece" }, this.piece));
     if (this.rest.children.length - (this.left ? 1 : 0) <= KEPT) return;
-    if (!this.left) this.rest.prepend(this.left = make("div", { class: "cm-small" }, "… what was written before is left out until it is finished …"));
+    if (!this.left) this.rest.prepend(this.left = make("div", { class: "cm-small" }, "… left out until it is finished …"));
     this.left.nextSibling.remove();
   }
 }
@@ -77,16 +76,15 @@ class Card {
     const main = record.body ? this.details : this.flat;
     if (this.node.firstChild !== main) this.node.replaceChildren(main);
     put(record.body ? this.summary : this.flat, record.summary);
-    const last = record.attempts?.at(-1)?.number ?? 0;
-    if (last !== (before.attempts?.at(-1)?.number ?? 0)) { this.attempt = 0; this.tab = "output"; this.touched = false; this.follow = true; }
-    if (record.open !== before.open && !this.touched && record.open !== undefined) this.details.open = record.open;
+    if (record.last !== before.last) { this.attempt = 0; this.tab = "output"; this.touched = false; this.follow = true; }
+    if (record.open !== before.open && !this.touched) this.details.open = record.open;
     const drawn = JSON.stringify([record.attempts, record.writing, record.again]);
     if (drawn !== this.drawn) { this.drawn = drawn; this.drawTools(); }
     this.fill();
   }
 
   line(html) { put(this.record.body ? this.summary : this.flat, html); }
-  get number() { return this.attempt || (this.record.attempts?.at(-1)?.number ?? 0); }
+  get number() { return this.attempt || this.record.last; }
 
   drawTools() {
     const { attempts, step, again } = this.record;
@@ -95,8 +93,8 @@ class Card {
     this.body.setAttribute("role", "tabpanel");
     this.body.setAttribute("aria-label", `${step}, attempt ${this.number}: ${TABS[this.tab]}`);
     if (attempts.length > 1) {
-      const items = attempts.map(one => [one.number, `${one.number} ${one.word}`.trim(), one.hint]);
-      this.tools.append(make("span", { class: "cm-small" }, "Attempt"), this.tabs("attempt", `Attempts of ${step}`, items, this.number));
+      const items = attempts.map(one => [one.number, `${one.number} ${one.word}`, one.hint]);
+      this.tools.append("Attempt", this.tabs("attempt", `Attempts of ${step}`, items, this.number));
     }
     const kinds = Object.entries(TABS).filter(([kind]) => kind === "output" || attempts.length > (kind === "diff"));
     this.tools.append(this.tabs("tab", `What to show of ${step}`, kinds, this.tab));
@@ -129,8 +127,8 @@ class Card {
   fill() {
     const { record } = this;
     if (!this.details.open || !record.body || !this.view.live) return;
-    const text = record.writing && this.tab === "output" && this.number === record.writing && this.view.texts.get(this.key);
-    if (text) {
+    const text = this.view.texts.get(this.key);
+    if (text && this.tab === "output" && this.number === record.writing) {
       if (this.body.firstChild !== text.node) this.body.replaceChildren(text.node);
       this.shown = null;
       return;
@@ -162,8 +160,8 @@ class Bar {
     this.drawn = JSON.stringify(record);
     this.record = record;
     put(this.words, record.words);
-    const same = make("span", { class: "cm-small" });
-    const say = one => { same.replaceChildren("Same as running ", make("code", {}, one.magic)); };
+    const code = make("code"), same = make("span", { class: "cm-small" }, "Same as running ", code);
+    const say = one => { code.textContent = one.magic; };
     this.buttons.replaceChildren(...record.buttons.map((one, index) => {
       const look = index === 0 && !one.ask ? "cm-go" : one.action === "reject" ? "cm-no" : "";
       const key = this.view.head.shortcuts ? one.key : null;
@@ -172,7 +170,7 @@ class Bar {
       for (const type of ["mouseenter", "focus"]) node.addEventListener(type, () => say(one));
       return node;
     }), same);
-    if (record.buttons.length) say(record.buttons[0]);
+    say(record.buttons[0]);
     this.enable();
   }
 
@@ -193,7 +191,7 @@ class Bar {
     this.opened = one;
     const back = button("Back", {}, () => this.close());
     const send = button(one.send, { class: one.action === "reject" ? "cm-no" : "cm-go" }, () => this.send(one));
-    send.append(...(one.ask && this.view.head.shortcuts ? [keycap("Ctrl+↵")] : []));
+    if (one.ask && this.view.head.shortcuts) send.append(keycap("Ctrl+↵"));
     this.field = null;
     this.more.replaceChildren();
     if (one.ask) {
@@ -201,14 +199,14 @@ class Bar {
       this.field = make("textarea", { id, rows: 3, class: one.ask === "feedback" ? "" : "cm-text" });
       this.more.append(make("label", { for: id }, one.label), this.field);
       if (one.ask !== "feedback") {
-        this.field.disabled = true;
+        this.field.disabled = true; // until the text is there
         this.view.ask({ want: this.record.path, attempt: this.record.attempt, tab: `edit-${one.ask}` }, answer => {
           this.field.value = answer.text; this.field.disabled = false; if (focus) this.field.focus(); });
       }
     } else this.more.append(make("div", {}, one.sure));
     this.more.append(make("div", { class: "cm-buttons" }, send, ...(one.at_once ? [] : [back])));
     this.more.hidden = false;
-    this.buttons.hidden = !one.at_once && !one.ask;
+    this.buttons.hidden = Boolean(one.at_once || one.sure);
     this.say("");
     this.enable();
     if (focus) (this.field ?? back).focus();
@@ -225,7 +223,7 @@ class Bar {
     if (!this.ready) return;
     const words = this.field?.value;
     if (one.ask && !words.trim()) {
-      this.say(one.empty ?? "There is nothing to send yet.");
+      this.say(one.empty ?? "Nothing to send yet.");
       this.field.focus();
       return;
     }
@@ -238,7 +236,7 @@ class Bar {
     this.enable();
     this.say("");
     this.view.tell({ decide: this.record.id, digest: this.record.digest, action: one.action, count: one.count, ...words });
-    setTimeout(() => { if (this.busy && this.view.live) this.say("Sent. The kernel is busy; it answers when it can."); }, 1500);
+    setTimeout(() => { if (this.busy && this.node.isConnected && this.view.live) this.say("Sent. The kernel is busy; it answers when it can."); }, 1500);
   }
 
   refused(words) { this.busy = false; this.say(words); this.enable(); }
@@ -305,7 +303,7 @@ class View {
   }
 
   piece(kind, path, one, two) {
-    if (kind === "words") { put(this.words, one); return; }
+    if (kind === "words" || kind === "said") { put(this[kind], one); return; }
     const card = this.cards.get(path);
     if (kind === "line") { card?.line(one); return; }
     let text = this.texts.get(path);
@@ -369,11 +367,11 @@ class View {
     const focused = this.root.contains(document.activeElement);
     this.drawn = true;
     this.inside.hidden = false; this.root.hidden = Boolean(final);
-    // The run has come to its end, and this page cannot be given the saved view in place of the widget.
+    // It is over, and this page cannot be given the saved view in place of the widget.
     if (final) { this.end ??= make("div"); put(this.end, final); this.root.after(this.end); } else this.end?.remove();
     put(this.title, head.title); put(this.pill, head.pill); put(this.words, head.words); put(this.source, head.source); put(this.said, head.said);
     if (this.placed) put(this.placed, head.place);
-    this.stop.hidden = head.over; this.goOn.hidden = !head.paused; this.modes.hidden = head.locked || head.over;
+    this.goOn.hidden = !head.paused; this.modes.hidden = head.locked;
     this.modeButton.textContent = `mode: ${head.mode} ▾`;
     put(this.graph, model.get("graph"));
     this.match(this.cards, this.list, model.get("cards"), "key", record => new Card(this, record.key));
@@ -386,7 +384,7 @@ class View {
     if (focused && !this.root.contains(document.activeElement)) this.root.focus({ preventScroll: true });
   }
 
-  // Makes the things in `node` those of the records; what is there already stays, with its focus and scroll position.
+  // Makes the things in `node` those of the records; what is there already stays, with focus and scroll position.
   match(things, node, records, name, create) {
     const kept = new Set(records.map(record => record[name]));
     for (const [key, thing] of things) if (!kept.has(key)) { thing.node.remove(); things.delete(key); }
@@ -407,7 +405,7 @@ class View {
     const card = step && [...this.cards.values()].find(one => one.record.step === step || one.record.steps?.includes(step));
     if (!card) return;
     card.details.open = card.touched = true;
-    card.node.scrollIntoView({ block: "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+    card.node.scrollIntoView({ block: "nearest" });
     card.summary.focus({ preventScroll: true });
   }
 
@@ -418,9 +416,9 @@ class View {
     this.menu.hidden = !open;
     if (!open) return;
     const item = (text, attributes, handler) => button(text, { tabindex: -1, ...attributes }, () => { this.openMenu(false); this.modeButton.focus(); handler(); });
-    const items = this.head.modes.map(([mode, what]) => {
+    const items = this.head.modes.map(([mode, what, sure]) => {
       const on = mode === this.head.mode;
-      const node = item(`${on ? "✓" : "\u2003"} ${mode}`, { role: "menuitemradio", "aria-checked": on }, () => this.choose(mode));
+      const node = item(`${on ? "✓" : "\u2003"} ${mode}`, { role: "menuitemradio", "aria-checked": on }, () => { if (!on) this.choose(mode, sure); });
       node.append(make("small", {}, what));
       return node;
     });
@@ -435,14 +433,12 @@ class View {
     (items.find(node => node.getAttribute("aria-checked") === "true") ?? items[0]).focus();
   }
 
-  choose(mode) {
-    if (mode === this.head.mode) return;
+  choose(mode, sure) {
     const go = () => this.tell({ do: "mode", mode });
-    if (mode !== "unattended") { go(); return; }
+    if (!sure) { go(); return; }
     const back = () => { this.sure.hidden = true; this.modeButton.focus(); };
     const no = button("Back", {}, back);
-    this.sure.replaceChildren("Switch to unattended? Gates that open from now on are approved without you.",
-      make("div", { class: "cm-buttons" }, button("Switch to unattended", { class: "cm-no" }, () => { back(); go(); }), no));
+    this.sure.replaceChildren(sure, make("div", { class: "cm-buttons" }, button(`Switch to ${mode}`, { class: "cm-no" }, () => { back(); go(); }), no));
     this.sure.hidden = false;
     no.focus();
   }
@@ -460,7 +456,9 @@ class View {
     else if (target.closest("textarea")) act = key === "Enter" && (event.ctrlKey || event.metaKey) && bar?.opened && (() => bar.send(bar.opened));
     else if (node && (key === "Enter" || key === " ")) act = () => this.visit(node);
     else if (this.head.shortcuts && !(event.ctrlKey || event.metaKey || event.altKey || target.closest(".cm-menu"))) act = this.actions(target, bar)[key.toLowerCase()];
-    if (act) { event.preventDefault(); act(); }
+    if (!act) return;
+    event.preventDefault();
+    act();
   }
 
   actions(target, bar) {

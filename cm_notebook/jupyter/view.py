@@ -47,6 +47,8 @@ TICK_S = 0.05
 """Shortest time between two messages to a page."""
 CLOCK_S = 1.0
 """How often the seconds of what runs are counted on."""
+SETTLE_S = 3.0
+"""Time that a page has to load a widget: front ends stumble over one that is closed while they do."""
 FORMATTED = html.STEP_LIMIT
 """Characters of a text that are formatted while it is written, and …"""
 BURST = 8_000
@@ -161,21 +163,21 @@ HELP = [
     ("?", "this list"),
 ]
 MODES = [
-    ("step-by-step", "pause after every step"),
-    ("gates", "pause where a step asks for it"),
-    ("unattended", "do not pause: gates approve themselves"),
+    ("step-by-step", "pause after every step", ""),
+    ("gates", "pause where a step asks for it", ""),
+    (
+        "unattended",
+        "do not pause: gates approve themselves",
+        "Switch to unattended? Gates that open from now on are approved without you.",
+    ),
 ]
+"""Each mode, what it means, and what is asked before it is chosen."""
 SILENT = "The kernel has not answered yet. The buttons come when it does; until then use %cm approve in a cell."
 GONE = "Not connected. Restart the kernel and run this cell again."
 
 
 def head_record(state: RunState, steps: Sequence[str] | None = None, now: float | None = None) -> dict[str, Any]:
     """The line above, the words below, and what may be done to the run as a whole."""
-    said = html.inline(say.sentence(state))
-    last = next(reversed(state.decisions), None)
-    if last is not None and (steps is None or say.gate_step(last) in steps):
-        decided = say.decided(state, state.decisions[last])
-        said = f"{html.inline(f'{say.gate_step(last)}: {decided}.')} {said}"
     return {
         "name": state.name,
         "title": html.inline(say.one_line(state.name, 80)),
@@ -184,9 +186,8 @@ def head_record(state: RunState, steps: Sequence[str] | None = None, now: float 
         "source": html.origin_words(state),
         "mode": state.mode,
         "locked": state.locked is not None,
-        "over": state.ended is not None,
         "paused": state.paused and state.ended is None,
-        "said": said,
+        "said": _said(state, now),
         "spoken": say.one_line(say.sentence(state), 300),
         "place": "" if steps is None else html.inline(html.place_words(state, [state.step(id) for id in steps])),
         "shortcuts": bool(setting("shortcuts")),
@@ -195,6 +196,13 @@ def head_record(state: RunState, steps: Sequence[str] | None = None, now: float 
         "modes": MODES,
         "words_for": {"silent": SILENT, "gone": GONE},
     }
+
+
+def _said(state: RunState, now: float | None) -> str:
+    """What was decided last and what comes now: it stands where the bar was."""
+    last = next(reversed(state.decisions), None)
+    decided = f"{say.gate_step(last)}: {say.decided(state, state.decisions[last])}. " if last is not None else ""
+    return html.inline(decided + say.sentence(state, now))
 
 
 def card_records(state: RunState, steps: Sequence[str] | None = None, now: float | None = None) -> list[dict[str, Any]]:
@@ -214,6 +222,8 @@ def _row_record(state: RunState, row: html.Row, place: int, now: float | None) -
             "colour": html.COLOURS["done" if tone == "done" else "pending"],
             "steps": ids,
             "body": tone == "done",
+            "open": False,
+            "last": 0,
             "rev": f"{last.id} {sum(step.gates + step.attempt for step in row.steps)}",
         }
     step = row.steps[0]
@@ -227,7 +237,8 @@ def _row_record(state: RunState, row: html.Row, place: int, now: float | None) -
         "open": row.open,
         "body": bool(step.attempts) or step.gate is not None,
         "attempts": [_attempt_record(state, step, attempt) for attempt in step.attempts[-ATTEMPTS:]],
-        "writing": step.attempt if writing else 0,
+        "last": step.attempt,
+        "writing": step.attempt if writing else -1,
         "again": step.stale and step.gate is None and state.ended is None,
         # Another one: bodies that a page has of this step are old.
         "rev": f"{step.attempt}.{step.turn}.{step.status}.{step.gates}.{step.stale}"
@@ -266,18 +277,12 @@ _ASKS: dict[str, dict[str, Any]] = {
 _KEYS = {"approve": "A", "reject": "R", "edit": "E", "skip": "S"}
 
 
-def gate_record(state: RunState, gate: Gate, *, stop: bool = False) -> dict[str, Any]:
-    """An open gate as a page shows it: its sentence, and a button for each way to answer.
-
-    Parameters
-    ----------
-    stop
-        Whether to offer Stop too, where the head with its Stop is not shown.
-    """
+def gate_record(state: RunState, gate: Gate) -> dict[str, Any]:
+    """An open gate as a page shows it: its sentence, and a button for each way to answer."""
     buttons: list[dict[str, Any]] = []
     for way in say.ways(state, gate):
-        if way.action == "stop" and not (stop or gate.kind in ("exhausted", "failed")):
-            continue
+        if way.action == "stop" and gate.kind not in ("exhausted", "failed"):
+            continue  # there is one beside the run's state
         button: dict[str, Any] = {"action": way.action, "text": way.label, "magic": way.magic}
         button |= _ASKS.get(way.action, {})
         if way.action == "edit":
@@ -312,8 +317,7 @@ def gate_record(state: RunState, gate: Gate, *, stop: bool = False) -> dict[str,
 
 def gate_records(state: RunState, steps: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The open gates: of the run, or those that the steps wait for."""
-    gates = html.gates_of(state, steps)
-    return [gate_record(state, gate, stop=steps is not None) for gate in gates]
+    return [gate_record(state, gate) for gate in html.gates_of(state, steps)]
 
 
 def body_record(state: RunState, path: str, attempt: int, tab: str) -> dict[str, Any]:
@@ -440,6 +444,11 @@ class Display:
             return True
         return self.steps is not None and all(_settled_for_good(state, id) for id in self.steps)
 
+    @property
+    def loading(self) -> bool:
+        """Whether a page may just be making the widget."""
+        return self.widget is not None and not self.pages and time.monotonic() < self._made_at + SETTLE_S
+
     def covers(self, path: str) -> bool:
         """Whether the step there is shown here."""
         return self.steps is None or path in self.steps
@@ -448,7 +457,7 @@ class Display:
         with self.run.reading() as state:
             traits = self._traits(state, time.time())
         self.widget = _widget_class()(place=self.place, **traits)
-        self.pages, self.number = set(), 0
+        self.pages, self.number, self._made_at = set(), 0, time.monotonic()
         self._listen(self)  # before a page can say anything: what is said earlier would queue behind the next cell
 
     def _widget_bundle(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -477,6 +486,9 @@ class Display:
             self.main.update({"text/plain": "\n".join(self._lines) or say.headline(state)})
             return 1
         over, was_over = self.over(state), self._over
+        if over and self.loading:
+            self._snap()
+            return 1
         self._over = over
         if over and was_over:
             return 0
@@ -649,6 +661,8 @@ class Hub:
             sent += self._draw(displays)
             self._drawn_at = time.monotonic()
         self._next_at = now + TICK_S * max(1, sent)
+        if any(display.loading for display in displays) and self.run.state.ended is not None:
+            self.loop.call_later(SETTLE_S, self._begin)
         if self._dirty:
             self._timer = self.loop.call_later(max(rest, TICK_S), self._tick)
         elif last or self.run.state.running:
@@ -693,15 +707,15 @@ class Hub:
             steps: list[StepState | None] = [*state.running.values()] or [state.current]
             moving = [step for step in steps if step is not None and _moves(state, step)]
             lines: list[list[Any]] = [["line", step.path, html.summary(state, step, now)] for step in moving[:32]]
-            words = html.faint(*say.run_total(state, now).words())
+            lines.append(["words", "", html.faint(*say.run_total(state, now).words())])
+            lines.append(["said", "", _said(state, now)])
         with self._lock:
             displays = list(self.displays)
         for display in displays:
             if display.widget is None or not display.pages:
                 continue
-            told = [line for line in lines if display.covers(line[1])]
-            if told:
-                display.send("live", pieces=[*told, ["words", "", words]])
+            if moving:
+                display.send("live", pieces=[line for line in lines if not line[1] or display.covers(line[1])])
             else:
                 display.widget.send({"kind": "mark", "number": display.number})
         if moving:
@@ -738,6 +752,9 @@ class Hub:
             display.send("said", page=page, gate=content.get("decide", ""), text=words)
 
     def _hello(self, display: Display, page: str) -> None:
+        if not display.pages:
+            self._dirty = True  # what is over may be frozen now
+            self._soon()
         display.pages.add(page)
         texts = {path: writing.whole() for path, writing in self._writings.items() if display.covers(path)}
         if display.widget is not None:

@@ -315,7 +315,7 @@ def gate_sentence(state: RunState, gate: Gate) -> str:
     reason = _ended(one_line(said.get("reason", ""), 300))
     if gate.kind == "review":
         more = said.get("next_prompt")
-        prompts = len(step.step.prompts(state.agents.get(step.step.agent)))
+        prompts = step.step.turns
         goes_on = f"Next: its prompt {more} of {prompts}." if more else following(state, step)
         return " ".join(filter(None, (f"{step.id} is waiting for you.", goes_on, one_line(said.get("note", ""), 300))))
     if gate.kind == "start":

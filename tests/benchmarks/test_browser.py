@@ -20,7 +20,7 @@ class Writer:
         for number in range({CHUNKS}):
             yield cm.Delta(f"{{number:05d}} ")
             if number % 1000 == 0:
-                await asyncio.sleep(0.1)  # ten thousand chunks a second, a hundred times what models send
+                await asyncio.sleep(0.15)  # in fifteen seconds, a hundred times what models send
         yield cm.TurnDone("written")
 
 agents = [cm.Agent("writer", "Write."), cm.Agent("other", "Wait.")]
@@ -28,8 +28,8 @@ agents = [cm.Agent("writer", "Write."), cm.Agent("other", "Wait.")]
 def start(steps, engine):
     return cm.Workflow("benchmark", agents=agents, steps=steps).start(engine=engine)
 
-asked = start("other?", cm.ScriptedEngine({{"other": "I am here."}}))
-show(asked)
+steps = [cm.step("other", id=f"s{{number}}", interactive=True) for number in range(6)]
+show(start(steps, cm.ScriptedEngine({{"other": ["I am here."] * 6}})))
 """
 GATES = 15
 GATED = f"""
@@ -82,22 +82,24 @@ def test_stream_to_a_page(budget, open_notebook):
     nb.reload()
     nb.page.evaluate(LISTEN)
     nb.run_cell(0)
-    nb.wait_text(0, "waiting for you")
+    nb.wait_text(0, "s0 is waiting for you")
     nb.wait_idle()
     before = len(received)
     nb.run_cell(1)
     nb.wait_until(lambda: re.search(r"\d{5} \d{5} ", nb.output(1).text_content()), what="text that arrives", cell=1)
-    nb.page.evaluate(UNTIL_SHOWN, [0, "Finished"])
-    nb.click("button", "Approve", cell=0)
-    nb.wait_until(lambda: nb.page.evaluate("window.shown"), what="the answer to the click")
-    answered = nb.page.evaluate("window.shown - window.clicks.at(-1)")
-    assert "Finished" not in nb.text(1), "the click was meant to fall into the stream"
+    answered = []
+    for number in range(1, 6):
+        nb.page.evaluate(UNTIL_SHOWN, [0, f"s{number} is waiting for you"])
+        nb.click("button", "Approve", cell=0)
+        nb.wait_until(lambda: nb.page.evaluate("window.shown"), what="the answer to the click")
+        answered.append(nb.page.evaluate("window.shown - window.clicks.at(-1)"))
+    assert "Finished" not in nb.output(1).text_content(), "the clicks were meant to fall into the stream"
     nb.wait_text(1, "Finished", timeout_s=90)
     assert "rate exceeded" not in nb.server.log()
     text = CHUNKS * len(f"{0:05d} ")
     ratio = sum(received[before:]) / text
     budget("stream of 100,000 chunks to a page: bytes over the socket ÷ text", ratio, "×", at_most=3)
-    budget("click answered while 100,000 chunks arrive", answered, "ms", at_most=200)
+    budget("click answered while 100,000 chunks arrive, median", statistics.median(answered), "ms", at_most=200)
 
 
 def test_click_to_next_step(budget, open_notebook):

@@ -73,7 +73,7 @@ def test_database_holds_each_text_once(budget, context):
 def test_chain_in_memory(budget):
     rounds = paired(
         lambda: finish(chain(1_000), ":memory:").per(1_000),
-        lambda: measure.tasks_awaited(1_000).per(1_000),
+        lambda: measure.tasks_awaited(10_000).per(10_000),
         rounds=15,
     )
     budget("step in memory, N = 1,000; floor: one Task", rounds.cpu, "µs/step", times=6)

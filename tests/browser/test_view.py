@@ -433,7 +433,7 @@ def test_100_000_chunks(open_notebook):
 KINDS = """
 from cm_notebook.errors import EngineAuthError, EngineRateLimited
 replies = {
-    "sender": "Sent.",
+    "sender": ["Sent."] * 9,
     "breaker": [cm.Reply(error=EngineAuthError("no key for anthropic")), "It works."],
     "busy": [cm.Reply(error=EngineRateLimited("rate limited", retry_after_s=30))],
     "checker": [cm.Reply(verdict=cm.Verdict(action="loop", reason="not good", score=0.5)) for _ in range(9)],
@@ -482,7 +482,7 @@ def test_each_kind_of_gate_has_its_buttons(open_notebook, picture):
     nb.click("button", "Retry", cell=3)
     nb.wait_text(3, "It works.")
     nb.click("button", "2 more", cell=5)
-    nb.wait_text(5, "Not good enough after 3")
+    nb.wait_text(5, "not good enough after 3")
     nb.click("button", "Loop…", cell=6)
     nb.type("Be clear.")
     nb.press("Control+Enter")
@@ -509,9 +509,8 @@ show(asking)
 
 
 def test_what_is_stale_can_run_from_here(open_notebook, picture):
-    nb = start(
-        open_notebook, "run = start('planner -> builder -> reviewer')\nshow(run)", "run.rerun('planner').status;"
-    )
+    begin = "run = start('planner -> builder -> reviewer')\nshow(run)"
+    nb = start(open_notebook, begin, "await run\nrun.rerun('planner');")
     nb.wait_text(1, "builder is stale")
     picture(nb, "kind-stale", 1)
     bar = nb.output(1).locator(".cm-bar .cm-buttons").first
@@ -520,18 +519,20 @@ def test_what_is_stale_can_run_from_here(open_notebook, picture):
     nb.wait_text(1, "Finished")
 
 
+MANY = """
+names = [f"s{n}" for n in range(20)]
+flow = cm.Workflow("many", agents=[cm.Agent(id=name, prompt="Go.") for name in names],
+                   steps=" -> ".join(name + "?" * (name == "s9") for name in names))
+run = flow.start(engine=cm.ScriptedEngine({name: "Done." for name in names}), journal=":memory:")
+show(run)
+"""
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_many_steps_fold(open_notebook, picture, theme):
-    many = (
-        "run = cm.Workflow('many', agents=[cm.Agent(id=f's{n}', prompt='Go.') for n in range(20)], steps=' -> '.join("
-    )
-    many += (
-        "f's{n}' + '?' * (n == 9) for n in range(20))).start(engine=cm.ScriptedEngine({f's{n}': ['Done.', 'Again.'] "
-    )
-    many += "for n in range(20)}), journal=':memory:')\nshow(run)"
-    nb = start(open_notebook, many, theme=theme)
+    nb = start(open_notebook, MANY, theme=theme)
     nb.wait_text(1, "s9 is waiting for you")
-    nb.output(1).locator("summary", has_text="9 done").click()
+    nb.output(1).locator("summary", has_text="9 done").first.click()
     nb.wait_text(1, "s3 done")
     picture(nb, f"many-{theme}", 1)
     assert nb.accessibility_violations(1) == []

@@ -347,6 +347,18 @@ def test_a_closed_pipe_stops_the_run_which_can_go_on() -> None:
     assert last_run().status == "stopped"
 
 
+def test_nobody_reads_the_complaint_either() -> None:
+    file = write(SLOW.replace("first -> second", "first -> second -> last"))
+    argv = [sys.executable, "-m", "cm_notebook", "run", file]
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    process.stdout.readline()
+    until(Path("started").exists, "the second step")
+    process.stdout.close()
+    Path("go").touch()
+    assert process.wait(30) == 4
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_stops_the_run_which_can_go_on(number: signal.Signals) -> None:
     process = start("run", write(SLOW))

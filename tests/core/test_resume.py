@@ -60,6 +60,18 @@ def test_a_completed_run_is_not_resumed() -> None:
         cm.resume(run.id, journal=run._journal)
 
 
+def test_an_input_given_at_the_start_outlives_the_default() -> None:
+    agents = [cm.Agent("a", "Say {{ word }}."), cm.Agent("b", "y")]
+    flow = cm.Workflow("i", agents=agents, steps="a -> b?", inputs={"word": "default"})
+    journal = MemoryJournal()
+    run = flow.start({"word": "given"}, engine=cm.ScriptedEngine({"a": ["1"], "b": ["2"]}), journal=journal)
+    gate(run)
+    run.stop().wait(10)
+    again = cm.resume(run.id, flow, journal=journal, engine=cm.ScriptedEngine({"b": ["2"]}))
+    assert gate(again).step == "b", "nothing is stale"
+    assert again.state.inputs == {"word": "given"}
+
+
 def _stopped_at_deployer() -> tuple[cm.Run, Any]:
     journal = MemoryJournal()
     run = five_steps().start(engine=cm.ScriptedEngine(SCRIPT), journal=journal, on_gate=policy, until="implementer")

@@ -558,6 +558,15 @@ def test_a_missing_verdict_never_opens_the_way() -> None:
     assert run.wait(10).status == "completed"
 
 
+def test_a_bug_in_a_pass_reaches_who_waits_and_is_not_swallowed() -> None:
+    run = start("planner?")
+    gate(run)
+    with pytest.raises(ZeroDivisionError):
+        run._propose(lambda: [1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        run.wait(10)
+
+
 def test_unknown_engines_are_refused_before_anything_runs() -> None:
     flow = cm.Workflow("e", agents=[cm.Agent("a", "x", engine="offlin")], steps="a")
     with pytest.raises(cm.EngineNotFound, match="Did you mean 'offline'"):

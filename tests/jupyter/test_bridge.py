@@ -80,7 +80,14 @@ class FrontEnd:
         self.log = (folder / "kernel.log").open("w+")
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", file]
 
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder), **(environment or {})}
+        # With JPY_PARENT_PID a kernel ends with us, even when we are killed.
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JPY_PARENT_PID": str(os.getpid()),
+            "IPYTHONDIR": str(folder),
+            **(environment or {}),
+        }
         env.pop("CM_HEADLESS", None)
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=env)
         self.client = BlockingKernelClient()

@@ -9,6 +9,7 @@ from typing import Any
 import nbformat
 import papermill
 import pytest
+from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -96,6 +97,28 @@ def test_a_tape_answers_turns_and_gates(tmp_path: Path) -> None:
     done = execute(SETUP, GOAL, line, PLANNER)
     assert "a recorded plan" in done.cells[3].outputs[-1].data["text/html"]
     assert "approved (recorded)" in printed(done.cells[3])
+
+
+def test_interrupting_a_waiting_cell_leaves_the_run_going_on() -> None:
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+
+        def run(source: str) -> str:
+            said: list[str] = []
+            take = lambda message: said.append(message["content"].get("text", ""))  # noqa: E731
+            client.execute_interactive(source, allow_stdin=False, output_hook=take, timeout=60)
+            return "".join(said)
+
+        run("%load_ext cm_notebook\nimport cm_notebook as cm, threading, signal, os\ngo = threading.Event()")
+        run("@cm.agent('slow')\ndef slow(turn):\n    go.wait(60)\n    return 'done'")
+        run("%cm workflow w\n%cm step slow")
+        run("threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n%cm run")
+        assert run("print(cm.current().status)") == "running\n"
+        run("go.set()")
+        assert run("print(cm.current().wait(20)['slow'].text)") == "done\n"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 def test_papermills_parameters_stand_in_prompts(tmp_path: Path) -> None:

@@ -295,6 +295,34 @@ def test_a_kernel_that_dies_while_a_step_runs_and_the_step_is_changed(cells: Cel
     assert step.prompt == "Plan a todo CLI quickly."
 
 
+def in_one_go(cells: Cells, topic: str) -> None:
+    line = f"%%cm workflow w --autonomous always --input topic={topic}\nplanner -> implementer?"
+    cells("%%cm agent planner\nPlan {{ topic }}.", "%%cm agent implementer\nBuild it.", line)
+
+
+def test_after_a_restart_run_comes_back_to_the_same_gate(cells: Cells) -> None:
+    in_one_go(cells, "shoes")
+    cells("%cm run")
+    before = gate(cells.run, "implementer")
+    cells.restart()
+    in_one_go(cells, "shoes")
+    cells("%cm run")
+    assert [opened.id for opened in cells.run.gates] == [before.id]
+
+
+def test_after_a_restart_a_changed_workflow_makes_stale_what_had_run(cells: Cells) -> None:
+    in_one_go(cells, "shoes")
+    cells("%cm run")
+    run = cells.run
+    gate(run, "implementer")
+    cells.restart()
+    in_one_go(cells, "hats")
+    cells("%cm run")
+    assert cells.run.id == run.id
+    assert gate(cells.run, "planner").kind == "stale"
+    assert len(cells.run["planner"].attempts) == 1
+
+
 def test_a_limit_outlives_a_stop(cells: Cells) -> None:
     start(cells)
     cells.restart()

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -80,7 +81,10 @@ def execute(path: Path, *, allow_errors: bool = False) -> Any:
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
     )
-    with kernel_environment():
+    with kernel_environment(), tempfile.TemporaryDirectory(prefix="cm-") as sockets:
+        if sys.platform != "win32":
+            # Files cannot be taken by another process between choosing and binding, as ports are now and then.
+            client.km = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/k")
         client.execute()
     return book
 
