@@ -8,7 +8,8 @@ what has happened means; ``engines/`` are those who do the work, ``render/`` and
     planner = cm.Agent(id="planner", prompt="Plan {{ goal }} in at most five steps.")
     workflow = cm.Workflow("Careful Builder", agents=[planner], steps="planner?", inputs={"goal": "a todo CLI"})
     run = workflow.start()          # returns at once; in a notebook the run's view is the cell's output
-    run.approve("planner")          # or press the button under the cell
+    ...                             # the gate opens: press Approve under the cell, or
+    run.approve("planner")
     run.wait()["planner"].text
 """
 

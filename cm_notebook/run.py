@@ -118,6 +118,7 @@ class Run:
         self._stuck: Gate | None = None
         self._rejected: set[str] = set()
         self._folder: Path | None = None
+        self._shown_in: int | None = None
         self._lookout: asyncio.TimerHandle | None = None
 
     # -- coming into being --------------------------------------------------------------------------------------------
@@ -787,11 +788,13 @@ class Run:
                     feed.put(event)
             if shown and self._rest.done():
                 self._rest = concurrent.futures.Future()  # before the proposers go on: they may wait for it next
-        for reply, refused in zip(replies, refusals, strict=True):
-            if reply is not None:
-                reply.set_exception(refused) if refused is not None else reply.set_result(None)
-        if self._driving:
-            self._follow(shown, starts, prompts)
+        try:
+            if self._driving:
+                self._follow(shown, starts, prompts)
+        finally:  # last, so that who proposed finds the run as it is now
+            for reply, refused in zip(replies, refusals, strict=True):
+                if reply is not None:
+                    reply.set_exception(refused) if refused is not None else reply.set_result(None)
 
     def _record_all(self, proposal: Proposal) -> CodeMachineError | None:
         try:
@@ -1137,13 +1140,20 @@ class Run:
     def __repr__(self) -> str:
         return f"<Run {self.id} {self.state.name!r}: {self.status}>"
 
+    def show_here(self) -> None:
+        """In a notebook with somebody there: the live view under the present cell, once; elsewhere nothing."""
+        host = _kernel_host()
+        if host is not None and self._somebody and self._shown_in != (here := host.shell().execution_count):
+            from .jupyter import view
+
+            self._shown_in = here
+            view.show(self)
+
     def _ipython_display_(self) -> None:
-        """In a notebook with somebody there: the live view. Elsewhere IPython takes the text or the static view."""
+        """As IPython shows it: live where somebody is there; elsewhere it takes the text or the static view."""
         if _kernel_host() is None or not self._somebody:
             raise NotImplementedError
-        from .jupyter import view
-
-        view.show(self)
+        self.show_here()
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         from .render import html, text

@@ -77,6 +77,14 @@ class StepView:
                 run=self.run,
             )
         if step.status not in ("finished", "skipped"):
+            opened = next(iter(self.run._state.gates.values()), None)
+            if opened is not None:
+                raise GatePending(
+                    f'"{step.id}" has no result yet: "{opened.step}" is waiting for your decision. '
+                    "Decide here (or `%cm approve`), then run this cell again.",
+                    gate=opened,
+                    run=self.run,
+                )
             word = meaning.STATUS_WORDS[step.status]
             raise GatePending(f'"{step.id}" is {word}: it has no result yet. Wait for it: `await run`.', run=self.run)
         return step

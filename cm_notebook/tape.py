@@ -77,7 +77,7 @@ class Prompt(Fact):
         if not self.start:
             return f"the tape holds a digest only; the prompt begins now {_short(now)!r}"
         if not now.startswith(self.start):
-            return _apart(self.start, now[: len(self.start)])
+            return _apart(self.start, now[: len(self.start) + 40])
         rest = now[len(self.start) :]
         return f"somewhere after {_short(self.start, end=True)!r} (the tape keeps no more of it), now {_short(rest)!r}"
 

@@ -392,7 +392,16 @@ class Workflow(Model):
         """
         from .run import Run  # the run knows the workflow, not the other way round; this is only the short way to it
 
-        return Run.start(self, inputs, **options)
+        run = Run.start(self, inputs, **options)
+        run.show_here()
+        return run
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from .render import svg
+        from .state import RunState
+
+        state = RunState.of(self)
+        return {"text/plain": svg.graph(state, "text"), "text/html": svg.graph_img(state)}
 
     def graph(self, format: Literal["svg", "mermaid", "text"] = "svg") -> str:
         """A picture of the steps: an SVG document, a Mermaid flowchart, or plain text."""

@@ -105,7 +105,7 @@ class OfflineEngine:
 
     def _again(self) -> str:
         source = self.tape.source if self.tape is not None else "FILE"
-        return f"`%cm run --record {source}` records again; this calls a model."
+        return f"Change the prompt back, or mend the tape ({source})."
 
     def _paced(self, taped: TapedTurn) -> list[tuple[float, str]]:
         """The text as it was streamed, in at most `delay` seconds: when each piece is due, and the piece."""

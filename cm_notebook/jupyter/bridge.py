@@ -397,6 +397,8 @@ def wait_in_cell(future: concurrent.futures.Future[T], timeout_s: float | None =
     awaiting = in_kernel and _in_awaiting_cell()
     if in_kernel and not future.done():
         clicks = here is not loop and somebody()
+        if clicks and direct_clicks.enabled:
+            direct_clicks.install(kernel())
         filtered = direct_clicks.installed and direct_clicks.enabled
         if kernel_version().startswith("6.") and (here is loop or (clicks and filtered)):
             if awaiting:

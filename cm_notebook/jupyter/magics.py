@@ -3,7 +3,7 @@
 Strategy: a subcommand is a method of its name that turns words into the call of its Python twin (``options.py`` has the
 table) and shows the result under the cell. Whether that is a new run, an old one or a new attempt is not known here:
 ``notebook.py`` and the run know. Nobody's variables are written, except ``-o NAME``. What a magic has shown is returned
-too, and not shown a second time (``Shown``). Whatever is wrong becomes one line (``UsageError``).
+too, and not shown a second time (``Shown``). Whatever is wrong is one line, without a traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
 from .. import config, options
@@ -68,7 +67,7 @@ class Shown:
         from . import view
 
         if isinstance(thing, Run):
-            view.show(thing)
+            thing.show_here()
         else:
             view.show(thing.run, [thing.id])
 
@@ -126,7 +125,9 @@ class CMMagics(Magics):
             raise  # it shows itself: one sentence, and the gate again
         except CodeMachineError as error:
             self._keep(error)
-            raise UsageError(str(error)) from error
+            line_only = [str(error)]
+            error.__dict__["_render_traceback_"] = lambda: line_only  # IPython's hook: no traceback, also when saved
+            raise
         if out is not None:
             self._shell.user_ns[out] = result
         self._shown.note(result)
@@ -292,7 +293,9 @@ class CMMagics(Magics):
         a, b = numbers if len(numbers) == 2 else (*numbers, -1) if numbers else (-2, -1)
         step = run[values["step"]]
         if len(step.attempts) < 2:
-            raise TransitionError(f"{step.id} has {len(step.attempts)} attempts; there is nothing to compare yet.")
+            _ = step.text  # raises, with the gate, when it waits for a decision
+            made = "one attempt" if step.attempts else "no attempt"
+            raise TransitionError(f"{step.id} has {made} so far; there is nothing to compare.")
         old, new = step.attempt(a), step.attempt(b)
         with run.reading() as state:
             made = Text(diff.text(old.text, new.text))

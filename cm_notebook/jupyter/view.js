@@ -1,7 +1,7 @@
 // The run's view in the page: it shows what the kernel says, tells it what a person did, and decides nothing. The
 // messages stand in view.py. HTML comes from Python, which has made it safe; what is being written becomes text nodes.
-// "connecting" (the snapshot is seen) until the kernel has answered `hello`, then "live"; "silent": it has not in 5 s;
-// "gone": there is none. Buttons work only while live.
+// "connecting" (the snapshot is seen) until the kernel has answered `hello`, then "live"; "silent": not in 5 s; "gone":
+// there is none. Buttons work only while live.
 
 const SILENT_MS = 5000;
 const DEAD_MS = 500; // a new bar takes no click that was meant for what stood there before
@@ -21,7 +21,7 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-// Only what a person did counts: a script could press buttons too.
+// Only what a person did counts: a script could press too.
 const byHand = handler => event => { if (event.isTrusted) handler(event); };
 const button = (text, attributes, handler) => make("button", { type: "button", ...attributes, on: { click: byHand(handler) } }, text);
 const keycap = key => make("kbd", { "aria-hidden": true }, key);
@@ -341,16 +341,15 @@ class View {
     this.status = make("div", { class: "cm-status", role: "status", "aria-live": "polite" });
     this.inside = make("div", { hidden: "" }, part("top", "cm-head"), part("source", "cm-small"), part("sure", "cm-ask"), part("graph", "cm-graph"),
       part("list", "cm-list", "ol"), part("gates"), part("said", "cm-said cm-small"), part("foot", "cm-head cm-small"));
-    this.root = make("section", { class: "cm-run", role: "region", tabindex: -1, hidden: "", style: this.head.frame, "aria-label": `Workflow run ${this.head.name}`, "data-lm-suppress-shortcuts": "true" },
+    this.root = make("section", { class: "cm-run", role: "region", tabindex: -1, hidden: "", style: this.head.frame, "aria-label": this.head.label, "data-lm-suppress-shortcuts": "true" },
       this.inside, part("error", "cm-error"), part("help", "cm-help"), this.status);
     this.sure.hidden = this.error.hidden = this.help.hidden = true;
     this.help.append(...this.head.help.map(([key, what]) => make("div", {}, make("kbd", {}, key), ` ${what}`)));
     this.top.append(part("title", "cm-name", "span"), part("pill", null, "span"), part("words", null, "span"), this.modes);
     this.pill.after(this.stop, this.goOn);
     if (this.head.place) this.foot.append(part("placed", null, "span"), this.stop, this.goOn, this.modes);
-    this.top.hidden = Boolean(this.head.place); this.foot.hidden = !this.head.place;
+    this.top.hidden = Boolean(this.placed); this.foot.hidden = !this.placed;
     this.root.addEventListener("keydown", event => this.key(event));
-    this.root.addEventListener("keyup", event => event.stopPropagation());
     this.graph.addEventListener("click", byHand(event => this.visit(event.target.closest("[data-step]"))));
   }
 
@@ -376,8 +375,8 @@ class View {
     put(this.graph, model.get("graph"));
     this.match(this.cards, this.list, model.get("cards"), "key", record => new Card(this, record.key));
     this.match(this.bars, this.gates, model.get("gates"), "id", record => { this.note(""); return new Bar(this, record); });
-    this.source.hidden = !head.source || Boolean(head.place);
-    this.said.hidden = this.bars.size > 0 || Boolean(head.place);
+    this.source.hidden = !head.source || this.top.hidden;
+    this.said.hidden = this.bars.size > 0 || this.top.hidden;
     this.enable();
     this.speak(head.spoken);
     // A button that is gone must not leave the keys to the notebook.

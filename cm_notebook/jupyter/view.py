@@ -28,10 +28,10 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..config import setting
-from ..errors import CodeMachineError
+from ..errors import CodeMachineError, did_you_mean
 from ..events import Decision, Gate, RunResumed, RunStarted, TurnStarted
 from ..feed import Feed, LiveText
 from ..render import html, svg
@@ -68,7 +68,8 @@ def show(run: Run, steps: Sequence[str] | None = None, *, mode: ViewMode | None 
     Parameters
     ----------
     steps
-        Ids of the steps to show as cards. A card that was shown under another cell moves here.
+        Ids of the steps to show as cards. A card that was shown under another cell moves here; what this cell shows
+        already is not shown twice.
     mode
         ``"full"``: live, with buttons. ``"html"``: a snapshot, renewed at each gate. ``"log"``: a line per event.
         ``None``: as configured (``%config CM.view``).
@@ -76,17 +77,24 @@ def show(run: Run, steps: Sequence[str] | None = None, *, mode: ViewMode | None 
     Notes
     -----
     Where nobody is there to answer, or the run is driven by another process, it is one static view.
+
+    Raises
+    ------
+    TransitionError     There is no such step.
+    CodeMachineError    There is no such mode.
     """
     chosen = None if steps is None else [run[id].id for id in steps]
     how = mode or setting("view")
-    if bridge.kernel() is None or run._loop is None or not run._somebody or how not in ("full", "html", "log"):
+    if how not in (modes := get_args(ViewMode)):
+        raise CodeMachineError(f"there is no view {how!r}. {did_you_mean(str(how), modes, 'Views')}")
+    if bridge.kernel() is None or run._loop is None or not run._somebody:
         show_static(run, chosen)
         return
     if how == "full" and setting("direct_clicks"):
         bridge.direct_clicks.install(bridge.kernel())
     hub = _hub(run)
-    hub.retire(chosen)
-    hub.add(Display(run, chosen, how, hub.listen))
+    if hub.makes_room(chosen, how):
+        hub.add(Display(run, chosen, how, hub.listen))
 
 
 def show_static(run: Run, steps: Sequence[str] | None = None) -> None:
@@ -179,7 +187,7 @@ GONE = "Not connected. Restart the kernel and run this cell again."
 def head_record(state: RunState, steps: Sequence[str] | None = None, now: float | None = None) -> dict[str, Any]:
     """The line above, the words below, and what may be done to the run as a whole."""
     return {
-        "name": state.name,
+        "label": f"Workflow run {state.name}{': ' if steps else ''}{', '.join(steps or ())}",
         "title": html.inline(say.one_line(state.name, 80)),
         "pill": html.pill(say.run_look(state)),
         "words": html.faint(*say.run_total(state, now).words()),
@@ -374,7 +382,7 @@ class Writing:
             return self._close("".join(block.html for block in made), self._stream.tail)
         self.rest.append(clean(text))
         told = ["delta", self.rest[-1]]
-        if self._stream is None and len(self.rest) > 64:
+        if self._stream is None and (len(self.rest) > 64 or len(text) > BURST):
             self.rest = ["".join(self.rest)[-KEPT:]]
         return told
 
@@ -531,9 +539,9 @@ class Display:
         self.main.update(*self._widget_bundle())
         self._snap()
 
-    def retire(self) -> None:
+    def retire(self, words: str) -> None:
         """It is shown somewhere else: say so here."""
-        self.main.update(_line(f"{', '.join(self.steps or [self.run.state.name])}: shown further below"))
+        self.main.update(_line(words) if words else {"text/plain": ""})
         if self.spare is not None:
             self.spare.update({"text/plain": ""})
         self.close()
@@ -604,17 +612,28 @@ class Hub:
         for display in self.displays:
             display.run = run
 
-    def retire(self, steps: Sequence[str] | None) -> None:
-        """End what the present cell makes invalid: its own earlier output, and cards that move here."""
+    def makes_room(self, steps: list[str] | None, mode: ViewMode) -> bool:
+        """Whether such a display is to be added to the present cell.
+
+        What it makes invalid is ended: the cell's own earlier output, and cards that move here.
+        """
         cell, execution = bridge.cell_id(), bridge.shell().execution_count
         with self._lock:
             for display in list(self.displays):
-                rerun = cell is not None and display.cell == cell and display.execution != execution
-                moved = steps is not None and display.steps is not None and set(display.steps) <= set(steps)
-                if rerun or moved:
-                    self.displays.remove(display)
-                    # On the loop: a message that is being sent must not meet a widget that is being closed.
-                    self._call(display.close if rerun else display.retire)
+                same_cell, now = cell is not None and display.cell == cell, display.execution == execution
+                if now and display.steps == steps and display.mode == mode:
+                    return False
+                # On the loop: a message that is being sent must not meet a widget that is being closed.
+                if same_cell and not now:
+                    self._call(display.close)
+                elif now and display.steps == steps:
+                    self._call(display.retire, "")
+                elif steps is not None and display.steps is not None and set(display.steps) <= set(steps):
+                    self._call(display.retire, f"{', '.join(display.steps)}: shown further below")
+                else:
+                    continue
+                self.displays.remove(display)
+        return True
 
     # -- on the run's loop
 
@@ -781,7 +800,7 @@ class Hub:
     def _decide(self, content: Mapping[str, Any]) -> None:
         names = ("feedback", "output", "prompt", "count")
         given = {name: content[name] for name in names if content.get(name) is not None}
-        decision = Decision(action=content["action"], **given)
+        decision = Decision(action=content.get("action", ""), **given)
         self.run.decide(str(content["decide"]), decision, digest=str(content.get("digest", "")))
 
     def _do(self, content: Mapping[str, Any]) -> None:
@@ -793,9 +812,9 @@ class Hub:
         elif what == "unpause":
             self.run.unpause()
         elif what == "mode":
-            self.run.set_mode(content["mode"])
+            self.run.set_mode(content.get("mode", ""))
         elif what == "rerun":
-            self.run.rerun(str(content["step"]), later=True)
+            self.run.rerun(str(content.get("step")), later=True)
 
 
 _hubs: weakref.WeakValueDictionary[str, Hub] = weakref.WeakValueDictionary()

@@ -506,7 +506,7 @@ def _code_inline(tokens: Sequence[Token], index: int, options: Any, env: Any) ->
 
 def _code(text: str) -> str:
     style = f"{_GREY};{_MONO};margin:0 0 8px;padding:8px;overflow-x:auto"
-    return f'<pre style="{style}"><code>{html.escape(text)}</code></pre>\n'
+    return f'<pre style="{style}"><code style="background:transparent">{html.escape(text)}</code></pre>\n'
 
 
 def _plain(text: str) -> str:

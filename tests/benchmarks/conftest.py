@@ -85,31 +85,31 @@ def budget(request: pytest.FixtureRequest) -> Budget:
         """
         pair = figures if isinstance(figures, Pair) else Pair([figures], [], "")
         scale = UNITS[unit.partition("/")[0]]
-        alone = not pair.floor_all
-        ours, floor = pair.ours * scale, 0.0 if alone else pair.floor * scale
-        limits, words = [float("inf")], []
+        kept, words = [], []
         if times is not None:
-            limits.append(times * floor)
+            kept.append(pair.ratio <= times)
             words.append(f"≤ {times:g} ×")
         if plus is not None:
-            limits.append(floor + plus)
+            kept.append(pair.difference * scale <= plus)
             words.append(f"≤ floor + {plus:g} {unit}")
         if at_most is not None:
-            limits.append(at_most)
+            kept.append(pair.ours * scale <= at_most)
             words.append(f"≤ {at_most:g} {unit}")
-        kept = ours <= min(limits)
+        alone = not pair.floor_all
         row = Row(
             work,
-            f"{ours:.3g} {unit}",
-            "" if alone else f"{floor:.3g} {unit}",
-            "" if alone else f"{ours / floor:.2f}",
+            f"{pair.ours * scale:.3g} {unit}",
+            "" if alone else f"{pair.floor * scale:.3g} {unit}",
+            "" if alone else f"{pair.ratio:.2f}",
             ", ".join(words) or "–",
             pair.clock,
-            "" if not words else "yes" if kept else "NO",
+            "" if not words else "yes" if all(kept) else "NO",
         )
         table.append(row)
-        shown = f"{work}: {row.ours}; floor {row.floor or '–'}; budget {row.budget}"
-        assert kept, f"{shown}; rounds: ours {_rounds(pair.ours_all, scale)}, floor {_rounds(pair.floor_all, scale)}"
+        shown = f"{work}: {row.ours}; floor {row.floor or '–'}; ratio {row.ratio}; budget {row.budget}"
+        assert all(kept), (
+            f"{shown}; rounds: ours {_rounds(pair.ours_all, scale)}, floor {_rounds(pair.floor_all, scale)}"
+        )
 
     return check
 

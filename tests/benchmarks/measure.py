@@ -1,9 +1,9 @@
 """Measuring: ours and its floor in turn, in one process, so that only their ratio counts.
 
 Strategy: a figure is seconds (or bytes) for one unit of work, smaller is better. ``paired`` takes ours and the floor in
-turns (A B A B …), so whatever else the machine does meets both, and keeps the best round of each: a neighbour can only
-make a round slower. Work that only computes is measured in CPU time, which a busy neighbour hardly lengthens; work that
-waits for the disk, another thread or another process on the clock ("wall").
+turns (A B A B …), so whatever else the machine does meets both; ``Pair`` says how the rounds become one figure. Work
+that only computes is measured in CPU time, which a busy neighbour hardly lengthens; work that waits for the disk,
+another thread or another process on the clock ("wall").
 
 A *floor* is a plain program that does the same input and output by hand. They stand at the end of this file.
 """
@@ -14,6 +14,7 @@ import asyncio
 import gc
 import os
 import sqlite3
+import statistics
 import subprocess
 import sys
 import threading
@@ -71,8 +72,18 @@ class Pair:
 
     @property
     def ratio(self) -> float:
-        """Ours divided by the floor."""
-        return self.ours / self.floor
+        """Ours divided by the floor: of the best rounds, or the median of each round's, whichever is lower.
+
+        A lucky round of the floor spoils the first, steady disturbance the second; what has become slower raises both.
+        """
+        each = [ours / floor for ours, floor in zip(self.ours_all, self.floor_all, strict=True)]
+        return min(self.ours / self.floor, statistics.median(each))
+
+    @property
+    def difference(self) -> float:
+        """Ours less the floor, likewise."""
+        each = [ours - floor for ours, floor in zip(self.ours_all, self.floor_all, strict=True)]
+        return min(self.ours - self.floor, statistics.median(each))
 
 
 class Rounds(NamedTuple):

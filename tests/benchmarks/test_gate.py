@@ -60,6 +60,7 @@ os._exit(0)
 """
 """As somebody would write it who wants each fact on disk when it happens: the decision, the start, the end."""
 
+STARTED, OPENED, APPROVED = (json.dumps({"type": kind}) for kind in ("started", "opened", "approved"))
 FINISHED = json.dumps({"type": "finished", "text": "x" * SIZE})
 
 
@@ -104,12 +105,7 @@ def test_warm(budget):
     def floor() -> Time:
         connection = _gate_by_hand(new_file())
         with stopwatch() as passed:
-            for body in (
-                '{"type": "approved"}',
-                '{"type": "started"}',
-                f'{{"type": "finished", "text": "{"x" * SIZE}"}}',
-            ):
-                connection.execute("INSERT INTO steps (body) VALUES (?)", (body,))
+            _write(connection, APPROVED, STARTED, FINISHED)
         connection.close()
         return passed()
 
@@ -119,6 +115,10 @@ def test_warm(budget):
 
 def _gate_by_hand(path: Path) -> sqlite3.Connection:
     connection = measure.database(path)
-    for body in ('{"type": "started"}', f'{{"type": "finished", "text": "{"x" * SIZE}"}}', '{"type": "opened"}'):
-        connection.execute("INSERT INTO steps (body) VALUES (?)", (body,))
+    _write(connection, STARTED, FINISHED, OPENED)
     return connection
+
+
+def _write(connection: sqlite3.Connection, *bodies: str) -> None:
+    for body in bodies:
+        connection.execute("INSERT INTO steps (body) VALUES (?)", (body,))

@@ -424,11 +424,11 @@ print(bridge.wait_in_cell(answer, 10), hasattr(asyncio, "_nest_patched"))
 
 
 def test_waiting_says_when_no_click_could_arrive(page):
-    page.run("direct_clicks.uninstall()")
+    page.run("direct_clicks.uninstall(); direct_clicks.enabled = False")
     error = page.run("bridge.wait_in_cell(answer, 10)")
     assert error.startswith(f"CodeMachineError: This kernel (ipykernel {ipykernel.__version__}) cannot receive clicks")
     assert ("install ipykernel 7.4" in error) is KERNEL_6
-    page.run("direct_clicks.install(kernel); direct_clicks.enabled = False")
+    page.run("direct_clicks.install(kernel)")
     assert "cannot receive clicks" in page.run("bridge.wait_in_cell(answer, 10)")
     assert page.run("answer.set_result(1); print(bridge.wait_in_cell(answer))") == "1"  # nothing left to wait for
 

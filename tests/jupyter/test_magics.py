@@ -100,7 +100,8 @@ def error(cells: Cells, source: str) -> str:
     """The one line that the cell says in place of a result."""
     with pytest.raises(Exception) as said:  # noqa: PT011
         cells(source)
-    assert type(said.value).__name__ in ("UsageError", "GatePending"), said.value
+    assert isinstance(said.value, cm.CodeMachineError), said.value
+    assert len(said.value._render_traceback_()) == 1 or isinstance(said.value, cm.GatePending)
     assert "\n" not in str(said.value)
     return str(said.value)
 

@@ -249,7 +249,7 @@ def test_separators_stand_between_the_steps() -> None:
 def test_status_table_lines_up() -> None:
     lines = text.status_table(builder.edited().state).splitlines()
     assert lines[0].split() == list(text.STATUS_COLUMNS)
-    assert lines[-1].split() == ["total", "running", "13.6", "s", "~1.6k", "~$0.006", "4"]
+    assert lines[-1].split() == ["total", "running", "9.2", "s", "~1.6k", "~$0.006", "4"]
     assert text.quoted(HOSTILE).count("\n") == 0
 
 

@@ -1,0 +1,474 @@
+"""What pages are told and what they may say, without a browser: a widget that writes down what it is given."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+
+import cm_notebook as cm
+from cm_notebook.jupyter import bridge, view
+from cm_notebook.render import html
+from tests.helpers import gate, until
+from tests.render.builder import Story
+
+
+class Widget:
+    """In place of the real one."""
+
+    made: ClassVar[list[Widget]] = []
+
+    def __init__(self, **traits):
+        self.sent, self.closed, self.handlers = [], False, []
+        self.comm = SimpleNamespace(comm_id=f"comm-{len(self.made)}")
+        self.final = ""
+        for name, value in traits.items():
+            setattr(self, name, value)
+        self.made.append(self)
+
+    def hold_sync(self):
+        return contextlib.nullcontext()
+
+    def send_state(self, names):
+        self.sent.append({"kind": "state", "names": names})
+
+    def send(self, content):
+        self.sent.append({**content, "at": time.monotonic()})
+
+    def on_msg(self, handler):
+        self.handlers.append(handler)
+
+    def close(self):
+        self.closed = True
+
+    def _repr_mimebundle_(self):
+        return {"application/vnd.jupyter.widget-view+json": {"model_id": self.comm.comm_id}}, {}
+
+    # -- the page
+
+    def says(self, **content):
+        for handler in self.handlers:
+            handler(self, {"page": "p", **content}, [])
+
+    def hears(self, kind, **wanted):
+        def find():
+            return next((m for m in self.sent if m["kind"] == kind and wanted.items() <= m.items()), None)
+
+        return until(find, f"{kind} {wanted}")
+
+
+class Notebook:
+    """Cells and their outputs, by display id."""
+
+    def __init__(self):
+        self.cell, self.execution_count, self.outputs, self.display_pub = "a", 1, {}, self
+
+    def publish(self, data, metadata=None, transient=None, update=False):
+        id = transient["display_id"]
+        assert update is (id in self.outputs)
+        self.outputs[id] = data
+
+    def run(self, cell):
+        self.cell, self.execution_count = cell, self.execution_count + 1
+
+    @property
+    def shown(self):
+        return list(self.outputs.values())
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    made = Notebook()
+    Widget.made = []
+    monkeypatch.setenv("CM_DIRECT_CLICKS", "0")
+    monkeypatch.setattr(bridge, "shell", lambda: made)
+    monkeypatch.setattr(bridge, "kernel", lambda: made)
+    monkeypatch.setattr(bridge, "cell_id", lambda: made.cell)
+    monkeypatch.setattr(view, "_widget_class", lambda: Widget)
+    monkeypatch.setattr(view, "SETTLE_S", 0.0)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _shown_only_by_us(monkeypatch):
+    monkeypatch.setattr(cm.Run, "show_here", lambda run: None)
+
+
+def begin(steps="planner? -> builder", script=None):
+    script = script or {"planner": ["first plan", "second plan"], "builder": ["built", "built again"]}
+    agents = [cm.Agent(id=name, prompt="Go.") for name in script]
+    return cm.Workflow("flow", agents=agents, steps=steps).start(engine=cm.ScriptedEngine(script), journal=":memory:")
+
+
+def widget():
+    return Widget.made[-1]
+
+
+def waiting(step="planner"):
+    """The page's record of that step's gate."""
+    return until(lambda: next((one for one in widget().gates if one["step"] == step), None), f"the bar of {step}")
+
+
+# -- two outputs, and what becomes of them ----------------------------------------------------------------------------
+
+
+def test_a_is_the_widget_and_b_the_snapshot_until_the_end(notebook):
+    run = begin()
+    view.show(run)
+    record = waiting()
+    live, snapshot = until(
+        lambda: "Run this cell again" in notebook.shown[1]["text/html"] and notebook.shown, "a snapshot"
+    )
+    assert "application/vnd.jupyter.widget-view+json" in live
+    assert "text/html" not in live  # the untrusted file would show the run twice
+    assert f'data-cm-static="{widget().place}"' in snapshot["text/html"]
+    widget().says(decide=record["id"], digest=record["digest"], action="approve")
+    run.wait(20)
+    until(lambda: widget().closed, "the widget to be closed")
+    live, snapshot = notebook.shown
+    assert set(live) == {"text/html", "text/plain"}
+    assert "Finished: 2 of 2 done." in live["text/html"]
+    assert "builder" in live["text/plain"]
+    assert snapshot == {"text/plain": ""}
+
+
+def test_a_page_opened_from_the_file_gets_the_end_through_the_widget(notebook):
+    """It does not know A's display id, so A cannot be replaced there."""
+    run = begin()
+    view.show(run)
+    gate(run)
+    widget().says(hello=True)
+    widget().says(hello=True, page="second tab")
+    widget().hears("all", page="second tab")
+    run.approve().wait(20)
+    until(lambda: "Finished" in widget().final, "the saved view in the widget")
+    assert not widget().closed
+
+
+def test_a_step_is_frozen_when_it_is_settled_and_thaws_when_it_is_touched(notebook):
+    run = begin("planner? -> builder?")
+    view.show(run, ["planner"])
+    gate(run)
+    run.approve()
+    gate(run, "builder")
+    until(lambda: widget().closed, "the card to be frozen")
+    run.rerun("planner")
+    until(lambda: len(Widget.made) == 2, "the card to be live again")
+    assert waiting()["step"] == "planner"
+    assert "application/vnd.jupyter.widget-view+json" in notebook.shown[0]
+
+
+def test_a_step_in_a_loop_that_may_come_back_stays_live(notebook):
+    again = cm.Reply(verdict=cm.Verdict(action="pause", reason="look"))
+    steps = [cm.step("planner"), cm.module("checker", loop_steps=1, loop_max_iterations=3)]
+    run = begin(steps, {"planner": ["one", "two"], "checker": [again, again]})
+    view.show(run, ["planner"])
+    gate(run, "checker")
+    assert run["planner"].status == "done"
+    assert not widget().closed
+    run.reject("more")
+    until(lambda: len(run["planner"].attempts) == 2, "the second pass")
+
+
+def test_a_finished_run_is_shown_as_html_and_goes_on_live(notebook):
+    run = begin("builder")
+    run.wait(20)
+    view.show(run)
+    assert Widget.made == []
+    run.add(cm.step("planner", interactive=True))
+    until(lambda: Widget.made, "the view to be live again")
+    assert waiting()["step"] == "planner"
+
+
+def test_a_card_moves(notebook):
+    run = begin()
+    view.show(run, ["planner"])
+    view.show(run)
+    notebook.run("b")
+    view.show(run, ["planner"])
+    until(lambda: notebook.shown[0]["text/plain"] == "planner: shown further below", "the line that says so")
+    first, whole, second = Widget.made
+    until(lambda: first.closed, "the first card to be closed")
+    assert not whole.closed
+    assert not second.closed
+
+
+def test_a_cell_run_again_replaces_its_own_view(notebook):
+    run = begin()
+    view.show(run)
+    notebook.run("a")
+    view.show(run)
+    until(lambda: Widget.made[0].closed, "the old widget to be closed")
+    assert not Widget.made[1].closed
+
+
+def test_a_cell_shows_a_run_once(notebook):
+    run = begin()
+    view.show(run)
+    view.show(run)
+    assert len(Widget.made) == 1
+    assert len(notebook.shown) == 2
+    view.show(run, mode="html")
+    until(lambda: Widget.made[0].closed, "the widget to be closed")
+    assert [sorted(shown) for shown in notebook.shown] == [["text/plain"], ["text/plain"], ["text/html", "text/plain"]]
+
+
+def test_html_has_no_widget(notebook):
+    run = begin()
+    view.show(run, mode="html")
+    until(lambda: "Run this cell again to decide" in notebook.shown[0]["text/html"], "the gate")
+    run.approve().wait(20)
+    until(lambda: "Finished" in notebook.shown[0]["text/html"], "the end")
+    assert Widget.made == []
+    assert len(notebook.shown) == 1
+
+
+def test_log_is_lines(notebook):
+    run = begin()
+    view.show(run, mode="log")
+    gate(run)
+    run.approve().wait(20)
+    until(lambda: "cm: flow completed" in notebook.shown[0]["text/plain"], "the last line")
+    assert Widget.made == []
+
+
+def test_nobody_there(notebook, headless, capsys):
+    run = begin("builder")
+    view.follow_lines(run)
+    view.show_static(run)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("cm: flow started: 1 step")
+    assert lines[1].startswith("cm: builder ok")
+    assert lines[-1].startswith("cm: flow completed")
+    view.follow_lines(run)
+    assert capsys.readouterr().out == ""  # told once
+    view.show(run)
+    assert Widget.made == []
+    assert all("Finished" in shown["text/html"] for shown in notebook.shown)
+
+
+def test_nobody_there_at_a_gate(notebook, headless, capsys):
+    run = begin()
+    with pytest.raises(cm.GatePending):
+        view.follow_lines(run)
+    assert "cm: gate: planner is waiting for you" in capsys.readouterr().out
+
+
+# -- the protocol -----------------------------------------------------------------------------------------------------
+
+
+def apply_messages(sent, page="p"):
+    """What a page makes of them: texts by path, and the number it has come to."""
+    number, texts = None, {}
+    for message in sent:
+        if message["kind"] == "all" and message["page"] == page:
+            number, texts = message["number"], {path: list(text) for path, text in message["texts"].items()}
+        elif number is not None and "number" in message:
+            assert message["number"] == number + (message["kind"] != "mark")
+            number = message["number"]
+            for kind, path, *told in message.get("pieces", ()):
+                text = texts.setdefault(path, ["", ""])
+                if kind == "start":
+                    text[:] = ["", ""]
+                elif kind == "delta":
+                    text[1] += told[0]
+                elif kind == "block":
+                    text[:] = [text[0] + told[0], told[1]]
+    return texts
+
+
+class Gated:
+    """Writes, and goes on when it may."""
+
+    name = "gated"
+
+    def __init__(self, parts):
+        self.parts, self.go = parts, False
+
+    async def stream(self, request):
+        import asyncio
+
+        for part in self.parts:
+            yield cm.Delta(part)
+            await asyncio.sleep(0.002)
+        while not self.go:
+            await asyncio.sleep(0.002)
+        yield cm.TurnDone("".join(self.parts))
+
+
+def write(parts, hello_after=0.0):
+    engine = Gated(parts)
+    flow = cm.Workflow("flow", agents=[cm.Agent(id="planner", prompt="Go.")], steps="planner?")
+    run = flow.start(engine=engine, journal=":memory:")
+    view.show(run)
+    time.sleep(hello_after)
+    widget().says(hello=True)
+    return run, engine
+
+
+@pytest.mark.parametrize("hello_after", [0.0, 0.15])
+def test_a_text_arrives_whole_whenever_the_page_begins(notebook, hello_after):
+    parts = [f"word{n} " if n % 20 else f"\n\nParagraph {n}: " for n in range(200)]
+    run, engine = write(parts, hello_after)
+
+    def plain():
+        blocks, rest = apply_messages(widget().sent).get("planner", ("", ""))
+        return f"{blocks} {rest}"
+
+    until(lambda: "word199" in plain(), "the last word")
+    assert all(f"word{n} " in plain() or f"word{n}<" in plain() for n in range(200) if n % 20)
+    assert "<p" in plain()
+    engine.go = True
+    gate(run)
+
+
+def test_at_most_twenty_messages_a_second(notebook):
+    run, engine = write([f"{n} " for n in range(500)])
+    until(lambda: "499" in apply_messages(widget().sent).get("planner", "  ")[1], "the last word")
+    engine.go = True
+    gate(run)
+    times = [message["at"] for message in widget().sent if message["kind"] == "live"]
+    assert len(times) > 2
+    assert len(times) <= 20 * (times[-1] - times[0]) + 2
+
+
+def test_a_lost_message_is_noticed_at_the_end(notebook, monkeypatch):
+    monkeypatch.setattr(view, "CLOCK_S", 0.1)
+    run, engine = write(["one two"])
+    engine.go = True
+    gate(run)
+    mark = widget().hears("mark")
+    assert mark["number"] == max(message.get("number", 0) for message in widget().sent)
+
+
+def test_too_much_too_fast_is_plain_and_bounded():
+    writing = view.Writing(1)
+    told = [writing.add("- item\n" * 10)]
+    told += [writing.add(f"{n:06d} " * 2000) for n in range(20)]
+    assert [one[0] for one in told] == ["delta", "block", *["delta"] * 19]
+    blocks, rest = writing.whole()
+    assert blocks.startswith('<div class="cm-piece">- item')
+    assert rest.endswith("000019 ")
+    for _n in range(100):
+        writing.add("x" * 20_000)
+    assert len(writing.whole()[1]) <= 2 * view.KEPT
+
+
+def test_what_is_written_is_cleaned():
+    writing = view.Writing(1)
+    assert writing.add("a\x1b[31m\u202eb") == ["delta", "a⟨U+202E⟩b"]
+    kind, block, rest = writing.add("<script>x</script>\n\n[y](javascript:z)\n\nend\n\nnext")
+    assert (kind, rest) == ("block", "end\n\nnext")
+    assert "<script" not in block
+    assert "href" not in block
+
+
+def test_bodies_are_given_to_who_asks(notebook):
+    run = begin()
+    view.show(run)
+    gate(run)
+    run.reject("name the tests")
+    until(lambda: len(run["planner"].attempts) == 2 and run.gates, "the second attempt")
+    wanted = {
+        ("output", 1): "Rejected by you",
+        ("output", 2): "second plan",
+        ("diff", 2): "<ins",
+        ("prompt", 2): "name the tests",
+        ("log", 2): "attempt 2 started",
+    }
+    for ticket, ((tab, attempt), text) in enumerate(wanted.items()):
+        widget().says(want="planner", attempt=attempt, tab=tab, ticket=ticket)
+        assert text in widget().hears("body", ticket=ticket, page="p")["html"]
+    widget().says(want="planner", attempt=2, tab="edit-output", ticket=99)
+    assert widget().hears("body", ticket=99)["text"] == "second plan"
+
+
+def test_what_cannot_be_decided_is_said_in_words(notebook):
+    run = begin("planner? -> builder?")
+    view.show(run)
+    record = waiting()
+    answer = {"decide": record["id"], "digest": record["digest"]}
+    widget().says(**answer, action="reject", seq=1)
+    assert "say why" in widget().hears("said", gate=record["id"])["text"]
+    widget().sent.clear()
+    widget().says(**answer, action="fly")
+    widget().hears("said", text="That is no answer to this gate.")
+    widget().says(**{**answer, "digest": "of another text"}, action="approve")
+    until(lambda: any("something else" in m.get("text", "") for m in widget().sent), "what differs")
+    assert run.status == "waiting"
+    widget().says(**answer, action="approve")
+    gate(run, "builder")
+    widget().says(**answer, action="approve", page="late")
+    assert "already approved by you" in widget().hears("said", page="late")["text"]
+    assert len(run.state.decisions) == 1
+    widget().says(do="mode", mode="unattended")
+    until(lambda: run.mode == "unattended", "the mode")
+    widget().says(do="nonsense")
+    widget().says(do="stop")
+    run.wait(20)
+    assert run.status == "stopped"
+
+
+def test_a_message_that_is_none_changes_nothing(notebook):
+    run = begin()
+    view.show(run)
+    gate(run)
+    for content in ({"want": 5}, {"decide": None}, {"decide": "x/y", "action": "approve"}, {"do": ["stop"]}, {}):
+        widget().says(**content)
+    widget().says(hello=True, page="last")
+    widget().hears("all", page="last")
+    assert run.status == "waiting"
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def labels(state):
+    (only,) = view.gate_records(state)
+    return [button["text"] for button in only["buttons"]]
+
+
+def test_buttons_of_each_kind_of_gate():
+    assert labels(Story("planner?").answer("plan").state) == ["Approve", "Reject…", "Edit", "Skip"]
+    failed = Story("planner").fail("no key")
+    assert labels(failed.state) == ["Retry", "Edit prompt", "Skip", "Stop"]
+    asks = Story("planner").ask("Which one?")
+    assert labels(asks.state) == ["Answer…"]
+    (record,) = view.gate_records(asks.state)
+    assert record["buttons"][0]["at_once"]
+
+
+def test_every_button_names_its_magic_and_asks_only_for_what_its_decision_takes():
+    for state in (Story("a?").answer("x").state, Story("a").fail("no").state, Story("a").ask("b?").state):
+        for button in view.gate_records(state)[0]["buttons"]:
+            assert "%cm " in button["magic"]
+            assert button.get("ask") in (None, "feedback", "output", "prompt")
+
+
+def test_cards_fold_as_in_the_saved_view():
+    story = Story(" -> ".join(f"s{n}" for n in range(12)))
+    for _ in range(8):
+        story.answer("done")
+    fold, *cards = view.card_records(story.state)
+    assert fold["steps"] == [f"s{n}" for n in range(8)]
+    assert [card["step"] for card in cards] == ["s8", "s9", "s10", "s11"]
+    assert cards[0]["writing"] == 1
+    assert [card["open"] for card in cards] == [True, False, False, False]
+
+
+def test_a_locked_workflow_has_no_menu():
+    assert view.head_record(Story("a", autonomous_mode="always").state)["locked"]
+    assert not view.head_record(Story("a").state)["locked"]
+
+
+def test_the_page_gets_a_small_module():
+    folder = Path(view.__file__).parent
+    module, style = (folder / "view.js").read_text(), (folder / "view.css").read_text()
+    assert len(module.encode()) < 25_000
+    assert len(style.encode()) < 5_000
+    assert "http" not in module + style
+    assert html.FRAME  # the frame comes from the saved view
