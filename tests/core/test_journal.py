@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sqlite3
 import stat
@@ -183,7 +182,7 @@ def test_a_read_only_journal_says_so(tmp_path: Path) -> None:
     finished(tmp_path / "j.db")
     journal = cm.Journal(tmp_path / "j.db")
     journal._writer.execute("PRAGMA query_only=1")
-    with pytest.raises(cm.JournalError, match="is read-only. Make it writable"):
+    with pytest.raises(cm.JournalError, match=r"is read-only\. Make it writable"):
         flow("a").start(engine=cm.ScriptedEngine({"a": ["x"]}), journal=journal)
 
 
@@ -237,7 +236,8 @@ def test_a_second_process_is_locked_out_and_may_still_decide(tmp_path: Path) -> 
         check=True,
     )
     first, second, third = done.stdout.splitlines()
-    assert first.startswith("locked") and "driven by another process" in first
+    assert first.startswith("locked")
+    assert "driven by another process" in first
     assert second == opened.id
     assert third.startswith("already approved by the other process")
     assert run.wait(10).status == "completed"
@@ -278,6 +278,6 @@ def test_a_chain_stores_each_text_once(tmp_path: Path) -> None:
         run.wait(30)
         _fold_in(tmp_path / f"{context}.db")
         started = sum(len(facts.body(event)) for event in run.events if event.type == "RunStarted")
-        size = os.path.getsize(tmp_path / f"{context}.db")
+        size = (tmp_path / f"{context}.db").stat().st_size
         assert size - started <= 120 * (1024 + 1024) + 32768, context
     assert run["s119"].prompt.count("t" * 1024) == 119

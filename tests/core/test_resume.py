@@ -56,7 +56,7 @@ def test_resuming_what_is_driven_here_gives_the_same_run(tmp_path: Path) -> None
 
 def test_a_completed_run_is_not_resumed() -> None:
     run = whole()
-    with pytest.raises(cm.TransitionError, match="is completed. Start a new one"):
+    with pytest.raises(cm.TransitionError, match=r"is completed\. Start a new one"):
         cm.resume(run.id, journal=run._journal)
 
 

@@ -292,7 +292,9 @@ def test_a_result_that_is_not_there_says_why() -> None:
     with pytest.raises(cm.GatePending, match='"planner" is waiting for your decision') as pending:
         _ = run["planner"].text
     assert pending.value.gate is not None
-    with pytest.raises(cm.GatePending, match='"implementer" has no result yet: "planner" is waiting for your') as behind:
+    with pytest.raises(
+        cm.GatePending, match='"implementer" has no result yet: "planner" is waiting for your'
+    ) as behind:
         _ = run["implementer"].text
     assert behind.value.gate == pending.value.gate
 
