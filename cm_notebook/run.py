@@ -367,10 +367,14 @@ class Run:
         loop, awake = asyncio.get_running_loop(), asyncio.Event()
         with self._lock:
             feed, past = self.watch(lambda: _quietly(loop, awake.set)), self.events
+            under_way = [(path, turn.started.attempt, turn.text()) for path, turn in self._turns.items()]
         self._rest.add_done_callback(lambda _rest: _quietly(loop, awake.set))
         try:
             for event in past:
                 yield event
+            for path, attempt, text in under_way:
+                if text:
+                    yield LiveText(path, attempt, text)
             while True:
                 resting = self._rest.done()
                 things = feed.take()
@@ -837,7 +841,8 @@ class Run:
 
     def _turn_started(self, action: StartTurn) -> tuple[TurnStarted, str]:
         step = action.step
-        text = text_of(action.prompt + (action.context or ()), self._state.texts)
+        parts = action.prompt + (action.context or ())
+        text = text_of(parts, self._state.texts) if parts else ""
         started = TurnStarted(
             step=step.id,
             path=step.path,
@@ -1025,9 +1030,10 @@ class Run:
 
         def write(text: str) -> None:
             text = sound(text)
-            turn.write(text)
-            for feed in self._feeds:
-                feed.put_text(turn.started.path, turn.started.attempt, text)
+            with self._lock:  # who begins to watch meanwhile gets each piece once
+                turn.write(text)
+                for feed in self._feeds:
+                    feed.put_text(turn.started.path, turn.started.attempt, text)
 
         turn.run_clock()
         try:

@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import inspect
 import threading
 import traceback
@@ -199,8 +200,11 @@ def _turn(request: AgentRequest, line: _Line) -> Turn:
     )
 
 
+_is_async = functools.lru_cache(maxsize=1024)(inspect.iscoroutinefunction)
+
+
 async def _call(function: Callable[[Turn], Any], turn: Turn) -> Any:
-    if inspect.iscoroutinefunction(function):
+    if _is_async(function):
         return await function(turn)
     value = await _in_thread(function, turn)
     # a decorated async function often looks like a sync one that returns a coroutine

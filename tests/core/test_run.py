@@ -286,6 +286,27 @@ async def test_stream_gives_text_and_events_in_order() -> None:
     assert set(text) <= {"planner ", "implementer "}
 
 
+async def test_stream_begins_with_what_is_written_already() -> None:
+    written, go_on = threading.Event(), threading.Event()
+
+    @cm.agent("writer")
+    def writer(turn: cm.Turn) -> str:
+        turn.emit("early ")
+        written.set()
+        go_on.wait(10)
+        turn.emit("late")
+        return "done"
+
+    run = cm.Workflow("w", agents=[writer], steps="writer").start(journal=":memory:")
+    await asyncio.to_thread(written.wait, 10)
+    text = ""
+    async for thing in run.stream():
+        go_on.set()
+        if isinstance(thing, cm.LiveText):
+            text += thing.text
+    assert text == "early late"
+
+
 def test_a_result_that_is_not_there_says_why() -> None:
     run = start("planner? -> implementer")
     gate(run)
