@@ -235,7 +235,7 @@ def _row_record(state: RunState, row: html.Row, place: int, now: float | None) -
             "rev": f"{last.id} {sum(step.gates + step.attempt for step in row.steps)}",
         }
     step = row.steps[0]
-    writing = step.status in ("running", "asking") and step.last is not None
+    writing = step.status == "running"  # one that asks shows its question
     return {
         "key": step.path,
         "step": step.id,

@@ -267,6 +267,26 @@ def test_a_computing_cell_stops_neither_agents_nor_clicks(open_notebook, kernel)
     assert nb.text(2).strip() == "'in time'"
 
 
+DEAF = """
+run = start()
+show(run)
+import pathlib, time
+while not pathlib.Path("go").exists():
+    time.sleep(0.05)
+"""
+
+
+def test_while_no_hello_is_answered_the_snapshot_is_there_and_the_buttons_come_later(open_notebook, picture):
+    """Such as on ipykernel 6 while a cell computes."""
+    nb = start(open_notebook, DEAF, kernel="6.31")
+    nb.wait_text(1, "The kernel has not answered yet", 30)
+    nb.wait_text(1, "Run this cell again to decide")
+    picture(nb, "silent-light")
+    (nb.path.parent / "go").touch()
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "Finished")
+
+
 HOSTILE = """
 text = '''<script>window.hacked = 1</script><img src=x onerror="window.hacked=2">
 # <h1 onclick=alert(1)>Heading
@@ -489,6 +509,7 @@ def test_each_kind_of_gate_has_its_buttons(open_notebook, picture):
     nb.wait_text(6, "pass 2")
 
     nb.wait_text(7, "Which database?")
+    assert nb.accessibility_violations(7) == []
     picture(nb, "kind-question", 7)
     nb.output(7).get_by_role("textbox").fill("SQLite")
     nb.click("button", "Answer", cell=7)
