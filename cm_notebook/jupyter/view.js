@@ -98,7 +98,7 @@ class Card {
     }
     const kinds = Object.entries(TABS).filter(([kind]) => kind === "output" || attempts.length > (kind === "diff"));
     this.tools.append(this.tabs("tab", `What to show of ${step}`, kinds, this.tab));
-    if (again) this.tools.append(button("Run from here", { title: `%cm rewind ${step}` }, () => this.view.tell({ do: "rerun", step })));
+    if (again) this.tools.append(button("Run from here", { title: `%cm run --from ${step}` }, () => this.view.tell({ do: "rerun", step })));
   }
 
   // A row of tabs: the chosen one can be reached with Tab, the others with the arrow keys.

@@ -310,7 +310,7 @@ def gate_record(state: RunState, gate: Gate) -> dict[str, Any]:
             buttons.append({**button, "text": "2 more", "count": 2, "magic": f"{way.magic} --count 2"})
         elif gate.kind == "stale" and way.action == "retry":
             button["text"] = "Run again"
-            buttons.append({"do": "rerun", "text": "Run from here", "magic": f"%cm rewind {gate.step}"})
+            buttons.append({"do": "rerun", "text": "Run from here", "magic": f"%cm run --from {gate.step}"})
     return {
         "id": gate.id,
         "step": gate.step,
@@ -586,7 +586,7 @@ class Hub:
         self._lock = threading.Lock()
         self._timer: Any = None
         self._next_at = 0.0
-        self._drawn_at = 0.0
+        self._drawn_at = self._counted_at = 0.0
         self._dirty = False
         self._quiet = True
         self._lines: list[str] = []
@@ -685,6 +685,8 @@ class Hub:
         if self._dirty:
             self._timer = self.loop.call_later(max(rest, TICK_S), self._tick)
         elif last or self.run.state.running:
+            if now - self._counted_at > CLOCK_S:
+                self._count()
             self._quiet = True
             self._timer = self.loop.call_later(CLOCK_S, self._clock)
 
@@ -720,8 +722,13 @@ class Hub:
         return sent
 
     def _clock(self) -> None:
+        self._timer = None
+        if self._count():
+            self._timer = self.loop.call_later(CLOCK_S, self._clock)
+
+    def _count(self) -> bool:
         """Count the seconds on; and say the last number again, so that a page notices if a message was lost."""
-        self._timer, now = None, time.time()
+        self._counted_at, now = time.monotonic(), time.time()
         with self.run.reading() as state:
             steps: list[StepState | None] = [*state.running.values()] or [state.current]
             moving = [step for step in steps if step is not None and _moves(state, step)]
@@ -737,8 +744,7 @@ class Hub:
                 display.send("live", pieces=[line for line in lines if not line[1] or display.covers(line[1])])
             else:
                 display.widget.send({"kind": "mark", "number": display.number})
-        if moving:
-            self._timer = self.loop.call_later(CLOCK_S, self._clock)
+        return bool(moving)
 
     # -- what pages say
 

@@ -186,7 +186,9 @@ def _summary(state: RunState, step: StepState, seen: Look, now: float | None, *,
     words += [say.waits_for(state, step), say.note(step)]
     told = one_line(say.story(state, step), 400) if step.settled and not open else ""
     line = ""
-    if told and len(step.attempts) > 1:
+    if loop := say.loop_words(step):
+        line = f'\n<span style="display:block;{_SMALL}">{inline(loop)}</span>'
+    elif told and len(step.attempts) > 1:
         line = f'\n<span style="display:block;{_SMALL}">{inline(_capital(told))}</span>'
     else:
         words.append(told)
@@ -196,10 +198,8 @@ def _summary(state: RunState, step: StepState, seen: Look, now: float | None, *,
 def _body(state: RunState, step: StepState, limit: int) -> str:
     parts = []
     if step.stale:
-        again = f" Run from here: `%cm rewind {step.id}`" if step.gate is None else ""
+        again = f" Run from here: `%cm run --from {step.id}`" if step.gate is None else ""
         parts.append(_line(f"Stale: {say.stale_words(state, step)}.{again}"))
-    if loop := say.loop_words(step):
-        parts.append(_line(f"Passes: {loop}"))
     parts += _earlier(state, step, limit)
     if step.last is not None:
         parts += _last(state, step, step.last, limit)
@@ -539,8 +539,6 @@ def output_html(state: RunState, step: StepState, attempt: Attempt | None) -> st
     newest = attempt is step.last
     if newest and step.stale:
         parts.append(_line(f"Stale: {say.stale_words(state, step)}."))
-    if newest and (loop := say.loop_words(step)):
-        parts.append(_line(f"Passes: {loop}"))
     if attempt is not None:
         parts += _result(state, step, attempt, STEP_LIMIT)
     return "".join([*parts, *(_asked(state, step) if newest else ())])
