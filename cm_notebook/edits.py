@@ -11,22 +11,28 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import WorkflowError
-from .events import AnyEvent, StepAdded, StepChanged, StepRemoved
+from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, sound
 from .prompts import agent_facts, check_templates, fingerprint
 from .state import RunState, cut_short
-from .workflow import Agent, Separator, Step, Workflow, step_data
+from .workflow import RESERVED, Agent, Separator, Step, Workflow, step_data
 
 _MISSING = object()
 
 
-def checked_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def checked_inputs(inputs: Any) -> dict[str, Any]:
     """The inputs as plain JSON data.
 
     Raises
     ------
     WorkflowError    One cannot be kept in a journal; the message names it.
     """
+    if not isinstance(inputs, Mapping):
+        raise WorkflowError(
+            f"inputs={inputs!r} is not a dict of names and values, for instance {{'goal': 'a todo CLI'}}."
+        )
     for name, value in inputs.items():
+        if not isinstance(name, str) or name in RESERVED:
+            raise WorkflowError(f"input {name!r}: an input has a name of its own; {', '.join(RESERVED)} are taken.")
         try:
             json.dumps(value)
         except (TypeError, ValueError):
@@ -34,7 +40,7 @@ def checked_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
                 f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
                 f"Pass its text: str({name})."
             ) from None
-    return dict(inputs)
+    return {name: sound(value) for name, value in inputs.items()}
 
 
 def inputs_of(state: RunState, workflow: Workflow | None, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -75,10 +81,16 @@ def changed(
 
 
 def addition(
-    state: RunState, item: Step | Separator, after: str | None, made: Workflow, inputs: dict[str, Any]
+    state: RunState,
+    item: Step | Separator,
+    after: str | None,
+    made: Workflow,
+    inputs: dict[str, Any],
+    *,
+    first: bool = False,
 ) -> StepAdded:
-    """The event that adds `item`."""
-    return StepAdded(step=step_data(item), after=after, **_definition(state, item, made, inputs))
+    """The event that adds `item` after the step `after`, first, or last."""
+    return StepAdded(step=step_data(item), after=after, first=first, **_definition(state, item, made, inputs))
 
 
 def replacement(state: RunState, item: Step, made: Workflow, inputs: dict[str, Any]) -> list[AnyEvent]:
@@ -121,7 +133,7 @@ def revision(state: RunState, workflow: Workflow, inputs: dict[str, Any]) -> lis
         if item.id in state.steps:
             events += replacement(state, item, workflow, inputs)
         else:
-            events.append(addition(state, item, before, workflow, inputs))
+            events.append(addition(state, item, before, workflow, inputs, first=before is None))
         before = item.id
     return events
 

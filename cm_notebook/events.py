@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import CodeMachineError
-from .workflow import Verdict
+from .workflow import Model, Verdict
 
 Mode = Literal["step-by-step", "gates", "unattended"]
 """Who drives: a pause after every step, a pause where a step asks for one, or no pause at all."""
@@ -109,7 +109,7 @@ class Gate(Fact):
     opened_at: float = Field(default=0.0, exclude=True)
 
 
-class Decision(Fact):
+class Decision(Model):
     """The answer to a gate.
 
     Attributes
@@ -198,11 +198,12 @@ class RunFinished(BaseEvent):
 
 
 class StepAdded(BaseEvent):
-    """A step was put after the step ``after``, or last; with agents and inputs that came with it."""
+    """A step was put first, after the step ``after``, or last; with agents and inputs that came with it."""
 
     type: Literal["StepAdded"] = Field(default="StepAdded", exclude=True)
     step: dict[str, Any]
     after: str | None = None
+    first: bool = False
     agents: list[dict[str, Any]] = Field(default_factory=list)
     inputs: dict[str, Any] = Field(default_factory=dict)
     fingerprint: str
@@ -348,6 +349,17 @@ AnyEvent = (
 )
 TYPES: dict[str, type[BaseEvent]] = {kind.__name__: kind for kind in get_args(AnyEvent)}
 """The kinds of event, by name."""
+
+
+def sound(value: Any) -> Any:
+    """`value` without what UTF-8 cannot hold: lone surrogates, as undecodable bytes or half an emoji leave them."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {sound(key): sound(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [sound(inner) for inner in value]
+    return value
 
 
 def body(event: BaseEvent) -> str:

@@ -127,7 +127,7 @@ class Journal:
     durable = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = str(Path(path).absolute())
+        self.path = os.path.realpath(path)  # one lock a file, by whatever name
         self._write = threading.RLock()
         self._read = threading.Lock()
         self._numbers: dict[str, int] = {}
@@ -157,19 +157,18 @@ class Journal:
     def _migrate(self) -> None:
         execute = self._writer.execute
         (version,) = execute("PRAGMA user_version").fetchone()
+        if version == 0:  # a journal is made whole
+            raise JournalError(
+                f"{self.path} was cut off: it is the beginning of a journal. Move it away to begin a new one.",
+                path=self.path,
+            )
         if version > len(MIGRATIONS):
             raise JournalError(
                 f"{self.path} was written by a newer version of cm_notebook (format {version}; this one knows "
                 f"{len(MIGRATIONS)}). Install the newer version: pip install -U cm-notebook.",
                 path=self.path,
             )
-        for number in range(version, len(MIGRATIONS)):
-            execute("BEGIN IMMEDIATE")
-            if execute("PRAGMA user_version").fetchone()[0] == number:  # nobody was faster
-                for statement in MIGRATIONS[number]:
-                    execute(statement)
-                execute(f"PRAGMA user_version={number + 1}")
-            execute("COMMIT")
+        _bring_up(self._writer)
         execute("SELECT no, id, name, notebook, created_at FROM runs LIMIT 1")
         execute("SELECT id, at, type, body FROM events LIMIT 1")
 
@@ -322,6 +321,8 @@ class Journal:
     def release(self, run_id: str) -> None:
         """Drive it no more."""
         lock = self._leases.pop(run_id, None)
+        with contextlib.suppress(sqlite3.Error), self._write:
+            self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")  # so that a copy of the file alone holds the run
         if lock is not None:
             lock.release()  # the file stays: removing it would let two processes lock two files of one name
 
@@ -331,14 +332,21 @@ _opened: dict[str, AnyJournal] = {}
 _opening = threading.Lock()
 
 
-def open_journal(where: str | os.PathLike[str] | AnyJournal) -> AnyJournal:
-    """The journal at `where`: a path, ``":memory:"``, or a journal as it is. One object a file in this process."""
+def open_journal(where: str | os.PathLike[str] | AnyJournal, *, make: bool = True) -> AnyJournal:
+    """The journal at `where`: a path, ``":memory:"``, or a journal as it is. One object a file in this process.
+
+    Raises
+    ------
+    JournalError    It cannot be used, or there is none and `make` is off.
+    """
     if isinstance(where, (Journal, MemoryJournal)):
         return where
     name = str(where)
     if name == ":memory:":
         return MemoryJournal()
-    key = f"{os.getpid()}:{Path(name).absolute()}"
+    if not make and not Path(name).exists():
+        raise JournalError(f"there is no journal {name}. Start a run first, or name the right file.", path=name)
+    key = f"{os.getpid()}:{os.path.realpath(name)}"
     with _opening:
         if key not in _opened or not Path(name).exists():
             _opened[key] = Journal(name)
@@ -354,6 +362,18 @@ def _read_rows(rows: sqlite3.Cursor, path: str) -> Iterator[AnyEvent]:
             raise JournalError(
                 f"{path} is damaged at event {key & 0xFFFFFFFF} ({type_name}): {line}.", path=path
             ) from error
+
+
+def _bring_up(connection: sqlite3.Connection) -> None:
+    """Run the migrations that this file has not had, each with its record in one transaction."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    for number in range(version, len(MIGRATIONS)):
+        connection.execute("BEGIN IMMEDIATE")
+        if connection.execute("PRAGMA user_version").fetchone()[0] == number:  # nobody was faster
+            for statement in MIGRATIONS[number]:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version={number + 1}")
+        connection.execute("COMMIT")
 
 
 def own_folder() -> Path:
@@ -383,9 +403,9 @@ def _make(path: Path) -> None:
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     try:
         with contextlib.closing(sqlite3.connect(draft)) as connection:
+            connection.isolation_level = None
             connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            connection.execute("PRAGMA user_version=0")
-            connection.commit()
+            _bring_up(connection)
         try:
             os.link(draft, path)
         except FileExistsError:

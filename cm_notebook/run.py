@@ -24,10 +24,10 @@ import secrets
 import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from . import edits
@@ -50,7 +50,6 @@ from .events import (
     Action,
     AnyEvent,
     Decision,
-    ErrorInfo,
     Gate,
     GateDecided,
     Mode,
@@ -65,6 +64,7 @@ from .events import (
     TurnStarted,
     Usage,
     place,
+    sound,
 )
 from .feed import Feed, LiveText
 from .journal import AnyJournal, open_journal, own_folder
@@ -72,17 +72,18 @@ from .loops import engine_loop, run_sync, running_loop, wait_detached
 from .prompts import check_templates, digest, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
-from .turns import Ending, LiveTurn, failed, sound, take_turn, too_late
+from .turns import Ending, LiveTurn, failed, take_turn, too_late
 from .workflow import Agent, Separator, Step, Workflow, as_step
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
 Proposal = Callable[[], Iterable[AnyEvent]]
 
 POLL_S = 0.25
-"""How often an open gate is looked for in the journal, where another process may have answered it."""
+"""How often the journal is looked at for what another process has decided."""
+POLICY_FEEDBACK = "Rejected by the policy on_gate='reject'."
 
 _FUNCTIONS = FunctionEngine()
-_driven: weakref.WeakValueDictionary[tuple[str, str], Run] = weakref.WeakValueDictionary()
+_driven: dict[tuple[str, str], Run] = {}
 _current: Run | None = None
 
 
@@ -169,7 +170,7 @@ class Run:
         EngineNotFound    A step's engine is not there.
         JournalError      The journal cannot be used.
         """
-        values = edits.checked_inputs({**workflow.inputs, **(inputs or {})})
+        values = {**workflow.inputs, **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
             raise WorkflowError(f"until={until!r} is not a step. {did_you_mean(until, known, 'Steps')}")
@@ -183,7 +184,7 @@ class Run:
         run._drive()
         started = RunStarted(
             run_id=run.id,
-            workflow=workflow.to_dict(),
+            workflow=sound(workflow.to_dict()),
             inputs=values,
             fingerprints=edits.fingerprints(workflow, values),
             until=until,
@@ -201,7 +202,7 @@ class Run:
         ------
         JournalError    There is no such run.
         """
-        where = open_journal(journal if journal is not None else setting("journal"))
+        where = open_journal(journal if journal is not None else setting("journal"), make=False)
         driven = _driven.get((where.path, run_id))
         if driven is not None and driven._driving:
             return driven
@@ -243,6 +244,10 @@ class Run:
     ) -> None:
         """Take what is needed for driving, from the thread that asks for it."""
         self._agents.update({agent.id: agent for agent in agents})
+        if engine is not None and not isinstance(engine, (str, Engine)):
+            raise WorkflowError(f"engine={engine!r} is neither a name nor an engine (name, stream).")
+        if on_gate is not None and not isinstance(on_gate, str) and not callable(on_gate):
+            raise WorkflowError(f"on_gate={on_gate!r} is not 'approve', 'reject', 'stop' or a function.")
         self._engine = engine
         self._on_gate = on_gate if on_gate is not None else cast("GatePolicy | None", setting("on_gate"))
         if isinstance(self._on_gate, str) and self._on_gate not in ("approve", "reject", "stop"):
@@ -462,6 +467,9 @@ class Run:
         AlreadyDecided     Somebody was faster, or the gate is closed; nothing was changed.
         TransitionError    The gate cannot be answered like this; nothing was changed.
         """
+        given: tuple[Any, Any] = (gate_id, decision)
+        if not isinstance(given[0], str) or not isinstance(given[1], Decision):
+            raise TransitionError("decide takes a gate's id and a decision, such as cm.Decision(action='approve').")
         texts = {name: sound(text) for name in ("feedback", "output", "prompt") if (text := getattr(decision, name))}
         decision = decision.model_copy(update=texts)
 
@@ -549,7 +557,7 @@ class Run:
         """Who drives from now on: ``step-by-step``, ``gates`` or ``unattended``; an open gate stays open."""
         modes = ("step-by-step", "gates", "unattended")
         if mode not in modes:
-            raise WorkflowError(f"there is no mode {mode!r}. {did_you_mean(mode, modes, 'Modes')}")
+            raise WorkflowError(f"there is no mode {mode!r}. {did_you_mean(str(mode), modes, 'Modes')}")
         self._propose(lambda: [ModeChanged(mode=mode)])
         return self
 
@@ -557,7 +565,7 @@ class Run:
         """Run a step again as a new attempt; later outputs are then stale, or with `later` made again too."""
 
         def propose() -> list[AnyEvent]:
-            self._state.step(step)
+            meaning.check_rewind(self._state, step)  # before anything is cut short for it
             cut = [meaning.cut_short(other, f"{step} runs again") for other in self._state.under_way]
             return [*cut, Rewound(to=step, later=later)]
 
@@ -674,14 +682,15 @@ class Run:
             check_templates(workflow, values)
             self._agents.update({agent.id: agent for agent in workflow.agents})
             for item in workflow.executable:
-                if item.id not in self._state.steps:
-                    self._engine_for(item)
+                self._engine_for(item)
 
         def propose() -> list[AnyEvent]:
             state = self._state
             different = edits.revision(state, workflow, values) if workflow is not None else []
             events = [*different]
             if again is not None:
+                if again in state.steps:
+                    meaning.check_rewind(state, again)  # before anything is cut short for it
                 gone = {event.step for event in different if isinstance(event, TurnCutShort)}
                 under_way = [step for step in state.under_way if step.id not in gone]
                 events += [meaning.cut_short(step, f"{again} runs again") for step in under_way]
@@ -700,8 +709,7 @@ class Run:
         made = edits.changed(self._state, items, given, inputs)
         self._agents.update({agent.id: agent for agent in made.agents})
         for item in made.executable:
-            if item.id not in self._state.steps:
-                self._engine_for(item)
+            self._engine_for(item)
         return made
 
     def _go_on(self, proposal: Callable[[], list[AnyEvent]]) -> None:
@@ -722,6 +730,7 @@ class Run:
 
     def _let_go(self) -> None:
         self._driving = False
+        _driven.pop((self._journal.path, self.id), None)
         self._journal.release(self.id)
 
     # -- recording ----------------------------------------------------------------------------------------------------
@@ -755,9 +764,12 @@ class Run:
 
     def _pass(self) -> None:
         """All that is to be done now, as one transaction; see the top of this file."""
+        if self._driving and running_loop() is not self._loop:
+            self._schedule()  # somebody drives by now: turns start on its loop only
+            return
         self._scheduled = False
         replies: list[concurrent.futures.Future[None] | None] = []
-        refusals: list[CodeMachineError | None] = []
+        refusals: list[Exception | None] = []
         starts: list[TurnStarted] = []
         prompts: list[str] = []
         begun = False
@@ -800,9 +812,13 @@ class Run:
                 if reply is not None:
                     reply.set_exception(refused) if refused is not None else reply.set_result(None)
 
-    def _record_all(self, proposal: Proposal) -> CodeMachineError | None:
+    def _record_all(self, proposal: Proposal) -> Exception | None:
         try:
-            for event in proposal():
+            events = list(proposal())
+        except Exception as error:  # nothing was changed: it is between the proposer and us
+            return error
+        try:
+            for event in events:
                 self.record(event)
         except CodeMachineError as error:
             return error
@@ -879,14 +895,15 @@ class Run:
         self._come_to_rest()
 
     def _look_out(self) -> None:
-        """While a gate is open, look now and then whether another process has answered it."""
-        if self._driving and self._state.gates and self._journal.durable and self._lookout is None:
+        """Look now and then whether another process has decided something."""
+        if self._driving and self._journal.durable and self._lookout is None:
             self._lookout = cast("asyncio.AbstractEventLoop", self._loop).call_later(POLL_S, self._look)
 
     def _look(self) -> None:
         self._lookout = None
-        if self._driving and self._journal.changed(self.id):
-            self._pass()
+        with contextlib.suppress(JournalError):  # it is looked at again, and every pass says what is wrong
+            if self._driving and self._journal.changed(self.id):
+                self._pass()
         self._look_out()
 
     def _catch_up(self) -> None:
@@ -932,7 +949,7 @@ class Run:
                 if self._loop is not None:
                     self._loop.call_soon_threadsafe(turn.cancel)
             self._turns.clear()
-            self._journal.release(self.id)
+            self._let_go()
             if self._rest.done():
                 self._rest = concurrent.futures.Future()
             self._rest.set_exception(error)
@@ -960,22 +977,35 @@ class Run:
             feedback = None
             if self._on_gate == "reject":
                 self._rejected.add(gate.step)
-                feedback = "Rejected by the policy on_gate='reject'."
+                feedback = POLICY_FEEDBACK
             self._decide_soon(gate, Decision(action=self._on_gate, feedback=feedback, by="on_gate"))
         else:
             self._unanswered(gate)
 
     def _ask_policy(self, gate: Gate, policy: Callable[[Gate], Decision | Action | None]) -> None:
+        decision: Decision | None = None
         try:
             said = policy(gate)
-            decision = Decision(action=said) if isinstance(said, str) else said
+            if isinstance(said, str):
+                decision = Decision(action=said, feedback=POLICY_FEEDBACK if said == "reject" else None, by="on_gate")
+            elif isinstance(said, Decision):
+                decision = said.model_copy(update={"by": "on_gate"})
+            elif said is not None:
+                raise TransitionError(f"on_gate returned {said!r}; it returns a Decision, an action's name or None.")
+            if decision is not None:
+                meaning.check_decision(gate, decision)
         except Exception as error:
-            info = ErrorInfo(kind=type(error).__name__, message=f"on_gate raised {type(error).__name__}: {error}")
             self.error = error
-            self._propose(lambda: [RunFinished(status="failed", reason=info.message)], wait=False)
+            reason = f"on_gate at {gate.step}: {error}"
+
+            def give_up() -> list[AnyEvent]:
+                cut = [meaning.cut_short(step, "the run failed") for step in self._state.under_way]
+                return [*cut, RunFinished(status="failed", reason=reason)]
+
+            self._propose(give_up, wait=False)
             return
         if decision is not None:
-            self._decide_soon(gate, decision.model_copy(update={"by": "on_gate"}))
+            self._decide_soon(gate, decision)
         elif self._loop is not None:
             self._loop.call_soon_threadsafe(self._nobody_answered, gate)
 
@@ -1097,7 +1127,7 @@ class Run:
                 reasoning_effort=step.step.reasoning_effort or agent.reasoning_effort,
                 session_id=started.session_id,
                 feedback=said or None,
-                inputs=state.inputs,
+                inputs=MappingProxyType(state.inputs),
                 outputs=_Outputs(self),
                 workspace=self._workspace(),
                 timeout_s=step.step.timeout_s,
@@ -1115,6 +1145,7 @@ class Run:
 
     async def _ask_human(self, turn: LiveTurn, question: str) -> str:
         """Open a ``question`` gate and wait for its answer, one at a time; the turn's time stands still."""
+        question = sound(str(question))
         if turn.asking is None:
             turn.asking = asyncio.Lock()
         async with turn.asking:
@@ -1213,7 +1244,10 @@ def current() -> Run:
 
 def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run]:
     """All runs of a journal, newest first, to read and to decide; those driven here are the very objects."""
-    where = open_journal(journal if journal is not None else setting("journal"))
+    named = journal if journal is not None else setting("journal")
+    if isinstance(named, (str, os.PathLike)) and str(named) != ":memory:" and not Path(named).exists():
+        return []
+    where = open_journal(named)
     found = []
     for info in where.runs():
         run = Run.open(info.id, where)
@@ -1255,7 +1289,7 @@ def resume(
     """
     run = Run.open(run_id, journal)
     if run._driving:
-        return run._become_current()
+        return run.go_on(workflow, until=until)
     with run.reading() as state:
         if state.ended == "completed":
             raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")

@@ -113,7 +113,7 @@ STATUS_WORDS: dict[StepStatus, str] = {
 """A step's status in words for people."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Attempt:
     """One attempt of a step: what was sent, what came back, what was decided about it.
 
@@ -144,6 +144,9 @@ class Attempt:
     """Failures of the present turn, each tried again by itself."""
     edited: bool = False
     cut_short: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Attempt {self.number}: {self.text[:60]!r}>"
 
     @property
     def prompt(self) -> str:
@@ -504,7 +507,7 @@ def _step_added(state: RunState, event: StepAdded) -> None:
     item = as_step(len(state.order) + 1, event.step)
     if not isinstance(item, Separator) and item.id in state.steps:
         raise TransitionError(f"there is a step {item.id!r} already.")
-    place = len(state.items)
+    place = 0 if event.first else len(state.items)
     if event.after is not None:
         before = state.step(event.after).step
         place = next(number for number, other in enumerate(state.items) if other is before) + 1
@@ -981,12 +984,19 @@ def _looped_back(state: RunState, event: LoopedBack) -> None:
         state.until_reached = True
 
 
+def check_rewind(state: RunState, to: str) -> StepState:
+    """The step `to`, if the run can go back to it; a turn that runs can be cut short for it."""
+    target = state.step(to)
+    if target.status == "pending" and target.index > state.cursor:
+        raise TransitionError(f"step {target.id!r} has not run yet; {state.order[state.cursor].id!r} comes first.")
+    return target
+
+
 def _rewound(state: RunState, event: Rewound) -> None:
     target = _met(state, event.to, event)
     if state.running:
         raise TransitionError(f"{', '.join(state.running)} is running; it is cut short first.")
-    if target.status == "pending" and target.index > state.cursor:
-        raise TransitionError(f"step {target.id!r} has not run yet; {state.order[state.cursor].id!r} comes first.")
+    check_rewind(state, event.to)
     for later in state.order[target.index + 1 :]:
         _close(state, later, reopen=True)
         if later.status not in ("finished", "skipped") or event.later:

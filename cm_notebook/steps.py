@@ -85,6 +85,12 @@ class StepView:
                     gate=opened,
                     run=self.run,
                 )
+            if (ended := self.run._state.ended) is not None:
+                raise GatePending(
+                    f'"{step.id}" has no result: the run is {ended}. '
+                    f"Go on with it: `%cm run`, or cm.resume({self.run.id!r}).",
+                    run=self.run,
+                )
             word = meaning.STATUS_WORDS[step.status]
             raise GatePending(f'"{step.id}" is {word}: it has no result yet. Wait for it: `await run`.', run=self.run)
         return step

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .errors import TransitionError, WorkflowError, did_you_mean
 from .events import ACTIONS, Decision, Fact, Gate, GateKind, Usage
@@ -128,7 +128,7 @@ class TapedDecision(Fact):
     decision: Decision
 
 
-_PARTS: dict[str, type[Fact]] = {"gate": GatePlace, "decision": Decision, "prompt": Prompt, "usage": Usage}
+_PARTS: dict[str, type[BaseModel]] = {"gate": GatePlace, "decision": Decision, "prompt": Prompt, "usage": Usage}
 _Line = TypeVar("_Line", bound=Fact)
 
 

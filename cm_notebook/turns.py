@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 from .engines.base import AgentRequest, Delta, Engine, SessionStarted, TurnDone, UsageReported
 from .errors import CodeMachineError, EngineError, EngineTimeout
-from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted
+from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
 from .workflow import Module, Step, Verdict
 
 YIELD_EVERY = 64
@@ -137,6 +138,11 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
         return failed(turn, error, _retry_in_s(step, error, turn.failures))
     except Exception as error:  # a tape that differs, or a bug
         return failed(turn, error, None, fatal=True)
+    except (SystemExit, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise  # the person's own, where the run has the kernel's loop
+        # raised on, it would end the thread on which all runs are driven
+        return failed(turn, EngineError(f"{started.step} raised {type(error).__name__}."), None)
     return Ending(event)
 
 
@@ -180,14 +186,3 @@ def failed(turn: LiveTurn, error: Exception, retry_in_s: float | None, *, fatal:
         retry_in_s=retry_in_s,
     )
     return Ending(event, error, fatal)
-
-
-def sound(value: Any) -> Any:
-    """`value` without what UTF-8 cannot hold: lone surrogates, as undecodable bytes or half an emoji leave them."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, dict):
-        return {sound(key): sound(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [sound(inner) for inner in value]
-    return value

@@ -508,7 +508,7 @@ def _check_loop(where: str, item: Module, before: list[Step]) -> None:
     if item.loop_steps > len(before):
         raise WorkflowError(
             f"{where} ({item.id!r}): loop_steps={item.loop_steps} goes back beyond the start; "
-            f"{len(before)} step{'s' if len(before) != 1 else ''} stand before it."
+            f"{len(before)} {'step stands' if len(before) == 1 else 'steps stand'} before it."
         )
     inside = [other.id for other in before[len(before) - item.loop_steps :]]
     for name in item.loop_skip:

@@ -120,7 +120,12 @@ class CMMagics(Magics):
             if out is not None and not str(out).isidentifier():
                 raise WorkflowError(f"-o {out!r} is not a name that a variable can have. For instance: -o run")
             method: Callable[[Values, str | None], Any] = getattr(self, f"_{request.command.name}")
-            result = method(values, cell.strip() or None if cell is not None else None)
+            body = cell.strip() if cell is not None else None
+            if body == "" and request.command.name != "workflow":
+                raise WorkflowError(
+                    f"The body of `%%cm {request.command.name}` is empty. Write it below the first line."
+                )
+            result = method(values, body or None)
         except GatePending:
             raise  # it shows itself: one sentence, and the gate again
         except CodeMachineError as error:

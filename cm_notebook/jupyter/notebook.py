@@ -479,13 +479,9 @@ class Notebook:
         items = plan.steps(())
         named = {item.agent for item in items if not isinstance(item, Separator)}
         stand_ins = [Agent(id=name, prompt="…") for name in named]
-        try:
-            mode = plan.autonomous_mode
-            return (
-                RunState.of(Workflow(plan.name, steps=items, agents=stand_ins, autonomous_mode=mode)) if items else None
-            )
-        except WorkflowError:
+        if not items:
             return None
+        return RunState.of(Workflow(plan.name, steps=items, agents=stand_ins, autonomous_mode=plan.autonomous_mode))
 
     def _check_functions(self, state: RunState) -> None:
         """A function that no cell has defined in this kernel cannot run."""

@@ -181,7 +181,7 @@ MODES = [
 ]
 """Each mode, what it means, and what is asked before it is chosen."""
 SILENT = "The kernel has not answered yet. The buttons come when it does; until then use %cm approve in a cell."
-GONE = "Not connected. Restart the kernel and run this cell again."
+GONE = "Not connected to the kernel. Run the notebook from the top to here: nothing runs twice, the gate is the same."
 
 
 def head_record(state: RunState, steps: Sequence[str] | None = None, now: float | None = None) -> dict[str, Any]:
@@ -772,9 +772,8 @@ class Hub:
                 self._decide(content)
             elif "do" in content:
                 self._do(content)
-        except (CodeMachineError, ValueError) as error:  # pydantic's ValidationError is a ValueError
-            words = str(error) if isinstance(error, CodeMachineError) else "That is no answer to this gate."
-            display.send("said", page=page, gate=content.get("decide", ""), text=words)
+        except CodeMachineError as error:
+            display.send("said", page=page, gate=content.get("decide", ""), text=str(error))
 
     def _hello(self, display: Display, page: str) -> None:
         if not display.pages:

@@ -421,6 +421,8 @@ def place_words(state: RunState, chosen: Sequence[StepState]) -> str:
     """Which steps these are, and of what run."""
     places = ", ".join(str(step.index + 1) for step in chosen)
     said = [f"Step {places} of {len(state.order)} in {one_line(state.name, 80)}", say.source(state)]
+    if state.ended in ("stopped", "failed") and not all(step.settled for step in chosen):
+        said.append(say.sentence(state))
     return " · ".join(filter(None, said))
 
 

@@ -459,8 +459,9 @@ def _style(state: StateCore) -> None:
                 }
             token.tag = "div"
         elif token.nesting >= 0 and token.tag in _STYLES:
-            align = f";{token.attrs['style']}" if "style" in token.attrs else ""
-            token.attrs["style"] = _STYLES[token.tag] + align
+            usual = "text-align:left" if token.tag in ("td", "th") else ""  # JupyterLab's own is to the right
+            align = token.attrs.get("style", usual)
+            token.attrs["style"] = f"{_STYLES[token.tag]};{align}" if align else _STYLES[token.tag]
 
 
 def _anchor(href: object, title: object) -> str:

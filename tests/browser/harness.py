@@ -438,7 +438,7 @@ class NotebookPage:
         """Start all cells; `wait_done` of the last one waits for their end."""
         self.page.evaluate("() => cmTest.start('notebook:run-all-cells', null)")
 
-    def wait_running(self, cell: int, timeout_s: float = 15) -> None:
+    def wait_running(self, cell: int, timeout_s: float = 40) -> None:
         """Wait until the cell runs, or is queued to run."""
         self._wait(f"cmTest.prompt({cell}) === '*'", timeout_s, f"cell {cell} to start", cell)
 
@@ -494,12 +494,12 @@ class NotebookPage:
         outputs = self.output(cell).locator(":scope > .jp-OutputArea-child > .jp-OutputArea-output:visible")
         return "\n".join(outputs.all_inner_texts())
 
-    def wait_text(self, cell: int, text: str, timeout_s: float = 15) -> None:
+    def wait_text(self, cell: int, text: str, timeout_s: float = 40) -> None:
         """Wait until the cell's output shows this text."""
         self.wait_until(lambda: text in self.text(cell), timeout_s, f"{text!r} in the output of cell {cell}", cell)
 
     def wait_until(
-        self, condition: Callable[[], object], timeout_s: float = 15, what: str = "it", cell: int | None = None
+        self, condition: Callable[[], object], timeout_s: float = 40, what: str = "it", cell: int | None = None
     ) -> None:
         """Wait until `condition()` is true; the error names `what` and shows the output of `cell`."""
         deadline = time.monotonic() + timeout_s
@@ -531,7 +531,7 @@ class NotebookPage:
         place = self.page if cell is None else self.output(cell)
         return place.get_by_role(role, name=name, exact=True)
 
-    def click(self, role: Any, name: str, cell: int | None = None, timeout_s: float = 15) -> None:
+    def click(self, role: Any, name: str, cell: int | None = None, timeout_s: float = 40) -> None:
         """Click, with the mouse, the first element with this role and name, once it can be clicked."""
         self.by_role(role, name, cell).first.click(timeout=timeout_s * 1000)
 

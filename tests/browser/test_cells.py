@@ -65,7 +65,7 @@ def test_run_all_stops_at_the_first_gate_and_clicks_let_the_rest_go_on(open_note
     nb.wait_text(PLAN, "planner is waiting for you")
     nb.wait_text(BUILD, "starts when planner is approved")
     nb.wait_text(REVIEW, "starts when planner is approved")
-    nb.wait_text(end, "it has no result yet")
+    nb.wait_text(end, "has no result yet")
     assert "Traceback" not in nb.text(end)
     assert not nb.text(page.last)  # Run All has stopped before it
     page.picture("run-all-stopped", end)

@@ -240,7 +240,7 @@ def test_after_a_restart_the_buttons_are_dead_and_say_so(open_notebook, picture)
     nb.wait_text(1, WAITS)
     nb.wait_until(lambda: nb.by_role("button", "Approve", cell=1).is_enabled())
     nb.restart_kernel()
-    nb.wait_text(1, "Not connected. Restart the kernel and run this cell again")
+    nb.wait_text(1, "Not connected to the kernel. Run the notebook from the top to here")
     assert nb.by_role("button", "Approve", cell=1).is_disabled()
     picture(nb, "gone-light")
 

@@ -167,6 +167,20 @@ def test_what_cannot_be_used_is_refused_and_left_as_it_is(tmp_path: Path, spoil:
     assert path.read_bytes() == before
 
 
+def test_the_file_alone_holds_a_run_that_has_ended(tmp_path: Path) -> None:
+    run = finished(tmp_path / "j.db")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "j.db").write_bytes((tmp_path / "j.db").read_bytes())
+    assert [found.id for found in cm.runs(tmp_path / "copy" / "j.db")] == [run.id]
+
+
+def test_looking_makes_no_journal(tmp_path: Path) -> None:
+    assert cm.runs(tmp_path / "typo.db") == []
+    with pytest.raises(cm.JournalError, match="there is no journal"):
+        cm.resume("r-1", journal=tmp_path / "typo.db")
+    assert not (tmp_path / "typo.db").exists()
+
+
 @pytest.mark.parametrize("where", ["a folder", "no/permission"])
 def test_a_place_where_none_can_be(tmp_path: Path, where: str) -> None:
     target = tmp_path

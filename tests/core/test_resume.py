@@ -113,6 +113,18 @@ def test_what_has_run_cannot_be_deleted_or_moved(steps: str, words: str) -> None
     cm.resume(run.id, five_steps(), journal=journal, engine=cm.ScriptedEngine(SCRIPT), on_gate=policy).wait(20)
 
 
+def test_a_new_step_stands_where_the_definition_has_it() -> None:
+    run, journal = _stopped_at_deployer()
+    edited = cm.Workflow(
+        "five",
+        agents=[*five_steps().agents, cm.Agent("x", "x"), cm.Agent("y", "y")],
+        steps="x -> researcher -> planner? -> implementer -> y -> quality-gate(loop 1, max 5) -> deployer?",
+    )
+    again = cm.resume(run.id, edited, journal=journal, engine=cm.ScriptedEngine({**SCRIPT, "x": ["1"], "y": ["2"]}))
+    assert [step.id for step in again] == [item.id for item in edited.executable]
+    again.stop()
+
+
 def test_a_function_must_be_given_again() -> None:
     @cm.agent("judge")
     def judge(turn: cm.Turn) -> str:

@@ -582,13 +582,83 @@ def test_a_missing_verdict_never_opens_the_way() -> None:
     assert run.wait(10).status == "completed"
 
 
-def test_a_bug_in_a_pass_reaches_who_waits_and_is_not_swallowed() -> None:
+def test_a_bug_in_a_proposal_reaches_the_proposer_and_nobody_else() -> None:
     run = start("planner?")
     gate(run)
     with pytest.raises(ZeroDivisionError):
         run._propose(lambda: [1 / 0])
-    with pytest.raises(ZeroDivisionError):
+    run.approve()
+    assert run.wait(10).status == "completed"
+
+
+def test_a_bug_while_recording_reaches_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start("planner?")
+    gate(run)
+
+    def broken(state: Any, event: Any) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr("cm_notebook.run.apply", broken)
+    with pytest.raises(KeyError, match="bug"):
+        run.approve()
+    monkeypatch.undo()
+    with pytest.raises(KeyError, match="bug"):
         run.wait(10)
+
+
+def test_a_refused_rerun_cuts_nothing_short() -> None:
+    release = threading.Event()
+
+    @cm.agent("slow")
+    def slow(turn: cm.Turn) -> str:
+        release.wait(10)
+        return "done"
+
+    flow = cm.Workflow("s", agents=[slow, cm.Agent("b", "x"), cm.Agent("c", "x")], steps="slow -> b -> c")
+    run = flow.start(engine=Echo(), journal=":memory:")
+    until(lambda: run["slow"].status == "running", "the turn to run")
+    before = kinds(run)
+    with pytest.raises(cm.TransitionError, match="'c' has not run yet"):
+        run.rerun("c")
+    assert kinds(run) == before
+    release.set()
+    assert [step.text for step in run.wait(10)] == ["done", "b 1", "c 1"]
+
+
+def test_an_agent_that_exits_does_not_take_the_engine_with_it() -> None:
+    class Exits:
+        name = "exits"
+
+        async def stream(self, request: AgentRequest) -> Any:
+            yield Delta("x")
+            raise SystemExit(2)
+
+    run = workflow("a").start(engine=Exits(), journal=":memory:")
+    assert gate(run).payload["error"] == "a raised SystemExit."
+    run.stop()
+    assert start("b").wait(10).status == "completed"
+
+
+@pytest.mark.parametrize("answer", [True, "reject", "answer", cm.Decision(action="answer", feedback="x")])
+def test_a_policy_that_answers_badly_ends_the_run_or_counts(answer: Any) -> None:
+    run = start("planner?", on_gate=lambda gate: answer if gate.attempt == 1 else "approve")
+    if answer == "reject":
+        assert run.wait(10)["planner"].text == "planner 2"
+        return
+    with pytest.raises(cm.TransitionError):
+        run.wait(10)
+    assert run.status == "failed"
+
+
+def test_what_a_function_does_to_its_inputs_stays_with_it() -> None:
+    @cm.agent("a")
+    def writes(turn: cm.Turn) -> str:
+        with pytest.raises(TypeError):
+            turn.inputs["goal"] = "hacked"  # type: ignore[index]
+        return "ok"
+
+    run = cm.Workflow("i", agents=[writes], steps="a").start({"goal": "x"}, journal=":memory:").wait(10)
+    assert run["a"].text == "ok"
 
 
 def test_unknown_engines_are_refused_before_anything_runs() -> None:

@@ -95,7 +95,7 @@ def test_the_file_gives_the_name_when_the_tape_does_not(tmp_path):
         (decided(kind="revew"), "gate.kind = 'revew'"),
         (decided("retry"), "cannot be answered with 'retry'. Possible: approve, reject, skip, stop"),
         (decided("reject"), "say why 'planner' is rejected"),
-        (decided(outptu="x"), "there is no 'decision.outptu'. Did you mean 'output'"),
+        (decided(outptu="x"), "decision: there is no option 'outptu'. Did you mean 'output'"),
     ],
 )
 def test_what_is_wrong_is_named_with_file_and_line(line, message):
