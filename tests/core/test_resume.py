@@ -196,6 +196,7 @@ print("end", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_kill_9_at_random_points_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
     """A hundred real kills; after each, what was on disk before is still there, in the same order."""
