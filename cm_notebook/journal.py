@@ -13,6 +13,7 @@ a file of its own, which the operating system lets go of when the process dies, 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sqlite3
@@ -143,9 +144,27 @@ class Journal:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+        except BaseException:
+            connection.close()
+            raise
         return connection
+
+    def close(self) -> None:
+        """Let go of the file; what is in it is then in the one file. A journal that is not needed does so by itself."""
+        if self._write.acquire(timeout=1):
+            try:
+                for connection in (getattr(self, "_reader", None), getattr(self, "_writer", None)):
+                    if connection is not None:
+                        connection.close()
+            finally:
+                self._write.release()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
 
     def _check_owner(self) -> None:
         """Leave files of others alone: opening one as a journal would already change it."""
@@ -330,6 +349,13 @@ class Journal:
 AnyJournal = Journal | MemoryJournal
 _opened: dict[str, AnyJournal] = {}
 _opening = threading.Lock()
+
+
+@atexit.register
+def _close_all() -> None:
+    for journal in _opened.values():
+        if isinstance(journal, Journal):
+            journal.close()
 
 
 def open_journal(where: str | os.PathLike[str] | AnyJournal, *, make: bool = True) -> AnyJournal:
