@@ -21,9 +21,13 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-// Only what a person did counts: a script could press too.
+// Only what a person did counts.
 const byHand = handler => event => { if (event.isTrusted) handler(event); };
-const button = (text, attributes, handler) => make("button", { type: "button", ...attributes, on: { click: byHand(handler) } }, text);
+// Switched off by ARIA alone: a disabled one loses the focus, and the keys go to the notebook.
+const button = (text, attributes, handler) => {
+  const node = make("button", { type: "button", ...attributes, on: { click: byHand(() => { if (node.ariaDisabled !== "true") handler(); }) } }, text);
+  return node;
+};
 const keycap = key => make("kbd", { "aria-hidden": true }, key);
 const put = (node, html) => { if (node.cmHtml !== html) { node.cmHtml = html; node.innerHTML = html; } };
 
@@ -75,7 +79,7 @@ class Card {
     if (record.step) this.node.dataset.step = record.step;
     const main = record.body ? this.details : this.flat;
     if (this.node.firstChild !== main) this.node.replaceChildren(main);
-    put(record.body ? this.summary : this.flat, record.summary);
+    this.line(record.summary);
     if (record.last !== before.last) { this.attempt = 0; this.tab = "output"; this.touched = false; this.follow = true; }
     if (record.open !== before.open && !this.touched) this.details.open = record.open;
     const drawn = JSON.stringify([record.attempts, record.writing, record.again]);
@@ -101,7 +105,7 @@ class Card {
     if (again) this.tools.append(button("Run from here", { title: `%cm run --from ${step}` }, () => this.view.tell({ do: "rerun", step })));
   }
 
-  // A row of tabs: the chosen one can be reached with Tab, the others with the arrow keys.
+  // Tab reaches the chosen one, the arrow keys the others.
   tabs(what, label, items, chosen) {
     const row = make("div", { class: "cm-tabs", role: "tablist", "aria-label": label });
     for (const [key, text, hint] of items) {
@@ -123,7 +127,7 @@ class Card {
     this.fill();
   }
 
-  // Puts into the body what belongs there; asks for it when the page does not have it.
+  // Shows what belongs in the body; asks for it when the page does not have it.
   fill() {
     const { record } = this;
     if (!this.details.open || !record.body || !this.view.live) return;
@@ -156,8 +160,9 @@ class Bar {
   }
 
   update(record) {
-    if (this.drawn === JSON.stringify(record)) return;
-    this.drawn = JSON.stringify(record);
+    const drawn = JSON.stringify(record);
+    if (this.drawn === drawn) return;
+    this.drawn = drawn;
     this.record = record;
     put(this.words, record.words);
     const code = make("code"), same = make("span", { class: "cm-small" }, "Same as running ", code);
@@ -174,16 +179,16 @@ class Bar {
     this.enable();
   }
 
-  get ready() { return this.view.live && !this.busy && !this.young; }
+  get asks() { return this.view.live && !this.busy; }
+  get ready() { return this.asks && !this.young; }
   enable() {
     this.node.classList.toggle("cm-busy", this.busy);
-    for (const node of this.node.querySelectorAll("button")) node.disabled = !this.ready;
+    for (const node of this.node.querySelectorAll("button")) node.ariaDisabled = !this.ready;
   }
 
   press(one) {
-    if (!this.ready) return;
-    if (one.ask || one.sure) this.open(one);
-    else this.decide(one);
+    if (one.ask || one.sure) { if (this.asks) this.open(one); } // this decides nothing yet
+    else if (this.ready) this.decide(one);
   }
 
   // Asks for words, for an edited text, or whether it is meant.
@@ -240,7 +245,7 @@ class Bar {
   }
 
   refused(words) { this.busy = false; this.say(words); this.enable(); }
-  say(words) { this.error.textContent = words; this.error.hidden = !words; if (words) this.view.speak(words); }
+  say(words) { this.view.say(this.error, words); }
 }
 
 class View {
@@ -270,7 +275,7 @@ class View {
     try { this.model.send({ page: this.page, seq: ++this.sent, ...message }); } catch { this.lose("gone"); }
   }
 
-  ask(question, answer) { const ticket = this.sent + 1; this.asked.set(ticket, answer); this.tell({ ...question, ticket }); }
+  ask(question, answer) { this.asked.set(this.sent + 1, answer); this.tell({ ...question, ticket: this.sent + 1 }); }
 
   hello() {
     this.number = null;
@@ -325,7 +330,7 @@ class View {
 
   enable() {
     this.root.classList.toggle("cm-live", this.live);
-    for (const node of [this.stop, this.modeButton, this.goOn]) node.disabled = !this.live;
+    for (const node of [this.stop, this.modeButton, this.goOn]) node.ariaDisabled = !this.live;
     for (const bar of this.bars.values()) bar.enable();
   }
 
@@ -368,7 +373,7 @@ class View {
     this.inside.hidden = false; this.root.hidden = Boolean(final);
     // It is over, and this page cannot be given the saved view in place of the widget.
     if (final) { this.end ??= make("div"); put(this.end, final); this.root.after(this.end); } else this.end?.remove();
-    put(this.title, head.title); put(this.pill, head.pill); put(this.words, head.words); put(this.source, head.source); put(this.said, head.said);
+    for (const name of ["title", "pill", "words", "source", "said"]) put(this[name], head[name]);
     if (this.placed) put(this.placed, head.place);
     this.goOn.hidden = !head.paused; this.modes.hidden = head.locked;
     this.modeButton.textContent = `mode: ${head.mode} ▾`;
@@ -383,7 +388,7 @@ class View {
     if (focused && !this.root.contains(document.activeElement)) this.root.focus({ preventScroll: true });
   }
 
-  // Makes the things in `node` those of the records; what is there already stays, with focus and scroll position.
+  // Makes the things in `node` those of the records; what stays keeps focus and scroll position.
   match(things, node, records, name, create) {
     const kept = new Set(records.map(record => record[name]));
     for (const [key, thing] of things) if (!kept.has(key)) { thing.node.remove(); things.delete(key); }
@@ -396,7 +401,8 @@ class View {
     }
   }
 
-  note(words) { this.error.textContent = words; this.error.hidden = !words; if (words) this.speak(words); }
+  note(words) { this.say(this.error, words); }
+  say(node, words) { node.textContent = words; node.hidden = !words; if (words) this.speak(words); }
   speak(words) { if (this.status.textContent !== words) this.status.textContent = words; }
 
   visit(node) {
@@ -448,7 +454,7 @@ class View {
     event.stopPropagation(); // bare letters would act on the notebook's cells
     if (!event.isTrusted) return;
     const { target, key } = event;
-    const bar = [...this.bars.values()].find(one => one.node.contains(target)) ?? this.bars.values().next().value;
+    const bars = [...this.bars.values()], bar = bars.find(one => one.node.contains(target)) ?? bars[0];
     const node = target.closest("svg [data-step]");
     let act = null;
     if (key === "Escape") act = () => this.leave(bar);
@@ -472,7 +478,7 @@ class View {
     const inBar = bar?.node.contains(target);
     return {
       a: inBar && press("A"), s: inBar && press("S"), r: press("R"), e: press("E"),
-      g: () => (bar?.buttons.querySelector("button:enabled") ?? bar?.node)?.focus(),
+      g: () => bar?.buttons.firstChild.focus(),
       j: move(at + 1), k: move(at < 0 ? cards.length : at - 1), "[": attempt(-1), "]": attempt(1),
       d: () => { if (card?.record.attempts?.length > 1) card.pick("tab", card.tab === "diff" ? "output" : "diff"); },
       "?": () => { this.help.hidden = !this.help.hidden; },
