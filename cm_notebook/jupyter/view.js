@@ -156,7 +156,7 @@ class Bar {
     setTimeout(() => { this.young = false; this.enable(); }, DEAD_MS);
     this.update(record);
     const open = record.buttons.find(one => one.at_once);
-    if (open) this.open(open, false); // without taking the focus
+    if (open) this.open(open, false); // takes no focus
   }
 
   update(record) {
