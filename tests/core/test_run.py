@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import cm_notebook as cm
 from cm_notebook.engines.base import AgentRequest, Delta, TurnDone
+from cm_notebook.workflow import START_OPTIONS
 from tests.helpers import gate, until
 
 FIVE = ("researcher", "planner", "implementer", "reviewer", "deployer")
@@ -44,6 +47,55 @@ def start(steps: str, **options: Any) -> cm.Run:
 
 def kinds(run: cm.Run) -> list[str]:
     return [type(event).__name__ for event in run.events]
+
+
+# -- what a run is started with --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tape": 5}, "tape=5 is not a file. Name one"),
+        ({"tape": "tapes/nope.jsonl"}, "tape 'tapes/nope.jsonl' cannot be read"),
+        ({"tape": "on.jsonl"}, "Did you mean 'one.jsonl'?"),
+        ({"workspace": 5}, "workspace=5 is not a folder. Name one"),
+        ({"journal": 5}, "journal=5 is not a file. Name one"),
+        ({"engine": 5}, "engine=5 is neither a name nor an engine"),
+        ({"engine": "offlin"}, "Did you mean 'offline'?"),
+        ({"on_gate": 5}, "on_gate=5 is not 'approve'"),
+        ({"on_gate": "aprove"}, "Did you mean 'approve'?"),
+        ({"until": 5}, "until=5 is not a step. Steps: a"),
+        ({"jurnal": "x"}, "there is no option 'jurnal'. Did you mean 'journal'?"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_anything_is_written(options: dict[str, Any], words: str) -> None:
+    Path("one.jsonl").touch()
+    with pytest.raises(cm.CodeMachineError) as refused:
+        workflow("a").start(**options)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not Path(".cm_notebook").exists()
+
+
+def test_a_resumed_run_has_the_same_options() -> None:
+    run = workflow("a?").start(engine=Echo())
+    gate(run)
+    run.stop()
+    for options, words in (({"jurnal": 1}, "'journal'"), ({"tape": 5}, "tape=5"), ({"engine": "offlin"}, "'offline'")):
+        with pytest.raises(cm.CodeMachineError, match=words):
+            cm.resume(run.id, **options)
+    assert run.status == "stopped"
+
+
+def test_the_options_of_a_start_are_all_named() -> None:
+    taken = set(inspect.signature(cm.Run.start).parameters) - {"workflow", "inputs", "notebook"}
+    assert set(START_OPTIONS) == taken
+
+
+def test_waiting_takes_seconds() -> None:
+    run = start("a?")
+    with pytest.raises(cm.CodeMachineError, match="timeout_s='x' is not a number of seconds"):
+        run.wait(timeout_s="x")  # type: ignore[arg-type]
 
 
 # -- the patterns ----------------------------------------------------------------------------------------------------
