@@ -70,7 +70,7 @@ from .events import (
 from .feed import Feed, LiveText
 from .journal import AnyJournal, open_journal, own_folder
 from .loops import engine_loop, run_sync, running_loop, wait_detached
-from .prompts import check_templates, digest, text_of
+from .prompts import check_templates, digest, missing_field, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
@@ -1099,6 +1099,8 @@ class Run:
         with self._lock:
             state = self._state
             step = state.steps[started.step]
+            if (wrong := missing_field(state, step)) is not None:
+                raise EngineError(wrong)
             agent = self._agents.get(step.step.agent) or state.agents[step.step.agent]
             feedback = step.redo.feedback if step.redo is not None else None
             loop = state.loops.get(step.looped_by) if step.looped_by is not None else None

@@ -113,18 +113,20 @@ def flow(*steps: Step) -> Workflow:
     return Workflow("W", steps=list(steps))
 
 
-FINE: list[tuple[list[Step], set[str]]] = [
-    ([step("a", prompt="{{ goal }} {{ previous }} {{ feedback }} {{ loop.reason }}{{ loop.iteration }}")], {"goal"}),
-    ([step("a", prompt="x"), step("b-c", prompt="{{ a.field }}"), step("d", prompt="{{ b_c }}{{ b-c }}")], set()),
-    ([step("a", prompt="{{ nobody }}", raw=True)], set()),
-    ([step("a", prompt="{{ gate }}"), module("gate", prompt="{{ a }}{{ gate }}")], set()),
-    ([step("a", prompt="{{ b }}"), step("b", prompt="x"), module("gate", prompt="x", loop_steps=2)], set()),
-    ([step("a", prompt="{{ goal.deep }}")], {"goal"}),
+GOAL: dict[str, Any] = {"goal": "x"}
+FINE: list[tuple[list[Step], dict[str, Any]]] = [
+    ([step("a", prompt="{{ goal }} {{ previous }} {{ feedback }} {{ loop.reason }}{{ loop.iteration }}")], GOAL),
+    ([step("a", prompt="x"), step("b-c", prompt="{{ a.field }}"), step("d", prompt="{{ b_c }}{{ b-c }}")], {}),
+    ([step("a", prompt="{{ nobody }}", raw=True)], {}),
+    ([step("a", prompt="{{ gate }}"), module("gate", prompt="{{ a }}{{ gate }}")], {}),
+    ([step("a", prompt="{{ b }}"), step("b", prompt="x"), module("gate", prompt="x", loop_steps=2)], {}),
+    ([step("a", prompt="{{ goal.deep }}")], {"goal": {"deep": [1]}}),
+    ([step("a", prompt="x"), step("b", prompt="{{ a.deep }}")], {"a": "an input of the step's name"}),
 ]
 
 
 @pytest.mark.parametrize(("steps", "inputs"), FINE)
-def test_templates_that_are_fine(steps: list[Step], inputs: set[str]) -> None:
+def test_templates_that_are_fine(steps: list[Step], inputs: dict[str, Any]) -> None:
     check_templates(flow(*steps), inputs)
 
 
@@ -141,18 +143,21 @@ WRONG: list[tuple[list[Step], str]] = [
     ),
     ([step("a", prompt="{{ loop.count }}")], "loop.iteration"),
     ([step("a", prompt="{{ feedback.x }}")], "no fields"),
+    ([step("a", prompt="{{ table.dept }}")], "no field 'dept'. Did you mean 'depth'. Fields: depth, width"),
+    ([step("a", prompt="{{ text.x }}")], "the input text is a text and has no fields"),
+    ([step("a", prompt="{{ list.x }}")], "the input list is no table and has no fields"),
 ]
 
 
 @pytest.mark.parametrize(("steps", "words"), WRONG)
 def test_templates_that_name_what_will_not_be_there(steps: list[Step], words: str) -> None:
     with pytest.raises(WorkflowError, match=words) as refusal:
-        check_templates(flow(*steps), ())
+        check_templates(flow(*steps), {"table": {"depth": 1, "width": 2}, "text": "x", "list": [1]})
     assert "\n" not in str(refusal.value)
 
 
 def test_the_prompt_of_the_agent_is_checked_too() -> None:
     workflow = Workflow("W", agents=[Agent("a", "{{ goal }}")], steps=["a"])
     with pytest.raises(WorkflowError, match="goal"):
-        check_templates(workflow, ())
-    check_templates(workflow, ("goal",))
+        check_templates(workflow, {})
+    check_templates(workflow, GOAL)
