@@ -7,6 +7,7 @@ is already in the journal is never stored again. Values are never expanded a sec
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
@@ -163,6 +164,35 @@ def _no_field(hole: Hole, value: Any, what: str) -> str | None:
     if hole.field in value:
         return None
     return f"{what} has no field {hole.field!r}. {did_you_mean(hole.field, map(str, value), 'Fields')}"
+
+
+def check_read(workflow: Workflow, given: Iterable[str], declared: Iterable[str]) -> None:
+    """Refuse an input that nothing reads: its name is most likely misspelt.
+
+    A function reads ``turn.inputs``, so where there is one only a name much like one that is in use is refused; the
+    inputs that the workflow itself has are the way to say that such a name is meant.
+
+    Parameters
+    ----------
+    given
+        The names of the inputs that were given for this run.
+    declared
+        Those that the workflow has of itself.
+    """
+    named = {
+        hole.name
+        for item in workflow.executable
+        for template in item.prompts(workflow.agent(item.agent))
+        for hole in holes(template, item.raw)
+    }
+    names = step_names(workflow.steps)
+    known = sorted({*(name for name in named if name not in names and name not in RESERVED), *declared})
+    functions = any(workflow.agent(item.agent).implementation is not None for item in workflow.executable)
+    for name in given:
+        if name in known or name in named or (functions and not difflib.get_close_matches(name, known, 1)):
+            continue
+        meant = " If a function reads it, add it to the workflow's own inputs." if functions else ""
+        raise WorkflowError(f"no prompt uses the input {name!r}. {did_you_mean(name, known, 'Inputs')}{meant}")
 
 
 def agent_facts(agent: Agent) -> str:

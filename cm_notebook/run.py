@@ -70,7 +70,7 @@ from .events import (
 from .feed import Feed, LiveText
 from .journal import AnyJournal, open_journal, own_folder
 from .loops import engine_loop, run_sync, running_loop, wait_detached
-from .prompts import check_templates, digest, missing_field, text_of
+from .prompts import check_read, check_templates, digest, missing_field, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
@@ -173,6 +173,7 @@ class Run:
         """
         values = {**workflow.inputs, **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
+        check_read(workflow, inputs or {}, workflow.inputs)
         tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
             raise WorkflowError(f"until={until!r} is not a step. {did_you_mean(until, known, 'Steps')}")
@@ -270,8 +271,7 @@ class Run:
             _driven[self._journal.path, self.id] = self
 
     def _become_current(self) -> Run:
-        global _current
-        _current = self
+        set_current(self)
         return self
 
     # -- looking ------------------------------------------------------------------------------------------------------
@@ -1236,6 +1236,12 @@ def current() -> Run:
     if _current is None:
         raise TransitionError("there is no run yet. Start one: run = workflow.start(), or `%cm run` in a notebook.")
     return _current
+
+
+def set_current(run: Run | None) -> None:
+    """What :func:`current` gives from now on; ``None``: nothing, until a run is started or resumed."""
+    global _current
+    _current = run
 
 
 def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run]:
