@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cm_notebook.errors import WorkflowError
 from cm_notebook.events import Ref
-from cm_notebook.prompts import Hole, check_templates, digest, holes, parse, pieces, step_names, text_of
-from cm_notebook.workflow import Agent, Step, Workflow, module, separator, step
+from cm_notebook.prompts import Hole, check_read, check_templates, digest, holes, parse, pieces, step_names, text_of
+from cm_notebook.workflow import Agent, Step, Workflow, agent, module, separator, step
 
 # -- parse ------------------------------------------------------------------------------------------------------------
 
@@ -161,3 +161,30 @@ def test_the_prompt_of_the_agent_is_checked_too() -> None:
     with pytest.raises(WorkflowError, match="goal"):
         check_templates(workflow, {})
     check_templates(workflow, GOAL)
+
+
+# -- inputs that nothing reads ----------------------------------------------------------------------------------------
+
+
+def test_an_input_that_nothing_reads_is_refused_with_what_was_meant() -> None:
+    workflow = flow(step("a", prompt="{{ goal }} {{ style.tone }}"), step("b", prompt="{{ a }} {{ previous }}"))
+    check_read(workflow, ["goal", "style", "a"], ())
+    check_read(workflow, ["other"], ["other"])
+    with pytest.raises(WorkflowError, match=r"input 'gaol'\. Did you mean 'goal'\? Inputs: goal, style\.$"):
+        check_read(workflow, ["gaol"], ())
+    with pytest.raises(WorkflowError, match=r"no prompt uses the input 'other'. Inputs: goal, style"):
+        check_read(workflow, ["other"], ())
+
+
+def test_a_function_may_read_any_input_but_one_that_looks_misspelt() -> None:
+    reads = agent("reads")(lambda turn: "x")
+    workflow = Workflow("W", agents=[reads], steps=["reads"], inputs={"goal": 1})
+    check_read(workflow, ["other"], workflow.inputs)
+    check_read(workflow, ["gaol"], ["goal", "gaol"])
+    with pytest.raises(WorkflowError, match=r"Did you mean 'goal'.*add it to the workflow's own inputs"):
+        check_read(workflow, ["gaol"], workflow.inputs)
+
+
+def test_a_start_refuses_an_input_that_nothing_reads() -> None:
+    with pytest.raises(WorkflowError, match=r"input 'gaol'\. Did you mean 'goal'"):
+        flow(step("a", prompt="{{ goal }}")).start({"goal": 1, "gaol": 1})
