@@ -299,6 +299,7 @@ def _run(words: list[str]) -> int:
 def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
     """The run that was asked for, and up to which event its story was told before."""
     workflow = load(asked["file"], asked.get("workflow"))
+    runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
     inputs = asked.get("inputs", {})
     given = {name: asked[name] for name in ("engine", "tape", "until") if name in asked}

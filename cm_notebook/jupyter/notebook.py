@@ -226,6 +226,9 @@ class Notebook:
             self._revise(plan, before)
             fixed = [name for name in ("engine", "tape", "workspace") if getattr(plan, name) != getattr(before, name)]
         self.plan = plan
+        if self.run is not None and (other := self._started()) is not self.run:
+            self._note(other)
+            runs.set_current(self.run)
         return self._kept_words(plan, fixed)
 
     @staticmethod
@@ -235,14 +238,18 @@ class Notebook:
         return None
 
     def _leave(self) -> None:
-        """Turn to another run: the current one, if it is unfinished, is kept in mind."""
-        run = self._started()
-        if run is not None and run.state.ended is None:
-            mine = run is self.run
-            said = (self.plan, self._seen, self._allowed) if mine else (None, set(), set())
-            self.left = {**self.left, run.id: Left(run, *said, self.since, self._given if mine else {})}
+        """Turn to another run: what is unfinished of the cells' run, and of one started since, is kept in mind."""
+        self._note(self.run)
+        self._note(self._started())
         runs.set_current(None)
         self.run = None
+
+    def _note(self, run: Run | None) -> None:
+        if run is None or run.state.ended is not None or run.id in self.left:
+            return
+        said = (self.plan, self._seen, self._allowed) if run is self.run else (None, set[str](), set[str]())
+        given = self._given if run is self.run else {}
+        self.left = {**self.left, run.id: Left(run, *said, self.since, given)}
 
     def _go_back(self, name: str) -> None:
         """Take up the run of that workflow which was left last, with what cells had said about it."""

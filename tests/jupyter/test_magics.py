@@ -726,6 +726,20 @@ def test_back_to_the_workflow_before(cells: Cells, way: str) -> None:
     assert second.id not in cells("%cm")
 
 
+def test_a_run_started_from_python_is_current_until_the_workflows_cell_runs_again(cells: Cells) -> None:
+    first = start(cells)
+    cells("import cm_notebook as cm", "agents = [cm.Agent('planner', 'Plan.')]")
+    cells("mine = cm.Workflow('mine', agents=agents, steps='planner?').start()")
+    mine = cells.shell.user_ns["mine"]
+    assert mine.id in cells("%cm")
+    said = cells(WORKFLOW)
+    assert f"careful goes on with its run {first.id}" in said
+    assert mine.id in said
+    cells("%cm show")
+    assert cells.result is first
+    mine.stop()
+
+
 def test_a_workflow_cell_that_is_refused_changes_nothing(cells: Cells) -> None:
     first = start(cells)
     cells("%cm workflow other --autonomous never", "%%cm step deployer\nShip.")
