@@ -220,6 +220,8 @@ class StepState:
     redo: Redo | None = None
     session: str | None = None
     """The agent's own conversation, to be continued; a step that begins anew begins a new one."""
+    session_engine: str = ""
+    """The engine that it was had with, the only one that knows it."""
     retry_at: float | None = None
     looped_by: str | None = None
     """The module that sent the run back to this step."""
@@ -586,7 +588,7 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         last.started_at = event.at  # waiting between two tries is not work
     elif last.ended_at is not None:
         last.asked_s += max(0.0, event.at - last.ended_at)  # a person looked at the answer to the prompt before
-    last.ended_at = None
+    last.ended_at, last.engine = None, event.engine
     last.turns.append(event.seq)
     last.session_id = event.session_id
     state.texts[Ref(event.seq, "prompt")] = event.prompt + (event.context or ())
@@ -608,7 +610,7 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
     last.failures = 0
     last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
-    step.session = last.session_id
+    step.session, step.session_engine = last.session_id, last.engine
     if isinstance(event.output, dict):
         for key, value in event.output.items():
             state.texts[Ref(event.seq, f".{key}")] = as_text(value)
@@ -1139,8 +1141,14 @@ def as_text(value: Any) -> str:
 # -- next_actions -----------------------------------------------------------------------------------------------------
 
 
-def next_actions(state: RunState) -> list[StartTurn | Record]:
-    """What to do now, in this order. Empty: wait for a turn to end or a person to decide."""
+def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None) -> list[StartTurn | Record]:
+    """What to do now, in this order. Empty: wait for a turn to end or a person to decide.
+
+    Parameters
+    ----------
+    engine_of
+        The name of the engine that will do a step; a session of another one is not continued. ``None``: the same ones.
+    """
     if state.ended is not None:
         return []
     if state.ending is not None:
@@ -1162,7 +1170,7 @@ def next_actions(state: RunState) -> list[StartTurn | Record]:
         return [Record(_open(state, step, due))]
     if step.status == "pending" and (rule := _skip_reason(state, step)):
         return [Record(StepSkipped(step=step.id, path=step.path, reason=rule))]
-    return [_start(state, step)]
+    return [_start(state, step, engine_of)]
 
 
 def _end(state: RunState) -> list[StartTurn | Record]:
@@ -1223,8 +1231,11 @@ def _skip_reason(state: RunState, step: StepState) -> str | None:
     return None
 
 
-def _start(state: RunState, step: StepState) -> StartTurn | Record:
-    prompt, context = compose(state, step)
+def _start(state: RunState, step: StepState, engine_of: Callable[[Step], str] | None) -> StartTurn | Record:
+    session = step.session
+    if session is not None and engine_of is not None and engine_of(step.step) != step.session_engine:
+        session = None  # another engine would not know it
+    prompt, context = compose(state, step, continues=session is not None)
     asked = step.redo is not None and step.redo.answered
     first = step.status == "pending" and step.turn == 1
     if first and not asked and step.step.gate in ("before", "both") and state.pauses(step.step):
@@ -1235,6 +1246,6 @@ def _start(state: RunState, step: StepState) -> StartTurn | Record:
         turn=step.turn,
         prompt=prompt,
         context=context,
-        session_id=step.session,
+        session_id=session,
         not_before=step.retry_at,
     )
