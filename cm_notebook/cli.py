@@ -304,12 +304,8 @@ def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
     if "resume" not in asked:
         workspace = asked.get("workspace")
         return Run.start(workflow, inputs, journal=journal, workspace=workspace, on_gate=policy, **given), 0
-    before = Run.open(asked["resume"], journal).state
-    known = before.seq
-    # The values that the run began with, not the file's defaults: else its finished steps would all be stale.
-    values = {**workflow.inputs, **before.inputs, **inputs}
-    edited = workflow.model_copy(update={"inputs": values})
-    return runs.resume(asked["resume"], edited, journal=journal, on_gate=policy, **given), known
+    known = Run.open(asked["resume"], journal).state.seq
+    return runs.resume(asked["resume"], workflow, inputs=inputs, journal=journal, on_gate=policy, **given), known
 
 
 def _again(asked: dict[str, Any], run_id: str) -> str | None:

@@ -760,6 +760,8 @@ class Run:
         ------
         WorkflowError    As for :meth:`revise`; nothing was changed.
         """
+        if inputs and workflow is None:
+            workflow = self.workflow
         values = edits.inputs_of(self.state, workflow, inputs)
         if workflow is not None:
             check_templates(workflow, values)
@@ -1433,10 +1435,11 @@ def resume(
     run_id: str,
     workflow: Workflow | None = None,
     *,
+    inputs: Mapping[str, Any] | None = None,
     journal: str | os.PathLike[str] | AnyJournal | None = None,
     agents: Iterable[Agent] = (),
     until: str | None = None,
-    reason: str = "resumed",
+    reason: str = "",
     **options: Any,
 ) -> Run:
     """Go on with a run from its journal; finished steps and decisions are kept.
@@ -1446,10 +1449,12 @@ def resume(
     workflow
         Its definition as it is now: steps that changed are stale. Needed for the Python functions among its agents,
         unless `agents` has them.
+    inputs
+        Values of template names, over those the run has.
     until
         Id of a step: pause when it is done.
     reason
-        What had happened, for those who look.
+        What had happened, for those who look; by default, where its process had not ended it, that.
     **options
         ``engine, on_gate, tape, loop`` of :meth:`Run.start`.
 
@@ -1462,7 +1467,7 @@ def resume(
     """
     run = Run.open(run_id, journal)
     if run._driving:
-        return run.go_on(workflow, until=until)
+        return run.go_on(workflow, inputs, until=until)
     with run.reading() as state:
         if state.ended == "completed":
             raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")
@@ -1480,13 +1485,16 @@ def resume(
 
     def propose() -> list[AnyEvent]:
         anew = {event.step for event in different if isinstance(event, TurnCutShort)}
-        cut = [meaning.cut_short(step, reason) for step in run._state.under_way if step.id not in anew]
-        return [RunResumed(reason=reason, until=until), *cut, *different]
+        why = reason or ("" if run._state.ended is not None else "the process that drove it had ended")
+        cut = [meaning.cut_short(step, why) for step in run._state.under_way if step.id not in anew]
+        return [RunResumed(reason=why, until=until), *cut, *different]
 
     try:
         run._read_on()  # what the one who drove it before wrote until the last moment
+        if inputs and workflow is None:
+            workflow = run.workflow
         if workflow is not None:
-            values = edits.inputs_of(run.state, workflow)
+            values = edits.inputs_of(run.state, workflow, inputs)
             check_templates(workflow, values)
             different = edits.revision(run._state, workflow, values)
         run._propose(propose)

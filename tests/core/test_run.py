@@ -541,6 +541,20 @@ def test_a_finished_step_run_again_makes_later_ones_stale() -> None:
     assert [len(step.attempts) for step in run] == [2, 1, 2]
 
 
+def test_while_a_step_runs_again_later_ones_are_stale() -> None:
+    run = start("a? -> b -> c")
+    gate(run)
+    run.approve().wait(10)
+    run.rerun("a")
+    gate(run)
+    assert [step.stale for step in run] == [False, True, True]
+    assert run["b"].text == "b 1"
+    run.reject("again")
+    until(lambda: run.gates and run.gates[0].attempt == 3, "the third attempt")
+    assert [step.stale for step in run] == [False, True, True]
+    run.stop()
+
+
 def test_run_from_here_makes_all_later_ones_again() -> None:
     run = start("a -> b -> c").wait(10)
     run.rerun("b", later=True).wait(10)
