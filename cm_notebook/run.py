@@ -895,6 +895,8 @@ class Run:
         except BaseException:
             with self._lock, contextlib.suppress(ValueError):
                 self._inbox.remove(entry)  # nobody asks for it any more
+            if not self._driving:
+                self._busy_since = None
             raise
         reply.result()
 
