@@ -371,12 +371,11 @@ class Run:
     def workflow(self) -> Workflow:
         """The workflow as it is now, with the steps added since the start."""
         with self.reading() as state:
-            mode: Any = state.locked or (state.mode != "step-by-step")
             return Workflow(
                 state.name,
                 steps=[*state.items],
                 agents=[self._agents.get(agent.id, agent) for agent in state.agents.values()],
-                autonomous_mode=mode,
+                autonomous_mode=state.autonomous_mode,
                 inputs=dict(state.inputs),
                 engine=state.engine,
             )
@@ -828,6 +827,9 @@ class Run:
     def _let_go(self) -> None:
         if self._driving:
             self._driving = False
+            if self._alarm is not None and self._loop is not None:
+                _quietly(self._loop, self._alarm.cancel)
+                self._alarm = None
             if _driven.get((self._journal.path, self.id)) is self:
                 del _driven[self._journal.path, self.id]
             self._journal.release(self.id)
@@ -892,6 +894,8 @@ class Run:
                 with contextlib.suppress(TimeoutError):
                     reply.exception(timeout=SLICE_S)
                 self._check_loop()
+                if self._lost is not None and not reply.done():
+                    raise self._lost
         except BaseException:
             with self._lock, contextlib.suppress(ValueError):
                 self._inbox.remove(entry)  # nobody asks for it any more

@@ -138,7 +138,9 @@ def test_inputs_may_be_given_without_a_definition() -> None:
     flow = cm.Workflow("i", agents=[cm.Agent("a", "Say {{ word }}.")], steps="a?", inputs={"word": "one"})
     run = flow.start(engine=cm.ScriptedEngine({"a": ["1", "2"]}), journal=MemoryJournal())
     gate(run)
+    run.set_mode("step-by-step")
     run.go_on(inputs={"word": "two"})
+    assert run.mode == "step-by-step", "what nobody defined anew is as it was"
     until(lambda: run.gates and run["a"].prompt == "Say two.", "what waits to be made again")
     run.stop()
 
