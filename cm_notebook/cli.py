@@ -309,10 +309,7 @@ def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
     before = Run.open(asked["resume"], journal).state
     known = before.seq
     check_read(workflow, inputs, {**workflow.inputs, **before.inputs})
-    # The values that the run began with, not the file's defaults: else its finished steps would all be stale.
-    values = {**workflow.inputs, **before.inputs, **inputs}
-    edited = workflow.model_copy(update={"inputs": values})
-    return runs.resume(asked["resume"], edited, journal=journal, on_gate=policy, **given), known
+    return runs.resume(asked["resume"], workflow, inputs=inputs, journal=journal, on_gate=policy, **given), known
 
 
 def _again(asked: dict[str, Any], run_id: str) -> str | None:

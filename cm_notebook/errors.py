@@ -122,6 +122,10 @@ class JournalError(CodeMachineError):
         self.path = path
 
 
+class JournalBusy(JournalError):
+    """Another program is writing to the journal; in a moment it may be free."""
+
+
 class RunLocked(JournalError):
     """Another process drives this run; it can still be read and decided."""
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import CodeMachineError
-from .workflow import Model, Verdict
+from .workflow import AutonomousMode, Model, Verdict
 
 Mode = Literal["step-by-step", "gates", "unattended"]
 """Who drives: a pause after every step, a pause where a step asks for one, or no pause at all."""
@@ -197,6 +197,20 @@ class RunFinished(BaseEvent):
     reason: str = ""
 
 
+class WorkflowChanged(BaseEvent):
+    """The workflow is defined anew, beyond its steps; what is not named here is as it was.
+
+    ``defaults``: inputs whose value is another one in the definition; ``inputs``: those that were given besides.
+    ``engine``: ``""`` where the definition names none any more.
+    """
+
+    type: Literal["WorkflowChanged"] = Field(default="WorkflowChanged", exclude=True)
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    autonomous_mode: AutonomousMode | None = None
+    engine: str | None = None
+
+
 class StepAdded(BaseEvent):
     """A step was put first, after the step ``after``, or last; with agents and inputs that came with it."""
 
@@ -334,6 +348,7 @@ AnyEvent = (
     | RunUnpaused
     | ModeChanged
     | RunFinished
+    | WorkflowChanged
     | StepAdded
     | StepChanged
     | StepRemoved

@@ -215,8 +215,10 @@ def fingerprint(step: Step, agent: Agent, inputs: Mapping[str, object], facts: s
 # -- composing --------------------------------------------------------------------------------------------------------
 
 
-def compose(state: RunState, step: StepState) -> tuple[tuple[Part, ...], tuple[Part, ...] | None]:
+def compose(state: RunState, step: StepState, *, continues: bool) -> tuple[tuple[Part, ...], tuple[Part, ...] | None]:
     """What is sent in the next turn of `step`: the parts of its prompt, and of the context appended to it.
+
+    `continues`: it is sent into the agent's own session, which knows what was said before.
 
     In this order of precedence: an edited prompt as it is; after a rejection the feedback alone, where the agent's own
     session is continued, else the last prompt, the last answer and the feedback; else the template, with what the
@@ -233,7 +235,7 @@ def compose(state: RunState, step: StepState) -> tuple[tuple[Part, ...], tuple[P
         return (), None  # a function without a prompt reads its Turn
     feedback = redo.feedback if redo is not None else None
     if feedback is not None and (rejected := _repeated(step, names)) is not None:
-        if step.session is not None:
+        if continues:
             return (feedback,), None
         answer: tuple[Part, ...] = (rejected.answer,) if rejected.answer is not None else ()
         before: Part = Ref(rejected.turns[-1], "prompt") if rejected.turns else ""

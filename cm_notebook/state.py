@@ -2,7 +2,8 @@
 
 Rule 1: everything that decides about a run lives in this file. Whoever shows, stores or executes only asks.
 Rule 2: ``apply(state, event)`` checks first and changes after. An illegal event raises ``TransitionError`` and nothing
-        has happened. Whether an event may come at all stands in ``TRANSITIONS``.
+        has happened. Whether an event may come at all, and what it may make of its step, stands in ``TRANSITIONS``;
+        what it may make of other steps stands in ``SWEPT``.
 Rule 3: ``next_actions(state)`` only looks: at the step under the cursor, whose status says what it needs.
 
 A step goes through these statuses (``running`` to ``finished`` is one *attempt*):
@@ -59,9 +60,10 @@ from .events import (
     TurnFinished,
     TurnStarted,
     Usage,
+    WorkflowChanged,
 )
 from .prompts import compose, missing_field, pieces, text_of
-from .workflow import Agent, Module, Separator, Step, Verdict, Workflow, as_step
+from .workflow import Agent, AutonomousMode, Module, Separator, Step, Verdict, Workflow, as_step
 
 StepStatus = Literal[
     "pending", "ready", "running", "asking", "retrying", "due", "waiting", "looping", "finished", "skipped"
@@ -98,6 +100,16 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
     "skipped": {"GateOpened": ("waiting",), "Rewound": ("ready",)},  # stale
 }
 """Which events a step may meet in each status, and what it may become by them."""
+
+_SETTLED: tuple[StepStatus, ...] = ("finished", "skipped")
+_AT_REST: tuple[StepStatus, ...] = ("pending", "ready", "retrying", "due", "waiting", "looping", *_SETTLED)
+SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
+    "LoopedBack": dict.fromkeys(_SETTLED, ("pending",)),
+    "Rewound": dict.fromkeys(_AT_REST, ("pending", "finished")),
+    "RunFinished": {"waiting": ("due", "finished", "pending")},
+    "StepChanged": dict.fromkeys(_AT_REST, ("pending", "finished")),
+}
+"""What an event may make of the steps that it is not about (and ``StepChanged`` of its own), by their status."""
 
 STATUS_WORDS: dict[StepStatus, str] = {
     "pending": "pending",
@@ -212,6 +224,12 @@ class StepState:
     fingerprint: str = ""
     status: StepStatus = "pending"
     stale: bool = False
+    outdated_by: str | None = None
+    """Why it is stale: the earlier step that ran again after it."""
+    changed: tuple[str, ...] = ()
+    """Why it is stale: what of its own definition changed after it ran."""
+    agent: Agent | None = None
+    """Its agent, as it was when the step was defined."""
     attempts: list[Attempt] = field(default_factory=list)
     turn: int = 1
     """The turn that runs, or is next."""
@@ -225,6 +243,8 @@ class StepState:
     redo: Redo | None = None
     session: str | None = None
     """The agent's own conversation, to be continued; a step that begins anew begins a new one."""
+    session_engine: str = ""
+    """The engine that it was had with, the only one that knows it."""
     retry_at: float | None = None
     looped_by: str | None = None
     """The module that sent the run back to this step."""
@@ -293,6 +313,8 @@ class RunState:
     run_id: str = ""
     name: str = ""
     mode: Mode = "gates"
+    autonomous_mode: AutonomousMode = True
+    """As the workflow's definition has it."""
     locked: str | None = None
     """``"never"`` or ``"always"`` when the workflow forbids switching."""
     items: list[Step | Separator] = field(default_factory=list)
@@ -313,7 +335,7 @@ class RunState:
     decisions: dict[str, Decision] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
-    """The inputs as the workflow's definition had them when the run started."""
+    """The inputs as the workflow's definition has them."""
     input_refs: dict[str, Ref] = field(default_factory=dict)
     loops: dict[str, Loop] = field(default_factory=dict)
     texts: dict[Ref, str | tuple[Part, ...]] = field(default_factory=dict)
@@ -450,9 +472,7 @@ def _run_started(state: RunState, event: RunStarted) -> None:
     workflow = Workflow.restore(event.workflow)
     state.run_id, state.name, state.engine = event.run_id, workflow.name, workflow.engine
     state.agents = {agent.id: agent for agent in workflow.agents}
-    if isinstance(workflow.autonomous_mode, str):
-        state.locked = workflow.autonomous_mode
-    state.mode = "step-by-step" if workflow.autonomous_mode in ("never", False) else "gates"
+    _take_autonomy(state, workflow.autonomous_mode)
     state.workspace, state.recorded, state.started_at = event.workspace, event.recorded, event.at
     state.defaults = workflow.inputs
     _take_inputs(state, event.seq, {**workflow.inputs, **event.inputs})
@@ -495,6 +515,25 @@ def _mode_changed(state: RunState, event: ModeChanged) -> None:
             "Define it with autonomous_mode=True to switch while it runs."
         )
     state.mode = event.mode
+
+
+def _workflow_changed(state: RunState, event: WorkflowChanged) -> None:
+    if event.autonomous_mode is not None:
+        _take_autonomy(state, event.autonomous_mode)
+    if event.engine is not None:
+        state.engine = event.engine or None
+    state.defaults = {**state.defaults, **event.defaults}
+    _take_inputs(state, event.seq, {**event.defaults, **event.inputs})
+
+
+def _take_autonomy(state: RunState, given: AutonomousMode) -> None:
+    """The mode that the definition asks for; ``True`` asks for any but ``step-by-step``."""
+    state.autonomous_mode = given
+    state.locked = given if isinstance(given, str) else None
+    if given in ("never", False):
+        state.mode = "step-by-step"
+    elif given == "always" or state.mode == "step-by-step":
+        state.mode = "gates"
 
 
 def _run_finished(state: RunState, event: RunFinished) -> None:
@@ -540,15 +579,43 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
     _take_agents(state, event.agents)
     _take_inputs(state, event.seq, event.inputs)
     place = next(number for number, other in enumerate(state.items) if other is step.step)
+    what = _what_changed(step.step, step.agent, item, state.agents.get(item.agent))
     state.items[place] = item
-    step.step, step.fingerprint = item, event.fingerprint
+    step.step, step.fingerprint, step.agent = item, event.fingerprint, state.agents.get(item.agent)
     _close(state, step, reopen=True)
     if step.status in ("finished", "skipped"):
         step.stale = True
+        step.changed = (*step.changed, *(part for part in what if part not in step.changed))
         state.cursor = min(state.cursor, step.index)
     elif step.status != "pending":
         # what waits for a decision was made by the old definition: it is made again
         _begin_again(step, "pending")
+
+
+def _what_changed(old: Step, was: Agent | None, new: Step, agent: Agent | None) -> tuple[str, ...]:
+    """Which parts of a step's definition are others now; with none of them, it is an input that its prompt names."""
+
+    def parts(step: Step, agent: Agent | None) -> dict[str, Any]:
+        named = agent if agent is not None else Agent(step.agent)
+        own = {"prompt", "engine", "model", "reasoning_effort"}
+        return {
+            "prompt": step.prompts(agent),
+            "agent": named.model_dump(exclude=own),
+            "engine": step.engine or named.engine,
+            "model": (step.model or named.model, step.reasoning_effort or named.reasoning_effort),
+            "options": step.model_dump(exclude={"agent", *own}),
+        }
+
+    before, after = parts(old, was), parts(new, agent)
+    return tuple(part for part in after if before[part] != after[part]) or ("inputs",)
+
+
+def why_stale(step: StepState) -> str:
+    """Why `step` is stale: "planner changed after this ran", "its prompt changed after it ran"."""
+    if step.changed:
+        *most, last = step.changed
+        return f"its {', '.join(most)} and {last} changed after it ran" if most else f"its {last} changed after it ran"
+    return f"{step.outdated_by or 'something it builds on'} changed after this ran"
 
 
 def _step_removed(state: RunState, event: StepRemoved) -> None:
@@ -591,7 +658,7 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         last.started_at = event.at  # waiting between two tries is not work
     elif last.ended_at is not None:
         last.asked_s += max(0.0, event.at - last.ended_at)  # a person looked at the answer to the prompt before
-    last.ended_at = None
+    last.ended_at, last.engine = None, event.engine
     last.turns.append(event.seq)
     last.session_id = event.session_id
     state.texts[Ref(event.seq, "prompt")] = event.prompt + (event.context or ())
@@ -600,6 +667,7 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         state.texts[here] = event.context
         if step.step.context == "all":
             state.context_all = (here, step.index, state.epoch)
+    _doubt_later(state, step)
     step.status, step.retry_at, step.note = "running", None, None
     state.running[step.path] = step
 
@@ -613,7 +681,7 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
     last.failures = 0
     last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
-    step.session = last.session_id
+    step.session, step.session_engine = last.session_id, last.engine
     _take_fields(state, event.seq, event.output)
     if event.duration_s is not None:
         last.measured_s = (last.measured_s or 0.0) + event.duration_s
@@ -929,7 +997,8 @@ def _retry(state: RunState, step: StepState, gate: Gate, decision: Decision, seq
     kept = step.redo.feedback if step.redo is not None and edited is None else None
     if edited is None and step.redo is not None:
         edited = step.redo.prompt
-    step.status, step.stale = "ready", False
+    step.status = "ready"
+    _trust(step)
     step.redo = Redo(prompt=edited, feedback=kept, answered=True)
 
 
@@ -944,7 +1013,7 @@ def _retry_exhausted(state: RunState, step: StepState, gate: Gate, decision: Dec
 
 def _keep_stale(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
     step.status = "finished" if step.approved is not None else "skipped"
-    step.stale = False
+    _trust(step)
     _advance(state)
 
 
@@ -1024,6 +1093,7 @@ def _rewound(state: RunState, event: Rewound) -> None:
     _close(state, target)
     _begin_again(target, "ready")
     target.redo = Redo(answered=True)
+    _doubt_later(state, target)
     state.cursor = min(state.cursor, target.index)
     state.epoch += 1
 
@@ -1035,6 +1105,7 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "RunUnpaused": _run_unpaused,
     "ModeChanged": _mode_changed,
     "RunFinished": _run_finished,
+    "WorkflowChanged": _workflow_changed,
     "StepAdded": _step_added,
     "StepChanged": _step_changed,
     "StepRemoved": _step_removed,
@@ -1052,19 +1123,30 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
 
 def _settle(state: RunState, step: StepState, status: Literal["finished", "skipped"], output: Ref | None) -> None:
     """The run may go past `step`, whose output is `output`; what was made from an earlier one is stale."""
-    step.status, step.approved, step.stale = status, output, False
+    step.status, step.approved = status, output
+    _trust(step)
     step.due, step.redo, step.looped_by, step.resent = None, None, None, []
     if step.id in state.loops:
         state.loops[step.id] = Loop()
     if step.index < state.frontier:
         state.epoch += 1
-        for later in state.order[step.index + 1 : state.frontier]:
-            if later.status in ("finished", "skipped"):
-                later.stale = True
+        _doubt_later(state, step)
     state.frontier = max(state.frontier, step.index + 1)
     if state.until == step.id:
         state.until_reached = True
     _advance(state)
+
+
+def _doubt_later(state: RunState, step: StepState) -> None:
+    """What was made after `step` is stale: from now on the output that it builds on is another."""
+    for later in state.order[step.index + 1 : state.frontier]:
+        if later.status in ("finished", "skipped"):
+            later.stale, later.outdated_by = True, step.id
+
+
+def _trust(step: StepState) -> None:
+    """The step is not stale any more."""
+    step.stale, step.outdated_by, step.changed = False, None, ()
 
 
 def _advance(state: RunState) -> None:
@@ -1074,7 +1156,8 @@ def _advance(state: RunState) -> None:
 
 def _begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
     """The step runs anew, from its first prompt."""
-    step.status, step.turn, step.stale = status, 1, False
+    step.status, step.turn = status, 1
+    _trust(step)
     step.redo, step.due, step.retry_at, step.session = None, None, None, None
 
 
@@ -1104,7 +1187,7 @@ def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
 def _append(state: RunState, item: Step | Separator) -> None:
     state.items.append(item)
     if not isinstance(item, Separator):
-        made = StepState(item, item.id, len(state.order))
+        made = StepState(item, item.id, len(state.order), agent=state.agents.get(item.agent))
         state.order.append(made)
         state.steps[item.id] = made
         state.names.setdefault(item.id.replace("-", "_"), item.id)
@@ -1117,7 +1200,7 @@ def _reindex(state: RunState) -> None:
     state.order, state.names = [], {}
     for item in state.items:
         if not isinstance(item, Separator):
-            step = known.get(id(item)) or StepState(item, item.id, 0)
+            step = known.get(id(item)) or StepState(item, item.id, 0, agent=state.agents.get(item.agent))
             step.index = len(state.order)
             state.order.append(step)
             state.steps[item.id] = step
@@ -1159,8 +1242,14 @@ def as_text(value: Any) -> str:
 # -- next_actions -----------------------------------------------------------------------------------------------------
 
 
-def next_actions(state: RunState) -> list[StartTurn | Record]:
-    """What to do now, in this order. Empty: wait for a turn to end or a person to decide."""
+def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None) -> list[StartTurn | Record]:
+    """What to do now, in this order. Empty: wait for a turn to end or a person to decide.
+
+    Parameters
+    ----------
+    engine_of
+        The name of the engine that will do a step; a session of another one is not continued. ``None``: the same ones.
+    """
     if state.ended is not None:
         return []
     if state.ending is not None:
@@ -1177,12 +1266,12 @@ def next_actions(state: RunState) -> list[StartTurn | Record]:
     if state.until_reached:
         return [Record(RunPaused(reason=f"as far as {state.until}"))]
     if step.stale:
-        reason = f"{step.id} was made before something it builds on changed."
+        reason = f"{step.id}: {why_stale(step)}."
         due = Due("stale", {"reason": reason}, (step.approved,) if step.approved is not None else (reason,))
         return [Record(_open(state, step, due))]
     if step.status == "pending" and (rule := _skip_reason(state, step)):
         return [Record(StepSkipped(step=step.id, path=step.path, reason=rule))]
-    return [_start(state, step)]
+    return [_start(state, step, engine_of)]
 
 
 def _end(state: RunState) -> list[StartTurn | Record]:
@@ -1243,8 +1332,11 @@ def _skip_reason(state: RunState, step: StepState) -> str | None:
     return None
 
 
-def _start(state: RunState, step: StepState) -> StartTurn | Record:
-    prompt, context = compose(state, step)
+def _start(state: RunState, step: StepState, engine_of: Callable[[Step], str] | None) -> StartTurn | Record:
+    session = step.session
+    if session is not None and engine_of is not None and engine_of(step.step) != step.session_engine:
+        session = None  # another engine would not know it
+    prompt, context = compose(state, step, continues=session is not None)
     asked = step.redo is not None and step.redo.answered
     first = step.status == "pending" and step.turn == 1
     shows = step.step.gate in ("before", "both") and state.pauses(step.step)
@@ -1256,6 +1348,6 @@ def _start(state: RunState, step: StepState) -> StartTurn | Record:
         turn=step.turn,
         prompt=prompt,
         context=context,
-        session_id=step.session,
+        session_id=session,
         not_before=step.retry_at,
     )

@@ -30,7 +30,7 @@ from .. import edits
 from .. import run as runs
 from ..config import setting
 from ..errors import CodeMachineError, RunLocked, TransitionError, WorkflowError, did_you_mean
-from ..events import Gate, Mode
+from ..events import Gate
 from ..journal import AnyJournal, open_journal
 from ..prompts import Hole, check_read, check_templates, holes, step_names
 from ..run import Run, check_options
@@ -223,7 +223,7 @@ class Notebook:
             self._forget(looked=True)
         elif before is not None and before.name == plan.name:
             plan.placed = before.placed
-            self._revise(plan, before)
+            self._revise(plan)
             fixed = [name for name in ("engine", "tape", "workspace") if getattr(plan, name) != getattr(before, name)]
         self.plan = plan
         if self.run is not None and (other := self._started()) is not self.run:
@@ -268,7 +268,7 @@ class Notebook:
         self.run = self.found = None
         self._seen, self._allowed, self._looked = set(), set(), looked
 
-    def _revise(self, plan: Plan, before: Plan) -> None:
+    def _revise(self, plan: Plan) -> None:
         """Give the living run what its workflow's cell says now; one that has ended gets it when it goes on."""
         run = self.run
         if run is None or run.state.ended is not None:
@@ -280,19 +280,12 @@ class Notebook:
         except CodeMachineError:
             self.plan = old
             raise
-        wanted: Mode = "step-by-step" if plan.autonomous_mode is False else "gates"
-        may_switch = run.state.locked is None and isinstance(plan.autonomous_mode, bool)
-        if may_switch and plan.autonomous_mode != before.autonomous_mode and run.mode != wanted:
-            run.set_mode(wanted)
 
     def _kept_words(self, plan: Plan, fixed: list[str]) -> list[str]:
         run = self.run or self.found
         if run is None:
             return []
         words = [f"{plan.name} goes on with its run {run.id}, which is {run.status}."]
-        locked = plan.autonomous_mode if isinstance(plan.autonomous_mode, str) else None
-        if run.state.locked != locked:
-            fixed = ["autonomous mode", *fixed]
         if fixed:
             words.append(f"It keeps its {', '.join(fixed)}; with --new another run begins.")
         return words
@@ -584,7 +577,8 @@ class Notebook:
             items = plan.steps(state.items)
             agents = {**state.agents, **self.agents}
             inputs = {**plan.inputs, **self._read(touched, items, agents, {**state.inputs, **plan.inputs})}
-            return edits.changed(state, items, agents, inputs)
+            made = edits.changed(state, items, agents, inputs)
+        return made.model_copy(update={"autonomous_mode": plan.autonomous_mode})
 
     def _fresh(self, touched: list[AnyStep]) -> Workflow:
         """The workflow of a run that is to start."""

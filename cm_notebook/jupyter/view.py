@@ -587,6 +587,7 @@ class Hub:
         self._next_at = 0.0
         self._drawn_at = self._counted_at = 0.0
         self._dirty = False
+        self._ended: str | None = None
         self._quiet = True
         self._lines: list[str] = []
 
@@ -664,6 +665,8 @@ class Hub:
         self._timer = None
         now = time.monotonic()
         pieces, last = self._take()
+        if self._ended != (ended := self.run.state.ended):  # also without an event: when the run is given up
+            self._ended, self._dirty = ended, True
         with self._lock:
             displays = list(self.displays)
         sent = 0

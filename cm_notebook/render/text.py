@@ -13,7 +13,7 @@ Nothing here is HTML; texts of agents are cleaned and cut to one line, and whoev
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from ..events import (
@@ -40,8 +40,9 @@ from ..events import (
     TurnFailed,
     TurnFinished,
     Usage,
+    WorkflowChanged,
 )
-from ..state import STATUS_WORDS, Attempt, RunState, StepState
+from ..state import STATUS_WORDS, Attempt, RunState, StepState, why_stale
 from ..workflow import Module, Separator
 from .markdown import clean
 
@@ -349,15 +350,7 @@ def gate_sentence(state: RunState, gate: Gate) -> str:
 
 def stale_words(state: RunState, step: StepState) -> str:
     """Why `step` is stale: ``planner changed after this ran``."""
-    if step.approved is not None:
-        newer = [
-            other.id
-            for other in state.order[: step.index]
-            if other.approved is not None and other.approved.seq > step.approved.seq
-        ]
-        if newer:
-            return f"{newer[-1]} changed after this ran"
-    return "something it builds on changed after it ran"
+    return why_stale(step)
 
 
 def sentence(state: RunState, now: float | None = None) -> str:
@@ -561,6 +554,8 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
         return f"{id} added" if id else None
     if isinstance(event, StepChanged):
         return f"{event.step.get('id') or event.step.get('agent')} changed"
+    if isinstance(event, WorkflowChanged):
+        return f"the workflow is defined anew: {', '.join(_redefined(event))}"
     if isinstance(event, StepRemoved):
         return f"{event.step} removed"
     if isinstance(event, StepSkipped):
@@ -591,6 +586,14 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
     if isinstance(event, Rewound):
         return f"back to {event.to}"
     return None
+
+
+def _redefined(event: WorkflowChanged) -> Iterator[str]:
+    yield from (f"input {one_line(name, 80)}" for name in {**event.defaults, **event.inputs})
+    if event.autonomous_mode is not None:
+        yield f"autonomous mode {str(event.autonomous_mode).lower()}"
+    if event.engine is not None:
+        yield f"engine {one_line(event.engine, 80) or 'as configured'}"
 
 
 def gate_step(gate_id: str) -> str:

@@ -219,8 +219,10 @@ def test_workflow_changed_beyond_its_run_is_refused_with_the_way_out(cells: Cell
 
 
 def test_workflow_says_what_its_run_keeps(cells: Cells) -> None:
-    start(cells)
-    assert "keeps its autonomous mode" in cells("%cm workflow careful --autonomous always")
+    run = start(cells)
+    said = cells("%cm workflow careful --autonomous always --workspace elsewhere")
+    assert "It keeps its workspace" in said
+    assert (cells.run is run, run.state.locked) == (True, "always")
 
 
 @pytest.mark.parametrize("again", [PLANNER, IMPLEMENTER])

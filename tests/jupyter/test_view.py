@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,6 +183,27 @@ def test_a_finished_run_is_shown_as_html_and_goes_on_live(notebook):
     run.add(cm.step("planner", interactive=True))
     until(lambda: Widget.made, "the view to be live again")
     assert waiting()["step"] == "planner"
+
+
+def test_a_run_whose_journal_cannot_be_written_is_shown_as_failed(notebook, tmp_path):
+    release = threading.Event()
+
+    @cm.agent("builder")
+    def builder(turn: cm.Turn) -> str:
+        release.wait(20)
+        return "y" * 3_000_000
+
+    journal = cm.Journal(tmp_path / "j.db")
+    run = cm.Workflow("flow", agents=[builder], steps="builder").start(journal=journal)
+    view.show(run)
+    hub = view._hubs[run.id]
+    until(lambda: run["builder"].status == "running" and hub._drawn_at and not hub._dirty, "the view to be drawn")
+    pages = journal._writer.execute("PRAGMA page_count").fetchone()[0]
+    journal._writer.execute(f"PRAGMA max_page_count={pages + 20}")
+    release.set()
+    until(lambda: "Failed" in notebook.shown[0].get("text/html", "") + widget().final, "the view to say so")
+    with pytest.raises(cm.JournalError, match="the disk is full"):
+        run.wait(10)
 
 
 def test_a_card_moves(notebook):
