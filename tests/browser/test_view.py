@@ -482,7 +482,7 @@ def test_each_kind_of_gate_has_its_buttons(open_notebook, picture):
     seen = {
         2: ("start", "Send it", "Edit", "Skip"),
         3: ("failed", "Retry", "Edit prompt", "Skip", "Stop"),
-        5: ("exhausted", "Accept the last", "1 more", "2 more", "Edit", "Skip", "Stop"),
+        5: ("exhausted", "Accept the last", "2 more", "Edit", "Skip", "Stop"),
         6: ("verdict", "Continue", "Loop…", "Retry", "Skip"),
     }
     for cell, (name, *labels) in seen.items():
