@@ -171,11 +171,11 @@ HELP = [
     ("?", "this list"),
 ]
 MODES = [
-    ("step-by-step", "pause after every step", ""),
-    ("gates", "pause where a step asks for it", ""),
+    ("step-by-step", "Pause after every step", ""),
+    ("gates", "Pause where a step asks for it", ""),
     (
         "unattended",
-        "do not pause: gates approve themselves",
+        "Do not pause: gates approve themselves",
         "Switch to unattended? Gates that open from now on are approved without you.",
     ),
 ]

@@ -566,6 +566,9 @@ def fold_summary(state: RunState, group: list[StepState]) -> str:
     again = [f"{step.id} took {len(step.attempts)} attempts" for step in group if len(step.attempts) > 1]
     words += [f"{skipped} skipped"] if skipped else []
     words += again if len(again) <= 3 else [f"{len(again)} took several attempts"]
+    decided = [(step.id, step.last.decision) for step in group if step.last is not None and step.last.decision]
+    told = [f"{id} {say.decided(state, decision)}" for id, decision in decided]
+    words += told if len(told) <= 1 else [f"{len(told)} were approved"]
     return f"{pill(Look(f'{len(group) - skipped} done', 'done'))} {faint(*words)}"
 
 

@@ -211,6 +211,10 @@ def test_a_few_finished_steps_fold_but_one_with_a_story_does_not() -> None:
     said = Page(html.run_html(story.state, now=story.now)).text
     assert "3 done a, b, c · 13.8 s · 1.2k tok" in said
     assert "3 pending e, f, g · starts when d is approved" in said
+    one = Story("a -> b? -> c -> d").answer("A").answer("B").decide("approve").answer("C").answer("D")
+    assert (
+        "3 done a, b, c · 13.8 s · 1.2k tok · $0.009 · b approved by you, 12:31" in Page(html.run_html(one.state)).text
+    )
     told = Story("a? -> b -> c -> d?").answer("A").decide("reject", "More.").answer("AA").decide("approve")
     told.answer("B").answer("C").answer("D")
     assert [[step.id for step in row.steps] for row in html.rows(told.state)] == [["a"], ["b"], ["c"], ["d"]]
