@@ -424,13 +424,10 @@ def _choose(module: ModuleType, file: str, name: str | None) -> Workflow:
 
 # -- run: telling and asking -------------------------------------------------------------------------------------------
 
-_KEYS: dict[str, str] = {"approve": "a", "reject": "r", "edit": "e", "skip": "s", "stop": "t", "retry": "y"}
-
-
-def _key(gate: Gate, way: say.Way) -> str:
-    return "p" if way.action == "edit" and gate.kind == "failed" else _KEYS[way.action]
-
-
+_KEYS: dict[str, str] = {
+    **{"approve": "a", "reject": "r", "edit": "e", "skip": "s", "stop": "t"},
+    **{"retry": "y", "prompt": "p", "rerun": "f"},
+}
 _LONG, _HEAD, _TAIL = 60, 40, 12
 """Lines of an output: from how many on it is cut, and how many then remain of its beginning and end."""
 
@@ -623,7 +620,7 @@ class Session:
     def _choices(self, gate: Gate, step: StepState) -> str:
         if gate.kind == "question":
             return "Type the answer. Ctrl+C stops the run."
-        found = [f"[{_key(gate, way)}] {way.label}" for way in say.ways(self._state, gate)]
+        found = [f"[{_KEYS[way.action]}] {way.label}" for way in say.ways(self._state, gate)]
         if len(step.attempts) > 1 and gate.kind != "start":
             found.append("[d] Diff")
         return "  ".join([*found, "[?] Help"])
@@ -639,10 +636,10 @@ class Session:
             return Decision(action="answer", feedback=line) if line else None
         word, _, rest = line.partition(" ")
         word, rest = word.lower(), rest.strip()
-        known: dict[str, str] = {}
-        for way in say.ways(self._state, gate):
-            known |= {_key(gate, way): way.action, way.action: way.action}
-        known |= {"d": "diff", "v": "view", "?": "help"}
+        ways = {way.action: way for way in say.ways(self._state, gate)}
+        known: dict[str, str] = {"d": "diff", "v": "view", "?": "help"}
+        for name in ways:
+            known |= {_KEYS[name]: name, name: name}
         action = known.get(word)
         if action is None:
             self._console.say(self._choices(gate, step))
@@ -652,13 +649,17 @@ class Session:
             return None
         if rest and action not in ("reject", "retry"):
             raise WorkflowError(f"{action} takes no words; nothing was decided.")
-        return self._made(gate, step, action, rest)
+        if action == "rerun":
+            self._run.rerun(step.id, later=True)
+            return None
+        return self._made(gate, step, ways[action], rest)  # type: ignore[index]
 
-    def _made(self, gate: Gate, step: StepState, action: str, rest: str) -> Decision | None:
+    def _made(self, gate: Gate, step: StepState, way: say.Way, rest: str) -> Decision | None:
+        action = way.action
         if action == "reject":
             words = rest or self._asked("Why? ", gate)
             return Decision(action="reject", feedback=words) if words else self._nothing()
-        if action == "edit" and gate.kind == "failed":
+        if action == "prompt":
             text = self._console.edit(step.last.prompt if step.last is not None else "")
             return Decision(action="retry", prompt=text) if text is not None else self._nothing()
         if action == "edit":
@@ -673,7 +674,7 @@ class Session:
                 raise WorkflowError("retry takes a number, and only where a loop is used up: y 2")
             return Decision(action="retry", count=int(rest))
         made: Action = action  # type: ignore[assignment]
-        return Decision(action=made)
+        return Decision(action=made, count=way.times)
 
     def _asked(self, question: str, gate: Gate) -> str:
         return (self._console.ask(question, lambda: not self._is_open(gate)) or "").strip()
@@ -692,14 +693,14 @@ class Session:
         meanings = {
             "approve": "go on with what is shown",
             "reject": "send it back; r WORDS says why",
-            "edit": "change its prompt in your editor ($EDITOR), and try that"
-            if gate.kind == "failed"
-            else "change the text in your editor ($EDITOR), and go on with that",
-            "retry": "make it again" + ("; y 2 allows two more passes" if gate.kind == "exhausted" else ""),
+            "edit": "change the text in your editor ($EDITOR), and go on with that",
+            "prompt": "change its prompt in your editor ($EDITOR), and try that",
+            "retry": "make it again" + ("; y 5 allows five more passes" if gate.kind == "exhausted" else ""),
+            "rerun": "make it again, and all that comes after it",
             "skip": "go on without it",
             "stop": "end the run; it can be resumed",
         }
-        rows = [[_key(gate, way), way.label, meanings[way.action]] for way in say.ways(self._state, gate)]
+        rows = [[_KEYS[way.action], way.label, meanings[way.action]] for way in say.ways(self._state, gate)]
         if len(step.attempts) > 1:
             rows.append(["d", "Diff", "what changed since the attempt before"])
         rows.append(["v", "View", "all of the text"])

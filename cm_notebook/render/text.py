@@ -271,11 +271,16 @@ def counts(state: RunState) -> str:
 
 
 class Way(NamedTuple):
-    """One way to answer a gate: its action, what the button says, and the magic that does the same."""
+    """One way to answer a gate: its action, what the button says, and the magic that does the same.
 
-    action: Action | Literal["edit"]
+    ``edit`` approves a text of the person's, ``prompt`` tries again with one, ``rerun`` runs all from this step on.
+    """
+
+    action: Action | Literal["edit", "prompt", "rerun"]
     label: str
     magic: str
+    times: int = 1
+    """How often to retry."""
 
 
 _LABELS: dict[tuple[str, str], str] = {
@@ -283,9 +288,9 @@ _LABELS: dict[tuple[str, str], str] = {
     ("verdict", "approve"): "Continue",
     ("verdict", "reject"): "Loop…",
     ("exhausted", "approve"): "Accept the last",
-    ("exhausted", "retry"): "1 more",
+    ("exhausted", "retry"): "2 more",
     ("stale", "approve"): "Keep",
-    ("stale", "retry"): "Run from here",
+    ("stale", "retry"): "Run again",
     ("may_have_run", "approve"): "It did",
     ("may_have_run", "retry"): "Run again",
 }
@@ -305,11 +310,14 @@ def ways(state: RunState, gate: Gate) -> list[Way]:
         magic = _MAGICS.get(action, f"%cm {action}")
         if several:
             magic += f" --step {gate.step}" if action in _MAGICS else f" {gate.step}" if action != "stop" else ""
-        found.append(Way(action, label, magic))
+        more = 2 if (gate.kind, action) == ("exhausted", "retry") else 1
+        found.append(Way(action, label, magic if more == 1 else f"{magic} --count {more}", more))
+    place = next((index for index, way in enumerate(found) if way.action in ("skip", "stop")), len(found))
     if gate.kind in EDITABLE or gate.kind == "failed":
-        place = next((index for index, way in enumerate(found) if way.action in ("skip", "stop")), len(found))
-        label = "Edit" if gate.kind != "failed" else "Edit prompt"
-        found.insert(place, Way("edit", label, "%cm edit" + (f" {gate.step}" if several else "")))
+        edit = Way("prompt", "Edit prompt", "%cm edit") if gate.kind == "failed" else Way("edit", "Edit", "%cm edit")
+        found.insert(place, edit._replace(magic=f"%cm edit {gate.step}") if several else edit)
+    elif gate.kind == "stale":
+        found.insert(place, Way("rerun", "Run from here", f"%cm run --from {gate.step}"))
     return found
 
 
@@ -319,8 +327,8 @@ def following(state: RunState, step: StepState) -> str:
     return f"Next: {after.id}." if after is not None else "It is the last step so far."
 
 
-def gate_sentence(state: RunState, gate: Gate) -> str:
-    """What the run waits for at `gate`, why, and what the answers mean."""
+def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
+    """What the run waits for at `gate`, why, and what the answers mean; without what a card `beside` it shows."""
     step = state.steps[gate.step]
     said = gate.payload
     reason = _ended(one_line(said.get("reason", ""), 300))
@@ -335,14 +343,17 @@ def gate_sentence(state: RunState, gate: Gate) -> str:
         back = "Loop goes back" if isinstance(step.step, Module) else "Reject runs it again"
         return f"{step.id} needs your verdict. {reason} Continue goes on; {back} with your words."
     if gate.kind == "exhausted":
-        return f"{step.id}: {reason[:1].lower()}{reason[1:]} Accept the last output, allow one more, or stop."
+        return f"{step.id}: {reason[:1].lower()}{reason[1:]} Accept the last output, allow 2 more, or stop."
     if gate.kind == "failed":
         error = _ended(one_line(said.get("error", "no reason was given"), 300))
         tries = len(step.last.errors) if step.last is not None else 1
         times = f" after {tries} tries" if tries > 1 else f" (attempt {gate.attempt})" if gate.attempt > 1 else ""
-        return f"{step.id} failed{times}: {error} Retry, skip it, or stop."
+        what = "." if beside else f": {error}"
+        return f"{step.id} failed{times}{what} Retry, edit its prompt, skip it, or stop."
     if gate.kind == "stale":
         return f"{step.id} is stale: {stale_words(state, step)}. Keep it, or run from here."
+    if gate.kind == "question" and beside:
+        return f"{step.id} is waiting for your answer."
     if gate.kind == "question":
         return f"{step.id} asks: {quoted(said.get('question', ''), 600)}"
     return f"{reason or f'{step.id} may have run.'} Did it? If not, run it again."

@@ -593,7 +593,7 @@ def test_an_exhausted_loop_gets_two_more(terminal: Open) -> None:
     person = terminal(
         "run", write(text + "wf = cm.Workflow('w', agents=[a, gate], steps='a -> gate(loop 1, max 1)')\n")
     )
-    assert "[y] 1 more" in person.answer("y 2")
+    assert "[y] 2 more" in person.answer("y 2")
     assert person.end() == 0
     assert len(last_run()["gate"].attempts) == 4
 

@@ -239,6 +239,19 @@ def test_a_cell_shows_a_run_once(notebook):
     assert [sorted(shown) for shown in notebook.shown] == [["text/plain"], ["text/plain"], ["text/html", "text/plain"]]
 
 
+@pytest.mark.parametrize("mode", ["full", "html", "log"])
+def test_a_cell_that_shows_a_run_does_not_show_it_again_for_its_last_line(notebook, mode):
+    """``await run`` there: IPython displays the run."""
+    run = begin()
+    view.show(run, mode=mode)
+    gate(run)
+    run.approve().wait(20)
+    before = len(notebook.shown)
+    view.show(run)
+    assert len(notebook.shown) == before
+    until(lambda: "Finished" in str(notebook.shown[0]) or "completed" in str(notebook.shown[0]), "the end in its place")
+
+
 def test_html_has_no_widget(notebook):
     run = begin()
     view.show(run, mode="html")
@@ -453,7 +466,7 @@ def test_what_cannot_be_decided_is_said_in_words(notebook):
     record = waiting()
     answer = {"decide": record["id"], "digest": record["digest"]}
     widget().says(**answer, action="reject", seq=1)
-    assert "say why" in widget().hears("said", gate=record["id"])["text"]
+    assert "Say why" in widget().hears("said", gate=record["id"])["text"]
     widget().sent.clear()
     widget().says(**answer, action="fly")
     assert "action='fly' is not valid" in widget().hears("said")["text"]
@@ -464,7 +477,7 @@ def test_what_cannot_be_decided_is_said_in_words(notebook):
     widget().says(**answer, action="approve")
     gate(run, "builder")
     widget().says(**answer, action="approve", page="late")
-    assert "already approved by you" in widget().hears("said", page="late")["text"]
+    assert "Already approved by you" in widget().hears("said", page="late")["text"]
     assert len(run.state.decisions) == 1
     widget().says(do="mode", mode="unattended")
     until(lambda: run.mode == "unattended", "the mode")
@@ -497,6 +510,8 @@ def test_buttons_of_each_kind_of_gate():
     assert labels(Story("planner?").answer("plan").state) == ["Approve", "Reject…", "Edit", "Skip"]
     failed = Story("planner").fail("no key")
     assert labels(failed.state) == ["Retry", "Edit prompt", "Skip", "Stop"]
+    assert view.head_record(failed.state)["stops"]  # one Stop is enough
+    assert not view.head_record(Story("planner?").answer("plan").state)["stops"]
     asks = Story("planner").ask("Which one?")
     assert labels(asks.state) == ["Answer…"]
     (record,) = view.gate_records(asks.state)
@@ -506,7 +521,7 @@ def test_buttons_of_each_kind_of_gate():
 def test_every_button_names_its_magic_and_asks_only_for_what_its_decision_takes():
     for state in (Story("a?").answer("x").state, Story("a").fail("no").state, Story("a").ask("b?").state):
         for button in view.gate_records(state)[0]["buttons"]:
-            assert "%cm " in button["magic"]
+            assert "%cm " in button["magic"] or "cm.current()." in button["magic"]
             assert button.get("ask") in (None, "feedback", "output", "prompt")
 
 
@@ -514,11 +529,12 @@ def test_cards_fold_as_in_the_saved_view():
     story = Story(" -> ".join(f"s{n}" for n in range(12)))
     for _ in range(8):
         story.answer("done")
-    fold, *cards = view.card_records(story.state)
-    assert fold["steps"] == [f"s{n}" for n in range(8)]
-    assert [card["step"] for card in cards] == ["s8", "s9", "s10", "s11"]
-    assert cards[0]["writing"] == 1
-    assert [card["open"] for card in cards] == [True, False, False, False]
+    done, card, pending = view.card_records(story.state)
+    assert done["steps"] == [f"s{n}" for n in range(8)]
+    assert (card["step"], card["writing"]) == ("s8", 1)
+    assert pending["steps"] == ["s9", "s10", "s11"]
+    assert [record["open"] for record in (done, card, pending)] == [False, True, False]
+    assert [record["body"] for record in (done, card, pending)] == [True, True, False]
 
 
 def test_a_locked_workflow_has_no_menu():

@@ -149,15 +149,16 @@ GATES = {
     "exhausted": (
         builder.exhausted,
         "quality-gate: not good enough after 2 repeats. Tests still fail. "
-        "Accept the last output, allow one more, or stop.",
+        "Accept the last output, allow 2 more, or stop.",
     ),
     "failed": (
         builder.failed,
-        "planner failed: No key for anthropic. Set ANTHROPIC_API_KEY before starting Jupyter. Retry, skip it, or stop.",
+        "planner failed: No key for anthropic. Set ANTHROPIC_API_KEY before starting Jupyter. "
+        "Retry, edit its prompt, skip it, or stop.",
     ),
     "failed for good": (
         lambda: Story("a").fail("overloaded", retry_in_s=1).go().fail("overloaded"),
-        "a failed after 2 tries: overloaded. Retry, skip it, or stop.",
+        "a failed after 2 tries: overloaded. Retry, edit its prompt, skip it, or stop.",
     ),
     "stale": (builder.stale, "implementer is stale: planner changed after this ran. Keep it, or run from here."),
     "question": (lambda: Story("a").ask("Which\ndatabase?"), "a asks: “Which database?”"),
