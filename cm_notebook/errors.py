@@ -24,7 +24,6 @@ surfaces is a bug of ours. A message is one line: what happened (with the value)
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -175,6 +174,8 @@ def did_you_mean(wrong: str, known: Iterable[str], label: str = "Known") -> str:
     str
         ``"Did you mean 'planner'? Known: planner, reviewer."``
     """
+    import difflib  # only for who makes a mistake
+
     names = list(known)
     near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
     hint = f"Did you mean {near[0]!r}? " if near else ""
