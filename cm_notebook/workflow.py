@@ -5,8 +5,6 @@ A workflow is a list of steps; each step names the agent that does the work. The
 ``planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?`` is a second spelling of that list.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json
@@ -68,7 +66,7 @@ class Verdict(Model):
     score: float | None = None
 
     @classmethod
-    def from_text(cls, text: str) -> Verdict | None:
+    def from_text(cls, text: str) -> "Verdict | None":
         """The last JSON object in `text`, if it is a verdict; else ``None``.
 
         An object inside another one does not count. Only the last 64 kB are searched and at most 200 places tried, so
@@ -380,7 +378,7 @@ class Workflow(Model):
         """The steps that are run: all but the separators."""
         return [item for item in self.steps if not isinstance(item, Separator)]
 
-    def start(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> Run:
+    def start(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> "Run":
         """Start a run and return it at once.
 
         Parameters
@@ -417,12 +415,12 @@ class Workflow(Model):
         return data
 
     @classmethod
-    def restore(cls, data: Mapping[str, Any]) -> Workflow:
+    def restore(cls, data: Mapping[str, Any]) -> "Workflow":
         """The workflow of a journal: its functions are known by name only and can be looked at, not run."""
         return cls(**data)
 
     @classmethod
-    def from_dict(cls, data: Any, agents: Iterable[Agent] = ()) -> Workflow:
+    def from_dict(cls, data: Any, agents: Iterable[Agent] = ()) -> "Workflow":
         """A workflow from :meth:`to_dict`'s data; `agents` supplies the Python functions, by id.
 
         Raises
