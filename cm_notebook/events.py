@@ -369,8 +369,8 @@ def body(event: BaseEvent) -> str:
 
 def place(event: BaseEvent, seq: int, at: float) -> None:
     """Give `event` its place and time; past pydantic's ``__setattr__``, which costs more than all the rest."""
-    event.__dict__["seq"] = seq
-    event.__dict__["at"] = at
+    fields = event.__dict__
+    fields["seq"], fields["at"] = seq, at
 
 
 def read(type_name: str, seq: int, at: float, text: str) -> AnyEvent:

@@ -7,11 +7,10 @@ gates or journals: ``take_turn`` hands live text on, and returns how the turn en
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from .engines.base import AgentRequest, Delta, Engine, SessionStarted, TurnDone, UsageReported
 from .errors import CodeMachineError, EngineError, EngineTimeout
@@ -43,6 +42,20 @@ class LiveTurn:
     late
         Called when the time is over. The task may not listen to being cancelled, so the turn's end is not left to it.
     """
+
+    __slots__ = (
+        "_late",
+        "_left_s",
+        "_parts",
+        "_since",
+        "_timer",
+        "asking",
+        "failures",
+        "recalled",
+        "started",
+        "step",
+        "task",
+    )
 
     def __init__(self, started: TurnStarted, step: Step, late: Callable[[LiveTurn], None]) -> None:
         self.started, self.step = started, step
@@ -105,7 +118,8 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
     session_id: str | None = None
     pieces = 0
     try:
-        async with contextlib.aclosing(cast("Any", engine.stream(request))) as stream:
+        stream: Any = engine.stream(request)
+        try:
             async for told in stream:
                 if isinstance(told, Delta):
                     write(told.text)
@@ -118,6 +132,8 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
                     usage = told
                 elif isinstance(told, SessionStarted):
                     session_id = told.session_id
+        finally:
+            await stream.aclose()
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
         event = TurnFinished(

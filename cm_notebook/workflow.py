@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -410,7 +410,7 @@ class Workflow(Model):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data from which :meth:`from_dict` builds the same workflow (functions by name only)."""
-        data = self.model_dump(mode="json", exclude_defaults=True)
+        data = self.model_dump(mode="json", exclude_defaults=True, exclude={"steps"})
         data["steps"] = [step_data(item) for item in self.steps]
         return data
 
@@ -528,18 +528,21 @@ def _check_name(what: str, name: str) -> None:
         )
 
 
+_KINDS: dict[str, type[AnyStep]] = {"step": Step, "module": Module, "separator": Separator}
+
+
 def as_step(number: int, item: Any) -> AnyStep:
     """A step from a name, from :meth:`Workflow.to_dict`'s data, or as it is; `number` is its place, for the message."""
+    if isinstance(item, (dict, Mapping)):
+        kind = item.get("kind", "step")
+        if not isinstance(kind, str) or kind not in _KINDS:
+            hint = did_you_mean(str(kind), _KINDS, "Kinds")
+            raise WorkflowError(f"step {number}: kind={kind!r} is not known. {hint}")
+        return _KINDS[kind](**item)
     if isinstance(item, (Step, Separator)):
         return item
     if isinstance(item, str):
         return Step(agent=item)
-    if isinstance(item, Mapping):
-        kinds: dict[Any, type[AnyStep]] = {"step": Step, "module": Module, "separator": Separator}
-        kind = item.get("kind", "step")
-        if not isinstance(kind, str) or kind not in kinds:
-            raise WorkflowError(f"step {number}: kind={kind!r} is not known. {did_you_mean(str(kind), kinds, 'Kinds')}")
-        return kinds[kind](**cast("dict[str, Any]", item))
     raise WorkflowError(
         f"step {number}: {item!r} is not a step. Use cm.step(…), cm.module(…), cm.separator(…) or a name."
     )
