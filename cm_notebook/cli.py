@@ -41,6 +41,7 @@ from .feed import LiveText
 from .journal import open_journal
 from .loops import SLICE_S, engine_loop, run_sync
 from .options import COMMANDS, Argument, Command, Option
+from .prompts import check_read
 from .render import text as say
 from .render.markdown import clean
 from .run import Run, somebody
@@ -298,6 +299,7 @@ def _run(words: list[str]) -> int:
 def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
     """The run that was asked for, and up to which event its story was told before."""
     workflow = load(asked["file"], asked.get("workflow"))
+    runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
     inputs = asked.get("inputs", {})
     given = {name: asked[name] for name in ("engine", "tape", "until") if name in asked}
@@ -306,6 +308,7 @@ def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
         return Run.start(workflow, inputs, journal=journal, workspace=workspace, on_gate=policy, **given), 0
     before = Run.open(asked["resume"], journal).state
     known = before.seq
+    check_read(workflow, inputs, {**workflow.inputs, **before.inputs})
     # The values that the run began with, not the file's defaults: else its finished steps would all be stale.
     values = {**workflow.inputs, **before.inputs, **inputs}
     edited = workflow.model_copy(update={"inputs": values})
@@ -425,6 +428,12 @@ def _choose(module: ModuleType, file: str, name: str | None) -> Workflow:
 # -- run: telling and asking -------------------------------------------------------------------------------------------
 
 _KEYS: dict[str, str] = {"approve": "a", "reject": "r", "edit": "e", "skip": "s", "stop": "t", "retry": "y"}
+
+
+def _key(gate: Gate, way: say.Way) -> str:
+    return "p" if way.action == "edit" and gate.kind == "failed" else _KEYS[way.action]
+
+
 _LONG, _HEAD, _TAIL = 60, 40, 12
 """Lines of an output: from how many on it is cut, and how many then remain of its beginning and end."""
 
@@ -477,6 +486,11 @@ class Session:
             self._state = RunState()  # it may have been interrupted in the middle of an event
             with contextlib.suppress(NobodyReads):
                 self._tell(self._run.events)
+        if not self._asks and not self._console.closed:
+            # Nobody watched: after the lines, how each step stands. What the last line has said is not said again.
+            with contextlib.suppress(NobodyReads):
+                for line in say.step_lines(self._state):
+                    self._console.line(line)
         return self._end(again, why, until)
 
     def _take(self, take: Callable[[], Iterable[AnyEvent | LiveText]]) -> None:
@@ -612,9 +626,7 @@ class Session:
     def _choices(self, gate: Gate, step: StepState) -> str:
         if gate.kind == "question":
             return "Type the answer. Ctrl+C stops the run."
-        found = [f"[{_KEYS[way.action]}] {way.label}" for way in say.ways(self._state, gate)]
-        if gate.kind == "failed":
-            found.insert(1, "[p] Edit prompt")
+        found = [f"[{_key(gate, way)}] {way.label}" for way in say.ways(self._state, gate)]
         if len(step.attempts) > 1 and gate.kind != "start":
             found.append("[d] Diff")
         return "  ".join([*found, "[?] Help"])
@@ -632,8 +644,7 @@ class Session:
         word, rest = word.lower(), rest.strip()
         known: dict[str, str] = {}
         for way in say.ways(self._state, gate):
-            known |= {_KEYS[way.action]: way.action, way.action: way.action}
-        known |= {"p": "prompt"} if gate.kind == "failed" else {}
+            known |= {_key(gate, way): way.action, way.action: way.action}
         known |= {"d": "diff", "v": "view", "?": "help"}
         action = known.get(word)
         if action is None:
@@ -650,12 +661,12 @@ class Session:
         if action == "reject":
             words = rest or self._asked("Why? ", gate)
             return Decision(action="reject", feedback=words) if words else self._nothing()
+        if action == "edit" and gate.kind == "failed":
+            text = self._console.edit(step.last.prompt if step.last is not None else "")
+            return Decision(action="retry", prompt=text) if text is not None else self._nothing()
         if action == "edit":
             text = self._console.edit(self._subject(gate, step))
             return Decision(action="approve", output=text) if text is not None else self._nothing()
-        if action == "prompt":
-            text = self._console.edit(step.last.prompt if step.last is not None else "")
-            return Decision(action="retry", prompt=text) if text is not None else self._nothing()
         if action == "skip":
             question = f"Skip {gate.step}? It gives no output; what names it gets an empty text. [y/N] "
             sure = self._asked(question, gate).lower() in ("y", "yes")
@@ -684,14 +695,14 @@ class Session:
         meanings = {
             "approve": "go on with what is shown",
             "reject": "send it back; r WORDS says why",
-            "edit": "change the text in your editor ($EDITOR), and go on with that",
+            "edit": "change its prompt in your editor ($EDITOR), and try that"
+            if gate.kind == "failed"
+            else "change the text in your editor ($EDITOR), and go on with that",
             "retry": "make it again" + ("; y 2 allows two more passes" if gate.kind == "exhausted" else ""),
             "skip": "go on without it",
             "stop": "end the run; it can be resumed",
         }
-        rows = [[_KEYS[way.action], way.label, meanings[way.action]] for way in say.ways(self._state, gate)]
-        if gate.kind == "failed":
-            rows.append(["p", "Edit prompt", "change its prompt in your editor, and try that"])
+        rows = [[_key(gate, way), way.label, meanings[way.action]] for way in say.ways(self._state, gate)]
         if len(step.attempts) > 1:
             rows.append(["d", "Diff", "what changed since the attempt before"])
         rows.append(["v", "View", "all of the text"])

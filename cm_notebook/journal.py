@@ -367,6 +367,8 @@ def open_journal(where: str | os.PathLike[str] | AnyJournal, *, make: bool = Tru
     """
     if isinstance(where, (Journal, MemoryJournal)):
         return where
+    if not isinstance(where, (str, os.PathLike)):
+        raise JournalError(f"journal={where!r} is not a file. Name one, or ':memory:', or pass a cm.Journal.")
     name = str(where)
     if name == ":memory:":
         return MemoryJournal()

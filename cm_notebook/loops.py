@@ -135,6 +135,8 @@ async def wait_detached(future: concurrent.futures.Future[T], timeout_s: float |
 
 
 def _deadline(timeout_s: float | None) -> float | None:
+    if timeout_s is not None and not isinstance(timeout_s, (int, float)):
+        raise CodeMachineError(f"timeout_s={timeout_s!r} is not a number of seconds, for instance timeout_s=30.")
     return None if timeout_s is None else time.monotonic() + timeout_s
 
 

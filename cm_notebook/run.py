@@ -44,6 +44,7 @@ from .errors import (
     RunFailed,
     TransitionError,
     WorkflowError,
+    by_name,
     did_you_mean,
 )
 from .events import (
@@ -69,7 +70,7 @@ from .events import (
 from .feed import Feed, LiveText
 from .journal import AnyJournal, open_journal, own_folder
 from .loops import engine_loop, run_sync, running_loop, wait_detached
-from .prompts import check_templates, digest, text_of
+from .prompts import check_read, check_templates, digest, missing_field, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
@@ -172,6 +173,8 @@ class Run:
         """
         values = {**workflow.inputs, **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
+        check_read(workflow, inputs or {}, workflow.inputs)
+        tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
             raise WorkflowError(f"until={until!r} is not a step. {did_you_mean(until, known, 'Steps')}")
         run = cls(f"r-{secrets.token_hex(4)}", open_journal(journal if journal is not None else setting("journal")))
@@ -244,21 +247,13 @@ class Run:
     ) -> None:
         """Take what is needed for driving, from the thread that asks for it."""
         self._agents.update({agent.id: agent for agent in agents})
-        if engine is not None and not isinstance(engine, (str, Engine)):
-            raise WorkflowError(f"engine={engine!r} is neither a name nor an engine (name, stream).")
-        if on_gate is not None and not isinstance(on_gate, str) and not callable(on_gate):
-            raise WorkflowError(f"on_gate={on_gate!r} is not 'approve', 'reject', 'stop' or a function.")
-        self._engine = engine
         self._on_gate = on_gate if on_gate is not None else cast("GatePolicy | None", setting("on_gate"))
-        if isinstance(self._on_gate, str) and self._on_gate not in ("approve", "reject", "stop"):
-            hint = did_you_mean(self._on_gate, ("approve", "reject", "stop"), "Possible")
-            raise WorkflowError(f"on_gate={self._on_gate!r} is not known. {hint}")
+        self._tape = check_options(engine=engine, tape=tape, on_gate=self._on_gate)
+        self._engine = engine
         self._somebody = somebody()
-        if tape is not None:
+        if self._tape is not None:
             from .engines.offline import OfflineEngine
-            from .tape import Tape
 
-            self._tape = tape if isinstance(tape, Tape) else Tape.read(tape)
             self._engine = OfflineEngine(tape=self._tape, strict=not self._somebody, delay=self._somebody)
         if loop == "kernel":
             self._loop = running_loop()
@@ -276,8 +271,7 @@ class Run:
             _driven[self._journal.path, self.id] = self
 
     def _become_current(self) -> Run:
-        global _current
-        _current = self
+        set_current(self)
         return self
 
     # -- looking ------------------------------------------------------------------------------------------------------
@@ -1105,6 +1099,8 @@ class Run:
         with self._lock:
             state = self._state
             step = state.steps[started.step]
+            if (wrong := missing_field(state, step)) is not None:
+                raise EngineError(wrong)
             agent = self._agents.get(step.step.agent) or state.agents[step.step.agent]
             feedback = step.redo.feedback if step.redo is not None else None
             loop = state.loops.get(step.looped_by) if step.looped_by is not None else None
@@ -1242,6 +1238,12 @@ def current() -> Run:
     return _current
 
 
+def set_current(run: Run | None) -> None:
+    """What :func:`current` gives from now on; ``None``: nothing, until a run is started or resumed."""
+    global _current
+    _current = run
+
+
 def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run]:
     """All runs of a journal, newest first, to read and to decide; those driven here are the very objects."""
     named = journal if journal is not None else setting("journal")
@@ -1256,6 +1258,7 @@ def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run
     return found
 
 
+@by_name("cm.resume", "engine", "on_gate", "tape", "loop")
 def resume(
     run_id: str,
     workflow: Workflow | None = None,
@@ -1287,6 +1290,7 @@ def resume(
     TransitionError    It is completed.
     WorkflowError      A function is missing, or `workflow` is no edit of this run's.
     """
+    check_options(**{name: value for name, value in options.items() if name != "loop"})
     run = Run.open(run_id, journal)
     if run._driving:
         return run.go_on(workflow, until=until)
@@ -1321,6 +1325,37 @@ def resume(
         run._let_go()
         raise
     return run._become_current()
+
+
+def check_options(
+    *,
+    engine: str | Engine | None = None,
+    tape: Any = None,
+    workspace: str | os.PathLike[str] | None = None,
+    on_gate: GatePolicy | None = None,
+) -> Any:
+    """Refuse what :meth:`Run.start` could not use, before anything happens; returns the tape, read.
+
+    Raises
+    ------
+    WorkflowError     One of them is none of its kind, or the tape cannot be read.
+    EngineNotFound    There is no engine of that name.
+    """
+    if engine is not None and not isinstance(engine, (str, Engine)):
+        raise WorkflowError(f"engine={engine!r} is neither a name nor an engine (name, stream).")
+    if isinstance(engine, str):
+        find_engine(engine)
+    if workspace is not None and not isinstance(workspace, (str, os.PathLike)):
+        raise WorkflowError(f"workspace={workspace!r} is not a folder. Name one, for instance workspace='site'.")
+    if on_gate is not None and not isinstance(on_gate, str) and not callable(on_gate):
+        raise WorkflowError(f"on_gate={on_gate!r} is not 'approve', 'reject', 'stop' or a function.")
+    if isinstance(on_gate, str) and on_gate not in (policies := ("approve", "reject", "stop")):
+        raise WorkflowError(f"on_gate={on_gate!r} is not known. {did_you_mean(on_gate, policies, 'Possible')}")
+    if tape is None:
+        return None
+    from .tape import Tape
+
+    return tape if isinstance(tape, Tape) else Tape.read(tape)
 
 
 def somebody() -> bool:

@@ -20,6 +20,7 @@ The cursor stands on the first step that is not settled. Nothing here scans or c
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -58,7 +59,7 @@ from .events import (
     TurnStarted,
     Usage,
 )
-from .prompts import compose, pieces, text_of
+from .prompts import compose, missing_field, pieces, text_of
 from .workflow import Agent, Module, Separator, Step, Verdict, Workflow, as_step
 
 StepStatus = Literal[
@@ -110,6 +111,10 @@ STATUS_WORDS: dict[StepStatus, str] = {
     "skipped": "skipped",
 }
 """A step's status in words for people."""
+
+
+NO_FIELDS = "The edited text is not the JSON of the output any more, so it has no fields."
+"""Said beside an edited output that had a structure."""
 
 
 @dataclass(slots=True, repr=False)
@@ -603,14 +608,12 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
     _count_turn(state, step)
     here = Ref(event.seq)
     state.texts[here] = event.text
-    output, usage = event.output, event.usage
+    usage = event.usage
     last.failures = 0
-    last.answer, last.output, last.verdict, last.ended_at = here, output, event.verdict, event.at
+    last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
     step.session = last.session_id
-    if isinstance(output, dict):
-        for key, value in output.items():
-            state.texts[Ref(event.seq, f".{key}")] = as_text(value)
+    _take_fields(state, event.seq, event.output)
     if event.duration_s is not None:
         last.measured_s = (last.measured_s or 0.0) + event.duration_s
     if usage is not None:
@@ -870,8 +873,21 @@ def _edited(state: RunState, step: StepState, decision: Decision, seq: int) -> A
     made.turns, made.answer, made.decision = list(last.turns), Ref(seq, "output"), decision
     made.verdict = last.verdict if last.verdict is None else Verdict.from_text(decision.output) or last.verdict
     made.session_id = last.session_id
+    if last.output is not None:
+        made.output = _as_before(decision.output, last.output)
+        made.note = NO_FIELDS if made.output is None else None
+        _take_fields(state, seq, made.output)
     step.attempts.append(made)
     return made
+
+
+def _as_before(text: str, before: Any) -> Any:
+    """The value that an edited text is the JSON of, if it is one of the kind it was `before`; else ``None``."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if type(value) is type(before) else None
 
 
 def _reject_review(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
@@ -1130,10 +1146,14 @@ def _take_inputs(state: RunState, seq: int, inputs: Mapping[str, Any]) -> None:
                 state.texts[Ref(seq, f"{name}.{key}")] = as_text(inner)
 
 
+def _take_fields(state: RunState, seq: int, output: Any) -> None:
+    if isinstance(output, dict):
+        for key, value in output.items():
+            state.texts[Ref(seq, f".{key}")] = as_text(value)
+
+
 def as_text(value: Any) -> str:
     """An input as it stands in a prompt: text as it is, everything else as JSON."""
-    import json
-
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -1228,7 +1248,8 @@ def _start(state: RunState, step: StepState) -> StartTurn | Record:
     prompt, context = compose(state, step)
     first = step.status == "pending" and step.turn == 1
     asked = step.redo is not None and step.redo.answered
-    if first and not asked and step.step.gate != "after" and state.pauses(step.step):
+    shows = step.step.gate != "after" and state.pauses(step.step)
+    if first and not asked and shows and missing_field(state, step) is None:  # else it fails as a turn
         return Record(_open(state, step, Due("start", {}, prompt + (context or ())), prompt, context))
     return StartTurn(
         step=step,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import WorkflowError, did_you_mean
+from .errors import WorkflowError, by_name, did_you_mean
 
 if TYPE_CHECKING:
     from .run import Run
@@ -119,6 +119,7 @@ class Agent(Model):
     """For a function: its name and a digest of its source, so that a change is noticed."""
     function: Callable[..., Any] | None = Field(default=None, exclude=True, repr=False)
 
+    @by_name("cm.Agent")
     def __init__(self, id: str, prompt: str = "", **options: Any) -> None:
         super().__init__(id=id, prompt=prompt, **options)
         _check_name("agent", self.id)
@@ -217,6 +218,7 @@ class Separator(Model):
 AnyStep = Step | Module | Separator
 
 
+@by_name("cm.step")
 def step(
     agent: str,
     *,
@@ -272,6 +274,7 @@ def step(
     return Step(**{key: value for key, value in locals().items() if not (key == "id" and value is None)})
 
 
+@by_name("cm.module")
 def module(
     agent: str,
     *,
@@ -316,6 +319,9 @@ def separator(text: str = "") -> Separator:
     return Separator(text=text)
 
 
+START_OPTIONS = ("engine", "journal", "workspace", "until", "on_gate", "tape", "loop")
+
+
 class Workflow(Model):
     """A named list of steps and the agents that do them.
 
@@ -349,6 +355,7 @@ class Workflow(Model):
     specification: str | None = None
     engine: str | None = None
 
+    @by_name("cm.Workflow")
     def __init__(self, name: str, **data: Any) -> None:
         steps = data.get("steps", [])
         if isinstance(steps, str):
@@ -378,6 +385,7 @@ class Workflow(Model):
         """The steps that are run: all but the separators."""
         return [item for item in self.steps if not isinstance(item, Separator)]
 
+    @by_name("workflow.start", *START_OPTIONS)
     def start(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> "Run":
         """Start a run and return it at once.
 
@@ -464,6 +472,7 @@ def complete_agents(agents: Iterable[Agent], steps: Iterable[AnyStep]) -> list[A
 def check(workflow: Workflow) -> None:
     """Refuse what cannot run; every message names the step and what would be right."""
     seen: dict[str, int] = {}
+    read_as: dict[str, str] = {}  # the ids by their spelling with "_", which a prompt may use too
     agents: dict[str, Agent] = {}
     for defined in workflow.agents:
         if defined.id in agents:
@@ -483,6 +492,11 @@ def check(workflow: Workflow) -> None:
             raise WorkflowError(
                 f"{where}: the id {item.id!r} is already step {seen[item.id]}. Give one of them another: "
                 f'cm.step({item.agent!r}, id="{item.id}-2").'
+            )
+        if (other := read_as.setdefault(item.id.replace("-", "_"), item.id)) != item.id:
+            raise WorkflowError(
+                f"{where}: a prompt cannot tell {item.id!r} from {other!r} (step {seen[other]}): "
+                f"{{{{ {item.id.replace('-', '_')} }}}} names both. Give one of them another id."
             )
         if item.agent not in agents:
             raise WorkflowError(f"{where}: {_no_agent(item.agent, workflow.agents)}")

@@ -297,16 +297,15 @@ def gate_record(state: RunState, gate: Gate) -> dict[str, Any]:
             button["action"] = "approve"
             if gate.kind == "start":
                 button |= {"label": "The prompt to send", "send": "Send this"}
+            elif gate.kind == "failed":
+                button |= {"action": "retry", "ask": "prompt", "label": "The prompt to try with", "send": "Try this"}
         if way.action == "skip":
             button["sure"] = f"Skip {gate.step}? It gives no output; what names it gets an empty text."
             button["send"] = "Skip it"
         if key := _KEYS.get(way.action):
             button["key"] = key
         buttons.append(button)
-        if gate.kind == "failed" and way.action == "retry":
-            edit = {"text": "Edit prompt", "ask": "prompt", "label": "The prompt to try with", "send": "Try this"}
-            buttons.append({**button, **edit, "key": "E"})
-        elif gate.kind == "exhausted" and way.action == "retry":
+        if gate.kind == "exhausted" and way.action == "retry":
             buttons.append({**button, "text": "2 more", "count": 2, "magic": f"{way.magic} --count 2"})
         elif gate.kind == "stale" and way.action == "retry":
             button["text"] = "Run again"

@@ -99,6 +99,11 @@ def size(count: int) -> str:
     return f"{count / 1e3:.0f} kB" if count < 999_500 else f"{count / 1e6:.1f} MB"
 
 
+def steps(count: int) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{count} step{'s' if count != 1 else ''}"
+
+
 def one_line(text: object, limit: int = 160) -> str:
     """The text cleaned, on one line, cut after `limit` characters with ``…``."""
     line = " ".join(clean(str(text)[: 20 * limit]).split())
@@ -176,9 +181,13 @@ def source(state: RunState) -> str:
     """Where the answers came from, when not from a model: a recording, or the offline engine; else ``""``."""
     if state.recorded is not None:
         return f"recorded ({one_line(state.recorded, 60)}): no model was called"
-    if any(attempt.engine == "offline" for step in state.order for attempt in step.attempts):
+    if _first_offline(state) is not None:
         return "offline: no model was called"
     return ""
+
+
+def _first_offline(state: RunState) -> Attempt | None:
+    return next((one for step in state.order for one in step.attempts if one.engine == "offline"), None)
 
 
 # -- a step and the run in a word -------------------------------------------------------------------------------------
@@ -296,16 +305,17 @@ def ways(state: RunState, gate: Gate) -> list[Way]:
         if several:
             magic += f" --step {gate.step}" if action in _MAGICS else f" {gate.step}" if action != "stop" else ""
         found.append(Way(action, label, magic))
-    if gate.kind in EDITABLE:
+    if gate.kind in EDITABLE or gate.kind == "failed":
         place = next((index for index, way in enumerate(found) if way.action in ("skip", "stop")), len(found))
-        found.insert(place, Way("edit", "Edit", "%cm edit" + (f" {gate.step}" if several else "")))
+        label = "Edit" if gate.kind != "failed" else "Edit prompt"
+        found.insert(place, Way("edit", label, "%cm edit" + (f" {gate.step}" if several else "")))
     return found
 
 
 def following(state: RunState, step: StepState) -> str:
-    """What comes after `step`: ``Next: deployer.``, or that it is the last."""
+    """What comes after `step`: ``Next: deployer.``, or that none does yet: a notebook may add one."""
     after = state.after(step)
-    return f"Next: {after.id}." if after is not None else "It is the last step."
+    return f"Next: {after.id}." if after is not None else "It is the last step so far."
 
 
 def gate_sentence(state: RunState, gate: Gate) -> str:
@@ -531,9 +541,8 @@ def event_line(state: RunState, event: BaseEvent) -> str | None:
 def _event_words(state: RunState, event: BaseEvent) -> str | None:
     # One branch per kind of event; those that another line says anyway (TurnStarted, GateOpened of …) give none.
     if isinstance(event, RunStarted):
-        count = len(state.order)
         said = source(state)
-        return f"{one_line(state.name, 80)} started: {count} step{'s' if count != 1 else ''}, mode {state.mode}" + (
+        return f"{one_line(state.name, 80)} started: {steps(len(state.order))}, mode {state.mode}" + (
             f", {said}" if said else ""
         )
     if isinstance(event, RunResumed):
@@ -610,7 +619,9 @@ def _turn_line(state: RunState, event: TurnFinished) -> str:
     if event.turn > 1:
         words.append(f"prompt {event.turn}")
     why = f": {one_line(event.verdict.reason)}" if event.verdict is not None and event.verdict.reason else ""
-    note = f"; {one_line(event.note)}" if event.note else ""
+    # That no model was called is said once, not beside every answer.
+    again = event.note == source(state) and attempt is not _first_offline(state)
+    note = f"; {one_line(event.note)}" if event.note and not again else ""
     return " ".join(words) + _attempt(event.attempt) + why + note
 
 
@@ -657,17 +668,22 @@ def headline(state: RunState, now: float | None = None) -> str:
     return f"{one_line(state.name, 80)}: {' · '.join(filter(None, parts))}"
 
 
-def run_text(state: RunState, now: float | None = None) -> str:
-    """The run as ``text/plain``: its headline, a line per step with what became of it, and what comes next."""
+def step_lines(state: RunState, now: float | None = None) -> list[str]:
+    """A line per step, with what became of it."""
     rows = []
     for step in state.order:
         taken = " ".join(total(state, step.attempts, now).words())
         said = "; ".join(filter(None, (story(state, step), note(step), waits_for(state, step))))
         rows.append([step.id, look(state, step).word, f"{taken}{f'  ({said})' if said and taken else said}"])
-    made = iter(table(rows))
-    lines = [headline(state, now)]
+    made, lines = iter(table(rows)), list[str]()
     for item in state.items:
         lines.append(f"  -- {one_line(item.text, 80)}".rstrip() if isinstance(item, Separator) else f"  {next(made)}")
+    return lines
+
+
+def run_text(state: RunState, now: float | None = None) -> str:
+    """The run as ``text/plain``: its headline, a line per step with what became of it, and what comes next."""
+    lines = [headline(state, now), *step_lines(state, now)]
     lines.append(sentence(state, now))
     for gate in state.gates.values():
         lines.append("  " + " · ".join(way.magic for way in ways(state, gate)))

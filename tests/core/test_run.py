@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 import cm_notebook as cm
 from cm_notebook.engines.base import AgentRequest, Delta, TurnDone
+from cm_notebook.workflow import START_OPTIONS
 from tests.helpers import gate, until
 
 FIVE = ("researcher", "planner", "implementer", "reviewer", "deployer")
@@ -44,6 +48,55 @@ def start(steps: str, **options: Any) -> cm.Run:
 
 def kinds(run: cm.Run) -> list[str]:
     return [type(event).__name__ for event in run.events]
+
+
+# -- what a run is started with --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tape": 5}, "tape=5 is not a file. Name one"),
+        ({"tape": "tapes/nope.jsonl"}, "tape 'tapes/nope.jsonl' cannot be read"),
+        ({"tape": "on.jsonl"}, "Did you mean 'one.jsonl'?"),
+        ({"workspace": 5}, "workspace=5 is not a folder. Name one"),
+        ({"journal": 5}, "journal=5 is not a file. Name one"),
+        ({"engine": 5}, "engine=5 is neither a name nor an engine"),
+        ({"engine": "offlin"}, "Did you mean 'offline'?"),
+        ({"on_gate": 5}, "on_gate=5 is not 'approve'"),
+        ({"on_gate": "aprove"}, "Did you mean 'approve'?"),
+        ({"until": 5}, "until=5 is not a step. Steps: a"),
+        ({"jurnal": "x"}, "there is no option 'jurnal'. Did you mean 'journal'?"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_anything_is_written(options: dict[str, Any], words: str) -> None:
+    Path("one.jsonl").touch()
+    with pytest.raises(cm.CodeMachineError) as refused:
+        workflow("a").start(**options)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not Path(".cm_notebook").exists()
+
+
+def test_a_resumed_run_has_the_same_options() -> None:
+    run = workflow("a?").start(engine=Echo())
+    gate(run)
+    run.stop()
+    for options, words in (({"jurnal": 1}, "'journal'"), ({"tape": 5}, "tape=5"), ({"engine": "offlin"}, "'offline'")):
+        with pytest.raises(cm.CodeMachineError, match=words):
+            cm.resume(run.id, **options)
+    assert run.status == "stopped"
+
+
+def test_the_options_of_a_start_are_all_named() -> None:
+    taken = set(inspect.signature(cm.Run.start).parameters) - {"workflow", "inputs", "notebook"}
+    assert set(START_OPTIONS) == taken
+
+
+def test_waiting_takes_seconds() -> None:
+    run = start("a?")
+    with pytest.raises(cm.CodeMachineError, match="timeout_s='x' is not a number of seconds"):
+        run.wait(timeout_s="x")  # type: ignore[arg-type]
 
 
 # -- the patterns ----------------------------------------------------------------------------------------------------
@@ -466,6 +519,79 @@ def test_removing_what_another_needs_is_refused() -> None:
     run.remove("b").approve()
     run.wait(10)
     assert [step.id for step in run] == ["a", "c"]
+
+
+# -- fields of an output ---------------------------------------------------------------------------------------------
+
+
+class Plan(BaseModel):
+    title: str
+    hours: int
+
+
+@cm.agent("planner")
+def planner(turn: cm.Turn) -> Plan:
+    return Plan(title="Build it", hours=3)
+
+
+def fields(prompt: str, steps: str = "planner? -> coder") -> cm.Run:
+    """A run in which the coder's prompt names fields of the planner's output."""
+    flow = cm.Workflow("fields", agents=[planner, cm.Agent("coder", prompt)], steps=steps)
+    return flow.start(engine=Echo(), journal=":memory:")
+
+
+def test_a_field_that_an_output_does_not_have_is_a_failed_gate() -> None:
+    for prompt in ("Take {{ planner.hour }} hours.", "Take {{ previous.hour }} hours."):
+        run = fields(prompt, "planner -> coder")
+        opened = gate(run)
+        assert (opened.kind, opened.step) == ("failed", "coder")
+        hole = prompt[5:-7]
+        assert opened.payload["error"] == (
+            f"its prompt uses {hole}, but the output of planner has no field 'hour'. Did you mean 'hours'? "
+            "Fields: title, hours."
+        )
+        assert run["coder"].attempts[0].prompt == prompt, "what is missing stands there as it was written"
+        run.retry(prompt="Take three hours.").wait(10)
+        assert run["coder"].prompt == "Take three hours."
+
+
+def test_a_prompt_that_cannot_be_made_is_not_put_to_a_person() -> None:
+    coder = cm.step("coder", interactive=True, gate="before")
+    agents = [planner, cm.Agent("coder", "Take {{ planner.hour }} hours.")]
+    run = cm.Workflow("fields", agents=agents, steps=["planner", coder]).start(engine=Echo(), journal=":memory:")
+    assert gate(run).kind == "failed"
+
+
+def test_a_plain_text_has_no_fields() -> None:
+    run = start("a -> b", autonomous_mode="always")
+    run.wait(10)
+    run.add(cm.step("c", prompt="{{ a.title }}"))
+    assert "the output of a is a text and has no fields" in gate(run).payload["error"]
+
+
+def test_an_edited_output_keeps_its_fields() -> None:
+    run = fields("{{ planner.title }} in {{ planner.hours }} h.")
+    gate(run)
+    run.approve(output='{"title": "Rebuild it", "hours": 5}').wait(10)
+    assert run["coder"].prompt == "Rebuild it in 5 h."
+    assert run["planner"].output == {"title": "Rebuild it", "hours": 5}
+    assert run["planner"].attempts[-1].note is None
+
+
+def test_an_edited_output_that_is_no_json_any_more_says_so() -> None:
+    run = fields("{{ planner.title }}")
+    gate(run)
+    run.approve(output="Rebuild it")
+    assert "edited" in gate(run, "coder").payload["error"]
+    assert run["planner"].output is None
+    assert "no fields" in run["planner"].attempts[-1].note
+
+
+def test_a_skipped_steps_fields_are_empty() -> None:
+    run = fields("[{{ planner.title }}]")
+    gate(run)
+    run.skip().wait(10)
+    assert run["coder"].prompt == "[]"
 
 
 # -- failure ---------------------------------------------------------------------------------------------------------

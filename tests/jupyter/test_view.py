@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 import cm_notebook as cm
-from cm_notebook.jupyter import bridge, view
+from cm_notebook.jupyter import bridge, pending, view
 from cm_notebook.render import html
 from tests.helpers import gate, until
 from tests.render.builder import Story
@@ -234,6 +234,44 @@ def test_log_is_lines(notebook):
     run.approve().wait(20)
     until(lambda: "cm: flow completed" in notebook.shown[0]["text/plain"], "the last line")
     assert Widget.made == []
+
+
+def test_a_gates_bar_stands_alone_and_the_card_stays(notebook):
+    run = begin()
+    view.show(run, ["planner"])
+    card = widget()
+    waiting()
+    notebook.run("b")
+    pending.show_bar(run, gate(run))
+    bar = until(lambda: widget() is not card and widget(), "the bar")
+    assert (bar.cards, bar.graph, [one["step"] for one in bar.gates]) == ([], "", ["planner"])
+    assert "first plan" not in notebook.shown[-1]["text/html"]
+    assert not card.closed, "the card is still live under its own cell"
+    bar.says(decide=bar.gates[0]["id"], digest=bar.gates[0]["digest"], action="approve")
+    run.wait(20)
+    until(lambda: bar.closed, "the bar to be over")
+    assert "planner approved by you" in notebook.shown[2]["text/plain"]
+    assert run["builder"].text == "built"
+
+
+def test_a_gate_that_is_closed_leaves_a_line(notebook):
+    run = begin()
+    opened = gate(run)
+    run.approve().wait(20)
+    pending.show_bar(run, opened)
+    assert Widget.made == []
+    assert "planner approved by you" in notebook.shown[0]["text/plain"]
+
+
+def test_a_failed_steps_prompt_is_edited_by_a_button_that_names_its_magic(notebook):
+    run = begin("planner", {"planner": [cm.Reply(error=cm.EngineError("no luck")), "at last"]})
+    view.show(run)
+    record = waiting()
+    assert [button["text"] for button in record["buttons"]] == ["Retry", "Edit prompt", "Skip", "Stop"]
+    edit = record["buttons"][1]
+    assert (edit["action"], edit["ask"], edit["magic"]) == ("retry", "prompt", "%cm edit")
+    widget().says(decide=record["id"], digest=record["digest"], action="retry", prompt="Go on.")
+    assert run.wait(20)["planner"].prompt == "Go on."
 
 
 def test_nobody_there(notebook, headless, capsys):

@@ -117,7 +117,7 @@ def test_headless_lines_of_a_loop_and_of_failures() -> None:
         "cm: planner failed: rate limited; again in 4.0 s (2 of 3)",
         "cm: planner cut short: kernel stopped",
     ]
-    assert builder.failed().lines[-1] == "cm: planner waits: %cm retry · %cm skip · %cm stop"
+    assert builder.failed().lines[-1] == "cm: planner waits: %cm retry · %cm edit · %cm skip · %cm stop"
 
 
 GATES = {
@@ -125,7 +125,7 @@ GATES = {
         lambda: Story("a? -> b").answer("A"),
         "a is waiting for you. Next: b.",
     ),
-    "last": (lambda: Story("a?").answer("A"), "a is waiting for you. It is the last step."),
+    "last": (lambda: Story("a?").answer("A"), "a is waiting for you. It is the last step so far."),
     "chained": (
         lambda: Story([step("a", prompt=["One", "Two"])], autonomous_mode=False).answer("A"),
         "a is waiting for you. Next: its prompt 2 of 2.",
