@@ -7,10 +7,11 @@ gates or journals: ``take_turn`` hands live text on, and returns how the turn en
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from .engines.base import AgentRequest, Delta, Engine, SessionStarted, TurnDone, UsageReported
 from .errors import CodeMachineError, EngineError, EngineTimeout
@@ -118,8 +119,7 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
     session_id: str | None = None
     pieces = 0
     try:
-        stream: Any = engine.stream(request)
-        try:
+        async with contextlib.aclosing(cast("Any", engine.stream(request))) as stream:
             async for told in stream:
                 if isinstance(told, Delta):
                     write(told.text)
@@ -132,8 +132,6 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
                     usage = told
                 elif isinstance(told, SessionStarted):
                     session_id = told.session_id
-        finally:
-            await stream.aclose()
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
         event = TurnFinished(

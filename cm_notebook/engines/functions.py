@@ -173,13 +173,7 @@ class FunctionEngine:
             )
         line = _Line(request)
         try:
-            turn = _turn(request, line)
-            if _is_async(function):
-                value = await function(turn)
-            else:
-                value = await _in_thread(function, turn)
-                if inspect.isawaitable(value):  # a decorated async function often looks like a sync one
-                    value = await value
+            value = await _call(function, _turn(request, line))
         except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
             raise
         except _Raised as raised:
@@ -207,6 +201,14 @@ def _turn(request: AgentRequest, line: _Line) -> Turn:
 
 
 _is_async = functools.lru_cache(maxsize=1024)(inspect.iscoroutinefunction)
+
+
+async def _call(function: Callable[[Turn], Any], turn: Turn) -> Any:
+    if _is_async(function):
+        return await function(turn)
+    value = await _in_thread(function, turn)
+    # a decorated async function often looks like a sync one that returns a coroutine
+    return await value if inspect.isawaitable(value) else value
 
 
 async def _in_thread(function: Callable[[Turn], Any], turn: Turn) -> Any:
