@@ -24,7 +24,6 @@ surfaces is a bug of ours. A message is one line: what happened (with the value)
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
@@ -229,6 +228,8 @@ def did_you_mean(wrong: object, known: Iterable[str], label: str = "Known") -> s
     str
         ``"Did you mean 'planner'? Known: planner, reviewer."``
     """
+    import difflib  # only for who makes a mistake
+
     names = list(known)
     near = difflib.get_close_matches(str(wrong), names, n=1, cutoff=0.6)
     hint = f"Did you mean {near[0]!r}? " if near else ""

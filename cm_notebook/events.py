@@ -3,9 +3,9 @@
 Strategy: a run *is* the list of these events. Each is a small pydantic model told apart by ``type``; ``seq`` (1, 2, 3 …
 within the run) and ``at`` (Unix time in seconds) are given by the journal when the event is recorded. A text is stored
 in one event only; whoever needs it again holds a ``Ref`` to that event. What an event *means* is said in ``state.py``.
-"""
 
-from __future__ import annotations
+Annotations are evaluated here, as in ``workflow.py``: from text, pydantic would compile each of them at every import.
+"""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -62,7 +62,7 @@ class Usage(Fact):
     output_tokens: int = 0
     estimated: bool = False
 
-    def __add__(self, other: Usage) -> Usage:
+    def __add__(self, other: "Usage") -> "Usage":
         """Both together."""
         return Usage(
             input_tokens=self.input_tokens + other.input_tokens,
@@ -384,8 +384,8 @@ def body(event: BaseEvent) -> str:
 
 def place(event: BaseEvent, seq: int, at: float) -> None:
     """Give `event` its place and time; past pydantic's ``__setattr__``, which costs more than all the rest."""
-    event.__dict__["seq"] = seq
-    event.__dict__["at"] = at
+    fields = event.__dict__
+    fields["seq"], fields["at"] = seq, at
 
 
 def read(type_name: str, seq: int, at: float, text: str) -> AnyEvent:

@@ -114,17 +114,22 @@ def check_templates(workflow: Workflow, inputs: Mapping[str, Any]) -> None:
     for index, item in enumerate(order):
         if isinstance(item, Module):
             loops.append({other.id for other in order[max(0, index - item.loop_steps) : index + 1]})
+    agents = {agent.id: agent for agent in workflow.agents}
     earlier: set[str] = set()
     for item in order:
-        looped = set[str]().union(*(loop for loop in loops if item.id in loop))
-        for template in item.prompts(workflow.agent(item.agent)):
+        for template in item.prompts(agents.get(item.agent) or workflow.agent(item.agent)):
             for hole in holes(template, item.raw):
-                _check_hole(item, hole, inputs, names, earlier, looped)
+                _check_hole(item, hole, inputs, names, earlier, loops)
         earlier.add(item.id)
 
 
 def _check_hole(
-    item: Step, hole: Hole, given: Mapping[str, Any], names: dict[str, str], earlier: set[str], looped: set[str]
+    item: Step,
+    hole: Hole,
+    given: Mapping[str, Any],
+    names: dict[str, str],
+    earlier: set[str],
+    loops: list[set[str]],
 ) -> None:
     written = hole.written
     if hole.name == "loop":
@@ -145,7 +150,7 @@ def _check_hole(
         return
     if hole.name in names:
         named = names[hole.name]
-        if named in earlier or named in looped:
+        if named in earlier or any(item.id in loop and named in loop for loop in loops):
             return
         raise WorkflowError(
             f"step {item.id!r} uses {written}, which has not run by then. Put {named!r} before {item.id!r}."
@@ -206,8 +211,8 @@ def fingerprint(step: Step, agent: Agent, inputs: Mapping[str, object], facts: s
     Its options, what decides about its agent (`facts`, where :func:`agent_facts` is at hand already), and the values of
     the inputs that its templates name.
     """
-    named = {hole.name for template in step.prompts(agent) for hole in holes(template, step.raw)}
-    used = {name: inputs[name] for name in sorted(named) if name in inputs}
+    templates, raw = step.prompts(agent), step.raw
+    used = {hole.name: inputs[hole.name] for text in templates for hole in holes(text, raw) if hole.name in inputs}
     said = json.dumps(used, sort_keys=True) if used else ""
     return digest("\n".join((step.model_dump_json(exclude_defaults=True), facts or agent_facts(agent), said)))[:16]
 
@@ -229,10 +234,10 @@ def compose(state: RunState, step: StepState, *, continues: bool) -> tuple[tuple
         return (redo.prompt,), None
     templates = step.step.prompts(state.agents.get(step.step.agent))
     template = templates[step.turn - 1]
+    if not template:
+        return (), None  # a function without a prompt reads its Turn
     parsed = parse(template, step.step.raw)
     names = {hole.name for hole in holes(template, step.step.raw)}
-    if parsed == ("",):
-        return (), None  # a function without a prompt reads its Turn
     feedback = redo.feedback if redo is not None else None
     if feedback is not None and (rejected := _repeated(step, names)) is not None:
         if continues:

@@ -1058,13 +1058,13 @@ class Run:
         """What is on disk now has its effect outside: turns start and stop, gates are put to whoever may answer."""
         state = self._state
         for event in events:
-            if isinstance(event, TurnCutShort):
+            if type(event) is TurnCutShort:
                 running = self._turns.pop(event.path, None)
                 if running is not None:
                     running.cancel()
-            elif isinstance(event, GateDecided):
+            elif type(event) is GateDecided:
                 self._tell_turn(event)
-            elif isinstance(event, RunResumed):
+            elif type(event) is RunResumed:
                 self.error, self._stuck = None, None
         for started, prompt in zip(starts, prompts, strict=True):
             self._launch(started, prompt)
@@ -1095,13 +1095,13 @@ class Run:
         state = self._state
         if self._stuck is not None and self._stuck.id not in state.gates:
             self._stuck = None
-        return state.ended is not None or state.status == "paused" or self._stuck is not None
+        return state.ended is not None or self._stuck is not None or state.status == "paused"
 
     def _come_to_rest(self) -> None:
         """Tell those who wait that the run goes no further by itself, and how it ended."""
         with self._lock:
             # What is in the inbox may go on with it; the pass that takes it comes here again.
-            if not self._rest.done() and not self._inbox and self._resting():
+            if not self._inbox and self._resting() and not self._rest.done():
                 self._rest_now(self._state)
 
     def _rest_now(self, state: RunState) -> None:

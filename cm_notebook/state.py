@@ -32,7 +32,6 @@ from .events import (
     EDITABLE,
     Action,
     AnyEvent,
-    BaseEvent,
     Decision,
     ErrorInfo,
     Gate,
@@ -398,7 +397,7 @@ class RunState:
 
     def step(self, id: str) -> StepState:
         """The step named `id`; a ``TransitionError`` lists the right names."""
-        found = self.named(id)
+        found = self.steps.get(id) or self.named(id)
         if found is None:
             raise TransitionError(f"there is no step {id!r}. {did_you_mean(id, self.steps, 'Steps')}")
         return found
@@ -427,14 +426,14 @@ class RunState:
 # -- apply ------------------------------------------------------------------------------------------------------------
 
 
-def apply(state: RunState, event: BaseEvent) -> None:
+def apply(state: RunState, event: AnyEvent) -> None:
     """Change `state` by what `event` means.
 
     Raises
     ------
     TransitionError    The event is not legal now (``AlreadyDecided``: its gate has its answer); nothing was changed.
     """
-    kind = type(event).__name__
+    kind = event.type
     if state.run_id or state.seq:
         if kind == "RunStarted":
             raise TransitionError(f"run {state.run_id!r} has started already.")
@@ -447,10 +446,9 @@ def apply(state: RunState, event: BaseEvent) -> None:
     state.seq = event.seq
 
 
-def _met(state: RunState, step_id: str, event: BaseEvent) -> StepState:
-    """The step an event is about, if it may meet that event now."""
+def _met(state: RunState, step_id: str, kind: str) -> StepState:
+    """The step that an event of that kind is about, if it may meet it now."""
     step = state.step(step_id)
-    kind = type(event).__name__
     if kind not in TRANSITIONS[step.status]:
         allowed = ", ".join(TRANSITIONS[step.status]) or "nothing"
         raise TransitionError(f"{kind} is not possible while step {step.id!r} is {step.status} (possible: {allowed}).")
@@ -458,11 +456,11 @@ def _met(state: RunState, step_id: str, event: BaseEvent) -> StepState:
 
 
 def _turn_met(state: RunState, event: TurnFinished | TurnFailed | TurnCutShort) -> tuple[StepState, Attempt]:
-    step = _met(state, event.step, event)
-    last = step.last
+    step = _met(state, event.step, event.type)
+    last = step.attempts[-1] if step.attempts else None
     if last is None or last.number != event.attempt or step.turn != event.turn:
         raise TransitionError(
-            f"{type(event).__name__} names attempt {event.attempt}, turn {event.turn} of step {step.id!r}, "
+            f"{event.type} names attempt {event.attempt}, turn {event.turn} of step {step.id!r}, "
             f"which is at attempt {step.attempt}, turn {step.turn}."
         )
     return step, last
@@ -636,21 +634,21 @@ def _step_removed(state: RunState, event: StepRemoved) -> None:
 
 
 def _step_skipped(state: RunState, event: StepSkipped) -> None:
-    step = _met(state, event.step, event)
+    step = _met(state, event.step, event.type)
     step.note = event.reason
     _settle(state, step, "skipped", step.approved)
 
 
 def _turn_started(state: RunState, event: TurnStarted) -> None:
-    step = _met(state, event.step, event)
-    if (event.attempt, event.turn) != (_next_attempt(step), step.turn):
+    step = _met(state, event.step, event.type)
+    number, seq, context = _next_attempt(step), event.seq, event.context
+    if event.attempt != number or event.turn != step.turn:
         raise TransitionError(
             f"attempt {event.attempt}, turn {event.turn} of step {step.id!r} cannot start; attempt "
-            f"{_next_attempt(step)}, turn {step.turn} is next."
+            f"{number}, turn {step.turn} is next."
         )
-    if event.attempt > step.attempt:
-        made = Attempt(state.texts, event.attempt, event.iteration, engine=event.engine, started_at=event.at)
-        step.attempts.append(made)
+    if not step.attempts or number > step.attempts[-1].number:
+        step.attempts.append(Attempt(state.texts, number, event.iteration, engine=event.engine, started_at=event.at))
         step.answers = []
     last = step.attempts[-1]
     if step.status == "retrying":
@@ -659,12 +657,12 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
     elif last.ended_at is not None:
         last.asked_s += max(0.0, event.at - last.ended_at)  # a person looked at the answer to the prompt before
     last.ended_at, last.engine = None, event.engine
-    last.turns.append(event.seq)
+    last.turns.append(seq)
     last.session_id = event.session_id
-    state.texts[Ref(event.seq, "prompt")] = event.prompt + (event.context or ())
-    if event.context is not None:
-        here = Ref(event.seq, "context")
-        state.texts[here] = event.context
+    state.texts[Ref(seq, "prompt")] = event.prompt + (context or ())
+    if context is not None:
+        here = Ref(seq, "context")
+        state.texts[here] = context
         if step.step.context == "all":
             state.context_all = (here, step.index, state.epoch)
     _doubt_later(state, step)
@@ -678,6 +676,7 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
     _count_turn(state, step)
     here = Ref(event.seq)
     state.texts[here] = event.text
+    usage = event.usage
     last.failures = 0
     last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
@@ -685,9 +684,9 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
     _take_fields(state, event.seq, event.output)
     if event.duration_s is not None:
         last.measured_s = (last.measured_s or 0.0) + event.duration_s
-    if event.usage is not None:
-        last.usage = event.usage if last.usage is None else last.usage + event.usage
-        state.usage = state.usage + event.usage
+    if usage is not None:
+        last.usage = usage if last.usage is None else last.usage + usage
+        state.usage = state.usage + usage
     if event.cost_usd is not None:
         last.cost_usd = (last.cost_usd or 0.0) + event.cost_usd
         state.cost_usd += event.cost_usd
@@ -697,9 +696,8 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
 def _judge(state: RunState, step: StepState, last: Attempt) -> None:
     """What the end of a turn leads to: a pause, the next chained prompt, or what the verdict says."""
     more = step.turn < step.step.turns
-    asks = step.step.gate in ("after", "both") and (
-        state.mode == "step-by-step" or (step.step.interactive is True and not more)
-    )
+    asks = state.mode == "step-by-step" or (step.step.interactive is True and not more)
+    asks = asks and step.step.gate in ("after", "both")
     answer = (last.answer,) if last.answer is not None else ()
     if not more and (problem := _verdict_problem(step, last)) is not None:
         _owe(step, Due("verdict", {"reason": problem}, answer))
@@ -823,7 +821,7 @@ def _stop_running(state: RunState, step: StepState) -> None:
 
 def _gate_opened(state: RunState, event: GateOpened) -> None:
     gate = event.gate
-    step = _met(state, gate.step, event)
+    step = _met(state, gate.step, event.type)
     fits = {"pending": "start", "running": "question", "due": step.due and step.due.kind}
     if gate.kind != fits.get(step.status, "stale") or (gate.kind == "stale" and not step.stale):
         raise TransitionError(f"a {gate.kind!r} gate cannot open while step {step.id!r} is {step.status}.")
@@ -1049,7 +1047,7 @@ _DECIDED: dict[tuple[GateKind, Action], _Effect] = {
 
 
 def _looped_back(state: RunState, event: LoopedBack) -> None:
-    step = _met(state, event.module, event)
+    step = _met(state, event.module, event.type)
     target = state.step(event.to)
     if target.index > step.index:
         raise TransitionError(f"{step.id!r} cannot go back to {target.id!r}, which comes after it.")
@@ -1078,7 +1076,7 @@ def check_rewind(state: RunState, to: str) -> StepState:
 
 
 def _rewound(state: RunState, event: Rewound) -> None:
-    target = _met(state, event.to, event)
+    target = _met(state, event.to, event.type)
     if state.running:
         raise TransitionError(f"{', '.join(state.running)} is running; it is cut short first.")
     check_rewind(state, event.to)
@@ -1131,7 +1129,8 @@ def _settle(state: RunState, step: StepState, status: Literal["finished", "skipp
     if step.index < state.frontier:
         state.epoch += 1
         _doubt_later(state, step)
-    state.frontier = max(state.frontier, step.index + 1)
+    else:
+        state.frontier = step.index + 1
     if state.until == step.id:
         state.until_reached = True
     _advance(state)
@@ -1150,8 +1149,10 @@ def _trust(step: StepState) -> None:
 
 
 def _advance(state: RunState) -> None:
-    while state.cursor < len(state.order) and state.order[state.cursor].settled:
-        state.cursor += 1
+    order, cursor = state.order, state.cursor
+    while cursor < len(order) and order[cursor].settled:
+        cursor += 1
+    state.cursor = cursor
 
 
 def _begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
@@ -1337,9 +1338,9 @@ def _start(state: RunState, step: StepState, engine_of: Callable[[Step], str] | 
     if session is not None and engine_of is not None and engine_of(step.step) != step.session_engine:
         session = None  # another engine would not know it
     prompt, context = compose(state, step, continues=session is not None)
-    asked = step.redo is not None and step.redo.answered
     first = step.status == "pending" and step.turn == 1
-    shows = step.step.gate in ("before", "both") and state.pauses(step.step)
+    asked = step.redo is not None and step.redo.answered
+    shows = step.step.gate != "after" and state.pauses(step.step)
     if first and not asked and shows and missing_field(state, step) is None:  # else it fails as a turn
         return Record(_open(state, step, Due("start", {}, prompt + (context or ())), prompt, context))
     return StartTurn(

@@ -5,14 +5,12 @@ A workflow is a list of steps; each step names the agent that does the work. The
 ``planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?`` is a second spelling of that list.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -68,7 +66,7 @@ class Verdict(Model):
     score: float | None = None
 
     @classmethod
-    def from_text(cls, text: str) -> Verdict | None:
+    def from_text(cls, text: str) -> "Verdict | None":
         """The last JSON object in `text`, if it is a verdict; else ``None``.
 
         An object inside another one does not count. Only the last 64 kB are searched and at most 200 places tried, so
@@ -388,7 +386,7 @@ class Workflow(Model):
         return [item for item in self.steps if not isinstance(item, Separator)]
 
     @by_name("workflow.start", *START_OPTIONS)
-    def start(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> Run:
+    def start(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> "Run":
         """Start a run and return it at once.
 
         Parameters
@@ -420,17 +418,17 @@ class Workflow(Model):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data from which :meth:`from_dict` builds the same workflow (functions by name only)."""
-        data = self.model_dump(mode="json", exclude_defaults=True)
+        data = self.model_dump(mode="json", exclude_defaults=True, exclude={"steps"})
         data["steps"] = [step_data(item) for item in self.steps]
         return data
 
     @classmethod
-    def restore(cls, data: Mapping[str, Any]) -> Workflow:
+    def restore(cls, data: Mapping[str, Any]) -> "Workflow":
         """The workflow of a journal: its functions are known by name only and can be looked at, not run."""
         return cls(**data)
 
     @classmethod
-    def from_dict(cls, data: Any, agents: Iterable[Agent] = ()) -> Workflow:
+    def from_dict(cls, data: Any, agents: Iterable[Agent] = ()) -> "Workflow":
         """A workflow from :meth:`to_dict`'s data; `agents` supplies the Python functions, by id.
 
         Raises
@@ -544,18 +542,21 @@ def _check_name(what: str, name: str) -> None:
         )
 
 
+_KINDS: dict[str, type[AnyStep]] = {"step": Step, "module": Module, "separator": Separator}
+
+
 def as_step(number: int, item: Any) -> AnyStep:
     """A step from a name, from :meth:`Workflow.to_dict`'s data, or as it is; `number` is its place, for the message."""
+    if isinstance(item, (dict, Mapping)):
+        kind = item.get("kind", "step")
+        if not isinstance(kind, str) or kind not in _KINDS:
+            hint = did_you_mean(str(kind), _KINDS, "Kinds")
+            raise WorkflowError(f"step {number}: kind={kind!r} is not known. {hint}")
+        return _KINDS[kind](**item)
     if isinstance(item, (Step, Separator)):
         return item
     if isinstance(item, str):
         return Step(agent=item)
-    if isinstance(item, Mapping):
-        kinds: dict[Any, type[AnyStep]] = {"step": Step, "module": Module, "separator": Separator}
-        kind = item.get("kind", "step")
-        if not isinstance(kind, str) or kind not in kinds:
-            raise WorkflowError(f"step {number}: kind={kind!r} is not known. {did_you_mean(str(kind), kinds, 'Kinds')}")
-        return kinds[kind](**cast("dict[str, Any]", item))
     raise WorkflowError(
         f"step {number}: {item!r} is not a step. Use cm.step(…), cm.module(…), cm.separator(…) or a name."
     )
