@@ -842,7 +842,8 @@ class Run:
         reason = str(error) or type(error).__name__
         if self._state.seq:  # it could be read
             cut = [meaning.cut_short(step, reason) for step in self._state.under_way]
-            for event in [*cut, RunFinished(status="failed", reason=reason)]:
+            events: list[AnyEvent] = [*cut, RunFinished(status="failed", reason=reason)]
+            for event in events:
                 place(event, self._state.seq, max(time.time(), self._state.at))
                 apply(self._state, event)
         self.error = self._lost = error
