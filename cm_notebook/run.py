@@ -1125,9 +1125,7 @@ class Run:
         self.error = error
         try:
             self._reload()
-        except (
-            Exception
-        ):  # it cannot be read either, or there is a bug in reading it: who waits is told the first error
+        except Exception:  # it cannot be read either, or there is a bug in reading; who waits is told the first error
             self._state = RunState()
         if self._driving:
             self._lose(error)
