@@ -174,9 +174,8 @@ def _arguments(name: str, function: Callable[..., Any]) -> tuple[TypeAdapter[Any
     """What checks a call's arguments, and their JSON schema."""
     try:
         signature = inspect.signature(function)
-        hints = typing.get_type_hints(
-            function if inspect.isroutine(function) else function.__call__, include_extras=True
-        )
+        annotated: Any = function if inspect.isroutine(function) else vars(type(function)).get("__call__", function)
+        hints = typing.get_type_hints(annotated, include_extras=True)
     except (NameError, TypeError, ValueError) as error:
         raise WorkflowError(f"tool {name!r}: its annotations cannot be read: {error}.") from None
     fields: dict[str, Any] = {}

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from cm_notebook.config import SETTINGS
+
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test works in a folder of its own, with no settings from outside and somebody there to answer."""
-    for name in ("ENGINE", "JOURNAL", "ON_GATE", "VIEW"):
-        monkeypatch.delenv(f"CM_{name}", raising=False)
+    for name, setting in SETTINGS.items():
+        for variable in (f"CM_{name.upper()}", setting.also, name.upper().replace("_BASE_URL", "_API_KEY")):
+            if variable is not None and variable.isupper():
+                monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("CM_HEADLESS", "0")
     monkeypatch.chdir(tmp_path)
 

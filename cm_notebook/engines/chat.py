@@ -213,23 +213,29 @@ class ChatEngine:
                 if data.strip() == "[DONE]":
                     reader.ended = reader.over = True
                 elif data:
-                    try:
-                        event = json.loads(data)
-                    except (ValueError, RecursionError):
-                        raise connection.unreadable("an event that is not JSON", data) from None
-                    wrong = self.complaint(event)
-                    if wrong is not None:
-                        raise connection.complain(wrong)
-                    try:
-                        deltas = list(reader.take(event))
-                    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-                        raise connection.unreadable("an event of a shape that is not known", data) from None
+                    deltas, failure = self._taken(connection, reader, data)
+                    if failure is not None:
+                        raise failure
                     for delta in deltas:
                         yield delta
                 if reader.over:
                     return
         if not reader.ended:
             raise connection.broken_off()
+
+    def _taken(self, connection: Connection, reader: Reader, data: str) -> tuple[list[Delta], EngineError | None]:
+        """What an event adds, or the error that it is; returned, as one raised here would hold what came before it."""
+        try:
+            event = json.loads(data)
+        except (ValueError, RecursionError):
+            return [], connection.unreadable("an event that is not JSON", data)
+        wrong = self.complaint(event)
+        if wrong is not None:
+            return [], connection.complain(wrong)
+        try:
+            return list(reader.take(event)), None
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            return [], connection.unreadable("an event of a shape that is not known", data)
 
     def _connection(self) -> Connection:
         variable = f"{self.name.upper()}_API_KEY"
