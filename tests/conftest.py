@@ -13,9 +13,10 @@ from cm_notebook.config import SETTINGS
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test works in a folder of its own, with no settings from outside and somebody there to answer."""
     for name, setting in SETTINGS.items():
-        for variable in (f"CM_{name.upper()}", setting.also, name.upper().replace("_BASE_URL", "_API_KEY")):
-            if variable is not None and variable.isupper():
-                monkeypatch.delenv(variable, raising=False)
+        service = name.removesuffix("_base_url")
+        key = f"{service.upper()}_API_KEY" if service != name else None
+        for variable in filter(None, (f"CM_{name.upper()}", setting.also, key)):
+            monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("CM_HEADLESS", "0")
     monkeypatch.chdir(tmp_path)
 

@@ -40,7 +40,7 @@ class Anthropic(ChatEngine):
 
     def headers(self, key: str) -> dict[str, str]:
         """The headers; with the key, unless it is ``""``."""
-        return {"anthropic-version": "2023-06-01", **({"x-api-key": key} if key else {})}
+        return {"anthropic-version": "2026-10-21", **({"x-api-key": key} if key else {})}
 
     def body(self, request: AgentRequest) -> dict[str, Any]:
         """The first request."""
@@ -100,8 +100,9 @@ class _Reader(Reader):
     """Puts blocks together."""
 
     def __init__(self) -> None:
-        self._blocks: dict[int, dict[str, Any]] = {}
-        self._calls: dict[int, Call] = {}
+        self._blocks: list[dict[str, Any]] = []
+        self._calls: list[Call] = []
+        self._places: dict[int, dict[str, Any]] = {}  # some services count from 0 again and again
         self._stop = ""
         self._usage: dict[str, int] = {}
 
@@ -111,12 +112,11 @@ class _Reader(Reader):
         if kind == "message_start":
             self._count(event["message"].get("usage"))
         elif kind == "content_block_start":
-            block = self._blocks[int(event["index"])] = dict(event["content_block"])
+            block = self._places[int(event["index"])] = dict(event["content_block"])
+            self._blocks.append(block)
             if block["type"] == "tool_use":
                 given = block.get("input")
-                self._calls[int(event["index"])] = Call(
-                    _text(block["id"]), _text(block["name"]), json.dumps(given) if given else ""
-                )
+                self._calls.append(Call(_text(block["id"]), _text(block["name"]), json.dumps(given) if given else ""))
             elif block["type"] in ("text", "thinking") and (said := _text(block.get(block["type"], ""))):
                 yield Delta(said, block["type"])
         elif kind == "content_block_delta":
@@ -128,7 +128,7 @@ class _Reader(Reader):
             self.ended = self.over = True
 
     def _delta(self, index: int, delta: Any) -> Iterable[Delta]:
-        block, kind = self._blocks[index], delta["type"]
+        block, kind = self._places[index], delta["type"]
         if kind == "text_delta":
             block["text"] = block.get("text", "") + _text(delta["text"])
             if delta["text"]:
@@ -140,7 +140,7 @@ class _Reader(Reader):
         elif kind == "signature_delta":
             block["signature"] = block.get("signature", "") + _text(delta["signature"])
         elif kind == "input_json_delta":
-            self._calls[index].written += _text(delta["partial_json"])
+            self._calls[-1].written += _text(delta["partial_json"])
 
     def _count(self, usage: Any) -> None:
         """Counts are of all so far; those left out stay as they were."""
@@ -148,10 +148,10 @@ class _Reader(Reader):
 
     def answer(self) -> Answer:
         """All of it."""
-        content = []
-        for index, block in sorted(self._blocks.items()):
+        content, calls = [], iter(self._calls)
+        for block in self._blocks:
             if block["type"] == "tool_use":
-                content.append({**block, "input": self._calls[index].arguments or {}})
+                content.append({**block, "input": next(calls).arguments or {}})
             elif block["type"] != "text" or block.get("text"):  # an empty one is refused when it is sent back
                 content.append(block)
         text = "".join(block["text"] for block in content if block["type"] == "text")
@@ -164,11 +164,10 @@ class _Reader(Reader):
             cache_write=written,
         )
         message = {"role": "assistant", "content": content}
-        calls = [call for _, call in sorted(self._calls.items())]
         if stop == "refusal":
             return Answer(text, stop="refusal", tokens=tokens if used else None, message=message)
         cut = stop in ("max_tokens", "model_context_window_exceeded")
-        return Answer(text, calls, "length" if cut else "end", tokens if used else None, message)
+        return Answer(text, self._calls, "length" if cut else "end", tokens if used else None, message)
 
 
 def _text(value: Any) -> str:

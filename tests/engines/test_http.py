@@ -125,7 +125,7 @@ def test_an_answer_is_streamed(dialect):
     else:
         assert sent.path == "/v1/messages"
         assert sent.headers["x-api-key"] == KEY
-        assert sent.headers["anthropic-version"] == "2023-06-01"
+        assert sent.headers["anthropic-version"] == "2026-10-21"
         assert sent.body["system"] == "Be short."
 
 
