@@ -75,7 +75,8 @@ def answers(engine: Engine, asked: AgentRequest) -> TurnDone:
     deltas = [event for event in before if isinstance(event, Delta)]
     assert all(delta.text for delta in deltas), "a delta is empty"
     written = "".join(delta.text for delta in deltas if delta.kind == "text")
-    assert not written or written.endswith(done.text), f"streamed was {written[-200:]!r}, but it ends {done.text!r}"
+    ends = written.rstrip().endswith(done.text.rstrip())
+    assert not written or ends, f"streamed was {written[-200:]!r}, but it ends {done.text!r}"
     assert all(isinstance(event.usage, Usage) for event in before if isinstance(event, UsageReported))
     called = [event.call_id for event in before if isinstance(event, ToolCalled)]
     returned = [event.call_id for event in before if isinstance(event, ToolReturned)]

@@ -24,13 +24,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import ValidationError
 
 from ..config import SETTINGS, setting
-from ..errors import EngineAuthError, EngineError, EngineProtocolError, did_you_mean
+from ..errors import EngineAuthError, EngineError, EngineProtocolError, WorkflowError, did_you_mean
 from ..events import Usage
 from ..tools import Tool, text_of
 from .base import AgentEvent, AgentRequest, Delta, ToolCalled, ToolReturned, TurnDone, UsageReported
 from .functions import Raised, in_thread
 from .http import SILENCE_S, Complaint, Connection
-from .prices import Tokens, cost_usd
+from .prices import Tokens, cost_usd, price_of
 
 MOST_ROUNDS = 100
 """So often a model may call tools in one turn."""
@@ -161,6 +161,10 @@ class ChatEngine:
             raise self._error(
                 f"agent {agent.id!r} names no model. Write model=…, or both in one: engine='{self.name}:MODEL'."
             )
+        try:
+            price = price_of(request.model)  # now, as a table that cannot be read must not cost an answer
+        except WorkflowError as error:
+            raise self._error(str(error)) from None
         body, tools = self.body(request), {tool.name: tool for tool in agent.tools}
         usage, costs, written, corrected = Usage(), list[float | None](), False, False
         async with self._connection() as connection:
@@ -173,7 +177,7 @@ class ChatEngine:
                         begun = begun or delta.kind == "text"
                         yield delta
                 answer, written = reader.answer(), written or begun
-                used, cost = _used(request.model, body, answer)
+                used, cost = _used(price, body, answer)
                 usage, costs = usage + used, [*costs, cost]
                 known = [cost for cost in costs if cost is not None]
                 yield UsageReported(usage, sum(known) if len(known) == len(costs) else None)
@@ -267,14 +271,14 @@ class ChatEngine:
         return EngineError(f"{self.name}: {' '.join(message.split())}", engine=self.name)
 
 
-def _used(model: str, body: Mapping[str, Any], answer: Answer) -> tuple[Usage, float | None]:
+def _used(price: Mapping[str, float] | None, body: Mapping[str, Any], answer: Answer) -> tuple[Usage, float | None]:
     """What an exchange used and cost; where the service does not count, four characters are taken for a token."""
     tokens = answer.tokens
     if tokens is None:
         said = len(answer.text) + sum(len(call.written) for call in answer.calls)
         tokens = Tokens(len(json.dumps(body, ensure_ascii=False)) // 4, said // 4)
     counted = Usage(input_tokens=tokens.input, output_tokens=tokens.output, estimated=answer.tokens is None)
-    return counted, cost_usd(model, tokens)
+    return counted, cost_usd(price, tokens)
 
 
 async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> ToolReturned:

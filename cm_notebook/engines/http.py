@@ -41,7 +41,7 @@ LONGEST_STREAM = 256_000_000
 LONGEST_BODY = 64_000
 """Bytes that are read of an answer that is no stream."""
 
-_KEYS = re.compile(r"\b(?:sk|rk|pk|xai|gsk|key)[-_][A-Za-z0-9_*.-]{6,}|(?<=[Bb]earer )\S+")
+_KEYS = re.compile(r"\b(?:sk|rk|pk|xai|gsk)[-_][A-Za-z0-9_*.-]{6,}|(?<=[Bb]earer )\S+")
 _TOO_LONG = re.compile(
     r"context[ _](?:length|window)|prompt is too long|maximum context|too many tokens", re.IGNORECASE
 )

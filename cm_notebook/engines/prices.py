@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,10 @@ class Tokens:
     cost_usd: float | None = None
 
 
-def cost_usd(model: str, tokens: Tokens) -> float | None:
-    """US dollars: what the service said, else by the table; ``None`` for a model that is not in it.
-
-    Raises
-    ------
-    WorkflowError    The user's table cannot be read.
-    """
-    if tokens.cost_usd is not None:
+def cost_usd(price: Mapping[str, float] | None, tokens: Tokens) -> float | None:
+    """US dollars: what the service said, else by the price; ``None`` without either."""
+    if tokens.cost_usd is not None or price is None:
         return tokens.cost_usd
-    price = _price(model)
-    if price is None:
-        return None
     plain = max(0, tokens.input - tokens.cached - tokens.cache_write)
     return (
         plain * price["input"]
@@ -53,7 +46,13 @@ def cost_usd(model: str, tokens: Tokens) -> float | None:
     ) / 1e6
 
 
-def _price(model: str) -> dict[str, float] | None:
+def price_of(model: str) -> Mapping[str, float] | None:
+    """The price of `model`, if it is in a table.
+
+    Raises
+    ------
+    WorkflowError    The user's table cannot be read.
+    """
     own, where = lookup("prices")
     tables = [_read(str(_TABLE), _TABLE.stat().st_mtime_ns, "prices.toml")]
     if own:

@@ -772,11 +772,13 @@ def test_prices_of_ones_own(tmp_path, monkeypatch):
             ('[models]\n"m" = { input = 1, output = -1 }', "a price that is no amount"),
         ]:
             file.write_text(content + "\n" * len(words))
-            with pytest.raises(cm.WorkflowError, match=words):
+            with pytest.raises(cm.EngineError, match=words):
                 cost("m")
         file.unlink()
-        with pytest.raises(cm.WorkflowError, match=r"prices '.*' \(CM_PRICES\) cannot be read: No such file"):
+        asked_before = len(server.asked)
+        with pytest.raises(cm.EngineError, match=r"prices '.*' \(CM_PRICES\) cannot be read: No such file"):
             cost("m")
+        assert len(server.asked) == asked_before == 3
 
 
 # -- in a run ----------------------------------------------------------------------------------------------------------
