@@ -21,7 +21,8 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from ..config import SETTINGS, setting
 from ..errors import EngineAuthError, EngineError, EngineProtocolError, WorkflowError, did_you_mean
@@ -195,16 +196,13 @@ class ChatEngine:
                 if agent.output is None:
                     yield TurnDone(answer.text, note=note)
                     return
-                try:
-                    value = agent.output.model_validate_json(_unfenced(answer.text))
-                except ValidationError as error:
-                    wrong = _problems(error)
-                else:
-                    yield TurnDone(answer.text, output=value.model_dump(mode="json"))
+                value, wrong = _fitted(agent.output, answer.text)
+                if wrong is None:
+                    yield TurnDone(answer.text, output=value)
                     return
                 if corrected:
                     problem = f"the answer does not fit {agent.output.__name__}, told so once: {wrong}"
-                    raise EngineProtocolError(f"{self.name}: {problem}", line=answer.text[:2000], engine=self.name)
+                    raise self._error(problem, EngineProtocolError, line=answer.text[:2000])
                 corrected = True
                 told = f"This does not fit: {wrong}. Answer again, with JSON that fits the schema and nothing else."
                 body["messages"] += [answer.message, {"role": "user", "content": told}]
@@ -246,9 +244,9 @@ class ChatEngine:
         where, key = self._where(), os.environ.get(variable, "").strip()
         standard = SETTINGS.get(f"{self.name}_base_url")
         if not key and standard is not None and where == standard.default and where.startswith("https:"):
-            raise EngineAuthError(f"{self.name}: {variable} is not set. Put your key there.", engine=self.name)
+            raise self._error(f"{variable} is not set. Put your key there.", EngineAuthError)
         if not (key.isascii() and key.isprintable()):
-            raise EngineAuthError(f"{self.name}: {variable} holds what is in no key. Copy it again.", engine=self.name)
+            raise self._error(f"{variable} holds what is in no key. Copy it again.", EngineAuthError)
         return Connection(self.name, where, self.headers(key), secrets=(key,), silence_s=self._silence_s)
 
     def _where(self) -> str:
@@ -265,10 +263,10 @@ class ChatEngine:
             raise self._error(f"the model refuses: {answer.text.strip() or 'it gives no reason.'}")
         if not answer.text.strip():
             why = "it used up its limit of output tokens before" if answer.stop == "length" else "the answer is empty"
-            raise EngineProtocolError(f"{self.name}: the model said nothing: {why}.", engine=self.name)
+            raise self._error(f"the model said nothing: {why}.", EngineProtocolError)
 
-    def _error(self, message: str) -> EngineError:
-        return EngineError(f"{self.name}: {' '.join(message.split())}", engine=self.name)
+    def _error(self, message: str, kind: type[EngineError] = EngineError, **more: Any) -> EngineError:
+        return kind(f"{self.name}: {' '.join(message.split())}", engine=self.name, **more)
 
 
 def _used(price: Mapping[str, float] | None, body: Mapping[str, Any], answer: Answer) -> tuple[Usage, float | None]:
@@ -320,17 +318,18 @@ async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> 
         return failed(f"{type(raised).__name__}: {raised}")
 
 
-def _unfenced(text: str) -> str:
-    """JSON without the fence that models like to put around it."""
+def _fitted(output: type[BaseModel], text: str) -> tuple[Any, str | None]:
+    """The answer as JSON-ready data, or what is wrong with it."""
     text = text.strip()
-    return text.partition("\n")[2].rstrip("`").strip() if text.startswith("```") else text
-
-
-def _problems(error: ValidationError) -> str:
-    said = [
-        f"{'.'.join(map(str, each['loc'])) or 'the whole'}: {each['msg']}" for each in error.errors(include_url=False)
-    ]
-    return "; ".join(said[:5])
+    if text.startswith("```"):  # the fence that models like to put around JSON
+        text = text.partition("\n")[2].rstrip("`").strip()
+    try:
+        return output.model_validate_json(text).model_dump(mode="json"), None
+    except ValidationError as error:
+        problems = error.errors(include_url=False)[:5]
+        return None, "; ".join(f"{'.'.join(map(str, each['loc'])) or 'the whole'}: {each['msg']}" for each in problems)
+    except PydanticSerializationError as error:
+        return None, f"it cannot be kept as JSON: {error}"
 
 
 # -- schemas ----------------------------------------------------------------------------------------------------------

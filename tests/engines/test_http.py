@@ -14,10 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 import cm_notebook as cm
@@ -32,7 +29,6 @@ from tests.helpers import gate
 from .model_server import Asked, ModelServer, Said, anthropic_says, error, openai_says, sse
 
 KEY = "sk-planted-0123456789abcdef"
-RECORDINGS = Path(__file__).parent / "recordings"
 FILES = Path("/proc/self/fd")
 
 Dialect = Literal["openai", "anthropic"]
@@ -143,38 +139,6 @@ def test_conformance(dialect):
 def test_zipped(dialect):
     with ModelServer(SAYS[dialect]("Hello.").zipped()) as server:
         assert answers(engine(dialect, server), asked()).text == "Hello."
-
-
-@both
-@given(data=st.data())
-def test_however_the_bytes_arrive(dialect, data):
-    said = SAYS[dialect](["Hé", "llo\u2028 🙂"], thinking="so\n\nso", calls=[("c", "t", '{"a": 1}')])
-    whole = b"".join(said.pieces)
-    cuts = sorted(data.draw(st.sets(st.integers(1, len(whole) - 1), max_size=8)))
-    pieces = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
-
-    async def serve(_: httpx.Request) -> httpx.Response:
-        async def content() -> Any:
-            for piece in pieces:
-                yield piece
-
-        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=content())
-
-    async def read() -> tuple[list[str], chat.Answer]:
-        made = MADE[dialect](base_url="http://test")
-        reader = made.reader()
-        async with http.Connection("test", "http://test", {}) as connection:
-            await connection._client.aclose()
-            connection._client = httpx.AsyncClient(transport=httpx.MockTransport(serve))
-            deltas = [delta.text async for delta in made._exchange(connection, {}, reader)]
-        return deltas, reader.answer()
-
-    deltas, answer = asyncio.run(read())
-    assert "".join(deltas) == "so\n\nsoHéllo\u2028 🙂"
-    assert answer.text == "Héllo\u2028 🙂"
-    assert [(call.name, call.arguments) for call in answer.calls] == [("t", {"a": 1})]
-    assert answer.tokens is not None
-    assert (answer.tokens.input, answer.tokens.output) == (100, 20)
 
 
 @both
@@ -455,10 +419,7 @@ def with_tools(dialect: str, *calls: tuple[str, str], **options: Any) -> tuple[l
     listed = [(f"id{number}", name, written) for number, (name, written) in enumerate(calls)]
     with ModelServer([says("Let me look.", thinking="hm", calls=listed), says("Done.")]) as server:
         agent = cm.Agent("planner", "Do it.", tools=TOOLS)
-        made = engine(dialect, server)
-        events = asyncio.run(collect(made, asked(agent, **options)))
-        server.script = [says("Let me look.", thinking="hm", calls=listed), says("Done.")]
-        server.asked = server.asked[:2]
+        events = asyncio.run(collect(engine(dialect, server), asked(agent, **options)))
     return events, server
 
 
@@ -834,6 +795,28 @@ def test_chained_prompts_are_one_conversation_also_in_another_process(dialect, t
     assert said[2][:2] == ["A", "One, edited."]
     assert said[2][2].startswith("B\n\n## Your last answer\n\nTwo.")
     assert said[3] == [*said[2], "Two, better.", "C"]
+
+
+@both
+def test_tools_are_shown_while_the_turn_runs_and_thinking_is_not(dialect):
+    calls = [("1", "add", '{"a": 2, "b": 3}'), ("2", "broken", "{}")]
+
+    async def watched(run: cm.Run) -> str:
+        return "".join([thing.text async for thing in run.stream() if isinstance(thing, cm.LiveText)])
+
+    with ModelServer([SAYS[dialect]("Let me look.", thinking="hmm", calls=calls), SAYS[dialect]("Done.")]) as server:
+        run = start(dialect, server, mode="always", agent={"tools": [add, broken]}, steps=[cm.step("planner")])
+        shown = asyncio.run(watched(run))
+        assert run["planner"].text == "Done."
+    lines = [line.strip() for line in shown.splitlines() if line.strip()]
+    assert lines == [
+        "Let me look.",
+        '→ add {"a": 2, "b": 3}',
+        "← 5",
+        "→ broken {}",
+        "✗ RuntimeError: out of order",
+        "Done.",
+    ]
 
 
 def test_a_run_tries_again_what_may_help(monkeypatch):
