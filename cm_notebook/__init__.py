@@ -23,6 +23,8 @@ from .engines.base import (
     Delta,
     Engine,
     SessionStarted,
+    ToolCalled,
+    ToolReturned,
     TurnDone,
     UsageReported,
     register_engine,
@@ -54,6 +56,7 @@ from .journal import Journal, MemoryJournal
 from .run import Run, current, resume, runs
 from .state import Attempt
 from .steps import StepView
+from .tools import Permission, Tool, tool
 from .workflow import Agent, Module, Separator, Step, Verdict, Workflow, agent, module, separator, step
 
 __all__ = [
@@ -81,6 +84,7 @@ __all__ = [
     "LiveText",
     "MemoryJournal",
     "Module",
+    "Permission",
     "ReplayMismatch",
     "Reply",
     "Run",
@@ -91,6 +95,9 @@ __all__ = [
     "SessionStarted",
     "Step",
     "StepView",
+    "Tool",
+    "ToolCalled",
+    "ToolReturned",
     "TransitionError",
     "Turn",
     "TurnDone",
@@ -108,6 +115,7 @@ __all__ = [
     "runs",
     "separator",
     "step",
+    "tool",
 ]
 
 

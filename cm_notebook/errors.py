@@ -6,7 +6,7 @@ surfaces is a bug of ours. A message is one line: what happened (with the value)
     CodeMachineError
     ├─ WorkflowError         the workflow as written is wrong; raised before anything ran
     ├─ EngineError           an agent's turn failed            .engine .step .attempt .retry_after_s
-    │  ├─ EngineNotFound     no engine, or no program, of that name
+    │  ├─ EngineNotFound     no engine, program or model of that name
     │  ├─ EngineAuthError    no key, or a key that was refused
     │  ├─ EngineRateLimited  try again later (the only kind retried unasked, with EngineUnavailable)
     │  ├─ EngineUnavailable  overload or a dropped connection
@@ -74,7 +74,7 @@ class EngineError(CodeMachineError):
 
 
 class EngineNotFound(EngineError):
-    """There is no engine, or no program, of that name."""
+    """There is no engine, program or model of that name."""
 
 
 class EngineAuthError(EngineError):

@@ -1302,6 +1302,7 @@ class Run:
                 model=step.step.model or agent.model,
                 reasoning_effort=step.step.reasoning_effort or agent.reasoning_effort,
                 session_id=started.session_id,
+                history=[(state.text(asked), state.text(got)) for asked, got in step.said[: started.turn - 1]],
                 feedback=said or None,
                 inputs=MappingProxyType(state.inputs),
                 outputs=_Outputs(self),
@@ -1482,9 +1483,10 @@ def resume(
             raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")
         given = {agent.id: agent for agent in (*agents, *(workflow.agents if workflow is not None else ()))}
         for agent in state.agents.values():
-            if agent.implementation is not None and getattr(given.get(agent.id), "function", None) is None:
+            missing = (given.get(agent.id) or agent).missing
+            if missing is not None:
                 raise WorkflowError(
-                    f"agent {agent.id!r} is a Python function, which a journal cannot keep. "
+                    f"agent {agent.id!r} {missing}, which a journal cannot keep. "
                     f"Pass it: cm.resume({run_id!r}, agents=[{agent.id.replace('-', '_')}]), or workflow=."
                 )
     run._prepare(given.values(), **options)

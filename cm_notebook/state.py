@@ -244,6 +244,8 @@ class StepState:
     """The agent's own conversation, to be continued; a step that begins anew begins a new one."""
     session_engine: str = ""
     """The engine that it was had with, the only one that knows it."""
+    said: list[tuple[Ref, Ref | None]] = field(default_factory=list)
+    """The prompts of the turns before this one, and their answers: what an engine without sessions is told again."""
     retry_at: float | None = None
     looped_by: str | None = None
     """The module that sent the run back to this step."""
@@ -709,10 +711,16 @@ def _judge(state: RunState, step: StepState, last: Attempt) -> None:
             payload["next_prompt"] = step.turn + 1
         _owe(step, Due("review", payload, answer))
     elif more:
-        step.turn += 1
-        step.status, step.redo = "ready", None
+        _next_prompt(step, last)
     else:
         _conclude(state, step, last)
+
+
+def _next_prompt(step: StepState, last: Attempt) -> None:
+    """The next of the chained prompts is sent."""
+    step.said = [*step.said[: step.turn - 1], (Ref(last.turns[-1], "prompt"), last.answer)]
+    step.turn += 1
+    step.status, step.redo = "ready", None
 
 
 def _verdict_problem(step: StepState, last: Attempt) -> str | None:
@@ -924,9 +932,7 @@ def _stop_at(state: RunState, step: StepState, gate: Gate, due: Due | None, deci
 def _approve_review(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
     last = _edited(state, step, decision, seq)
     if step.turn < step.step.turns:
-        step.turn += 1
-        step.status = "ready"
-        step.redo = None
+        _next_prompt(step, last)
     else:
         _conclude(state, step, last)
 

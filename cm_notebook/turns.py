@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-from .engines.base import AgentRequest, Delta, Engine, SessionStarted, TurnDone, UsageReported
+from .engines.base import (
+    AgentRequest,
+    Delta,
+    Engine,
+    SessionStarted,
+    ToolCalled,
+    ToolReturned,
+    TurnDone,
+    UsageReported,
+)
 from .errors import CodeMachineError, EngineError, EngineTimeout
 from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
 from .workflow import Module, Step, Verdict
@@ -23,6 +33,8 @@ YIELD_EVERY = 64
 MOST_PIECES = 4096
 """So many pieces of text are kept apart; joined, they take a tenth of the memory."""
 LONGEST_BACKOFF_S = 60
+LONGEST_LINE = 200
+"""Characters that are shown of a tool's arguments and result."""
 
 
 class Ending(NamedTuple):
@@ -122,7 +134,8 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
         async with contextlib.aclosing(cast("Any", engine.stream(request))) as stream:
             async for told in stream:
                 if isinstance(told, Delta):
-                    write(told.text)
+                    if told.kind == "text":
+                        write(told.text)
                     pieces += 1
                     if pieces % YIELD_EVERY == 0:
                         await asyncio.sleep(0)
@@ -130,6 +143,8 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
                     done = told
                 elif isinstance(told, UsageReported):
                     usage = told
+                elif isinstance(told, (ToolCalled, ToolReturned)):
+                    write(_tool_line(told))
                 elif isinstance(told, SessionStarted):
                     session_id = told.session_id
         if done is None:
@@ -158,6 +173,17 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
         # raised on, it would end the thread on which all runs are driven
         return failed(turn, EngineError(f"{started.step} raised {type(error).__name__}."), None)
     return Ending(event)
+
+
+def _tool_line(told: ToolCalled | ToolReturned) -> str:
+    """What is shown of a tool while the turn runs: a line as a block of code, so that nothing in it is Markdown."""
+    if isinstance(told, ToolCalled):
+        said = told.arguments if isinstance(told.arguments, str) else json.dumps(told.arguments, ensure_ascii=False)
+        line = f"→ {told.name} {said}"
+    else:
+        line = f"{'✗' if told.failed else '←'} {told.text}"
+    line = " ".join(line.split())
+    return f"\n\n    {line[:LONGEST_LINE]}{'…' if len(line) > LONGEST_LINE else ''}\n\n"
 
 
 def too_late(turn: LiveTurn) -> Ending:

@@ -5,16 +5,15 @@ A workflow is a list of steps; each step names the agent that does the work. The
 ``planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?`` is a second spelling of that list.
 """
 
-import hashlib
-import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from .errors import WorkflowError, by_name, did_you_mean
+from .tools import Tool, as_tool, implementation_of
 
 if TYPE_CHECKING:
     from .run import Run
@@ -93,6 +92,27 @@ class Verdict(Model):
             return None  # the last word was meant as a verdict and is malformed: never guess an earlier one
 
 
+def _tools(given: Any) -> tuple[Tool, ...]:
+    if isinstance(given, (Tool, str)) or not isinstance(given, Iterable):
+        raise WorkflowError(f"tools={given!r} is not a list of tools. Write tools=[…].")
+    tools = tuple(as_tool(each) for each in given)
+    names = [each.name for each in tools]
+    for name in names:
+        if names.count(name) > 1:
+            raise WorkflowError(f"tools: two of them are called {name!r}. Give one another: @cm.tool(name=…).")
+    return tools
+
+
+def _output(given: Any) -> Any:
+    if given is None or isinstance(given, Mapping) or (isinstance(given, type) and issubclass(given, BaseModel)):
+        return given
+    raise WorkflowError(f"output={given!r} is not a pydantic class. Define one: class Plan(pydantic.BaseModel): …")
+
+
+def _output_schema(given: Any) -> Any:
+    return cast("type[BaseModel]", given).model_json_schema() if isinstance(given, type) else given
+
+
 class Agent(Model):
     """Who does the work: an engine's model with a prompt, or a Python function.
 
@@ -107,6 +127,10 @@ class Agent(Model):
         System prompt, sent as it is.
     engine, model, reasoning_effort
         Which engine runs it and how; ``None`` leaves the choice to step, workflow and configuration.
+    tools
+        Functions made with :func:`~cm_notebook.tools.tool` that its model may call; for HTTP engines.
+    output
+        A pydantic class that the answer must fit; for HTTP engines. A journal keeps its schema.
     """
 
     id: str
@@ -115,6 +139,8 @@ class Agent(Model):
     engine: str | None = None
     model: str | None = None
     reasoning_effort: str | None = None
+    tools: Annotated[tuple[Tool, ...], BeforeValidator(_tools)] = ()
+    output: Annotated[Any, BeforeValidator(_output), PlainSerializer(_output_schema)] = None
     implementation: str | None = None
     """For a function: its name and a digest of its source, so that a change is noticed."""
     function: Callable[..., Any] | None = Field(default=None, exclude=True, repr=False)
@@ -123,6 +149,18 @@ class Agent(Model):
     def __init__(self, id: str, prompt: str = "", **options: Any) -> None:
         super().__init__(id=id, prompt=prompt, **options)
         _check_name("agent", self.id)
+
+    @property
+    def missing(self) -> str | None:
+        """What of it is Python and was not kept by the journal it comes from; ``None``: nothing."""
+        if self.implementation is not None and self.function is None:
+            return f"is a Python function ({self.implementation.split(':')[0]})"
+        for each in self.tools:
+            if each.function is None:
+                return f"has a tool that is a Python function ({each.name})"
+        if isinstance(self.output, Mapping):
+            return f"has an output that is a Python class ({self.output.get('title', 'output')})"
+        return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function behind a function agent, as if it had not been decorated."""
@@ -143,20 +181,11 @@ def agent(id: str, **options: Any) -> Callable[[_Function], Agent]:
         raise WorkflowError('@cm.agent needs a name: write @cm.agent("quality-gate") above the function.')
 
     def decorate(function: _Function) -> Agent:
-        made = Agent(id=id, function=function, implementation=_implementation(function), **options)
+        made = Agent(id=id, function=function, implementation=implementation_of(function), **options)
         made.__doc__ = function.__doc__
         return made
 
     return decorate
-
-
-def _implementation(function: Callable[..., Any]) -> str:
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        source = repr(getattr(getattr(function, "__code__", None), "co_code", ""))
-    digest = hashlib.sha256(source.encode("utf-8", "replace")).hexdigest()[:16]
-    return f"{getattr(function, '__qualname__', type(function).__name__)}:{digest}"
 
 
 class Step(Model):
@@ -444,10 +473,10 @@ class Workflow(Model):
             raise WorkflowError(f"workflow {data['name']!r}: agents={described!r} is not a list of agents.")
         for item in described:
             made = item if isinstance(item, Agent) else Agent(**{"id": "", **item})
-            if made.implementation and made.function is None:
+            if made.missing is not None:
                 if made.id not in given:
                     raise WorkflowError(
-                        f"agent {made.id!r} is a Python function ({made.implementation.split(':')[0]}), which cannot "
+                        f"agent {made.id!r} {made.missing}, which cannot "
                         f"be restored from data. Pass it: agents=[{made.id.replace('-', '_')}], or workflow=."
                     )
                 made = given[made.id]

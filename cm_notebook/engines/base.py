@@ -8,13 +8,14 @@ Where a turn needs something of its run (to ask a person), it calls what the req
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from ..errors import EngineNotFound, did_you_mean
 from ..events import Usage
+from ..tools import Permission
 from ..workflow import Agent, Verdict
 
 
@@ -25,7 +26,7 @@ class AgentRequest:
     Attributes
     ----------
     agent
-        Who is asked; of a function agent, the function with it.
+        Who is asked; with its function, its tools, and the class that its output must fit.
     prompt
         The exact text, templates filled in.
     step, path, attempt, turn, iteration
@@ -41,12 +42,18 @@ class AgentRequest:
         Folder to work in; absolute.
     session_id
         The agent's own conversation to continue.
+    history
+        The prompts and answers of this attempt's earlier turns (chained prompts), for engines that keep no
+        conversation of their own. After a rejection the prompt itself holds what an engine without sessions needs.
     timeout_s
         Seconds the turn may take. The run enforces it; an engine may pass it on.
     emit
         Shows text now, from any thread; for agents that speak beside their stream.
     ask_human
         Asks a person and returns the answer; waiting is not counted in `timeout_s`.
+    ask_permission
+        Asks a person whether a tool may be called with these arguments. ``None``: nobody can be asked, so a tool that
+        needs permission is refused.
     """
 
     agent: Agent
@@ -61,6 +68,7 @@ class AgentRequest:
     model: str | None = None
     reasoning_effort: str | None = None
     session_id: str | None = None
+    history: Sequence[tuple[str, str]] = ()
     feedback: str | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     outputs: Mapping[str, str] = field(default_factory=dict)
@@ -68,13 +76,15 @@ class AgentRequest:
     timeout_s: float | None = None
     emit: Callable[[str], None] | None = None
     ask_human: Callable[[str], Awaitable[str]] | None = None
+    ask_permission: Callable[[str, Mapping[str, Any]], Awaitable[Permission]] | None = None
 
 
 @dataclass(slots=True)
 class Delta:
-    """A piece of the answer as it is written. Live only, never journaled."""
+    """A piece of what is written: of the answer, or of the thinking before it. Live only, never journaled."""
 
     text: str
+    kind: Literal["text", "thinking"] = "text"
 
 
 @dataclass(slots=True)
@@ -82,6 +92,25 @@ class SessionStarted:
     """The agent's conversation has this id and can be continued."""
 
     session_id: str
+
+
+@dataclass(slots=True)
+class ToolCalled:
+    """The agent calls a tool. ``arguments`` is the text it wrote when that cannot be read as a JSON object."""
+
+    call_id: str
+    name: str
+    arguments: dict[str, Any] | str
+
+
+@dataclass(slots=True)
+class ToolReturned:
+    """What the agent was told of that call; ``failed``: the tool raised, was refused, or could not be called."""
+
+    call_id: str
+    name: str
+    text: str
+    failed: bool = False
 
 
 @dataclass(slots=True)
@@ -108,7 +137,7 @@ class TurnDone:
     note: str | None = None
 
 
-AgentEvent = Delta | SessionStarted | UsageReported | TurnDone
+AgentEvent = Delta | SessionStarted | ToolCalled | ToolReturned | UsageReported | TurnDone
 
 
 @runtime_checkable
@@ -123,7 +152,8 @@ class Engine(Protocol):
         Yields
         ------
         AgentEvent
-            Any number of ``Delta``, ``SessionStarted``, ``UsageReported``, then one ``TurnDone``.
+            Any number of ``Delta``, ``SessionStarted``, ``ToolCalled``, ``ToolReturned``, ``UsageReported``, then one
+            ``TurnDone``.
 
         Raises
         ------
@@ -146,13 +176,26 @@ def engine_names() -> list[str]:
     return sorted({*_engines, *(point.name for point in offered)})
 
 
+class _WithModel:
+    """An engine with the model that was named along with it, for requests that name none."""
+
+    def __init__(self, engine: Engine, model: str) -> None:
+        self.name, self._engine, self._model = engine.name, engine, model
+
+    def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
+        return self._engine.stream(request if request.model else replace(request, model=self._model))
+
+
 def find_engine(name: str) -> Engine:
-    """The engine of that name.
+    """The engine of that name; ``"openai:gpt-5-mini"`` is the engine and the model of those who name none.
 
     Raises
     ------
     EngineNotFound    Nobody offers it; the message lists who is there.
     """
+    name, _, model = name.partition(":")
+    if model:
+        return _WithModel(find_engine(name), model)
     if name not in _engines:
         for point in importlib.metadata.entry_points(group="cm_notebook.engines", name=name):
             register_engine(point.load()())

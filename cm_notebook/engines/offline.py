@@ -42,6 +42,8 @@ class OfflineEngine:
     """
 
     name = "offline"
+    about = "no model is called: plays tapes"
+    """For ``cm.doctor()``."""
 
     def __init__(
         self, tape: Tape | str | os.PathLike[str] | None = None, *, strict: bool = False, delay: float = 1.0

@@ -633,10 +633,10 @@ class Notebook:
         """A function that no cell has defined in this kernel cannot run."""
         agents, used = self.agents, {step.step.agent for step in state.order}
         for agent in state.agents.values():
-            given = agents.get(agent.id)
-            if agent.implementation is not None and agent.id in used and (given is None or given.function is None):
+            missing = (agents.get(agent.id) or agent).missing
+            if missing is not None and agent.id in used:
                 raise WorkflowError(
-                    f"agent {agent.id!r} is a Python function, which no journal can keep. Run the cell that defines it "
+                    f"agent {agent.id!r} {missing}, which no journal can keep. Run the cell that defines it "
                     "first, then this one."
                 )
 

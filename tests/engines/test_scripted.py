@@ -10,9 +10,8 @@ from cm_notebook.engines.base import Delta, SessionStarted, TurnDone, UsageRepor
 from cm_notebook.engines.scripted import Reply, ScriptedEngine, words
 from cm_notebook.errors import EngineRateLimited, ReplayMismatch, WorkflowError
 from cm_notebook.events import Usage
+from cm_notebook.testing import answers, collect, fails, lets_go, request
 from cm_notebook.workflow import Verdict
-
-from .conformance import answers, collect, fails, lets_go, request
 
 
 def say(engine, agent="planner", **options):

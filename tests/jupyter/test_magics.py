@@ -1016,6 +1016,7 @@ def test_doctor_says_what_is_missing_and_how_to_mend_it(cells: Cells, monkeypatc
     assert "engine in force" in cells("%cm doctor")
     monkeypatch.setenv("CM_ENGINE", "nobody")
     said = cells("report = %cm doctor")
-    assert "name one of: offline" in said
+    assert "name one of: anthropic, lmstudio, offline, " in said
+    assert "OPENAI_API_KEY is not set" in said
     assert cells.shell.user_ns["report"].problems
     assert isinstance(cm.doctor().html, str)
