@@ -6,7 +6,8 @@ wants to know about a run is read out of them.
 
 Several processes may write. Whoever wants to takes the write lock first (``begin``), and gets what others have
 recorded meanwhile; so the check "is this legal now?" is always made on all there is. While another program writes,
-``begin`` says so at once (``JournalBusy``) and holds nothing: when to try again is the caller's. Who *drives* a run
+``begin`` says so at once (``JournalBusy``) and holds nothing: when to try again is the caller's. A file that was
+deleted or replaced could still be written, but nobody would find it: ``begin`` sees that too. Who *drives* a run
 holds a lock on a file of its own, which the operating system lets go of when the process dies, however it dies.
 
 ``MemoryJournal`` is the same without a disk: a list.
@@ -153,10 +154,12 @@ class Journal:
         with self._translated():
             _make(Path(self.path))
             self._check_owner()
+            self._file = os.stat(self.path)
             self._writer = self._connect()
             self._migrate()
             self._writer.execute(f"PRAGMA busy_timeout={round(BEGIN_S * 1000)}")
             self._reader = self._connect()
+        self._check_place()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
@@ -181,6 +184,22 @@ class Journal:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.close()
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file that is open here is still the one of this name."""
+        try:
+            return os.path.samestat(self._file, os.stat(self.path))
+        except OSError:
+            return False
+
+    def _check_place(self) -> None:
+        if not self.in_place:
+            raise JournalError(
+                f"the journal {self.path} was deleted or replaced while it was in use, so nothing can be recorded in "
+                "it any more. Put the file back with those beside it (-wal, -shm) and resume, or start a new run.",
+                path=self.path,
+            )
 
     def _check_owner(self) -> None:
         """Leave files of others alone: opening one as a journal would already change it."""
@@ -250,6 +269,7 @@ class Journal:
         self._write.acquire()
         try:
             with self._translated():
+                self._check_place()
                 execute = self._writer.execute
                 execute("BEGIN IMMEDIATE")
                 version = execute("PRAGMA data_version").fetchone()[0]
@@ -407,15 +427,14 @@ class Journal:
 
 
 AnyJournal = Journal | MemoryJournal
-_opened: dict[str, AnyJournal] = {}
+_opened: dict[str, Journal] = {}
 _opening = threading.Lock()
 
 
 @atexit.register
 def _close_all() -> None:
     for journal in _opened.values():
-        if isinstance(journal, Journal):
-            journal.close()
+        journal.close()
 
 
 def open_journal(where: str | os.PathLike[str] | AnyJournal, *, make: bool = True) -> AnyJournal:
@@ -436,9 +455,10 @@ def open_journal(where: str | os.PathLike[str] | AnyJournal, *, make: bool = Tru
         raise JournalError(f"there is no journal {name}. Start a run first, or name the right file.", path=name)
     key = f"{os.getpid()}:{os.path.realpath(name)}"
     with _opening:
-        if key not in _opened or not Path(name).exists():
-            _opened[key] = Journal(name)
-        return _opened[key]
+        found = _opened.get(key)
+        if found is None or not found.in_place:
+            found = _opened[key] = Journal(name)
+        return found
 
 
 def _read_rows(rows: sqlite3.Cursor, path: str) -> Iterator[AnyEvent]:

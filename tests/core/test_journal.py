@@ -246,6 +246,52 @@ def test_a_full_disk_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
     assert [event.decision.action for event in again.events if event.type == "GateDecided"] == ["approve"]
 
 
+def _gone(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _replaced(path: Path) -> None:
+    """By another process that has made a journal of that name."""
+    _gone(path)
+    script = (
+        "import sys, cm_notebook as cm\n"
+        "cm.Workflow('other', steps=[cm.step('a', prompt='x')]).start(journal=sys.argv[1]).wait(10)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+
+
+@pytest.mark.parametrize("away", [_gone, _replaced])
+def test_a_file_that_is_gone_takes_no_decision_and_no_run(tmp_path: Path, away: Callable[[Path], None]) -> None:
+    path = tmp_path / "j.db"
+    engine = cm.ScriptedEngine({"a": ["x", "y"], "b": ["z"]})
+    run = flow("a?", "b").start(engine=engine, journal=path)
+    gate(run)
+    away(path)
+    others = [] if away is _gone else [found.id for found in cm.runs(path)]
+    with pytest.raises(cm.JournalError, match=r"j\.db was deleted or replaced while it was in use.* Put the file back"):
+        run.approve()
+    assert run.status == "failed"
+    assert "deleted or replaced" in run.state.reason
+    new = flow("a").start(engine=engine, journal=path).wait(10)
+    assert [found.id for found in cm.runs(path)] == [new.id, *others]
+    script = "import sys, cm_notebook as cm; print(*[run.id for run in cm.runs(sys.argv[1])])"
+    seen = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    assert seen.stdout.split() == [new.id, *others]
+
+
+def test_a_file_that_is_put_back_is_the_same_journal(tmp_path: Path) -> None:
+    (tmp_path / "at").mkdir()
+    run = flow("a?").start(engine=cm.ScriptedEngine({"a": ["x"]}), journal=tmp_path / "at" / "j.db")
+    gate(run)
+    (tmp_path / "at").rename(tmp_path / "elsewhere")
+    with pytest.raises(cm.JournalError, match="deleted or replaced"):
+        run.approve()
+    (tmp_path / "elsewhere").rename(tmp_path / "at")
+    again = cm.resume(run.id, journal=tmp_path / "at" / "j.db").approve().wait(10)
+    assert again["a"].text == "x"
+
+
 HOLDS = """
 import sqlite3, sys
 other = sqlite3.connect(sys.argv[1], isolation_level=None)
