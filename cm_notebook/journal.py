@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 MAGIC = b"SQLite format 3\0"
+_HEADER = ((16, 18), (28, 32), (24, 28), (92, 96))
 APPLICATION_ID = 0x434D4E42  # "CMNB", so that another program's database is not taken for a journal
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -154,7 +155,8 @@ class Journal:
         with self._translated():
             _make(Path(self.path))
             self._check_owner()
-            self._file = os.stat(self.path)
+            self._place = Path(self.path)
+            self._file = self._place.stat()
             self._writer = self._connect()
             self._migrate()
             self._writer.execute(f"PRAGMA busy_timeout={round(BEGIN_S * 1000)}")
@@ -189,7 +191,7 @@ class Journal:
     def in_place(self) -> bool:
         """Whether the file that is open here is still the one of this name."""
         try:
-            return os.path.samestat(self._file, os.stat(self.path))
+            return os.path.samestat(self._file, self._place.stat())
         except OSError:
             return False
 
@@ -203,12 +205,17 @@ class Journal:
 
     def _check_owner(self) -> None:
         """Leave files of others alone: opening one as a journal would already change it."""
+        pending = _is_filled(self.path + "-wal")
         with Path(self.path).open("rb") as file:
-            header = file.read(100)
+            header, size = file.read(100), os.fstat(file.fileno()).st_size
         if len(header) < 100 and header.startswith(MAGIC[: len(header)]):
             raise JournalError(_cut_off(self.path), path=self.path)
         if header.startswith(MAGIC) and int.from_bytes(header[68:72], "big") != APPLICATION_ID:
             raise JournalError(f"{self.path} is a database of another program. Name another file.", path=self.path)
+        # SQLite sees a missing page, not a missing byte. What is still in the log need not be in the file yet; and the
+        # log is looked at on both sides, as another process may be bringing its pages over just now.
+        if size < _size_by(header) and not pending and not _is_filled(self.path + "-wal"):
+            raise JournalError(_cut_off(self.path), path=self.path)
 
     def _migrate(self) -> None:
         execute = self._writer.execute
@@ -523,6 +530,23 @@ def _make(path: Path) -> None:
                 draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _size_by(header: bytes) -> int:
+    """The size in bytes that a database's header says it has; 0 when it does not say.
+
+    The fields are those of https://sqlite.org/fileformat2.html#the_database_header: page size, pages, and the two
+    counters that agree when the number of pages is right.
+    """
+    page, pages, changes, valid_for = (int.from_bytes(header[at:end], "big") for at, end in _HEADER)
+    return (65536 if page == 1 else page) * pages if header.startswith(MAGIC) and changes == valid_for else 0
+
+
+def _is_filled(path: str) -> bool:
+    try:
+        return Path(path).stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _cut_off(path: str) -> str:

@@ -99,6 +99,11 @@ def _spoil_cut_early(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
 
 
+def _spoil_cut_late(path: Path) -> None:
+    _fold_in(path)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
 def _spoil_empty(path: Path) -> None:
     _fold_in(path)
     path.write_bytes(b"")
@@ -152,6 +157,7 @@ def _fold_in(path: Path) -> None:
         (_spoil_header, "damaged or no journal"),
         (_spoil_cut, "damaged"),
         (_spoil_cut_early, "damaged: it was cut off"),
+        (_spoil_cut_late, "damaged: it was cut off"),
         (_spoil_empty, "is empty: it was cut off"),
         (_spoil_foreign, "a database of another program"),
         (_spoil_newer, "written by a newer version"),
