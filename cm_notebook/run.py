@@ -184,7 +184,7 @@ class Run:
         EngineNotFound    A step's engine is not there.
         JournalError      The journal cannot be used.
         """
-        values = {**workflow.inputs, **edits.checked_inputs(inputs or {})}
+        values = {**edits.checked_inputs(workflow.inputs), **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
         check_read(workflow, inputs or {}, workflow.inputs)
         tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
@@ -201,16 +201,16 @@ class Run:
             run._engine_for(item)
         run._journal.create(run.id, workflow.name, notebook)
         run._drive()
-        started = RunStarted(
-            run_id=run.id,
-            workflow=sound(workflow.to_dict()),
-            inputs=values,
-            fingerprints=edits.fingerprints(workflow, values),
-            until=until,
-            workspace=str(Path(workspace).absolute()) if workspace is not None else None,
-            recorded=run._tape.run_name if run._tape is not None else None,
-        )
         try:
+            started = RunStarted(
+                run_id=run.id,
+                workflow=sound(workflow.to_dict()),
+                inputs=values,
+                fingerprints=edits.fingerprints(workflow, values),
+                until=until,
+                workspace=str(Path(workspace).absolute()) if workspace is not None else None,
+                recorded=run._tape.run_name if run._tape is not None else None,
+            )
             run._propose(lambda: [started])
         except BaseException:
             run._let_go()
@@ -1516,7 +1516,7 @@ def resume(
             check_templates(workflow, values)
             different = edits.revision(run._state, workflow, values)
         run._propose(propose)
-    except CodeMachineError:
+    except BaseException:
         run._let_go()
         raise
     return run._become_current()

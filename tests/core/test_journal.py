@@ -440,6 +440,21 @@ def test_no_lock_is_left_behind(tmp_path: Path) -> None:
     assert list((tmp_path / "j.db-locks").iterdir()) == []
 
 
+def test_a_start_that_fails_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    changed = flow("a")
+    changed.inputs["goal"] = object()
+    with pytest.raises(cm.WorkflowError, match="input 'goal' is a object"):
+        changed.start(journal=tmp_path / "j.db")
+    assert not (tmp_path / "j.db").exists()
+    monkeypatch.setattr("cm_notebook.edits.fingerprints", broken)
+    with pytest.raises(ZeroDivisionError):
+        flow("a").start(journal=tmp_path / "j.db")
+    assert list((tmp_path / "j.db-locks").iterdir()) == []
+
+
 def test_of_many_who_want_to_drive_one_does(tmp_path: Path) -> None:
     """Also while the file of the lock is removed again and again."""
     journals = [cm.Journal(tmp_path / "j.db") for _ in range(4)]
