@@ -562,7 +562,7 @@ class Session:
             "paused": "" if as_asked else f"{say.one_line(state.name, 80)} is paused: {state.pause_reason}.",
         }
         if message := str(self._ended or said.get(status, "")):
-            _complain(message)
+            _complain(message, more=f"cm.Run.open({self._run.id!r}).state.reason")
         if again is not None:
             _complain(f"Go on with it: {again}", sign="")
         if as_asked:
@@ -596,7 +596,7 @@ class Session:
         shown = self._subject(gate, step)
         if shown and not self._is_written(gate, shown):
             self._console.say(f"--- {gate.step}{f', attempt {gate.attempt}' if gate.attempt > 1 else ''}", "dim")
-            lines = clean(shown).splitlines()
+            lines = say.bounded(shown, "v").splitlines()
             if len(lines) > _LONG:
                 left_out = len(lines) - _HEAD - _TAIL
                 lines[_HEAD:-_TAIL] = [f"… {left_out} lines more: v shows all …"]
@@ -869,6 +869,6 @@ def _let_go_of_stdout() -> None:
         os.close(devnull)
 
 
-def _complain(message: str, sign: str = "cm-notebook: ") -> None:
+def _complain(message: str, sign: str = "cm-notebook: ", more: str = "--debug") -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(f"{sign}{message}", file=sys.stderr, flush=True)
+        print(f"{sign}{say.bounded(message, more)}", file=sys.stderr, flush=True)

@@ -522,6 +522,28 @@ def test_a_person_rejects_looks_at_the_difference_and_approves(terminal: Open) -
     assert last_run()["coder"].text == "code for plan 2 for a CLI: name the tests"
 
 
+def test_of_what_is_long_both_ends_are_shown(terminal: Open) -> None:
+    text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    return f'begin {\"x\" * 1_000_000} end'\n"
+    text += "\n@cm.agent('b')\ndef b(turn):\n    raise ValueError('E' * 300_000)\n"
+    person = terminal("run", write(text + "wf = cm.Workflow('w', agents=[a, b], steps='a? -> b')\n"))
+    seen = person.answer("v")
+    assert len(seen) < 70_000
+    assert re.search(
+        r"\nbegin x+\n… 936,010 characters left out. Show all 1.0 MB: `v` …\nx+ end\n---\na is waiting", seen
+    )
+    assert f"begin {'x' * 1_000_000} end" in person.answer("a")
+    seen = person.answer("t")
+    assert len(seen) < 70_000
+    assert re.search(r"E\n… [0-9,]+ characters left out. Show all \S+ kB: `v` …\nE", seen)
+    assert person.end() == 4
+
+
+def test_a_long_reason_is_cut(here: Here) -> None:
+    code, said = here("run", write("raise ValueError('E' * 300_000)"))
+    assert (code, len(said) < 70_000) == (1, True)
+    assert "characters left out. Show all 300 kB: `--debug` …" in said
+
+
 def test_nothing_is_decided_by_chance(terminal: Open) -> None:
     person = terminal("run", write(TWO_STEPS))
     for line in ("", "yes", "approve it", "r"):
