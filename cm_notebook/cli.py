@@ -395,7 +395,8 @@ def _place(path: Path, error: BaseException) -> str:
     """The file, and the line in it where the error came up."""
     own = str(path.absolute())
     if isinstance(error, SyntaxError):
-        return f"{path if error.filename == own else error.filename}, line {error.lineno}"
+        file = path if error.filename in (own, None) else error.filename  # a NUL byte stands nowhere
+        return f"{file}, line {error.lineno}" if error.lineno is not None else str(file)
     here = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
     return f"{path}, line {here[-1]}" if here else str(path)
 

@@ -38,7 +38,7 @@ from typing import Any, Literal, cast
 from . import edits
 from . import state as meaning
 from .config import setting
-from .engines.base import AgentRequest, Engine, find_engine
+from .engines.base import AgentRequest, Engine, find_engine, is_engine
 from .engines.functions import FunctionEngine
 from .errors import (
     AlreadyDecided,
@@ -1536,7 +1536,7 @@ def check_options(
     WorkflowError     One of them is none of its kind, or the tape cannot be read.
     EngineNotFound    There is no engine of that name.
     """
-    if engine is not None and not isinstance(engine, (str, Engine)):
+    if engine is not None and not isinstance(engine, str) and not is_engine(engine):
         raise WorkflowError(f"engine={engine!r} is neither a name nor an engine (name, stream).")
     if isinstance(engine, str):
         find_engine(engine)

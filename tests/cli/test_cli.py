@@ -249,6 +249,7 @@ def test_a_failed_run_ends_with_1_and_one_line() -> None:
     [
         ("import cm_notebook as cm\n\nx = nothing\n", "flow.py, line 3: NameError: name 'nothing' is not defined"),
         ("x = (\n", "flow.py, line 1: SyntaxError: '(' was never closed"),
+        ("x = 1\0\n", "flow.py: SyntaxError: source code string cannot contain null bytes"),
         ("import sys\nsys.exit(0)\n", "flow.py, line 2: SystemExit: 0"),
         (HEAD, "flow.py defines no workflow: workflow = cm.Workflow(…) is expected at its top level."),
         (

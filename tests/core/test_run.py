@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,7 @@ def kinds(run: cm.Run) -> list[str]:
         ({"workspace": "a\0b"}, "cannot be used"),
         ({"journal": 5}, "journal=5 is not a file. Name one"),
         ({"engine": 5}, "engine=5 is neither a name nor an engine"),
+        ({"engine": Echo}, "is neither a name nor an engine"),
         ({"engine": "offlin"}, "Did you mean 'offline'?"),
         ({"on_gate": 5}, "on_gate=5 is not 'approve'"),
         ({"on_gate": "aprove"}, "Did you mean 'approve'?"),
@@ -142,6 +144,43 @@ def test_a_bug_of_ours_around_a_turn_ends_the_run_as_itself(monkeypatch: pytest.
     with pytest.raises(ZeroDivisionError, match="ours"):
         run.wait(10)
     assert run.status == "failed"
+
+
+async def _events(*told: Any) -> Any:
+    for each in told:
+        yield each
+
+
+async def _answer() -> Any:
+    return TurnDone("x")
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        (lambda request: [TurnDone("x")], "the stream of the engine 'mine' gave a list, not events one by one: write"),
+        (lambda request: _answer(), "the stream of the engine 'mine' gave a coroutine"),
+        (lambda request: _events(TurnDone(5)), r"the engine 'mine' gave TurnDone\(5\), whose text is none"),  # type: ignore[arg-type]
+        (lambda request: _events(Delta(None)), r"the engine 'mine' gave Delta\(None\)"),  # type: ignore[arg-type]
+        (lambda request: _events("x"), "the engine 'mine' gave 'x', which is no event. It yields cm.Delta"),
+    ],
+)
+def test_an_engine_that_is_wrong_is_named(stream: Any, words: str) -> None:
+    class Mine:
+        name = "mine"
+
+    mine: Any = Mine()
+    mine.stream = stream
+    run = workflow("a").start(engine=mine, journal=":memory:")
+    opened = gate(run)
+    assert opened.kind == "failed"
+    assert re.search(words, opened.payload["error"])
+
+
+@pytest.mark.parametrize("engine", [5, Echo])
+def test_only_an_engine_is_registered(engine: Any) -> None:
+    with pytest.raises(cm.WorkflowError, match=r"cm\.register_engine: .* is no engine: an object with a name"):
+        cm.register_engine(engine)
 
 
 def test_waiting_takes_seconds() -> None:

@@ -71,6 +71,11 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: flow(autonomous_mode=[]), ("autonomous_mode=[]", "'never'")),
     (lambda: flow(autonomous_mode=None), ("autonomous_mode=None",)),
     (lambda: step("a", interactive="maybe"), ("step 'a'", "interactive='maybe'", "boolean")),  # type: ignore[arg-type]
+    (lambda: step("a", interactive="yes"), ("step 'a'", "interactive='yes'", "boolean")),  # type: ignore[arg-type]
+    (lambda: step("a", raw=1), ("step 'a'", "raw=1", "boolean")),  # type: ignore[arg-type]
+    (lambda: flow(autonomous_mode=1), ("autonomous_mode=1", "'never', 'always', True or False")),
+    (lambda: module("a", loop_skip=5), ("module 'a'", "loop_skip=5", "list")),  # type: ignore[arg-type]
+    (lambda: Agent("a", promt="x"), ("Options: id, prompt, system, engine, model, reasoning_effort, tools, output.",)),
     (lambda: step("a", context=5), ("step 'a'", "context=5", "'previous', 'all' or 'none'")),  # type: ignore[arg-type]
     (lambda: step("a", gate="befor"), ("step 'a'", "gate='befor'", "'before'")),  # type: ignore[arg-type]
     (lambda: step("a", retries=-1), ("step 'a'", "retries=-1", "0")),
