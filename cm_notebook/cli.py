@@ -87,6 +87,7 @@ TUTORIAL = Command(
     ),
 )
 DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.", "cm.doctor()", (), (_DEBUG,))
+DOCTOR_CODES = "Exit codes: 0 all is well; 1 there is something to look at.\n"
 
 HELP = """\
 cm-notebook: workflows of AI agents, with you deciding at the right moments.
@@ -252,10 +253,12 @@ def version() -> str:
 
 
 def _doctor(words: list[str]) -> int:
-    if _Parser(DOCTOR).read(words) is not None:
+    if _Parser(DOCTOR, DOCTOR_CODES).read(words) is not None:
         from . import doctor
 
-        print(doctor())
+        report = doctor()
+        print(report)
+        return FAILED if report.problems else DONE
     return DONE
 
 

@@ -50,6 +50,7 @@ _RUNS = (
 )
 _SELECT = "SELECT id, at, type, body FROM events WHERE id > ? AND id < ? ORDER BY id"
 
+MOVE_IT = "Move it away, and the next run makes a new one; the runs in it cannot be read."
 OWN_FOLDER = ".cm_notebook"
 BUSY_S = 5.0
 """Seconds to wait for another process while a journal is opened or read."""
@@ -507,9 +508,7 @@ def _make(path: Path) -> None:
         if path.is_dir():
             raise JournalError(f"{path} is a folder. Name a file for the journal.", path=str(path))
         if path.stat().st_size == 0:
-            raise JournalError(
-                f"{path} is empty: it was cut off, or is no journal. Move it away to begin a new one.", path=str(path)
-            )
+            raise JournalError(f"{path} is empty: it was cut off, or is no journal. {MOVE_IT}", path=str(path))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent.absolute() == Path(OWN_FOLDER).absolute():
@@ -550,7 +549,7 @@ def _is_filled(path: str) -> bool:
 
 
 def _cut_off(path: str) -> str:
-    return f"{path} is damaged: it was cut off, and only its beginning is there. Move it away to begin a new one."
+    return f"{path} is damaged: it was cut off, and only its beginning is there. {MOVE_IT}"
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
@@ -574,10 +573,7 @@ def _explain(path: str, error: sqlite3.Error) -> str:
             "What is recorded is safe; make room and resume."
         )
     if "not a database" in said or "malformed" in said or "no such table" in said or "no such column" in said:
-        return (
-            f"the journal {path} is damaged or no journal ({said}). "
-            "It was left as it is; move it away to begin a new one."
-        )
+        return f"the journal {path} is damaged or no journal ({said}). It was left as it is. {MOVE_IT}"
     if "unable to open" in said:
         return f"the journal {path} cannot be opened: is its folder there and writable?"
     return f"the journal {path} cannot be used: {said}."

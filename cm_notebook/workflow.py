@@ -294,7 +294,8 @@ def step(
         Which approved outputs are appended to a prompt that names no earlier step: the ``"previous"`` one, ``"all"``,
         ``"none"``, or those of the named steps.
     gate
-        Where a pause falls: ``"after"`` the turn, ``"before"`` it (the prompt is approved), or ``"both"``.
+        Where the pause of a step that pauses (see `interactive`) falls: ``"after"`` the turn, ``"before"`` it (the
+        prompt is approved), or ``"both"``.
     timeout_s
         Seconds a turn may take, waiting for a person not counted; ``None`` waits for ever.
     retries
@@ -486,8 +487,9 @@ class Workflow(Model):
             if made.missing is not None:
                 if made.id not in given:
                     raise WorkflowError(
-                        f"agent {made.id!r} {made.missing}, which cannot "
-                        f"be restored from data. Pass it: agents=[{made.id.replace('-', '_')}], or workflow=."
+                        f"agent {made.id!r} {made.missing}, which cannot be restored from data. "
+                        "Run the .py file that defines it, or pass it in Python: "
+                        f"cm.Workflow.from_dict(data, agents=[{made.id.replace('-', '_')}])."
                     )
                 made = given[made.id]
             merged.append(made)

@@ -716,6 +716,16 @@ def test_version(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"cm-notebook \d+\.\d+\S*\n", capsys.readouterr().out)
 
 
+def test_doctor_finds_something(here: Here, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / ".cm_notebook").mkdir()
+    (tmp_path / ".cm_notebook" / "journal.db").write_text("no database " * 1000)
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"look  journal .*journal\.db is damaged or no journal", said)
+    assert "Move it away, and the next run makes a new one; the runs in it cannot be read.\n" in said
+    assert said.endswith("1 to look at.\n")
+
+
 def test_doctor(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     assert "engine offline" in capsys.readouterr().out

@@ -227,7 +227,7 @@ def test_a_function_that_changes_is_another_implementation() -> None:
 def test_functions_are_given_when_a_workflow_is_read() -> None:
     made = agent("check-it")(lambda turn: "fine")
     data = json.loads(json.dumps(Workflow("W", agents=[made], steps=["check-it"]).to_dict()))
-    with pytest.raises(WorkflowError, match=r"cannot be restored from data.*agents=\[check_it\]"):
+    with pytest.raises(WorkflowError, match=r"from data\. Run the \.py file .*, or .*agents=\[check_it\]"):
         Workflow.from_dict(data)
     assert Workflow.from_dict(data, [made]).agent("check-it").function is made.function
     looked_at = Workflow.restore(data).agent("check-it")
