@@ -92,7 +92,8 @@ def examine() -> Report:
         try:
             findings += question()
         except CodeMachineError as error:
-            findings.append(Finding(question.__name__.strip("_"), str(error), "see what it says"))
+            found, _, remedy = str(error).partition(". ")  # what happened, and what to do about it
+            findings.append(Finding(question.__name__.strip("_"), found, remedy or "see what it says"))
     return Report(findings)
 
 

@@ -87,6 +87,7 @@ TUTORIAL = Command(
     ),
 )
 DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.", "cm.doctor()", (), (_DEBUG,))
+DOCTOR_CODES = "Exit codes: 0 all is well; 1 there is something to look at.\n"
 
 HELP = """\
 cm-notebook: workflows of AI agents, with you deciding at the right moments.
@@ -281,10 +282,12 @@ def version() -> str:
 
 
 def _doctor(words: list[str]) -> int:
-    if _Parser(DOCTOR).read(words) is not None:
+    if _Parser(DOCTOR, DOCTOR_CODES).read(words) is not None:
         from . import doctor
 
-        print(doctor())
+        report = doctor()
+        print(report)
+        return FAILED if report.problems else DONE
     return DONE
 
 
@@ -436,7 +439,8 @@ def _place(path: Path, error: BaseException) -> str:
     """The file, and the line in it where the error came up."""
     own = str(path.absolute())
     if isinstance(error, SyntaxError):
-        return f"{path if error.filename == own else error.filename}, line {error.lineno}"
+        file = path if error.filename in (own, None) else error.filename  # a NUL byte stands nowhere
+        return f"{file}, line {error.lineno}" if error.lineno is not None else str(file)
     here = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
     return f"{path}, line {here[-1]}" if here else str(path)
 
@@ -607,7 +611,7 @@ class Session:
             "paused": "" if as_asked else f"{say.one_line(state.name, 80)} is paused: {state.pause_reason}.",
         }
         if message := str(self._ended or said.get(status, "")):
-            _complain(message)
+            _complain(message, more=f"cm.Run.open({self._run.id!r}).state.reason")
         if again is not None:
             _complain(f"Go on with it: {again}", sign="")
         if as_asked:
@@ -641,7 +645,7 @@ class Session:
         shown = self._subject(gate, step)
         if shown and not self._is_written(gate, shown):
             self._console.say(f"--- {gate.step}{f', attempt {gate.attempt}' if gate.attempt > 1 else ''}", "dim")
-            lines = clean(shown).splitlines()
+            lines = say.bounded(shown, "v").splitlines()
             if len(lines) > _LONG:
                 left_out = len(lines) - _HEAD - _TAIL
                 lines[_HEAD:-_TAIL] = [f"… {left_out} lines more: v shows all …"]
@@ -914,6 +918,6 @@ def _let_go_of_stdout() -> None:
         os.close(devnull)
 
 
-def _complain(message: str, sign: str = "cm-notebook: ") -> None:
+def _complain(message: str, sign: str = "cm-notebook: ", more: str = "--debug") -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(f"{sign}{message}", file=sys.stderr, flush=True)
+        print(f"{sign}{say.bounded(message, more)}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import json
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from .engines.base import (
     AgentRequest,
@@ -24,7 +24,7 @@ from .engines.base import (
     TurnDone,
     UsageReported,
 )
-from .errors import CodeMachineError, EngineError, EngineTimeout
+from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
 from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
 from .workflow import Module, Step, Verdict
 
@@ -131,8 +131,13 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
     session_id: str | None = None
     pieces = 0
     try:
-        async with contextlib.aclosing(cast("Any", engine.stream(request))) as stream:
+        async with contextlib.aclosing(_stream(engine, request)) as stream:
             async for told in stream:
+                if isinstance(told, (Delta, TurnDone)) and not isinstance(told.text, str):
+                    raise EngineProtocolError(
+                        f"the engine {engine.name!r} gave {type(told).__name__}({told.text!r}), whose text is none.",
+                        engine=engine.name,
+                    )
                 if isinstance(told, Delta):
                     if told.kind == "text":
                         write(told.text)
@@ -147,6 +152,12 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
                     write(_tool_line(told))
                 elif isinstance(told, SessionStarted):
                     session_id = told.session_id
+                else:
+                    raise EngineProtocolError(
+                        f"the engine {engine.name!r} gave {told!r}, which is no event. It yields cm.Delta(…) and at "
+                        "the end cm.TurnDone(…).",
+                        engine=engine.name,
+                    )
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
         event = TurnFinished(
@@ -173,6 +184,25 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
         # raised on, it would end the thread on which all runs are driven
         return failed(turn, EngineError(f"{started.step} raised {type(error).__name__}."), None)
     return Ending(event)
+
+
+def _stream(engine: Engine, request: AgentRequest) -> Any:
+    """What the engine tells, one by one.
+
+    Raises
+    ------
+    EngineProtocolError    It gives something else.
+    """
+    stream: Any = engine.stream(request)
+    if hasattr(stream, "__aiter__") and hasattr(stream, "aclose"):
+        return stream
+    if asyncio.iscoroutine(stream):
+        stream.close()
+    raise EngineProtocolError(
+        f"the stream of the engine {engine.name!r} gave a {type(stream).__name__}, not events one by one: "
+        "write `async def stream(self, request)` with `yield cm.TurnDone(…)` in it.",
+        engine=engine.name,
+    )
 
 
 def _tool_line(told: ToolCalled | ToolReturned) -> str:

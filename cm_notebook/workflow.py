@@ -10,7 +10,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StrictBool,
+    ValidationError,
+)
 
 from .errors import WorkflowError, by_name, did_you_mean
 from .tools import Tool, as_tool, implementation_of
@@ -46,7 +54,7 @@ def _one_line(model: type[BaseModel], data: Mapping[str, Any], error: Validation
     owner = data.get("id") or data.get("agent") or data.get("name")
     subject = f"{model.__name__.lower()} {owner!r}" if owner else model.__name__.lower()
     if problem["type"] == "extra_forbidden":
-        known = [name for name in model.model_fields if not name.startswith("_")]
+        known = [name for name, field in model.model_fields.items() if field.repr]  # the others are not for people
         return f"{subject}: there is no option {where!r}. {did_you_mean(where, known, 'Options')}"
     if problem["type"] == "missing":
         return f"{subject}: {where!r} is missing."
@@ -141,7 +149,7 @@ class Agent(Model):
     reasoning_effort: str | None = None
     tools: Annotated[tuple[Tool, ...], BeforeValidator(_tools)] = ()
     output: Annotated[Any, BeforeValidator(_output), PlainSerializer(_output_schema)] = None
-    implementation: str | None = None
+    implementation: str | None = Field(default=None, repr=False)
     """For a function: its name and a digest of its source, so that a change is noticed."""
     function: Callable[..., Any] | None = Field(default=None, exclude=True, repr=False)
 
@@ -194,18 +202,18 @@ class Step(Model):
     kind: Literal["step"] = "step"
     agent: str
     id: str = ""
-    interactive: bool | None = None
+    interactive: StrictBool | None = None
     prompt: str | list[str] | None = None
     engine: str | None = None
     model: str | None = None
     reasoning_effort: str | None = None
-    execute_once: bool = False
+    execute_once: StrictBool = False
     context: Literal["previous", "all", "none"] | list[str] = "previous"
     gate: GatePlace = "after"
     timeout_s: float | None = Field(default=None, gt=0)
     retries: int = Field(default=2, ge=0)
-    idempotent: bool = True
-    raw: bool = False
+    idempotent: StrictBool = True
+    raw: StrictBool = False
 
     def model_post_init(self, context: Any, /) -> None:
         """The id defaults to the agent's name."""
@@ -286,7 +294,8 @@ def step(
         Which approved outputs are appended to a prompt that names no earlier step: the ``"previous"`` one, ``"all"``,
         ``"none"``, or those of the named steps.
     gate
-        Where a pause falls: ``"after"`` the turn, ``"before"`` it (the prompt is approved), or ``"both"``.
+        Where the pause of a step that pauses (see `interactive`) falls: ``"after"`` the turn, ``"before"`` it (the
+        prompt is approved), or ``"both"``.
     timeout_s
         Seconds a turn may take, waiting for a person not counted; ``None`` waits for ever.
     retries
@@ -332,7 +341,9 @@ def module(
     **options
         As for :func:`step`.
     """
-    skipped = [loop_skip] if isinstance(loop_skip, str) else list(loop_skip)
+    skipped: Any = [loop_skip] if isinstance(loop_skip, str) else loop_skip
+    if isinstance(skipped, Iterable):
+        skipped = list(skipped)
     return Module(
         agent=agent,
         loop_steps=loop_steps,
@@ -392,7 +403,7 @@ class Workflow(Model):
         elif isinstance(steps, (list, tuple)):
             data["steps"] = [as_step(number, item) for number, item in enumerate(steps, 1)]
         mode = data.get("autonomous_mode", True)
-        if mode not in ("never", "always", True, False):
+        if mode not in ("never", "always") and not isinstance(mode, bool):
             raise WorkflowError(
                 f"workflow {name!r}: autonomous_mode={mode!r} is not known. Use 'never', 'always', True or False."
             )
@@ -476,8 +487,9 @@ class Workflow(Model):
             if made.missing is not None:
                 if made.id not in given:
                     raise WorkflowError(
-                        f"agent {made.id!r} {made.missing}, which cannot "
-                        f"be restored from data. Pass it: agents=[{made.id.replace('-', '_')}], or workflow=."
+                        f"agent {made.id!r} {made.missing}, which cannot be restored from data. "
+                        "Run the .py file that defines it, or pass it in Python: "
+                        f"cm.Workflow.from_dict(data, agents=[{made.id.replace('-', '_')}])."
                     )
                 made = given[made.id]
             merged.append(made)
@@ -507,11 +519,7 @@ def check(workflow: Workflow) -> None:
         if defined.id in agents:
             raise WorkflowError(f"agent {defined.id!r} is defined twice. Keep one of them, or give one another id.")
         agents[defined.id] = defined
-    for name in workflow.inputs:
-        if name in RESERVED:
-            raise WorkflowError(
-                f"input {name!r}: the name is taken ({', '.join(RESERVED)} have a meaning of their own)."
-            )
+    check_inputs(workflow.inputs)
     executable: list[Step] = []
     for number, item in enumerate(workflow.steps, 1):
         if isinstance(item, Separator):
@@ -543,6 +551,24 @@ def check(workflow: Workflow) -> None:
                     raise WorkflowError(f"{where}: context names {name!r}. {did_you_mean(name, seen, 'Earlier steps')}")
         seen[item.id] = number
         executable.append(item)
+
+
+def check_inputs(inputs: Any) -> None:
+    """Refuse inputs that a journal cannot keep, by name."""
+    if not isinstance(inputs, Mapping):
+        raise WorkflowError(
+            f"inputs={inputs!r} is not a dict of names and values, for instance {{'goal': 'a todo CLI'}}."
+        )
+    for name, value in inputs.items():
+        if not isinstance(name, str) or name in RESERVED:
+            raise WorkflowError(f"input {name!r}: an input has a name of its own; {', '.join(RESERVED)} are taken.")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError):
+            raise WorkflowError(
+                f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
+                f"Pass its text: str({name})."
+            ) from None
 
 
 def _check_loop(where: str, item: Module, before: list[Step]) -> None:

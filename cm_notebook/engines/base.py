@@ -11,9 +11,9 @@ import importlib.metadata
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
-from ..errors import EngineNotFound, did_you_mean
+from ..errors import EngineNotFound, WorkflowError, did_you_mean
 from ..events import Usage
 from ..tools import Permission
 from ..workflow import Agent, Verdict
@@ -166,8 +166,23 @@ _engines: dict[str, Engine] = {}
 
 
 def register_engine(engine: Engine) -> None:
-    """Make `engine` known under its ``name``; one of the same name is replaced."""
+    """Make `engine` known under its ``name``; one of the same name is replaced.
+
+    Raises
+    ------
+    WorkflowError    It is no engine.
+    """
+    if not is_engine(engine):
+        raise WorkflowError(
+            f"cm.register_engine: {engine!r} is no engine: an object with a name and a method stream, for instance "
+            "cm.register_engine(Echo())."
+        )
     _engines[engine.name] = engine
+
+
+def is_engine(thing: object) -> TypeGuard[Engine]:
+    """Whether it is one; the class of one is not."""
+    return isinstance(thing, Engine) and not isinstance(thing, type) and isinstance(thing.name, str)
 
 
 def engine_names() -> list[str]:

@@ -311,7 +311,7 @@ class CMMagics(Magics):
         with run.reading() as state:
             shown = state.step(step)
             attempt = html.find_attempt(shown, number) if number is not None else None
-            self._display(text.show_text(state, shown, attempt), html.show_html(state, shown, number, full))
+            self._display(text.show_text(state, shown, attempt, full), html.show_html(state, shown, number, full))
         return seen if number is None else seen.attempt(number)
 
     def _diff(self, values: Values, body: str | None) -> Text:

@@ -119,9 +119,8 @@ def _shown(text: str, limit: int, more: str, *, plain: bool = False) -> str:
     cut = clip(text, limit)
     made = [_pre(cut.head) if plain else _markdown(cut.head)]
     if cut.tail:
-        said = f"{cut.omitted_chars:,} characters left out. Show all {say.size(cut.total_bytes)}: `{more}`"
         made += [
-            _line(said, f"border-left:3px solid {RULE};padding:0 0 0 8px"),
+            _line(say.left_out(cut, more), f"border-left:3px solid {RULE};padding:0 0 0 8px"),
             _pre(cut.tail) if plain else _markdown(cut.tail),
         ]
     return "".join(made)
@@ -254,7 +253,7 @@ def _earlier(state: RunState, step: StepState, limit: int) -> list[str]:
         parts.append(_line(f"{hidden} earlier attempts are not shown: `%cm show {step.id} --attempt 1`"))
     each = min(OLD_LIMIT, max(limit // 4 // ATTEMPTS_SHOWN, 400)) if limit < STEP_LIMIT else OLD_LIMIT
     for attempt in before[-ATTEMPTS_SHOWN:]:
-        more = _show(step, attempt)
+        more = say.show_command(step, attempt)
         ended = say.outcome(state, step, attempt)
         body = _shown(attempt.text, each, more) if attempt.text else ""
         body = body + _errors(step, attempt) or _line("It gave no output.")
@@ -285,7 +284,7 @@ def _result(state: RunState, step: StepState, attempt: Attempt, limit: int) -> l
     """What an attempt gave, what is to be said about it, and how it ended."""
     parts = []
     if attempt.text:
-        parts.append(_shown(attempt.text, limit, _show(step, attempt)))
+        parts.append(_shown(attempt.text, limit, say.show_command(step, attempt)))
     elif attempt is step.last and step.status == "running":
         parts.append(_line("It is at work; nothing to show yet."))
     elif attempt.answer is not None:
@@ -299,12 +298,6 @@ def _result(state: RunState, step: StepState, attempt: Attempt, limit: int) -> l
     if ended and not (attempt.error is not None and attempt.decision is None and attempt.answer is None):
         parts.append(_line(_capital(ended) + ("" if ended[-1] in ".”" else ".")))
     return parts
-
-
-def _show(step: StepState, attempt: Attempt) -> str:
-    """The command that shows all of an attempt."""
-    which = "" if attempt is step.last else f" --attempt {attempt.number}"
-    return f"%cm show {step.id}{which} --full"
 
 
 def _bounded_diff(step: StepState, old: Attempt, new: Attempt, limit: int) -> str:
@@ -325,7 +318,7 @@ def _errors(step: StepState, attempt: Attempt) -> str:
         inner = f"<div><b>{_esc(one_line(error.kind, 60))}</b>: {_esc(one_line(error.message, 600))}</div>\n"
         if error.detail:
             name = "Traceback" if error.detail.startswith("Traceback") else "Details"
-            inner += _fold(name, _shown(error.detail, 8_000, _show(step, attempt), plain=True))
+            inner += _fold(name, _shown(error.detail, 8_000, say.show_command(step, attempt), plain=True))
         parts.append(inner if whole else _quote(inner, "failed"))
     return "".join(parts)
 
@@ -672,7 +665,7 @@ def show_html(state: RunState, step: StepState, attempt: int | None = None, full
         say.outcome(state, step, chosen),
     ]
     head = f"<div><b>{_esc(step.id)}</b> {faint(*words)}</div>\n"
-    more = _show(step, chosen)
+    more = say.show_command(step, chosen)
     output = _shown(chosen.text, limit, more) if chosen.text else _line("It gave no output.")
     prompt = chosen.prompt
     sent = _fold("Prompt", _shown(prompt, limit, more, plain=True)) if prompt else ""

@@ -44,7 +44,7 @@ from ..events import (
 )
 from ..state import STATUS_WORDS, Attempt, RunState, StepState, why_stale
 from ..workflow import Module, Separator
-from .markdown import clean
+from .markdown import Clipped, clean, clip
 
 Tone = Literal["done", "waiting", "running", "failed", "pending", "skipped"]
 
@@ -114,6 +114,23 @@ def one_line(text: object, limit: int = 160) -> str:
 def quoted(text: object, limit: int = 160) -> str:
     """The text on one line, in quotation marks."""
     return f"“{one_line(text, limit)}”"
+
+
+def left_out(cut: Clipped, more: str) -> str:
+    """What was left out of a text, and the command that shows all of it."""
+    return f"{cut.omitted_chars:,} characters left out. Show all {size(cut.total_bytes)}: `{more}`"
+
+
+def bounded(text: str, more: str) -> str:
+    """The text cleaned; of a long one, as in HTML, its two ends and between them a line that says how to see all."""
+    cut = clip(clean(text))
+    return f"{cut.head.rstrip()}\n… {left_out(cut, more)} …\n{cut.tail}" if cut.tail else cut.head
+
+
+def show_command(step: StepState, attempt: Attempt) -> str:
+    """The command that shows all of an attempt."""
+    which = "" if attempt is step.last else f" --attempt {attempt.number}"
+    return f"%cm show {step.id}{which} --full"
 
 
 def _capital(text: str) -> str:
@@ -704,8 +721,8 @@ def run_text(state: RunState, now: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def show_text(state: RunState, step: StepState, attempt: Attempt | None = None) -> str:
-    """One step as ``text/plain``: a line about it, then its whole output."""
+def show_text(state: RunState, step: StepState, attempt: Attempt | None = None, full: bool = False) -> str:
+    """One step as ``text/plain``: a line about it, then its output; `full`: all of it, however long."""
     shown = attempt if attempt is not None else step.last
     words = [f"{step.id}: {look(state, step).word}"]
     if shown is not None:
@@ -714,7 +731,9 @@ def show_text(state: RunState, step: StepState, attempt: Attempt | None = None) 
         if shown.note:
             words.append(one_line(shown.note))
     head = " · ".join(filter(None, words))
-    text = clean(shown.text) if shown is not None else ""
+    text = ""
+    if shown is not None:
+        text = clean(shown.text) if full else bounded(shown.text, show_command(step, shown))
     return f"{head}\n\n{text}" if text else head
 
 

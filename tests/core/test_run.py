@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +80,12 @@ def kinds(run: cm.Run) -> list[str]:
         ({"tape": "tapes/nope.jsonl"}, "tape 'tapes/nope.jsonl' cannot be read"),
         ({"tape": "on.jsonl"}, "Did you mean 'one.jsonl'?"),
         ({"workspace": 5}, "workspace=5 is not a folder. Name one"),
+        ({"workspace": "one.jsonl"}, "the workspace 'one.jsonl' cannot be used: it is a file. Name a folder"),
+        ({"workspace": "one.jsonl/x"}, "the workspace 'one.jsonl/x' cannot be used: Not a directory"),
+        ({"workspace": "a\0b"}, "cannot be used"),
         ({"journal": 5}, "journal=5 is not a file. Name one"),
         ({"engine": 5}, "engine=5 is neither a name nor an engine"),
+        ({"engine": Echo}, "is neither a name nor an engine"),
         ({"engine": "offlin"}, "Did you mean 'offline'?"),
         ({"on_gate": 5}, "on_gate=5 is not 'approve'"),
         ({"on_gate": "aprove"}, "Did you mean 'approve'?"),
@@ -110,6 +115,72 @@ def test_a_resumed_run_has_the_same_options() -> None:
 def test_the_options_of_a_start_are_all_named() -> None:
     taken = set(inspect.signature(cm.Run.start).parameters) - {"workflow", "inputs", "notebook"}
     assert set(START_OPTIONS) == taken
+
+
+def test_a_workspace_that_is_gone_is_a_failed_step(tmp_path: Path) -> None:
+    run = workflow("a? -> b").start(engine=Echo(), journal=":memory:", workspace="site")
+    gate(run)
+    run.stop()
+    (tmp_path / "site").rmdir()
+    (tmp_path / "site").touch()
+    again = cm.resume(run.id, journal=run._journal, engine=Echo()).approve()
+    assert "site' cannot be used: it is a file" in gate(again, "b").payload["error"]
+    (tmp_path / "site").unlink()
+    assert again.retry().wait(10)["b"].text == "b 2"
+
+
+def test_a_bug_of_ours_around_a_turn_ends_the_run_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(cm.Run, "_request", broken)
+    run = start("a -> b")
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        run.wait(10)
+    assert (run.status, kinds(run)[-2:]) == ("failed", ["TurnFailed", "RunFinished"])
+    monkeypatch.undo()
+    monkeypatch.setattr(cm.Run, "_turn_ended", broken)
+    run = start("a -> b")
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        run.wait(10)
+    assert run.status == "failed"
+
+
+async def _events(*told: Any) -> Any:
+    for each in told:
+        yield each
+
+
+async def _answer() -> Any:
+    return TurnDone("x")
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        (lambda request: [TurnDone("x")], "the stream of the engine 'mine' gave a list, not events one by one: write"),
+        (lambda request: _answer(), "the stream of the engine 'mine' gave a coroutine"),
+        (lambda request: _events(TurnDone(5)), r"the engine 'mine' gave TurnDone\(5\), whose text is none"),  # type: ignore[arg-type]
+        (lambda request: _events(Delta(None)), r"the engine 'mine' gave Delta\(None\)"),  # type: ignore[arg-type]
+        (lambda request: _events("x"), "the engine 'mine' gave 'x', which is no event. It yields cm.Delta"),
+    ],
+)
+def test_an_engine_that_is_wrong_is_named(stream: Any, words: str) -> None:
+    class Mine:
+        name = "mine"
+
+    mine: Any = Mine()
+    mine.stream = stream
+    run = workflow("a").start(engine=mine, journal=":memory:")
+    opened = gate(run)
+    assert opened.kind == "failed"
+    assert re.search(words, opened.payload["error"])
+
+
+@pytest.mark.parametrize("engine", [5, Echo])
+def test_only_an_engine_is_registered(engine: Any) -> None:
+    with pytest.raises(cm.WorkflowError, match=r"cm\.register_engine: .* is no engine: an object with a name"):
+        cm.register_engine(engine)
 
 
 def test_waiting_takes_seconds() -> None:

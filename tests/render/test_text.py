@@ -261,6 +261,16 @@ def test_show_text_gives_the_whole_output() -> None:
     assert shown.endswith(builder.PLAN_2)
 
 
+def test_show_text_gives_both_ends_of_a_long_output() -> None:
+    state = Story("a").answer(f"begin {'x' * 5_000_000} end").state
+    shown = text.show_text(state, state.steps["a"])
+    assert len(shown) < 65_000
+    assert shown.splitlines()[2].startswith("begin x")
+    assert shown.splitlines()[3] == "… 4,936,010 characters left out. Show all 5.0 MB: `%cm show a --full` …"
+    assert shown.endswith("x end")
+    assert len(text.show_text(state, state.steps["a"], full=True)) > 5_000_000
+
+
 def test_a_skipped_step_says_so_once() -> None:
     after = Story("a? -> b").answer("A").decide("skip")
     assert "  a  skipped  4.6 s 400 tok $0.003  (skipped by you, @65s)" in text.run_text(after.state)
