@@ -104,9 +104,9 @@ _SETTLED: tuple[StepStatus, ...] = ("finished", "skipped")
 _AT_REST: tuple[StepStatus, ...] = ("pending", "ready", "retrying", "due", "waiting", "looping", *_SETTLED)
 SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
     "LoopedBack": dict.fromkeys(_SETTLED, ("pending",)),
-    "Rewound": dict.fromkeys(_AT_REST, ("pending", "finished")),
+    "Rewound": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
     "RunFinished": {"waiting": ("due", "finished", "pending")},
-    "StepChanged": dict.fromkeys(_AT_REST, ("pending", "finished")),
+    "StepChanged": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
 }
 """What an event may make of the steps that it is not about (and ``StepChanged`` of its own), by their status."""
 
@@ -1162,10 +1162,21 @@ def _advance(state: RunState) -> None:
 
 
 def _begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
-    """The step runs anew, from its first prompt."""
-    step.status, step.turn = status, 1
+    """The step runs anew, from its first prompt: ``ready`` as a person asks for it, ``pending`` in the run's course.
+
+    One that may have run does not in the run's course: its gate asks first.
+    """
+    step.turn, step.redo, step.retry_at, step.session = 1, None, None, None
+    if status == "pending" and _may_have_run(step):
+        step.status = "due"
+        return
+    step.status, step.due = status, None
     _trust(step)
-    step.redo, step.due, step.retry_at, step.session = None, None, None, None
+
+
+def _may_have_run(step: StepState) -> bool:
+    """Whether a person still has to say if a turn that was cut short had its effect."""
+    return step.status in ("due", "waiting") and step.due is not None and step.due.kind == "may_have_run"
 
 
 def _next_attempt(step: StepState) -> int:

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,35 @@ def test_what_must_not_run_twice_asks_first() -> None:
     again.approve()
     assert again.wait(10)["a"].text == ""
     assert len(again["a"].attempts) == 1
+
+
+@pytest.mark.parametrize("edited", ["prompt", "input"])
+def test_what_must_not_run_twice_asks_first_after_an_edit_too(edited: str) -> None:
+    ran = threading.Semaphore(0)
+
+    @cm.agent("pay")
+    def pay(turn: cm.Turn) -> str:
+        ran.release()
+        if turn.attempt == 1:
+            turn.ask_human("Which?")  # never answered
+        return "paid"
+
+    def flow(words: str, amount: int) -> cm.Workflow:
+        steps = [cm.step("pay", prompt=f"{words} {{{{ amount }}}}", idempotent=False)]
+        return cm.Workflow("i", agents=[pay], steps=steps, inputs={"amount": amount})
+
+    run = flow("Pay", 1).start(journal=MemoryJournal())
+    assert gate(run).kind == "question"
+    run.stop().wait(10)
+    other = ("Transfer", 1) if edited == "prompt" else ("Pay", 2)
+    again = cm.resume(run.id, flow(*other), journal=run._journal)
+    assert gate(again).kind == "may_have_run"
+    again.revise(flow("Send", 3))
+    assert gate(again).kind == "may_have_run"
+    assert ran.acquire(blocking=False)
+    assert not ran.acquire(blocking=False), "it ran again unasked"
+    again.retry()
+    assert again.wait(10)["pay"].prompt == "Send 3"
 
 
 def test_an_answer_given_before_the_crash_is_not_asked_for_again() -> None:

@@ -645,6 +645,36 @@ def test_a_step_that_was_cut_short_is_the_next_attempt(idempotent: bool) -> None
     assert (driver.turns(), driver.state.steps["a"].attempt, driver.state.status) == (["a", "a"], 2, "completed")
 
 
+@pytest.mark.parametrize("when", ["it runs", "its gate is open", "its gate is due"])
+@pytest.mark.parametrize("how", ["changed", "an earlier one runs again", "all runs again from an earlier one"])
+def test_what_may_have_run_is_asked_about_however_the_run_comes_to_it_again(when: str, how: str) -> None:
+    steps = [work("a"), work("pay", ["one", "two"], idempotent=False)]
+    driver = Driver(Workflow("W", steps=steps)).until_running("pay")
+    driver.end(driver.state.steps["pay"])
+    driver.until_running("pay")
+    driver.record(cut_short(driver.state.steps["pay"], "its process died"))
+    if when != "it runs":
+        driver.go()
+    if when == "its gate is due":
+        driver.record(RunFinished(status="stopped"))
+        driver.record(RunResumed())
+    if how == "changed":
+        change(driver, work("pay", ["one", "other"], idempotent=False))
+    else:
+        driver.record(Rewound(to="a", later=how.startswith("all")))
+    driver.go()
+    assert (driver.gate().step, driver.gate().kind, driver.turns().count("pay")) == ("pay", "may_have_run", 2)
+    driver.decide("retry")
+    assert (driver.turns().count("pay"), driver.state.status) == (4, "completed")
+    assert driver.prompt("pay") == ("one\n\nother" if how == "changed" else "one\n\ntwo")
+
+
+def test_who_runs_again_the_very_step_that_may_have_run_has_answered() -> None:
+    driver = Driver(Workflow("W", steps=[work("pay", idempotent=False)])).until_running("pay").cut().go()
+    driver.record(Rewound(to="pay"))
+    assert (driver.go().turns(), driver.state.status) == (["pay", "pay"], "completed")
+
+
 def test_a_cut_turn_keeps_feedback_session_and_prompt() -> None:
     driver = run(work("a", interactive=True), script={"a": [Reply("x", session="s"), Reply("y")]})
     driver.record(GateDecided(gate_id=driver.gate().id, decision=Decision(action="reject", feedback="shorter")))
