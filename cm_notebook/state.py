@@ -248,7 +248,7 @@ class StepState:
     """The prompts of the turns before this one, and their answers: what an engine without sessions is told again."""
     retry_at: float | None = None
     looped_by: str | None = None
-    """The module that sent the run back to this step."""
+    """The module that sent the run back, at the first repeated step that runs."""
     answers: list[tuple[str, str]] = field(default_factory=list)
     """Questions of this attempt and their answers."""
     resent: list[tuple[str, str]] = field(default_factory=list)
@@ -1127,6 +1127,8 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
 
 def _settle(state: RunState, step: StepState, status: Literal["finished", "skipped"], output: Ref | None) -> None:
     """The run may go past `step`, whose output is `output`; what was made from an earlier one is stale."""
+    if step.looped_by is not None and status == "skipped":
+        _hand_on(state, step)
     step.status, step.approved = status, output
     _trust(step)
     step.due, step.redo, step.looped_by, step.resent = None, None, None, []
@@ -1140,6 +1142,14 @@ def _settle(state: RunState, step: StepState, status: Literal["finished", "skipp
     if state.until == step.id:
         state.until_reached = True
     _advance(state)
+
+
+def _hand_on(state: RunState, step: StepState) -> None:
+    """What the module said that sent the run back is for the first repeated step that runs: `step` is passed over."""
+    module, after = state.steps.get(cast("str", step.looped_by)), state.after(step)
+    ran = step.last is not None and step.last.iteration == step.iteration
+    if module is not None and after is not None and after.index <= module.index and not ran:
+        after.looped_by = step.looped_by
 
 
 def _doubt_later(state: RunState, step: StepState) -> None:

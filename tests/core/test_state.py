@@ -524,6 +524,26 @@ def test_the_repeated_step_is_told_why() -> None:
     assert driver.prompt("b") == "check", "only the step that it goes back to is told"
 
 
+@pytest.mark.parametrize("passed_over", ["loop_skip", "execute_once", "both", "by you"])
+def test_the_first_repeated_step_that_runs_is_told_why(passed_over: str) -> None:
+    plan, draft = work("plan"), work("draft")
+    skip: tuple[str, ...] = ()
+    if passed_over == "execute_once":
+        plan = work("plan", execute_once=True)
+    elif passed_over == "by you":
+        plan = work("plan", gate="before", interactive=True)
+    else:
+        skip = ("plan",) if passed_over == "loop_skip" else ("plan", "draft")
+    script = {"gate": [loop("no tests"), go_on()]}
+    driver = run(plan, draft, work("impl"), gate(3, loop_skip=skip), work("z"), script=script)
+    if passed_over == "by you":
+        driver.decide("approve").decide("skip")
+    told, after = ("impl", "draft") if passed_over == "both" else ("draft", "impl")
+    assert driver.prompt(told) == "work\n\n## Not accepted yet by gate (pass 2)\n\nno tests"
+    assert [driver.prompt(id) for id in ("plan", after, "z")] == ["work"] * 3
+    assert driver.state.status == "completed"
+
+
 def test_a_template_may_place_the_reason_itself() -> None:
     script = {"gate": [loop("name the tests"), go_on()]}
     driver = run(work("a", "{{ loop.iteration }}: {{ loop.reason }}"), gate(1, 3), script=script)
