@@ -61,7 +61,7 @@ from .events import (
     Usage,
     WorkflowChanged,
 )
-from .prompts import compose, missing_field, pieces, text_of
+from .prompts import EDITED, compose, missing_field, pieces, text_of
 from .workflow import Agent, AutonomousMode, Module, Separator, Step, Verdict, Workflow, as_step
 
 StepStatus = Literal[
@@ -944,7 +944,7 @@ def _edited(state: RunState, step: StepState, decision: Decision, seq: int) -> A
         return last
     made = Attempt(state.texts, last.number + 1, last.iteration, engine=last.engine, edited=True)
     made.started_at = made.ended_at = decision.at
-    made.turns, made.answer, made.decision = list(last.turns), Ref(seq, "output"), decision
+    made.turns, made.answer, made.decision = list(last.turns), Ref(seq, EDITED), decision
     made.verdict = last.verdict if last.verdict is None else Verdict.from_text(decision.output) or last.verdict
     made.session_id = last.session_id
     if last.output is not None:
@@ -1190,9 +1190,12 @@ def _may_have_run(step: StepState) -> bool:
 
 
 def _next_attempt(step: StepState) -> int:
-    """The number of the attempt that the next turn belongs to: a chained prompt and a second try stay in theirs."""
-    same = step.status == "retrying" or (step.turn > 1 and step.redo is None and step.attempts)
-    return step.attempt if same else step.attempt + 1
+    """The number of the attempt that the next turn belongs to: a chained prompt and a second try stay in theirs.
+
+    After a person's own text comes another one, so that theirs stays what it was.
+    """
+    goes_on = step.turn > 1 and step.redo is None and step.last is not None and not step.last.edited
+    return step.attempt if goes_on or step.status == "retrying" else step.attempt + 1
 
 
 def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:

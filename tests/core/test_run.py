@@ -956,6 +956,31 @@ class Talks:
         yield TurnDone(f"{self.name} {request.attempt}")
 
 
+@pytest.mark.parametrize("session", [None, "s"])
+def test_the_next_chained_prompt_comes_with_the_edited_answer(session: str | None) -> None:
+    requests: list[AgentRequest] = []
+
+    class Remembers:
+        name = "remembers"
+
+        async def stream(self, request: AgentRequest) -> Any:
+            requests.append(request)
+            if session is not None:
+                yield SessionStarted(session)
+            yield TurnDone(f"answer {request.turn}")
+
+    steps = [cm.step("a", prompt=["Draft it", "Translate it"])]
+    run = cm.Workflow("w", steps=steps, autonomous_mode=False).start(engine=Remembers(), journal=":memory:")
+    gate(run)
+    run.approve(output="MINE")
+    assert gate(run).attempt == 3
+    second = requests[1]
+    assert (second.attempt, second.session_id, list(second.history)) == (3, session, [("Draft it", "MINE")])
+    assert ("MINE" in second.prompt) is (session is not None)
+    assert [attempt.text for attempt in run["a"].attempts] == ["answer 1", "MINE", "answer 2"]
+    run.stop()
+
+
 def test_a_session_belongs_to_the_engine_it_came_from() -> None:
     first, second = Talks("first"), Talks("second")
     run = workflow("a?").start(engine=first, journal=":memory:")

@@ -445,11 +445,35 @@ def test_time_between_chained_prompts_is_a_persons() -> None:
     assert driver.state.steps["b"].last.duration_s == 2.0, "each turn took one second"
 
 
-def test_an_answer_in_mid_chain_may_be_edited() -> None:
-    driver = run(work("b", ["one", "two"]), mode=False).decide("approve", output="mine").decide("approve")
-    assert driver.state.status == "completed"
-    assert driver.text("b") == "b 2"
-    assert (driver.state.steps["b"].last.duration_s or 0.0) < 10.0
+@pytest.mark.parametrize("session", [None, "s"])
+def test_an_answer_in_mid_chain_may_be_edited(session: str | None) -> None:
+    replies = [Reply(f"answer {n}", session=session) for n in (1, 2, 3, 4)]
+    driver = run(work("b", ["one", "two", "three"]), mode=False, script={"b": replies})
+    driver.decide("approve", output="mine")
+    told = "\n\n## Your last answer, changed by a person to this\n\nmine" if session else ""
+    b = driver.state.steps["b"]
+
+    def attempts() -> list[tuple[int, str, str, bool]]:
+        return [(one.number, one.prompt, one.text, one.edited) for one in b.attempts]
+
+    first = [(1, "one", "answer 1", False), (2, "one", "mine", True)]
+    assert attempts() == [*first, (3, f"two{told}", "answer 2", False)]
+    assert [driver.state.text(answer) for _, answer in b.said] == ["mine"], "who keeps no session is told by this"
+    assert driver.gate().attempt == 3
+    assert driver.decide("approve").gate().attempt == 3
+    assert attempts() == [*first, (3, f"two{told}\n\nthree", "answer 3", False)], "and it is told once"
+    assert driver.decide("approve").state.status == "completed"
+    assert driver.text("b") == "answer 3"
+    assert (b.last.duration_s or 0.0) < 10.0
+
+
+def test_an_edited_answer_is_told_again_when_the_turn_was_cut_short() -> None:
+    driver = run(work("b", ["one", "two"]), mode=False, script={"b": [Reply("1", session="s")]})
+    driver.record(GateDecided(gate_id=driver.gate().id, decision=Decision(action="approve", output="mine")))
+    driver.until_running("b").cut().go()
+    texts = [(one.number, one.text) for one in driver.state.steps["b"].attempts]
+    assert texts == [(1, "1"), (2, "mine"), (3, ""), (4, "b 2")]
+    assert driver.prompt("b").endswith("mine")
 
 
 # -- loops ------------------------------------------------------------------------------------------------------------
