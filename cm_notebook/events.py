@@ -176,10 +176,14 @@ class RunPaused(BaseEvent):
 
 
 class RunUnpaused(BaseEvent):
-    """The run goes on, up to and including the step ``until`` when that is given."""
+    """The run goes on, up to and including the step ``until`` when that is given.
+
+    ``once``: as far as that step has run once, even if it is a module that sends the run back.
+    """
 
     type: Literal["RunUnpaused"] = Field(default="RunUnpaused", exclude=True)
     until: str | None = None
+    once: bool = False
 
 
 class ModeChanged(BaseEvent):

@@ -165,7 +165,7 @@ class Run:
         workspace
             Folder the agents work in; by default an empty one below ``.cm_notebook/work``.
         until
-            Id of a step: pause when it is done.
+            Id of a step: pause when it is done; a module is when it sends the run back no more.
         on_gate
             Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
             that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open.
@@ -612,7 +612,7 @@ class Run:
             step = self._state.current
             if step is None:
                 raise TransitionError(f"run {self.id!r} has no step left.")
-            return [RunUnpaused(until=step.id)]
+            return [RunUnpaused(until=step.id, once=True)]
 
         self._go_on(propose)
         return self
@@ -735,6 +735,7 @@ class Run:
         inputs: Mapping[str, Any] | None = None,
         *,
         until: str | None = None,
+        once: bool = False,
         again: str | None = None,
         later: bool = False,
     ) -> Run:
@@ -744,8 +745,8 @@ class Run:
         ----------
         workflow, inputs
             The definition as it is now, as for :meth:`revise`.
-        until
-            Id of a step: pause when it is done. ``None``: no limit.
+        until, once
+            Id of a step: pause when it is done, or (``once``) has run once. ``None``: no limit.
         again, later
             A step to run again, as for :meth:`rerun`.
 
@@ -773,9 +774,9 @@ class Run:
                 under_way = [step for step in state.under_way if step.id not in gone]
                 events += [meaning.cut_short(step, f"{again} runs again") for step in under_way]
                 events.append(Rewound(to=again, later=later))
-            held = state.paused or state.until_reached or state.until != until
+            held = state.paused or state.until_reached or (state.until, state.until_once) != (until, once)
             if held if state.ended is None else until is not None:  # resuming lifts every limit
-                events.append(RunUnpaused(until=until))
+                events.append(RunUnpaused(until=until, once=once))
             return events
 
         self._go_on(propose)

@@ -348,6 +348,8 @@ class RunState:
     paused: bool = False
     pause_reason: str = ""
     until: str | None = None
+    until_once: bool = False
+    """A module is gone as far as when it has spoken, even where it sends the run back."""
     until_reached: bool = False
     ending: tuple[RunEnd, str] | None = None
     """The end that has been decided on and is to be recorded."""
@@ -495,16 +497,16 @@ def _run_paused(state: RunState, event: RunPaused) -> None:
     if state.paused:
         raise TransitionError("the run is paused already.")
     state.paused, state.pause_reason = True, event.reason
-    state.until, state.until_reached = None, False
+    state.until, state.until_once, state.until_reached = None, False, False
 
 
 def _run_unpaused(state: RunState, event: RunUnpaused) -> None:
     state.paused, state.pause_reason = False, ""
-    _go_until(state, event.until)
+    _go_until(state, event.until, once=event.once)
 
 
-def _go_until(state: RunState, until: str | None) -> None:
-    state.until = until
+def _go_until(state: RunState, until: str | None, *, once: bool = False) -> None:
+    state.until, state.until_once = until, once
     state.until_reached = until is not None and until in state.steps and state.steps[until].index < state.cursor
 
 
@@ -1069,7 +1071,7 @@ def _looped_back(state: RunState, event: LoopedBack) -> None:
     target.looped_by = step.id
     state.epoch += 1
     state.cursor = target.index
-    if state.until == step.id:
+    if state.until == step.id and state.until_once:
         state.until_reached = True
 
 

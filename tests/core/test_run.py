@@ -450,6 +450,26 @@ def test_until_and_next_run_as_far_as_asked() -> None:
     assert run.status == "completed"
 
 
+def test_until_a_module_goes_its_loop_and_next_goes_one_step_of_it() -> None:
+    again, enough = '{"action": "loop"}', '{"action": "continue"}'
+
+    def judged(until: str) -> cm.Run:
+        script = {"a": ["1", "2", "3"], "judge": [again, again, enough], "z": ["end"]}
+        flow = workflow("a -> judge(loop 1) -> z")
+        return flow.start(engine=cm.ScriptedEngine(script), journal=":memory:", until=until).wait(10)
+
+    run = judged("judge")
+    assert (run.status, [step.status for step in run]) == ("paused", ["done", "done", "pending"])
+    assert len(run["judge"].attempts) == 3
+    run = judged("a")
+    for made in ([1, 1, 0], [2, 1, 0], [2, 2, 0]):
+        run.next().wait(10)
+        assert (run.status, [len(step.attempts) for step in run]) == ("paused", made)
+    assert run.unpause(until="judge").wait(10)["judge"].status == "done"
+    assert run["z"].status == "pending"
+    assert run.unpause().wait(10).status == "completed"
+
+
 def test_pause_lets_what_runs_finish() -> None:
     started, release = threading.Event(), threading.Event()
 

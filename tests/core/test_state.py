@@ -808,10 +808,7 @@ def test_pause_lets_finish_what_runs() -> None:
 def test_until(until: str) -> None:
     steps = [work("a"), gate(1, 3), work("b"), work("z")]
     driver = run(*steps, script={"gate": [loop(), go_on()]}, until=until)
-    turns = {"a": ["a"], "gate": ["a", "gate"]}.get(
-        until, ["a", "gate", "a", "gate", "b", "z"][: 5 if until == "b" else 6]
-    )
-    assert driver.turns() == turns
+    assert driver.turns() == ["a", "gate", "a", "gate", "b", "z"][: {"a": 1, "gate": 4, "b": 5, "z": 6}[until]]
     assert driver.state.status == ("completed" if until == "z" else "paused")
     if until != "z":
         assert f"as far as {until}" in driver.state.pause_reason
