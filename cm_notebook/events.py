@@ -269,6 +269,17 @@ class TurnStarted(BaseEvent):
     engine: str
 
 
+class SessionOpened(BaseEvent):
+    """The agent said by which id its conversation can be continued, whatever becomes of the turn."""
+
+    type: Literal["SessionOpened"] = Field(default="SessionOpened", exclude=True)
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    session_id: str
+
+
 class TurnFinished(BaseEvent):
     """The agent answered. ``duration_s`` only where it was not measured here (a tape); ``note`` is said beside it."""
 
@@ -358,6 +369,7 @@ AnyEvent = (
     | StepRemoved
     | StepSkipped
     | TurnStarted
+    | SessionOpened
     | TurnFinished
     | TurnFailed
     | TurnCutShort

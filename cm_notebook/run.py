@@ -67,6 +67,7 @@ from .events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    SessionOpened,
     TurnCutShort,
     TurnStarted,
     Usage,
@@ -1240,6 +1241,9 @@ class Run:
                 for feed in self._feeds:
                     feed.put_text(turn.started.path, turn.started.attempt, text)
 
+        def opened(session_id: str) -> None:
+            self._propose(lambda: self._session_opened(turn, session_id), wait=False)
+
         turn.run_clock()
         try:
             engine = self._engine_for(turn.step)
@@ -1248,7 +1252,7 @@ class Run:
             ending = failed(turn, error, None)
         else:
             try:
-                ending = await take_turn(turn, engine, request, write)
+                ending = await take_turn(turn, engine, request, write, opened)
             except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
                 ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
                 self._propose(lambda: self._turn_ended(turn, ending), wait=False)
@@ -1259,6 +1263,14 @@ class Run:
     def _too_late(self, turn: LiveTurn) -> None:
         self._propose(lambda: self._turn_ended(turn, too_late(turn)), wait=False)
         turn.cancel()
+
+    def _session_opened(self, turn: LiveTurn, session_id: str) -> list[AnyEvent]:
+        """That its agent's conversation has this id, as an event; none when the turn was cut short meanwhile."""
+        started = turn.started
+        if self._turns.get(started.path) is not turn:
+            return []
+        where = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
+        return [SessionOpened(**where, session_id=session_id)]
 
     def _turn_ended(self, turn: LiveTurn, ending: Ending) -> list[AnyEvent]:
         """The end of a turn as events; none when the turn was cut short meanwhile."""

@@ -50,6 +50,7 @@ from .events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    SessionOpened,
     StepAdded,
     StepChanged,
     StepRemoved,
@@ -78,12 +79,14 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
     },
     "ready": {"TurnStarted": ("running",), "Rewound": ("ready",)},
     "running": {
+        "SessionOpened": ("running",),
         "TurnFinished": ("ready", "due", "looping", "finished"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
         "GateOpened": ("asking",),  # question
     },
     "asking": {
+        "SessionOpened": ("asking",),
         "GateDecided": ("running", "asking"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
@@ -459,7 +462,9 @@ def _met(state: RunState, step_id: str, kind: str) -> StepState:
     return step
 
 
-def _turn_met(state: RunState, event: TurnFinished | TurnFailed | TurnCutShort) -> tuple[StepState, Attempt]:
+def _turn_met(
+    state: RunState, event: SessionOpened | TurnFinished | TurnFailed | TurnCutShort
+) -> tuple[StepState, Attempt]:
     step = _met(state, event.step, event.type)
     last = step.attempts[-1] if step.attempts else None
     if last is None or last.number != event.attempt or step.turn != event.turn:
@@ -672,6 +677,12 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
     _doubt_later(state, step)
     step.status, step.retry_at, step.note = "running", None, None
     state.running[step.path] = step
+
+
+def _session_opened(state: RunState, event: SessionOpened) -> None:
+    step, last = _turn_met(state, event)
+    last.session_id = event.session_id
+    step.session, step.session_engine = last.session_id, last.engine
 
 
 def _turn_finished(state: RunState, event: TurnFinished) -> None:
@@ -1117,6 +1128,7 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "StepRemoved": _step_removed,
     "StepSkipped": _step_skipped,
     "TurnStarted": _turn_started,
+    "SessionOpened": _session_opened,
     "TurnFinished": _turn_finished,
     "TurnFailed": _turn_failed,
     "TurnCutShort": _turn_cut_short,

@@ -113,13 +113,21 @@ class LiveTurn:
             self.task.cancel()
 
 
-async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write: Callable[[str], None]) -> Ending:
+async def take_turn(
+    turn: LiveTurn,
+    engine: Engine,
+    request: AgentRequest,
+    write: Callable[[str], None],
+    opened: Callable[[str], None],
+) -> Ending:
     """Do `turn`: send the request to the engine and pass on what it writes.
 
     Parameters
     ----------
     write
         Gets the live text.
+    opened
+        Gets the id of the agent's conversation as soon as it is known.
 
     Raises
     ------
@@ -146,6 +154,8 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
                 elif isinstance(told, (ToolCalled, ToolReturned)):
                     write(_tool_line(told))
                 elif isinstance(told, SessionStarted):
+                    if told.session_id not in (session_id, started.session_id):
+                        opened(told.session_id)
                     session_id = told.session_id
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")

@@ -976,6 +976,29 @@ class Talks:
         yield TurnDone(f"{self.name} {request.attempt}")
 
 
+def test_a_session_is_known_while_its_turn_runs_and_continued_after_a_cut() -> None:
+    sent: list[tuple[int, str | None]] = []
+
+    class Hangs:
+        name = "hangs"
+
+        async def stream(self, request: AgentRequest) -> Any:
+            sent.append((request.attempt, request.session_id))
+            yield SessionStarted("s")
+            yield SessionStarted("s")
+            if len(sent) == 1:
+                await asyncio.Event().wait()
+            yield TurnDone("done")
+
+    flow = cm.Workflow("w", steps=[cm.step("a", prompt="x")])
+    run = flow.start(engine=Hangs(), journal=":memory:")
+    until(lambda: "SessionOpened" in kinds(run), "the session to be written down")
+    run.stop().wait(10)
+    again = cm.resume(run.id, flow, journal=run._journal, engine=Hangs()).wait(10)
+    assert sent == [(1, None), (2, "s")]
+    assert kinds(again).count("SessionOpened") == 1, "what is known is not said again"
+
+
 @pytest.mark.parametrize("session", [None, "s"])
 def test_the_next_chained_prompt_comes_with_the_edited_answer(session: str | None) -> None:
     requests: list[AgentRequest] = []

@@ -31,6 +31,7 @@ from cm_notebook.events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    SessionOpened,
     StepAdded,
     StepChanged,
     StepRemoved,
@@ -725,6 +726,21 @@ def test_a_cut_turn_keeps_feedback_session_and_prompt() -> None:
     driver.until_running("a").cut().until_running("a")
     assert [attempt.prompt for attempt in driver.state.steps["a"].attempts] == ["work", "shorter", "shorter"]
     assert driver.state.steps["a"].last.session_id == "s"
+
+
+@pytest.mark.parametrize("ends", ["cut short", "failed"])
+def test_a_session_is_continued_whatever_became_of_the_turn_that_opened_it(ends: str) -> None:
+    driver = Driver(Workflow("W", steps=[work("a")])).until_running("a")
+    where: dict[str, Any] = {"step": "a", "path": "a", "attempt": 1}
+    driver.record(SessionOpened(**where, session_id="s"))
+    assert "turn 1" in driver.refused(SessionOpened(**{**where, "attempt": 2}, session_id="t"), TransitionError)
+    if ends == "failed":
+        driver.end(driver.state.steps["a"], Reply(error="dropped"))
+        driver.go().decide("retry")
+    else:
+        driver.cut().go()
+    first, second = driver.state.steps["a"].attempts
+    assert (first.session_id, second.session_id, second.prompt) == ("s", "s", "work")
 
 
 def test_a_question_waits_for_its_answer() -> None:
