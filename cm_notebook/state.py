@@ -846,6 +846,8 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
     fits = {"pending": "start", "running": "question", "due": step.due and step.due.kind}
     if gate.kind != fits.get(step.status, "stale") or (gate.kind == "stale" and not step.stale):
         raise TransitionError(f"a {gate.kind!r} gate cannot open while step {step.id!r} is {step.status}.")
+    if gate.kind == "start" and event.prompt is None:
+        raise TransitionError(f"a 'start' gate of step {step.id!r} asks about a prompt, and none is there.")
     gate.opened_at = event.at
     step.status = "asking" if gate.kind == "question" else "waiting"
     step.gate = gate

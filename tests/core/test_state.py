@@ -388,10 +388,11 @@ def test_a_gate_opens_only_where_it_belongs(kind: Any, at: str) -> None:
         driver.cut()
         change(driver, work("a", "other"))
     fits = {"pending": "start", "running": "question", "due": "review", "finished": None, "stale": "stale"}[at]
-    opening = GateOpened(
-        gate=Gate(id="r/x/1/1", kind=kind, step=about, path=about, attempt=1, digest="", actions=ACTIONS[kind])
-    )
+    gate = Gate(id="r/x/1/1", kind=kind, step=about, path=about, attempt=1, digest="", actions=ACTIONS[kind])
+    opening = GateOpened(gate=gate, prompt=("work",) if kind == "start" else None)
     if kind == fits:
+        if kind == "start":
+            driver.refused(GateOpened(gate=gate), TransitionError)  # nothing to ask about
         driver.record(opening)
     else:
         driver.refused(opening, TransitionError)
