@@ -6,7 +6,6 @@ workflow has to pass, so what cannot run is refused by name before anything happ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from .errors import WorkflowError
 from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, WorkflowChanged, sound
 from .prompts import agent_facts, check_templates, fingerprint
 from .state import RunState, cut_short
-from .workflow import RESERVED, Agent, Separator, Step, Workflow, step_data
+from .workflow import Agent, Separator, Step, Workflow, check_inputs, step_data
 
 _MISSING = object()
 
@@ -26,20 +25,7 @@ def checked_inputs(inputs: Any) -> dict[str, Any]:
     ------
     WorkflowError    One cannot be kept in a journal; the message names it.
     """
-    if not isinstance(inputs, Mapping):
-        raise WorkflowError(
-            f"inputs={inputs!r} is not a dict of names and values, for instance {{'goal': 'a todo CLI'}}."
-        )
-    for name, value in inputs.items():
-        if not isinstance(name, str) or name in RESERVED:
-            raise WorkflowError(f"input {name!r}: an input has a name of its own; {', '.join(RESERVED)} are taken.")
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError):
-            raise WorkflowError(
-                f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
-                f"Pass its text: str({name})."
-            ) from None
+    check_inputs(inputs)
     return {name: sound(value) for name, value in inputs.items()}
 
 

@@ -75,7 +75,7 @@ from .events import (
     sound,
 )
 from .feed import Feed, LiveText
-from .journal import AnyJournal, open_journal, own_folder
+from .journal import OWN_FOLDER, AnyJournal, open_journal, own_folder
 from .loops import SLICE_S, engine_loop, run_sync, running_loop, wait_detached
 from .prompts import check_read, check_templates, digest, missing_field, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
@@ -180,16 +180,20 @@ class Run:
 
         Raises
         ------
-        WorkflowError     A template names what is not there, an input cannot be kept, `until` is no step.
+        WorkflowError     A template names what is not there, an input cannot be kept, `until` is no step, `workspace`
+                          cannot be made.
         EngineNotFound    A step's engine is not there.
         JournalError      The journal cannot be used.
         """
-        values = {**workflow.inputs, **edits.checked_inputs(inputs or {})}
+        values = {**edits.checked_inputs(workflow.inputs), **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
         check_read(workflow, inputs or {}, workflow.inputs)
         tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
             raise WorkflowError(f"until={until!r} is not a step. {did_you_mean(until, known, 'Steps')}")
+        if workspace is not None:
+            with _making(workspace, WorkflowError):
+                Path(workspace).mkdir(parents=True, exist_ok=True)
         run = cls(f"r-{secrets.token_hex(4)}", open_journal(journal if journal is not None else setting("journal")))
         run.notebook = notebook
         run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, loop=loop)
@@ -198,16 +202,16 @@ class Run:
             run._engine_for(item)
         run._journal.create(run.id, workflow.name, notebook)
         run._drive()
-        started = RunStarted(
-            run_id=run.id,
-            workflow=sound(workflow.to_dict()),
-            inputs=values,
-            fingerprints=edits.fingerprints(workflow, values),
-            until=until,
-            workspace=str(Path(workspace).absolute()) if workspace is not None else None,
-            recorded=run._tape.run_name if run._tape is not None else None,
-        )
         try:
+            started = RunStarted(
+                run_id=run.id,
+                workflow=sound(workflow.to_dict()),
+                inputs=values,
+                fingerprints=edits.fingerprints(workflow, values),
+                until=until,
+                workspace=str(Path(workspace).absolute()) if workspace is not None else None,
+                recorded=run._tape.run_name if run._tape is not None else None,
+            )
             run._propose(lambda: [started])
         except BaseException:
             run._let_go()
@@ -945,7 +949,10 @@ class Run:
                 while self._inbox:
                     proposal, reply = self._inbox.popleft()
                     replies.append(reply)
-                    refusals.append(self._record_all(proposal))
+                    refused = self._record_all(proposal)
+                    if reply is None and refused is not None and not isinstance(refused, CodeMachineError):
+                        raise refused  # nobody else would hear of it
+                    refusals.append(refused)
                 if self._driving:
                     self._act(starts, prompts)
                 begun = False
@@ -1246,17 +1253,16 @@ class Run:
 
         turn.run_clock()
         try:
-            engine = self._engine_for(turn.step)
-            request = self._request(turn, prompt, write)
+            engine, request = self._engine_for(turn.step), self._request(turn, prompt, write)
+            ending = await take_turn(turn, engine, request, write, opened)
+        except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
+            ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
+            self._propose(lambda: self._turn_ended(turn, ending), wait=False)
+            raise
         except EngineError as error:
             ending = failed(turn, error, None)
-        else:
-            try:
-                ending = await take_turn(turn, engine, request, write, opened)
-            except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
-                ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
-                self._propose(lambda: self._turn_ended(turn, ending), wait=False)
-                raise
+        except Exception as error:  # a bug: whatever happens, the turn has an end
+            ending = failed(turn, error, None, fatal=True)
         turn.stop_clock()
         self._propose(lambda: self._turn_ended(turn, ending), wait=False)
 
@@ -1329,8 +1335,10 @@ class Run:
         """The folder to work in; made when the first turn needs it."""
         if self._folder is None:
             given = self._state.workspace
-            self._folder = Path(given) if given is not None else own_folder().joinpath("work", self.id).absolute()
-            self._folder.mkdir(parents=True, exist_ok=True)
+            with _making(given or Path(OWN_FOLDER, "work", self.id), EngineError):
+                folder = Path(given) if given is not None else own_folder().joinpath("work", self.id).absolute()
+                folder.mkdir(parents=True, exist_ok=True)
+            self._folder = folder
         return self._folder
 
     async def _ask_human(self, turn: LiveTurn, question: str) -> str:
@@ -1522,7 +1530,7 @@ def resume(
             check_templates(workflow, values)
             different = edits.revision(run._state, workflow, values)
         run._propose(propose)
-    except CodeMachineError:
+    except BaseException:
         run._let_go()
         raise
     return run._become_current()
@@ -1587,6 +1595,19 @@ def _nobody_there(gate: Gate) -> str:
         f'Stopped at the gate "{gate.step}": nobody can answer here. Play a tape with a decision (`--tape`), '
         "or pass `--on-gate approve` if that is what you want."
     )
+
+
+@contextlib.contextmanager
+def _making(folder: str | os.PathLike[str], kind: type[CodeMachineError]) -> Iterator[None]:
+    """What goes wrong while `folder` is made to work in, as an error of this kind."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        why = "it is a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or error
+        raise kind(
+            f"the workspace {os.fspath(folder)!r} cannot be used: {why}. Name a folder that can be made, for instance "
+            "workspace='site'."
+        ) from error
 
 
 @contextlib.contextmanager

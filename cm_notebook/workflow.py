@@ -507,11 +507,7 @@ def check(workflow: Workflow) -> None:
         if defined.id in agents:
             raise WorkflowError(f"agent {defined.id!r} is defined twice. Keep one of them, or give one another id.")
         agents[defined.id] = defined
-    for name in workflow.inputs:
-        if name in RESERVED:
-            raise WorkflowError(
-                f"input {name!r}: the name is taken ({', '.join(RESERVED)} have a meaning of their own)."
-            )
+    check_inputs(workflow.inputs)
     executable: list[Step] = []
     for number, item in enumerate(workflow.steps, 1):
         if isinstance(item, Separator):
@@ -543,6 +539,24 @@ def check(workflow: Workflow) -> None:
                     raise WorkflowError(f"{where}: context names {name!r}. {did_you_mean(name, seen, 'Earlier steps')}")
         seen[item.id] = number
         executable.append(item)
+
+
+def check_inputs(inputs: Any) -> None:
+    """Refuse inputs that a journal cannot keep, by name."""
+    if not isinstance(inputs, Mapping):
+        raise WorkflowError(
+            f"inputs={inputs!r} is not a dict of names and values, for instance {{'goal': 'a todo CLI'}}."
+        )
+    for name, value in inputs.items():
+        if not isinstance(name, str) or name in RESERVED:
+            raise WorkflowError(f"input {name!r}: an input has a name of its own; {', '.join(RESERVED)} are taken.")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError):
+            raise WorkflowError(
+                f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
+                f"Pass its text: str({name})."
+            ) from None
 
 
 def _check_loop(where: str, item: Module, before: list[Step]) -> None:

@@ -325,6 +325,11 @@ def test_what_is_not_understood_ends_with_2(here: Here, words: list[str], said: 
             "workflow's own inputs.",
         ),
         (["run", "flow.py", "--tape", "x"], "tape 'x' cannot be read: No such file or directory."),
+        (
+            ["run", "flow.py", "--workspace", "a.txt"],
+            "the workspace 'a.txt' cannot be used: it is a file. Name a folder that can be made, for instance "
+            "workspace='site'.",
+        ),
     ],
 )
 def test_what_cannot_be_run_ends_with_1(here: Here, words: list[str], said: str) -> None:

@@ -79,6 +79,9 @@ def kinds(run: cm.Run) -> list[str]:
         ({"tape": "tapes/nope.jsonl"}, "tape 'tapes/nope.jsonl' cannot be read"),
         ({"tape": "on.jsonl"}, "Did you mean 'one.jsonl'?"),
         ({"workspace": 5}, "workspace=5 is not a folder. Name one"),
+        ({"workspace": "one.jsonl"}, "the workspace 'one.jsonl' cannot be used: it is a file. Name a folder"),
+        ({"workspace": "one.jsonl/x"}, "the workspace 'one.jsonl/x' cannot be used: Not a directory"),
+        ({"workspace": "a\0b"}, "cannot be used"),
         ({"journal": 5}, "journal=5 is not a file. Name one"),
         ({"engine": 5}, "engine=5 is neither a name nor an engine"),
         ({"engine": "offlin"}, "Did you mean 'offline'?"),
@@ -110,6 +113,35 @@ def test_a_resumed_run_has_the_same_options() -> None:
 def test_the_options_of_a_start_are_all_named() -> None:
     taken = set(inspect.signature(cm.Run.start).parameters) - {"workflow", "inputs", "notebook"}
     assert set(START_OPTIONS) == taken
+
+
+def test_a_workspace_that_is_gone_is_a_failed_step(tmp_path: Path) -> None:
+    run = workflow("a? -> b").start(engine=Echo(), journal=":memory:", workspace="site")
+    gate(run)
+    run.stop()
+    (tmp_path / "site").rmdir()
+    (tmp_path / "site").touch()
+    again = cm.resume(run.id, journal=run._journal, engine=Echo()).approve()
+    assert "site' cannot be used: it is a file" in gate(again, "b").payload["error"]
+    (tmp_path / "site").unlink()
+    assert again.retry().wait(10)["b"].text == "b 2"
+
+
+def test_a_bug_of_ours_around_a_turn_ends_the_run_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(cm.Run, "_request", broken)
+    run = start("a -> b")
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        run.wait(10)
+    assert (run.status, kinds(run)[-2:]) == ("failed", ["TurnFailed", "RunFinished"])
+    monkeypatch.undo()
+    monkeypatch.setattr(cm.Run, "_turn_ended", broken)
+    run = start("a -> b")
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        run.wait(10)
+    assert run.status == "failed"
 
 
 def test_waiting_takes_seconds() -> None:
