@@ -24,9 +24,9 @@ from .engines.base import (
     TurnDone,
     UsageReported,
 )
-from .errors import CodeMachineError, EngineError, EngineTimeout
+from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
 from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
-from .workflow import Module, Step, Verdict
+from .workflow import Module, Step, Verdict, not_json
 
 YIELD_EVERY = 64
 """After so many pieces of text other turns get their chance."""
@@ -159,14 +159,21 @@ async def take_turn(
                     session_id = told.session_id
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
+        output, verdict = sound(done.output), _verdict(step, done)
+        for what, value in (("output", output), ("score", verdict.score if verdict is not None else None)):
+            if value is not None and (wrong := not_json(value)) is not None:
+                problem = (
+                    f"{started.step}: its {what} holds {wrong}, a number that JSON does not have. Give null instead."
+                )
+                raise EngineProtocolError(problem, engine=started.engine, step=started.step)
         event = TurnFinished(
             step=started.step,
             path=started.path,
             attempt=started.attempt,
             turn=started.turn,
             text=sound(done.text),
-            output=sound(done.output),
-            verdict=_verdict(step, done),
+            output=output,
+            verdict=verdict,
             usage=usage.usage if usage is not None else None,
             cost_usd=usage.cost_usd if usage is not None else None,
             session_id=session_id,

@@ -470,6 +470,39 @@ def test_a_result_that_is_not_there_says_why() -> None:
     assert behind.value.gate == pending.value.gate
 
 
+# -- what JSON cannot hold ---------------------------------------------------------------------------------------------
+
+
+class Measure(BaseModel):
+    value: float | dict[str, list[float]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1, {"deep": -float("inf")}]])
+def test_a_number_that_json_does_not_have_is_refused_as_an_input(value: Any) -> None:
+    steps = [cm.step("a", prompt="{{ v }}")]
+    with pytest.raises(cm.WorkflowError, match=r"input 'v' holds (nan|inf|-inf), a number that JSON does not have"):
+        cm.Workflow("w", steps=steps, inputs={"v": value})
+    with pytest.raises(cm.WorkflowError, match="input 'v' holds"):
+        cm.Workflow("w", steps=steps).start({"v": value}, journal=":memory:")
+
+
+@pytest.mark.parametrize("value", [float("nan"), {"deep": [1.0, -float("inf")]}, "a score"])
+def test_a_number_that_json_does_not_have_fails_the_turn_that_made_it(value: Any) -> None:
+    scored = value == "a score"
+
+    @cm.agent("a")
+    def a(turn: cm.Turn) -> Measure | cm.Verdict:
+        return cm.Verdict(action="continue", score=float("nan")) if scored else Measure(value=value)
+
+    run = cm.Workflow("w", agents=[a], steps="a").start(journal=":memory:")
+    opened = gate(run)
+    assert opened.kind == "failed"
+    what = "score" if scored else "output"
+    assert f"a: its {what} holds" in opened.payload["error"]
+    run.stop()
+    assert folded(run.events).steps["a"].last.output is run.state.steps["a"].last.output is None
+
+
 # -- steering --------------------------------------------------------------------------------------------------------
 
 
