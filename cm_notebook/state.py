@@ -77,7 +77,11 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "StepSkipped": ("skipped",),
         "Rewound": ("ready",),
     },
-    "ready": {"TurnStarted": ("running",), "Rewound": ("ready",)},
+    "ready": {
+        "TurnStarted": ("running",),
+        "GateOpened": ("waiting",),  # start, of a chained prompt
+        "Rewound": ("ready",),
+    },
     "running": {
         "SessionOpened": ("running",),
         "TurnFinished": ("ready", "due", "looping", "finished"),
@@ -108,7 +112,7 @@ _AT_REST: tuple[StepStatus, ...] = ("pending", "ready", "retrying", "due", "wait
 SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
     "LoopedBack": dict.fromkeys(_SETTLED, ("pending",)),
     "Rewound": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
-    "RunFinished": {"waiting": ("due", "finished", "pending")},
+    "RunFinished": {"waiting": ("due", "finished", "pending", "ready")},
     "StepChanged": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
 }
 """What an event may make of the steps that it is not about (and ``StepChanged`` of its own), by their status."""
@@ -214,6 +218,8 @@ class Redo:
     """An edited prompt, sent instead of the template."""
     answered: bool = False
     """A person asked for it: its prompt needs no ``start`` gate of its own."""
+    goes_on: bool = False
+    """No next attempt at all: the one there is goes on with a chained prompt that was asked about."""
 
 
 @dataclass(slots=True)
@@ -660,6 +666,8 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         step.attempts.append(Attempt(state.texts, number, event.iteration, engine=event.engine, started_at=event.at))
         step.answers = []
     last = step.attempts[-1]
+    if step.redo is not None:
+        step.redo.goes_on = False  # cut short, it is the next attempt
     if step.status == "retrying":
         last.turns.pop()
         last.started_at = event.at  # waiting between two tries is not work
@@ -717,9 +725,7 @@ def _judge(state: RunState, step: StepState, last: Attempt) -> None:
     if not more and (problem := _verdict_problem(step, last)) is not None:
         _owe(step, Due("verdict", {"reason": problem}, answer))
     elif asks:
-        payload: dict[str, Any] = {}
-        if state.mode == "step-by-step" and step.step.interactive is False:
-            payload["note"] = "This step asks for no pause, but in step-by-step mode every step pauses."
+        payload = _note(state, step)
         if more:
             payload["next_prompt"] = step.turn + 1
         _owe(step, Due("review", payload, answer))
@@ -727,6 +733,13 @@ def _judge(state: RunState, step: StepState, last: Attempt) -> None:
         _next_prompt(step, last)
     else:
         _conclude(state, step, last)
+
+
+def _note(state: RunState, step: StepState) -> dict[str, Any]:
+    """What a gate says beside, where the mode asks and not the step."""
+    if state.mode == "step-by-step" and step.step.interactive is False:
+        return {"note": "This step asks for no pause, but in step-by-step mode every step pauses."}
+    return {}
 
 
 def _next_prompt(step: StepState, last: Attempt) -> None:
@@ -843,7 +856,13 @@ def _stop_running(state: RunState, step: StepState) -> None:
 def _gate_opened(state: RunState, event: GateOpened) -> None:
     gate = event.gate
     step = _met(state, gate.step, event.type)
-    fits = {"pending": "start", "running": "question", "due": step.due and step.due.kind}
+    chained = step.turn > 1 and step.redo is None
+    fits = {
+        "pending": "start",
+        "ready": "start" if chained else None,
+        "running": "question",
+        "due": step.due and step.due.kind,
+    }
     if gate.kind != fits.get(step.status, "stale") or (gate.kind == "stale" and not step.stale):
         raise TransitionError(f"a {gate.kind!r} gate cannot open while step {step.id!r} is {step.status}.")
     if gate.kind == "start" and event.prompt is None:
@@ -855,7 +874,7 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
     if event.prompt is not None:
         state.texts[Ref(event.seq, "prompt")] = event.prompt + (event.context or ())
     if gate.kind == "start":
-        step.redo = Redo(prompt=Ref(event.seq, "prompt"))
+        step.redo = Redo(prompt=Ref(event.seq, "prompt"), goes_on=chained)
     state.gates[gate.id] = gate
 
 
@@ -939,9 +958,14 @@ def _stop_at(state: RunState, step: StepState, gate: Gate, due: Due | None, deci
     elif gate.kind == "stale":
         step.status, step.stale = "finished", True
     elif gate.kind == "start":
-        step.status, step.redo = "pending", None
+        _ask_again(step)
     else:
         step.status, step.due = "due", due
+
+
+def _ask_again(step: StepState) -> None:
+    """The prompt of `step` is put to a person again when the run goes on."""
+    step.status, step.redo = "pending" if step.turn == 1 else "ready", None
 
 
 def _approve_review(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
@@ -989,9 +1013,9 @@ def _skip(state: RunState, step: StepState, gate: Gate, decision: Decision, seq:
 
 
 def _approve_start(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
-    shown = step.redo.prompt if step.redo is not None else None
-    edited = Ref(seq, "output") if decision.output is not None else shown
-    step.status, step.redo = "ready", Redo(prompt=edited, answered=True)
+    shown = cast("Redo", step.redo)
+    edited = Ref(seq, "output") if decision.output is not None else shown.prompt
+    step.status, step.redo = "ready", Redo(prompt=edited, answered=True, goes_on=shown.goes_on)
 
 
 def _approve_verdict(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
@@ -1210,7 +1234,8 @@ def _next_attempt(step: StepState) -> int:
 
     After a person's own text comes another one, so that theirs stays what it was.
     """
-    goes_on = step.turn > 1 and step.redo is None and step.last is not None and not step.last.edited
+    asked = step.redo is not None and not step.redo.goes_on
+    goes_on = step.turn > 1 and not asked and step.last is not None and not step.last.edited
     return step.attempt if goes_on or step.status == "retrying" else step.attempt + 1
 
 
@@ -1226,7 +1251,7 @@ def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
     if kind == "stale":
         step.status, step.stale = "finished", True
     elif kind == "start":
-        step.status, step.redo = "pending", None
+        _ask_again(step)
     elif kind != "question":
         step.status = "due"
 
@@ -1342,7 +1367,7 @@ def _open(
     whole = hashlib.sha256()
     for piece in pieces(due.text, state.texts):
         whole.update(piece.encode("utf-8", "surrogatepass"))
-    attempt = step.attempt + 1 if due.kind == "start" else step.attempt
+    attempt = _next_attempt(step) if due.kind == "start" else step.attempt
     gate = Gate(
         id=f"{state.run_id}/{step.path}/{attempt}/{step.gates + 1}",
         kind=due.kind,
@@ -1384,11 +1409,8 @@ def _start(state: RunState, step: StepState, engine_of: Callable[[Step], str] | 
     if session is not None and engine_of is not None and engine_of(step.step) != step.session_engine:
         session = None  # another engine would not know it
     prompt, context = compose(state, step, continues=session is not None)
-    first = step.status == "pending" and step.turn == 1
-    asked = step.redo is not None and step.redo.answered
-    shows = step.step.gate != "after" and state.pauses(step.step)
-    if first and not asked and shows and missing_field(state, step) is None:  # else it fails as a turn
-        return Record(_open(state, step, Due("start", {}, prompt + (context or ())), prompt, context))
+    if _asks_first(state, step) and missing_field(state, step) is None:  # else it fails as a turn
+        return Record(_open(state, step, Due("start", _note(state, step), prompt + (context or ())), prompt, context))
     return StartTurn(
         step=step,
         attempt=_next_attempt(step),
@@ -1398,3 +1420,12 @@ def _start(state: RunState, step: StepState, engine_of: Callable[[Step], str] | 
         session_id=session,
         not_before=step.retry_at,
     )
+
+
+def _asks_first(state: RunState, step: StepState) -> bool:
+    """Whether the next prompt of `step` is put to a person; of chained prompts each in a manual run, else the first."""
+    if step.step.gate == "after" or not state.pauses(step.step):
+        return False
+    if step.turn > 1:
+        return step.status == "ready" and step.redo is None and state.mode == "step-by-step"
+    return step.status == "pending" and (step.redo is None or not step.redo.answered)

@@ -118,14 +118,15 @@ def test_pattern_5_gives_the_coordinator_what_the_architect_said() -> None:
 
 MODES: tuple[Any, ...] = ("never", False, "always", True, "unattended")
 BEFORE, AFTER, BETWEEN = ("start", "a", 1, 1), ("review", "a", 1, 1), [("review", "a", 1, 1), ("review", "a", 1, 2)]
+SECOND = ("start", "a", 1, 2)
 GATES_OF: dict[tuple[bool, bool, str], list[tuple[str, str, int, int]]] = {
-    # (every step pauses, chained prompts, gate): the gates; in manual mode there is one after each chained prompt
+    # (every step pauses, chained prompts, gate): the gates; in manual mode chained prompts have theirs each
     (True, False, "after"): [AFTER],
     (True, False, "before"): [BEFORE],
     (True, False, "both"): [BEFORE, AFTER],
     (True, True, "after"): BETWEEN,
-    (True, True, "before"): [BEFORE],
-    (True, True, "both"): [BEFORE, *BETWEEN],
+    (True, True, "before"): [BEFORE, SECOND],
+    (True, True, "both"): [BEFORE, BETWEEN[0], SECOND, BETWEEN[1]],
     (False, False, "after"): [AFTER],
     (False, False, "before"): [BEFORE],
     (False, False, "both"): [BEFORE, AFTER],
@@ -198,8 +199,38 @@ def test_an_open_gate_stays_open_when_the_mode_changes() -> None:
 
 
 def test_manual_mode_says_why_a_step_that_asks_for_no_pause_has_one() -> None:
-    assert "every step pauses" in run(work("a", interactive=False), mode=False).gate().payload["note"]
-    assert "note" not in run(work("a"), mode=False).gate().payload
+    for kind, place in (("review", "after"), ("start", "before")):
+        driver = run(work("a", interactive=False, gate=place), mode=False)
+        assert driver.gate().kind == kind
+        assert "every step pauses" in driver.gate().payload["note"]
+        assert "note" not in run(work("a", gate=place), mode=False).gate().payload
+
+
+def test_each_chained_prompt_may_be_edited_before_it_is_sent() -> None:
+    def asked() -> Driver:
+        return run(work("a", ["one", "two", "three"], gate="before"), mode=False).decide("approve")
+
+    def prompts(driver: Driver) -> list[str]:
+        return [attempt.prompt for attempt in driver.state.steps["a"].attempts]
+
+    driver = asked()
+    gate = driver.gate()
+    assert (gate.kind, gate.attempt, driver.turns()) == ("start", 1, ["a"])
+    driver.decide("approve", output="TWO").decide("approve")
+    assert (driver.state.status, prompts(driver)) == ("completed", ["one\n\nTWO\n\nthree"])
+
+    driver = asked()
+    driver.record(RunFinished(status="stopped"))
+    driver.record(RunResumed())
+    assert (driver.go().gate().kind, driver.gate().attempt, driver.turns()) == ("start", 1, ["a"]), "it asks again"
+    driver.record(GateDecided(gate_id=driver.gate().id, decision=Decision(action="approve")))
+    driver.until_running("a").cut()
+    assert (driver.go().gate().kind, prompts(driver)) == ("start", ["one\n\ntwo", "two"])
+    assert driver.decide("approve").state.status == "completed"
+
+    driver = asked()
+    assert driver.decide("skip").state.status == "completed"
+    assert driver.text("a") == ""
 
 
 # -- decisions --------------------------------------------------------------------------------------------------------
