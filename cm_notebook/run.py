@@ -590,7 +590,7 @@ class Run:
             last = found.last
             if last is not None and last.decision is not None:
                 raise AlreadyDecided(f"{found.id!r} was {meaning.already(last.decision)}")
-            raise TransitionError(f"{found.id!r} has no open gate: it is {meaning.STATUS_WORDS[found.status]}.")
+            raise TransitionError(f"{found.id!r} has no open gate: it is {meaning.status_word(state, found)}.")
 
     # -- steering -----------------------------------------------------------------------------------------------------
 

@@ -129,7 +129,16 @@ STATUS_WORDS: dict[StepStatus, str] = {
     "finished": "done",
     "skipped": "skipped",
 }
-"""A step's status in words for people."""
+"""A step's status in words for people; :func:`status_word` knows of the run's end too."""
+
+
+def status_word(state: RunState, step: StepState) -> str:
+    """How `step` stands, in words: once the run has ended nothing waits any more."""
+    if state.ended is None or step.status != "due":
+        return STATUS_WORDS[step.status]
+    kind = step.due.kind if step.due is not None else None
+    ended_it = kind == "exhausted" and isinstance(step.step, Module) and step.step.on_exhausted == "fail"
+    return "failed" if kind == "failed" or ended_it else "not decided"
 
 
 NO_FIELDS = "The edited text is not the JSON of the output any more, so it has no fields."

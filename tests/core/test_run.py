@@ -255,6 +255,25 @@ def test_skip_goes_on_without_output() -> None:
     assert run["planner"].status == "skipped"
 
 
+@pytest.mark.parametrize(("on_exhausted", "word"), [("fail", "failed"), ("pause", "not decided")])
+def test_nothing_waits_in_a_run_that_has_ended(on_exhausted: Any, word: str) -> None:
+    judge = cm.module("judge", prompt="Judge.", loop_max_iterations=0, on_exhausted=on_exhausted)
+    script = {"a": ["1"], "judge": ['{"action": "loop"}']}
+    flow = cm.Workflow("w", steps=[cm.step("a", prompt="Work."), judge])
+    run = flow.start(engine=cm.ScriptedEngine(script), journal=":memory:")
+    if on_exhausted == "pause":
+        gate(run)
+        assert run["judge"].status == "waiting"
+        run.stop()
+    with contextlib.suppress(cm.RunFailed):
+        run.wait(10)
+    assert (run.status, run["judge"].status) == ("failed" if word == "failed" else "stopped", word)
+    assert f"judge  {word}" in repr(run._repr_mimebundle_()["text/plain"]), "the view says the same"
+    again = cm.resume(run.id, journal=run._journal)
+    assert (gate(again).kind, again["judge"].status) == ("exhausted", "waiting")
+    again.stop()
+
+
 def test_a_decision_counts_once() -> None:
     run = start("planner? -> reviewer?")
     opened = gate(run)
