@@ -570,6 +570,7 @@ class Run:
 
         Raises
         ------
+        AlreadyDecided     The last one has its answer, or was closed as the run ended.
         TransitionError    There is none, or more than one and no step was named.
         """
         with self.reading() as state:
@@ -580,6 +581,8 @@ class Run:
                 if not opened:
                     if self._lost is not None:
                         raise TransitionError(f"run {self.id!r} was given up here, so no gate is open: {self._lost}")
+                    if state.last_gate is not None:
+                        self._check_answered(state, state.last_gate)
                     raise TransitionError(f"no gate is open: run {self.id!r} is {state.status}.")
                 raise TransitionError(
                     f"several gates are open; name the step: {', '.join(gate.step for gate in opened)}."
@@ -590,7 +593,17 @@ class Run:
             last = found.last
             if last is not None and last.decision is not None:
                 raise AlreadyDecided(f"{found.id!r} was {meaning.already(last.decision)}")
+            if state.last_gate is not None and state.last_gate.step == found.id:
+                self._check_answered(state, state.last_gate)
             raise TransitionError(f"{found.id!r} has no open gate: it is {meaning.status_word(state, found)}.")
+
+    def _check_answered(self, state: RunState, gate: Gate) -> None:
+        """Say what became of a gate that is open no more."""
+        answer, step = state.decisions.get(gate.id), state.steps.get(gate.step)
+        if answer is not None:
+            raise AlreadyDecided(f"{gate.step!r} was {meaning.already(answer)}")
+        if state.ended in ("stopped", "failed") and step is not None:
+            raise AlreadyDecided(meaning.closed(state, step))
 
     # -- steering -----------------------------------------------------------------------------------------------------
 

@@ -351,6 +351,8 @@ class RunState:
     running: dict[str, StepState] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
     """The open ones, by id, oldest first."""
+    last_gate: Gate | None = None
+    """The one that opened last, open or not."""
     decisions: dict[str, Decision] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -884,7 +886,7 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
         state.texts[Ref(event.seq, "prompt")] = event.prompt + (event.context or ())
     if gate.kind == "start":
         step.redo = Redo(prompt=Ref(event.seq, "prompt"), goes_on=chained)
-    state.gates[gate.id] = gate
+    state.gates[gate.id] = state.last_gate = gate
 
 
 def gate_of(state: RunState, gate_id: str) -> Gate:
@@ -904,9 +906,20 @@ def gate_of(state: RunState, gate_id: str) -> Gate:
     place = gate_id.split("/")
     earlier = state.steps.get("/".join(place[1:-2]))
     if earlier is not None and place[-1] in map(str, range(1, earlier.gates + 1)):
+        if place[-1] == str(earlier.gates) and state.ended in ("stopped", "failed"):
+            raise AlreadyDecided(closed(state, earlier))
         raise AlreadyDecided(f"that gate of {earlier.id!r} is closed: its turn is over. Nothing was changed.")
     opened = ", ".join(state.gates) or "none"
     raise TransitionError(f"there is no gate {gate_id!r}. Open: {opened}.")
+
+
+def closed(state: RunState, step: StepState) -> str:
+    """That the gate of `step` was closed without an answer, as the run ended."""
+    why = f": {state.reason}" if state.reason else ""
+    return (
+        f"the gate of {step.id!r} is closed: run {state.run_id!r} is {state.ended}{why}. Nothing was changed. "
+        f"Go on with it, and it asks again: cm.resume({state.run_id!r})."
+    )
 
 
 def already(decision: Decision) -> str:

@@ -286,6 +286,32 @@ def test_a_decision_counts_once() -> None:
     assert [event.type for event in run.events].count("GateDecided") == 1
 
 
+@pytest.mark.parametrize("place", ["a?", "a? -> b?"])
+def test_the_same_decision_twice_says_who_was_first(place: str) -> None:
+    run = start(place)
+    opened = gate(run)
+    run.stop().wait(10)
+    for late in (
+        lambda: run.decide(opened.id, cm.Decision(action="approve")),
+        lambda: run.approve(),
+        lambda: run.approve("a"),
+    ):
+        with pytest.raises(cm.AlreadyDecided, match=r"the gate of 'a' is closed: run '.*' is stopped: stopped by you"):
+            late()
+    again = cm.resume(run.id, workflow(place), journal=run._journal, engine=Echo())
+    gate(again)
+    again.approve()
+    if "b" in place:
+        gate(again, "b")
+        again.approve()
+    for late in (lambda: again.approve(), lambda: again.skip()):
+        with pytest.raises(cm.AlreadyDecided, match=r"'[ab]' was already approved by you at \d\d:\d\d"):
+            late()
+    assert again.wait(10).status == "completed"
+    with pytest.raises(cm.TransitionError, match=r"no gate is open: run '.*' is completed"):
+        start("a").wait(10).approve()
+
+
 def test_of_many_threads_one_wins() -> None:
     run = start("planner?")
     opened, won, lost = gate(run), [], []

@@ -819,7 +819,7 @@ def test_stopping_closes_the_gate_and_resuming_opens_it_again(kind: Any) -> None
     message = driver.refused(
         GateDecided(gate_id=before.id, decision=Decision(action=before.actions[0])), TransitionError
     )
-    assert "over" in message
+    assert "is stopped. Nothing was changed" in message
     assert "resume it first" in driver.refused(RunPaused(), TransitionError)
     driver.record(RunResumed())
     after = driver.go().gate()
