@@ -735,8 +735,9 @@ class Run:
 
         Raises
         ------
-        WorkflowError    A step that has run is renamed, deleted or stands elsewhere; nothing was changed.
+        WorkflowError    A step that has run is renamed or deleted, or a step stands elsewhere; nothing was changed.
         """
+        edits.check_order(self.state, workflow)
         values = edits.inputs_of(self.state, workflow, inputs)
         check_templates(workflow, values)
         with self._lock:
@@ -774,6 +775,8 @@ class Run:
         """
         if inputs and workflow is None:
             workflow = self.workflow
+        if workflow is not None:
+            edits.check_order(self.state, workflow)
         values = edits.inputs_of(self.state, workflow, inputs)
         if workflow is not None:
             check_templates(workflow, values)
@@ -1490,7 +1493,8 @@ def resume(
     Parameters
     ----------
     workflow
-        Its definition as it is now: steps that changed are stale. Needed for the Python functions among its agents,
+        Its definition as it is now: steps that changed are stale. One that has run keeps its name and is not deleted;
+        one that has not may be; those that stay keep their order. Needed for the Python functions among its agents,
         unless `agents` has them.
     inputs
         Values of template names, over those the run has.
@@ -1539,6 +1543,7 @@ def resume(
         if inputs and workflow is None:
             workflow = run.workflow
         if workflow is not None:
+            edits.check_order(run.state, workflow)
             values = edits.inputs_of(run.state, workflow, inputs)
             check_templates(workflow, values)
             different = edits.revision(run._state, workflow, values)

@@ -198,6 +198,34 @@ def test_what_has_run_cannot_be_deleted_or_moved(steps: str, words: str) -> None
     cm.resume(run.id, five_steps(), journal=journal, engine=cm.ScriptedEngine(SCRIPT), on_gate=policy).wait(20)
 
 
+@pytest.mark.parametrize("how", ["resume", "revise", "go_on"])
+def test_a_renamed_step_is_named_before_the_template_that_misses_it(how: str) -> None:
+    def flow(first: str, last: str) -> cm.Workflow:
+        steps = [cm.step(first, prompt="x"), cm.step("b", prompt="on {{ a }}", interactive=True)]
+        return cm.Workflow("w", steps=[*steps, cm.step(last, prompt="z")])
+
+    script = {"a": ["1"], "b": ["2", "3"], "end": ["4"]}
+    run = flow("a", "z").start(engine=cm.ScriptedEngine(script), journal=MemoryJournal())
+    gate(run)
+    if how == "resume":
+        run.stop().wait(10)
+
+    def go_on(workflow: cm.Workflow) -> cm.Run:
+        if how == "resume":
+            return cm.resume(run.id, workflow, journal=run._journal, engine=cm.ScriptedEngine(script))
+        if how == "revise":
+            run.revise(workflow)
+            return run
+        return run.go_on(workflow)
+
+    with pytest.raises(cm.WorkflowError, match="step 'a' has run and is renamed to 'plan'"):
+        go_on(flow("plan", "z"))
+    again = go_on(flow("a", "end"))
+    gate(again)
+    again.approve()
+    assert again.wait(10)["end"].text == "4", "a step that has not run may have another name"
+
+
 def test_a_new_step_stands_where_the_definition_has_it() -> None:
     run, journal = _stopped_at_deployer()
     edited = cm.Workflow(
