@@ -226,6 +226,35 @@ def _ends_as_interrupts() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+class _HeldInterrupts:
+    """Ctrl+C waits until ``release``, where it counts: a run that has begun must be there to be stopped by it.
+
+    A second one does not wait.
+    """
+
+    def __init__(self) -> None:
+        self._came = False
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        mine = threading.current_thread() is threading.main_thread()
+        self._taken = [number for number in numbers if mine and signal.getsignal(number) is signal.default_int_handler]
+        for number in self._taken:
+            signal.signal(number, self._note)
+
+    def _note(self, *_: object) -> None:
+        if self._came:
+            raise KeyboardInterrupt
+        self._came = True
+
+    def release(self) -> None:
+        """From now on it is as before; what came meanwhile comes now."""
+        for number in self._taken:
+            signal.signal(number, signal.default_int_handler)
+        self._taken = []
+        if self._came:
+            self._came = False
+            raise KeyboardInterrupt
+
+
 def _dispatch(words: list[str]) -> int:
     name = words[0] if words else "--help"
     if name in ("-h", "--help", "help"):
@@ -291,13 +320,19 @@ def _run(words: list[str]) -> int:
     policy = asked.get("on_gate") or config.setting("on_gate")
     there = policy is None and somebody() and (console.can_ask or config.setting("headless") is False)
     config.chosen["headless"] = not there  # the run asks the same question, and must come to the same answer
-    run, known = _begin(asked, policy)
-    told = Session(run, console, asks=there and console.can_ask, verbose="verbose" in asked, known=known)
-    return told.see_through(_again(asked, run.id), until=asked.get("until"))
+    begin = _beginning(asked, policy)
+    held = _HeldInterrupts()
+    try:
+        run, known = begin()
+        told = Session(run, console, asks=there and console.can_ask, verbose="verbose" in asked, known=known)
+    except BaseException:
+        held.release()
+        raise
+    return told.see_through(_again(asked, run.id), until=asked.get("until"), ready=held.release)
 
 
-def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
-    """The run that was asked for, and up to which event its story was told before."""
+def _beginning(asked: dict[str, Any], policy: Any) -> Callable[[], tuple[Run, int]]:
+    """What begins the run that was asked for, and says up to which event its story was told before."""
     workflow = load(asked["file"], asked.get("workflow"))
     runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
@@ -305,11 +340,17 @@ def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
     given = {name: asked[name] for name in ("engine", "tape", "until") if name in asked}
     if "resume" not in asked:
         workspace = asked.get("workspace")
-        return Run.start(workflow, inputs, journal=journal, workspace=workspace, on_gate=policy, **given), 0
+        return lambda: (
+            Run.start(workflow, inputs, journal=journal, workspace=workspace, on_gate=policy, **given),
+            0,
+        )
     before = Run.open(asked["resume"], journal).state
     known = before.seq
     check_read(workflow, inputs, {**workflow.inputs, **before.inputs})
-    return runs.resume(asked["resume"], workflow, inputs=inputs, journal=journal, on_gate=policy, **given), known
+    return lambda: (
+        runs.resume(asked["resume"], workflow, inputs=inputs, journal=journal, on_gate=policy, **given),
+        known,
+    )
 
 
 def _again(asked: dict[str, Any], run_id: str) -> str | None:
@@ -455,11 +496,15 @@ class Session:
         self._written: dict[tuple[str, int], list[str]] = {}
         """What has been printed of an attempt's text, in pieces."""
 
-    def see_through(self, again: str | None, until: str | None = None) -> int:
-        """Follow the run until it rests; returns the exit code, having said why if it is not 0."""
+    def see_through(self, again: str | None, until: str | None = None, ready: Callable[[], None] = lambda: None) -> int:
+        """Follow the run until it rests; returns the exit code, having said why if it is not 0.
+
+        `ready` is called where an interrupt stops the run.
+        """
         why = ""
         feed = self._run.watch(self._awake.set)
         try:
+            ready()
             self._tell(self._run.events)
             threading.Thread(target=self._await_rest, name="cm-rest", daemon=True).start()
             while not self._rests:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -392,6 +393,19 @@ def test_an_interrupt_stops_the_run_which_can_go_on(number: signal.Signals) -> N
     again = ran("run", "flow.py", "--resume", last_run().id)
     assert again.code == 0
     assert not any("first ok" in line for line in again.lines)
+
+
+def test_an_interrupt_while_the_run_begins_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = cli.Run.start
+
+    def interrupted(*args: Any, **options: Any) -> cm.Run:
+        run = begun(*args, **options)
+        signal.raise_signal(signal.SIGINT)  # the run is on disk by then, and only this frame knows it
+        return run
+
+    monkeypatch.setattr(cli.Run, "start", interrupted)
+    assert cli.main(["run", write(SLOW)]) == 4
+    assert last_run().status == "stopped"
 
 
 def test_agents_get_to_end_what_they_began() -> None:
