@@ -103,23 +103,38 @@ def removal(state: RunState, step: str) -> list[AnyEvent]:
     return [*cut, StepRemoved(step=gone.id)]
 
 
+def check_order(state: RunState, workflow: Workflow) -> None:
+    """Refuse an edited definition in which a step that has run is not found again; said before all else of it.
+
+    A step that has not run may be renamed or deleted: it has nothing to lose. The steps that stay keep their order.
+
+    Raises
+    ------
+    WorkflowError    A step that has run is renamed or deleted, or a step stands elsewhere.
+    """
+    old, new = [step.id for step in state.order], [item.id for item in workflow.executable]
+    hint = f"Start a new run for the new workflow: `%cm workflow {state.name} --new`, or workflow.start()."
+    for place, id in enumerate(old):
+        if id not in new and state.steps[id].attempts:
+            other = new[place] if place < len(new) and new[place] not in old else None
+            now = f"is renamed to {other!r}" if other is not None else "is no longer in the workflow"
+            raise WorkflowError(f"step {id!r} has run and {now}. {hint}")
+    kept, wanted = [id for id in old if id in new], [id for id in new if id in old]
+    for here, there in zip(kept, wanted, strict=True):
+        if here != there:
+            raise WorkflowError(f"step {here!r} stands elsewhere now. {hint}")
+
+
 def revision(state: RunState, workflow: Workflow, inputs: dict[str, Any]) -> list[AnyEvent]:
     """The events that lead to `workflow`, an edited definition of the same one.
 
     Raises
     ------
-    WorkflowError    A step that has run is renamed, deleted or stands elsewhere.
+    WorkflowError    As for :func:`check_order`.
     """
-    old, new = [step.id for step in state.order], [item.id for item in workflow.executable]
-    hint = f"Start a new run for the new workflow: `%cm workflow {state.name} --new`, or workflow.start()."
-    gone = [id for id in old if id not in new]
-    for id in gone:
-        if state.steps[id].attempts:
-            raise WorkflowError(f"step {id!r} has run and is no longer in the workflow. {hint}")
-    kept, wanted = [id for id in old if id in new], [id for id in new if id in old]
-    for here, there in zip(kept, wanted, strict=True):
-        if here != there:
-            raise WorkflowError(f"step {here!r} stands elsewhere now. {hint}")
+    check_order(state, workflow)
+    kept = {item.id for item in workflow.executable}
+    gone = [step.id for step in state.order if step.id not in kept]
     events = [*_redefinition(state, workflow, inputs), *(event for id in gone for event in removal(state, id))]
     made = workflow.model_copy(update={"inputs": inputs})  # which are known by then
     before: str | None = None

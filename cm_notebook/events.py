@@ -176,10 +176,14 @@ class RunPaused(BaseEvent):
 
 
 class RunUnpaused(BaseEvent):
-    """The run goes on, up to and including the step ``until`` when that is given."""
+    """The run goes on, up to and including the step ``until`` when that is given.
+
+    ``once``: as far as that step has run once, even if it is a module that sends the run back.
+    """
 
     type: Literal["RunUnpaused"] = Field(default="RunUnpaused", exclude=True)
     until: str | None = None
+    once: bool = False
 
 
 class ModeChanged(BaseEvent):
@@ -263,6 +267,17 @@ class TurnStarted(BaseEvent):
     digest: str
     session_id: str | None = None
     engine: str
+
+
+class SessionOpened(BaseEvent):
+    """The agent said by which id its conversation can be continued, whatever becomes of the turn."""
+
+    type: Literal["SessionOpened"] = Field(default="SessionOpened", exclude=True)
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    session_id: str
 
 
 class TurnFinished(BaseEvent):
@@ -354,6 +369,7 @@ AnyEvent = (
     | StepRemoved
     | StepSkipped
     | TurnStarted
+    | SessionOpened
     | TurnFinished
     | TurnFailed
     | TurnCutShort

@@ -67,6 +67,7 @@ from .events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    SessionOpened,
     TurnCutShort,
     TurnStarted,
     Usage,
@@ -165,7 +166,7 @@ class Run:
         workspace
             Folder the agents work in; by default an empty one below ``.cm_notebook/work``.
         until
-            Id of a step: pause when it is done.
+            Id of a step: pause when it is done; a module is when it sends the run back no more.
         on_gate
             Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
             that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open.
@@ -569,6 +570,7 @@ class Run:
 
         Raises
         ------
+        AlreadyDecided     The last one has its answer, or was closed as the run ended.
         TransitionError    There is none, or more than one and no step was named.
         """
         with self.reading() as state:
@@ -579,6 +581,8 @@ class Run:
                 if not opened:
                     if self._lost is not None:
                         raise TransitionError(f"run {self.id!r} was given up here, so no gate is open: {self._lost}")
+                    if state.last_gate is not None:
+                        self._check_answered(state, state.last_gate)
                     raise TransitionError(f"no gate is open: run {self.id!r} is {state.status}.")
                 raise TransitionError(
                     f"several gates are open; name the step: {', '.join(gate.step for gate in opened)}."
@@ -589,7 +593,17 @@ class Run:
             last = found.last
             if last is not None and last.decision is not None:
                 raise AlreadyDecided(f"{found.id!r} was {meaning.already(last.decision)}")
-            raise TransitionError(f"{found.id!r} has no open gate: it is {meaning.STATUS_WORDS[found.status]}.")
+            if state.last_gate is not None and state.last_gate.step == found.id:
+                self._check_answered(state, state.last_gate)
+            raise TransitionError(f"{found.id!r} has no open gate: it is {meaning.status_word(state, found)}.")
+
+    def _check_answered(self, state: RunState, gate: Gate) -> None:
+        """Say what became of a gate that is open no more."""
+        answer, step = state.decisions.get(gate.id), state.steps.get(gate.step)
+        if answer is not None:
+            raise AlreadyDecided(f"{gate.step!r} was {meaning.already(answer)}")
+        if state.ended in ("stopped", "failed") and step is not None:
+            raise AlreadyDecided(meaning.closed(state, step))
 
     # -- steering -----------------------------------------------------------------------------------------------------
 
@@ -616,7 +630,7 @@ class Run:
             step = self._state.current
             if step is None:
                 raise TransitionError(f"run {self.id!r} has no step left.")
-            return [RunUnpaused(until=step.id)]
+            return [RunUnpaused(until=step.id, once=True)]
 
         self._go_on(propose)
         return self
@@ -721,8 +735,9 @@ class Run:
 
         Raises
         ------
-        WorkflowError    A step that has run is renamed, deleted or stands elsewhere; nothing was changed.
+        WorkflowError    A step that has run is renamed or deleted, or a step stands elsewhere; nothing was changed.
         """
+        edits.check_order(self.state, workflow)
         values = edits.inputs_of(self.state, workflow, inputs)
         check_templates(workflow, values)
         with self._lock:
@@ -739,6 +754,7 @@ class Run:
         inputs: Mapping[str, Any] | None = None,
         *,
         until: str | None = None,
+        once: bool = False,
         again: str | None = None,
         later: bool = False,
     ) -> Run:
@@ -748,8 +764,8 @@ class Run:
         ----------
         workflow, inputs
             The definition as it is now, as for :meth:`revise`.
-        until
-            Id of a step: pause when it is done. ``None``: no limit.
+        until, once
+            Id of a step: pause when it is done, or (``once``) has run once. ``None``: no limit.
         again, later
             A step to run again, as for :meth:`rerun`.
 
@@ -759,6 +775,8 @@ class Run:
         """
         if inputs and workflow is None:
             workflow = self.workflow
+        if workflow is not None:
+            edits.check_order(self.state, workflow)
         values = edits.inputs_of(self.state, workflow, inputs)
         if workflow is not None:
             check_templates(workflow, values)
@@ -777,9 +795,9 @@ class Run:
                 under_way = [step for step in state.under_way if step.id not in gone]
                 events += [meaning.cut_short(step, f"{again} runs again") for step in under_way]
                 events.append(Rewound(to=again, later=later))
-            held = state.paused or state.until_reached or state.until != until
+            held = state.paused or state.until_reached or (state.until, state.until_once) != (until, once)
             if held if state.ended is None else until is not None:  # resuming lifts every limit
-                events.append(RunUnpaused(until=until))
+                events.append(RunUnpaused(until=until, once=once))
             return events
 
         self._go_on(propose)
@@ -1246,9 +1264,13 @@ class Run:
                 for feed in self._feeds:
                     feed.put_text(turn.started.path, turn.started.attempt, text)
 
+        def opened(session_id: str) -> None:
+            self._propose(lambda: self._session_opened(turn, session_id), wait=False)
+
         turn.run_clock()
         try:
-            ending = await take_turn(turn, self._engine_for(turn.step), self._request(turn, prompt, write), write)
+            engine, request = self._engine_for(turn.step), self._request(turn, prompt, write)
+            ending = await take_turn(turn, engine, request, write, opened)
         except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
             ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
             self._propose(lambda: self._turn_ended(turn, ending), wait=False)
@@ -1263,6 +1285,14 @@ class Run:
     def _too_late(self, turn: LiveTurn) -> None:
         self._propose(lambda: self._turn_ended(turn, too_late(turn)), wait=False)
         turn.cancel()
+
+    def _session_opened(self, turn: LiveTurn, session_id: str) -> list[AnyEvent]:
+        """That its agent's conversation has this id, as an event; none when the turn was cut short meanwhile."""
+        started = turn.started
+        if self._turns.get(started.path) is not turn:
+            return []
+        where = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
+        return [SessionOpened(**where, session_id=session_id)]
 
     def _turn_ended(self, turn: LiveTurn, ending: Ending) -> list[AnyEvent]:
         """The end of a turn as events; none when the turn was cut short meanwhile."""
@@ -1463,7 +1493,8 @@ def resume(
     Parameters
     ----------
     workflow
-        Its definition as it is now: steps that changed are stale. Needed for the Python functions among its agents,
+        Its definition as it is now: steps that changed are stale. One that has run keeps its name and is not deleted;
+        one that has not may be; those that stay keep their order. Needed for the Python functions among its agents,
         unless `agents` has them.
     inputs
         Values of template names, over those the run has.
@@ -1512,6 +1543,7 @@ def resume(
         if inputs and workflow is None:
             workflow = run.workflow
         if workflow is not None:
+            edits.check_order(run.state, workflow)
             values = edits.inputs_of(run.state, workflow, inputs)
             check_templates(workflow, values)
             different = edits.revision(run._state, workflow, values)

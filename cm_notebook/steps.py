@@ -28,9 +28,12 @@ class StepView:
 
     @property
     def status(self) -> str:
-        """``pending, queued, running, asks you, tries again, waiting, done`` or ``skipped``."""
-        with self.run.reading():
-            return meaning.STATUS_WORDS[self._step.status]
+        """``pending, queued, running, asks you, tries again, waiting, done`` or ``skipped``.
+
+        Where the run has ended at it also ``failed`` or ``not decided``.
+        """
+        with self.run.reading() as state:
+            return meaning.status_word(state, self._step)
 
     @property
     def stale(self) -> bool:

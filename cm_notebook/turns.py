@@ -26,7 +26,7 @@ from .engines.base import (
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
 from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
-from .workflow import Module, Step, Verdict
+from .workflow import Module, Step, Verdict, not_json
 
 YIELD_EVERY = 64
 """After so many pieces of text other turns get their chance."""
@@ -113,13 +113,21 @@ class LiveTurn:
             self.task.cancel()
 
 
-async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write: Callable[[str], None]) -> Ending:
+async def take_turn(
+    turn: LiveTurn,
+    engine: Engine,
+    request: AgentRequest,
+    write: Callable[[str], None],
+    opened: Callable[[str], None],
+) -> Ending:
     """Do `turn`: send the request to the engine and pass on what it writes.
 
     Parameters
     ----------
     write
         Gets the live text.
+    opened
+        Gets the id of the agent's conversation as soon as it is known.
 
     Raises
     ------
@@ -151,6 +159,8 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
                 elif isinstance(told, (ToolCalled, ToolReturned)):
                     write(_tool_line(told))
                 elif isinstance(told, SessionStarted):
+                    if told.session_id not in (session_id, started.session_id):
+                        opened(told.session_id)
                     session_id = told.session_id
                 else:
                     raise EngineProtocolError(
@@ -160,14 +170,21 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
                     )
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
+        output, verdict = sound(done.output), _verdict(step, done)
+        for what, value in (("output", output), ("score", verdict.score if verdict is not None else None)):
+            if value is not None and (wrong := not_json(value)) is not None:
+                problem = (
+                    f"{started.step}: its {what} holds {wrong}, a number that JSON does not have. Give null instead."
+                )
+                raise EngineProtocolError(problem, engine=started.engine, step=started.step)
         event = TurnFinished(
             step=started.step,
             path=started.path,
             attempt=started.attempt,
             turn=started.turn,
             text=sound(done.text),
-            output=sound(done.output),
-            verdict=_verdict(step, done),
+            output=output,
+            verdict=verdict,
             usage=usage.usage if usage is not None else None,
             cost_usd=usage.cost_usd if usage is not None else None,
             session_id=session_id,

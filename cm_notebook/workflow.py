@@ -6,6 +6,7 @@ A workflow is a list of steps; each step names the agent that does the work. The
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
@@ -569,6 +570,25 @@ def check_inputs(inputs: Any) -> None:
                 f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
                 f"Pass its text: str({name})."
             ) from None
+        if (wrong := not_json(value)) is not None:
+            raise WorkflowError(f"input {name!r} holds {wrong}, a number that JSON does not have. Pass text, or None.")
+
+
+def not_json(value: Any) -> str | None:
+    """``nan``, ``inf`` or ``-inf``, if it stands anywhere in `value`: JSON has no word for it."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        stack = [value]
+        while stack:
+            one = stack.pop()
+            if isinstance(one, float) and not math.isfinite(one):
+                return repr(float(one))
+            if isinstance(one, dict):
+                stack += [*one, *one.values()]
+            elif isinstance(one, (list, tuple)):
+                stack += one
+    return None
 
 
 def _check_loop(where: str, item: Module, before: list[Step]) -> None:

@@ -411,7 +411,7 @@ class Notebook:
         id = current.id if current is not None else next((id for id in ids if id not in done), None)
         if id is None:
             raise TransitionError(f"{self._planned().name} has no step left. Add one, or start anew: `%cm run`.")
-        return self._run_to(ids[: ids.index(id) + 1], items, exactly=True), id
+        return self._run_to(ids[: ids.index(id) + 1], items, exactly=True, once=True), id
 
     def take_up(self, run_id: str) -> Run:
         """Go on with a run of the journal, by its id."""
@@ -484,12 +484,13 @@ class Notebook:
         touched: list[AnyStep],
         *,
         exactly: bool = False,
+        once: bool = False,
         cell: Step | None = None,
         again: str | None = None,
         given: Iterable[str] = (),
         **options: Any,
     ) -> Run:
-        """Let the run go as far as `reach`, no further if `exactly`.
+        """Let the run go as far as `reach`, no further if `exactly`, and if `once` not even back in a loop.
 
         The notebook's variables are read for the steps that are `touched`; `cell` is the step whose cell is run;
         `given` names the inputs of this very call.
@@ -511,10 +512,10 @@ class Notebook:
                 again = self._again(run.state, cell, workflow)
             if run is self.found:
                 run = self._resume(run, workflow, limit, options)
-                if again is not None:
-                    run.go_on(until=limit, again=again, later=later)
+                if again is not None or once:
+                    run.go_on(until=limit, once=once, again=again, later=later)
             else:
-                run.go_on(workflow, until=limit, again=again, later=later)
+                run.go_on(workflow, until=limit, once=once, again=again, later=later)
         self.run, self.found, self._allowed = run, None, allowed
         return run
 

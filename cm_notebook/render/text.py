@@ -42,7 +42,7 @@ from ..events import (
     Usage,
     WorkflowChanged,
 )
-from ..state import STATUS_WORDS, Attempt, RunState, StepState, why_stale
+from ..state import STATUS_WORDS, Attempt, RunState, StepState, status_word, why_stale
 from ..workflow import Module, Separator
 from .markdown import Clipped, clean, clip
 
@@ -238,8 +238,8 @@ def look(state: RunState, step: StepState) -> Look:
     if step.status in ("due", "waiting") and kind == "failed":
         return Look("failed", "failed")
     if state.ended is not None:
-        if step.status in ("due", "waiting"):
-            return Look("not decided", "waiting")
+        if step.status == "due":
+            return Look(said := status_word(state, step), "failed" if said == "failed" else "waiting")
         if step.last is not None and step.last.cut_short and step.status in ("ready", "asking", "running"):
             return Look("cut short", "failed")
         if step.status == "retrying":

@@ -294,6 +294,25 @@ def test_skip_goes_on_without_output() -> None:
     assert run["planner"].status == "skipped"
 
 
+@pytest.mark.parametrize(("on_exhausted", "word"), [("fail", "failed"), ("pause", "not decided")])
+def test_nothing_waits_in_a_run_that_has_ended(on_exhausted: Any, word: str) -> None:
+    judge = cm.module("judge", prompt="Judge.", loop_max_iterations=0, on_exhausted=on_exhausted)
+    script = {"a": ["1"], "judge": ['{"action": "loop"}']}
+    flow = cm.Workflow("w", steps=[cm.step("a", prompt="Work."), judge])
+    run = flow.start(engine=cm.ScriptedEngine(script), journal=":memory:")
+    if on_exhausted == "pause":
+        gate(run)
+        assert run["judge"].status == "waiting"
+        run.stop()
+    with contextlib.suppress(cm.RunFailed):
+        run.wait(10)
+    assert (run.status, run["judge"].status) == ("failed" if word == "failed" else "stopped", word)
+    assert f"judge  {word}" in repr(run._repr_mimebundle_()["text/plain"]), "the view says the same"
+    again = cm.resume(run.id, journal=run._journal)
+    assert (gate(again).kind, again["judge"].status) == ("exhausted", "waiting")
+    again.stop()
+
+
 def test_a_decision_counts_once() -> None:
     run = start("planner? -> reviewer?")
     opened = gate(run)
@@ -304,6 +323,32 @@ def test_a_decision_counts_once() -> None:
     with pytest.raises(cm.AlreadyDecided, match="already approved"):
         run.approve("planner")
     assert [event.type for event in run.events].count("GateDecided") == 1
+
+
+@pytest.mark.parametrize("place", ["a?", "a? -> b?"])
+def test_the_same_decision_twice_says_who_was_first(place: str) -> None:
+    run = start(place)
+    opened = gate(run)
+    run.stop().wait(10)
+    for late in (
+        lambda: run.decide(opened.id, cm.Decision(action="approve")),
+        lambda: run.approve(),
+        lambda: run.approve("a"),
+    ):
+        with pytest.raises(cm.AlreadyDecided, match=r"the gate of 'a' is closed: run '.*' is stopped: stopped by you"):
+            late()
+    again = cm.resume(run.id, workflow(place), journal=run._journal, engine=Echo())
+    gate(again)
+    again.approve()
+    if "b" in place:
+        gate(again, "b")
+        again.approve()
+    for late in (lambda: again.approve(), lambda: again.skip()):
+        with pytest.raises(cm.AlreadyDecided, match=r"'[ab]' was already approved by you at \d\d:\d\d"):
+            late()
+    assert again.wait(10).status == "completed"
+    with pytest.raises(cm.TransitionError, match=r"no gate is open: run '.*' is completed"):
+        start("a").wait(10).approve()
 
 
 def test_of_many_threads_one_wins() -> None:
@@ -509,6 +554,39 @@ def test_a_result_that_is_not_there_says_why() -> None:
     assert behind.value.gate == pending.value.gate
 
 
+# -- what JSON cannot hold ---------------------------------------------------------------------------------------------
+
+
+class Measure(BaseModel):
+    value: float | dict[str, list[float]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1, {"deep": -float("inf")}]])
+def test_a_number_that_json_does_not_have_is_refused_as_an_input(value: Any) -> None:
+    steps = [cm.step("a", prompt="{{ v }}")]
+    with pytest.raises(cm.WorkflowError, match=r"input 'v' holds (nan|inf|-inf), a number that JSON does not have"):
+        cm.Workflow("w", steps=steps, inputs={"v": value})
+    with pytest.raises(cm.WorkflowError, match="input 'v' holds"):
+        cm.Workflow("w", steps=steps).start({"v": value}, journal=":memory:")
+
+
+@pytest.mark.parametrize("value", [float("nan"), {"deep": [1.0, -float("inf")]}, "a score"])
+def test_a_number_that_json_does_not_have_fails_the_turn_that_made_it(value: Any) -> None:
+    scored = value == "a score"
+
+    @cm.agent("a")
+    def a(turn: cm.Turn) -> Measure | cm.Verdict:
+        return cm.Verdict(action="continue", score=float("nan")) if scored else Measure(value=value)
+
+    run = cm.Workflow("w", agents=[a], steps="a").start(journal=":memory:")
+    opened = gate(run)
+    assert opened.kind == "failed"
+    what = "score" if scored else "output"
+    assert f"a: its {what} holds" in opened.payload["error"]
+    run.stop()
+    assert folded(run.events).steps["a"].last.output is run.state.steps["a"].last.output is None
+
+
 # -- steering --------------------------------------------------------------------------------------------------------
 
 
@@ -519,6 +597,26 @@ def test_until_and_next_run_as_far_as_asked() -> None:
     assert [step.status for step in run] == ["done", "done", "done", "pending"]
     run.unpause().wait(10)
     assert run.status == "completed"
+
+
+def test_until_a_module_goes_its_loop_and_next_goes_one_step_of_it() -> None:
+    again, enough = '{"action": "loop"}', '{"action": "continue"}'
+
+    def judged(until: str) -> cm.Run:
+        script = {"a": ["1", "2", "3"], "judge": [again, again, enough], "z": ["end"]}
+        flow = workflow("a -> judge(loop 1) -> z")
+        return flow.start(engine=cm.ScriptedEngine(script), journal=":memory:", until=until).wait(10)
+
+    run = judged("judge")
+    assert (run.status, [step.status for step in run]) == ("paused", ["done", "done", "pending"])
+    assert len(run["judge"].attempts) == 3
+    run = judged("a")
+    for made in ([1, 1, 0], [2, 1, 0], [2, 2, 0]):
+        run.next().wait(10)
+        assert (run.status, [len(step.attempts) for step in run]) == ("paused", made)
+    assert run.unpause(until="judge").wait(10)["judge"].status == "done"
+    assert run["z"].status == "pending"
+    assert run.unpause().wait(10).status == "completed"
 
 
 def test_pause_lets_what_runs_finish() -> None:
@@ -1025,6 +1123,54 @@ class Talks:
         self.asked.append(request)
         yield SessionStarted(request.session_id or f"{self.name}-1")
         yield TurnDone(f"{self.name} {request.attempt}")
+
+
+def test_a_session_is_known_while_its_turn_runs_and_continued_after_a_cut() -> None:
+    sent: list[tuple[int, str | None]] = []
+
+    class Hangs:
+        name = "hangs"
+
+        async def stream(self, request: AgentRequest) -> Any:
+            sent.append((request.attempt, request.session_id))
+            yield SessionStarted("s")
+            yield SessionStarted("s")
+            if len(sent) == 1:
+                await asyncio.Event().wait()
+            yield TurnDone("done")
+
+    flow = cm.Workflow("w", steps=[cm.step("a", prompt="x")])
+    run = flow.start(engine=Hangs(), journal=":memory:")
+    until(lambda: "SessionOpened" in kinds(run), "the session to be written down")
+    run.stop().wait(10)
+    again = cm.resume(run.id, flow, journal=run._journal, engine=Hangs()).wait(10)
+    assert sent == [(1, None), (2, "s")]
+    assert kinds(again).count("SessionOpened") == 1, "what is known is not said again"
+
+
+@pytest.mark.parametrize("session", [None, "s"])
+def test_the_next_chained_prompt_comes_with_the_edited_answer(session: str | None) -> None:
+    requests: list[AgentRequest] = []
+
+    class Remembers:
+        name = "remembers"
+
+        async def stream(self, request: AgentRequest) -> Any:
+            requests.append(request)
+            if session is not None:
+                yield SessionStarted(session)
+            yield TurnDone(f"answer {request.turn}")
+
+    steps = [cm.step("a", prompt=["Draft it", "Translate it"])]
+    run = cm.Workflow("w", steps=steps, autonomous_mode=False).start(engine=Remembers(), journal=":memory:")
+    gate(run)
+    run.approve(output="MINE")
+    assert gate(run).attempt == 3
+    second = requests[1]
+    assert (second.attempt, second.session_id, list(second.history)) == (3, session, [("Draft it", "MINE")])
+    assert ("MINE" in second.prompt) is (session is not None)
+    assert [attempt.text for attempt in run["a"].attempts] == ["answer 1", "MINE", "answer 2"]
+    run.stop()
 
 
 def test_a_session_belongs_to_the_engine_it_came_from() -> None:
