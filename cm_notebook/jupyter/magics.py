@@ -200,8 +200,7 @@ class CMMagics(Magics):
             self._notebook.check_agent(agent, values["id"])
         step = make(agent, prompt=body, **values)
         if only_add or body is None:
-            self._notebook.place(step, after)
-            print(f"{step.id} is added. Next: %cm run, or %cm next")
+            print(f"{step.id} {_PLACED[self._notebook.place(step, after)]} Next: %cm run, or %cm next")
             return None
         run = self._notebook.run_step(step, after)
         self._present(run, [step.id])
@@ -422,6 +421,11 @@ class CMMagics(Magics):
         self._shell.display_pub.publish(data={"text/plain": str(plain), "text/html": rich})
 
 
+_PLACED = {
+    "added": "is added.",
+    "kept": "is there already, the same as now; nothing was changed.",
+    "replaced": "was there already; it is replaced, and keeps its place.",
+}
 _QUESTION = re.compile(r"%cm\s+(?:reject|answer)\s.*\?\s*$")
 
 

@@ -482,6 +482,48 @@ def test_lines_only_add(cells: Cells) -> None:
     gate(cells.run, "implementer")
 
 
+def test_a_wrong_place_is_refused_in_its_own_cell_and_not_kept(cells: Cells) -> None:
+    cells("%cm workflow wf --autonomous never", "%cm step alpha")
+    for wrong, words in (
+        ("%cm step b --after alpa", "--after 'alpa' is not a step. Did you mean 'alpha'? Steps: alpha."),
+        ("%cm step b --after b", "--after 'b' is not a step. Steps: alpha."),
+        ("%cm step b --context alpa", "Did you mean 'alpha'?"),
+        ("%cm module b --loop-steps 5", "goes back beyond the start"),
+    ):
+        assert words in error(cells, wrong)
+        assert "Workflow wf: 1 step, no run yet." in cells("%cm")
+    cells("%cm step c --after alpha", "%cm step b --after alpha")
+    assert "alpha" in cells("%cm graph")
+    assert [item.id for item in cells.book.items()] == ["alpha", "b", "c"]
+
+
+def test_a_workflow_whose_steps_do_not_fit_is_not_kept(cells: Cells) -> None:
+    cells("%cm workflow wf", "%cm step a")
+    assert "goes back beyond the start" in error(cells, "%%cm workflow wf\na -> b(loop 5)")
+    assert "Workflow wf: 1 step, no run yet." in cells("%cm")
+
+
+def test_the_step_behind_which_another_wants_to_stand_is_removed(cells: Cells) -> None:
+    cells("%%cm workflow wf\nfirst -> last", "%cm step a --after first", "%cm step b --after a", "%cm remove a")
+    assert "3 steps" in cells("%cm")
+    cells("%cm step c", "%cm remove b", "%cm remove c", "%cm remove first")
+    assert "1 step," in cells("%cm")
+
+
+def test_a_removal_that_leaves_a_loop_without_its_steps_is_refused(cells: Cells) -> None:
+    cells("%cm workflow wf", "%cm step a", "%cm module gate --loop-steps 1")
+    assert "goes back beyond the start" in error(cells, "%cm remove a")
+    assert "2 steps" in cells("%cm")
+
+
+def test_a_step_that_is_there_already_is_kept_or_replaced(cells: Cells) -> None:
+    cells("%cm workflow wf")
+    assert cells("%cm step a").startswith("a is added.")
+    assert "a is there already, the same as now" in cells("%cm step a")
+    assert "a was there already; it is replaced" in cells("%cm step a --interactive")
+    assert "Workflow wf: 1 step," in cells("%cm")
+
+
 def test_no_run_adds_and_a_later_cell_runs_it_on_the_way(cells: Cells) -> None:
     cells("%cm workflow w --autonomous always", "%%cm step planner --no-run\nPlan.")
     assert cells.book.run is None
