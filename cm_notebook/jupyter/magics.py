@@ -454,9 +454,9 @@ def show_pending(error: GatePending) -> list[str]:
     run = error.run
     shown = vars(error).get("shown", False)
     vars(error)["shown"] = True  # IPython asks for the lines more than once
-    if run is not None and run.gates and bridge.somebody() and not shown:
+    if run is not None and (run.gates or run.status == "running") and bridge.somebody() and not shown:
         from . import pending
 
         with contextlib.suppress(CodeMachineError):
-            pending.show_bar(run, error.gate)
+            pending.show_bar(run, error.gate, error.step)
     return [str(error)]

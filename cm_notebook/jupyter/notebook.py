@@ -140,11 +140,10 @@ class Notebook:
                 self.found = self._last_run(self.plan.name if self.plan is not None else None)
             if self.found is not None:
                 return self.found
-            if self.plan is None or not self.left:
-                raise
-            raise TransitionError(
-                f"{self.plan.name} has no run yet; `%cm run` starts it. {self.left_words()}"
-            ) from None
+            if self.plan is None:
+                raise TransitionError("there is no run yet. Begin with `%cm workflow NAME`.") from None
+            start = "`%cm run` starts it." if self.items() else "Add a step: `%%cm step NAME`, its prompt below."
+            raise TransitionError(f"{self.plan.name} has no run yet. {start} {self.left_words()}".strip()) from None
 
     def deciding(self, step: str | None) -> Run:
         """The run in which `step` is decided: the current one, or one that was left if only that has a gate there."""

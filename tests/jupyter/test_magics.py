@@ -682,7 +682,13 @@ def test_run_takes_inputs_and_a_policy(cells: Cells) -> None:
 
 def test_nothing_to_run(cells: Cells) -> None:
     assert "has no steps yet" in error(cells, "%cm run")
-    assert "there is no run yet" in error(cells, "%cm approve")
+    assert "build has no run yet. Add a step: `%%cm step NAME`" in error(cells, "%cm approve")
+
+
+def test_no_run_yet_names_the_magic(cells: Cells) -> None:
+    assert error(cells, "%cm approve") == "there is no run yet. Begin with `%cm workflow NAME`."
+    cells("%cm workflow w", "%cm step a")
+    assert "w has no run yet. `%cm run` starts it." in error(cells, "%cm status")
 
 
 def test_stop_and_go_on(cells: Cells) -> None:
@@ -720,7 +726,7 @@ def test_the_current_run_is_that_of_the_current_workflow(cells: Cells) -> None:
     assert f"Run {first.id} of careful still waits at planner: `%cm resume {first.id}` goes back to it." in said
     for line in ("%cm status", "%cm show", "%cm show planner", "%cm stop", "%cm approve"):
         refused = error(cells, line)
-        assert "other has no run yet; `%cm run` starts it." in refused
+        assert "other has no run yet. Add a step: `%%cm step NAME`" in refused
         assert first.id in refused
     assert first.id in cells("%cm")
     with pytest.raises(cm.TransitionError):
