@@ -38,7 +38,7 @@ from typing import Any, Literal, cast
 from . import edits
 from . import state as meaning
 from .config import setting
-from .engines.base import AgentRequest, Engine, find_engine
+from .engines.base import AgentRequest, Engine, configured_engine, find_engine
 from .engines.functions import FunctionEngine
 from .errors import (
     AlreadyDecided,
@@ -1213,8 +1213,9 @@ class Run:
             return _FUNCTIONS
         if self._engine is not None and not isinstance(self._engine, str):
             return self._engine
-        name = step.engine or agent.engine or self._engine or self._state.engine or setting("engine")
-        return find_engine(name)
+        if name := step.engine or agent.engine or self._engine or self._state.engine:
+            return find_engine(name)
+        return configured_engine()
 
     def _engine_name(self, step: Step) -> str:
         try:

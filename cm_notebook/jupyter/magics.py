@@ -366,8 +366,11 @@ class CMMagics(Magics):
     def _config(self, values: Values, body: str | None) -> None:
         rows = [["Setting", "Value", "From", "Meaning"]]
         for name, setting in config.SETTINGS.items():
-            value, where = config.lookup(name)
-            rows.append([f"CM.{name}", repr(value), where, setting.meaning])
+            try:
+                value, where = config.lookup(name)
+                rows.append([f"CM.{name}", repr(value), where, setting.meaning])
+            except CodeMachineError as error:
+                rows.append([f"CM.{name}", "(wrong)", "", str(error)])
         print("\n".join([*text.table(rows), "", "To change one: %config CM.engine = 'offline'"]))
 
     def _doctor(self, values: Values, body: str | None) -> Any:

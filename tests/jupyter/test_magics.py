@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -1027,6 +1028,39 @@ def test_config_shows_and_sets(cells: Cells) -> None:
     assert not bridge.direct_clicks.enabled
     cells("%config CM.direct_clicks = True")
     assert bridge.direct_clicks.enabled
+
+
+@pytest.mark.parametrize(("said", "words"), [
+    ("view = 'ful'", "%config CM.view='ful' is not known. Did you mean 'full'? Possible: full, html, log."),
+    ("on_gate = 'aprove'", "Did you mean 'approve'?"),
+    ("engine = 'offlin'", "Did you mean 'offline'?"),
+    ("veiw = 'full'", "There is no setting CM.veiw. Did you mean 'view'?"),
+])  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused_in_its_cell(
+    cells: Cells, said: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells(f"%config CM.{said}")
+    assert words in caplog.text  # IPython's way to say it: under the cell, where nobody has set up logging
+    assert config.chosen == {}, "nothing was changed"
+    cells("%config CM.view = 'html'", "%config CM.on_gate = None")
+    assert config.setting("view") == "html"
+
+
+def test_a_setting_from_elsewhere_that_cannot_be_is_refused_with_where_it_stands(
+    cells: Cells, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CM_VIEW", "fancy")
+    assert "CM_VIEW='fancy' is not known" in cells("%cm config")
+    monkeypatch.setenv("CM_ON_GATE", "maybe")
+    assert "CM_ON_GATE='maybe' is not known." in error(cells, "%%cm step planner\nPlan.")
+    monkeypatch.delenv("CM_ON_GATE")
+    monkeypatch.setenv("CM_ENGINE", "scriptd")
+    assert "CM_ENGINE='scriptd': there is no engine 'scriptd'. Did you mean" in cells("%reload_ext cm_notebook")
+    monkeypatch.delenv("CM_VIEW")
+    (tmp_path / "pyproject.toml").write_text("[tool.cm_notebook]\nview = 'fancy'\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cm.CodeMachineError, match=r"^pyproject.toml: view=.fancy. is not known"):
+        config.setting("view")
 
 
 def test_loading_twice_and_unloading_leaves_no_trace(cells: Cells) -> None:
