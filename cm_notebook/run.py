@@ -634,6 +634,8 @@ class Run:
         modes = ("step-by-step", "gates", "unattended")
         if mode not in modes:
             raise WorkflowError(f"there is no mode {mode!r}. {did_you_mean(str(mode), modes, 'Modes')}")
+        with self.reading() as state:
+            meaning.check_switch(state)  # said also of a run that is over: starting it again would change nothing
         self._propose(lambda: [ModeChanged(mode=mode)])
         return self
 

@@ -240,7 +240,11 @@ class CMMagics(Magics):
 
     def _mode(self, values: Values, body: str | None) -> Run:
         run = self._notebook.current().set_mode(values["mode"])
-        print(f"{run.state.name} goes on in mode {run.mode}. A gate that is open stays open.")
+        name, gates = run.state.name, " A gate that is open stays open." if run.gates else ""
+        if run.status == "paused":
+            print(f"{name} stays paused; its mode is {run.mode} from `%cm run` on.{gates}")
+        else:
+            print(f"{name} goes on in mode {run.mode}.{gates}")
         return run
 
     # -- deciding ------------------------------------------------------------------------------------------------------

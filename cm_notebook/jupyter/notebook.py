@@ -696,19 +696,20 @@ class Notebook:
         if hole.name in variables and not hole.name.startswith("_"):
             kind = type(variables[hole.name]).__name__
             return (
-                f"{item.id}: {written} is a {kind}, and only a text or a number can stand in a prompt. "
+                f"Step {item.id!r}: {written} is a {kind}, and only a text or a number can stand in a prompt. "
                 f"Make one of it first, for instance {hole.name}_text = str({hole.name})."
             )
         if hole.name in self.agents:
             return (
-                f"{item.id} builds on {written}, and no step of that name has run. Run the cell of {hole.name} first."
+                f"Step {item.id!r} builds on {written}, and no step of that name has run. "
+                f"Run the cell of {hole.name} first."
             )
         texts = {name for name, value in variables.items() if isinstance(value, (str, int, float)) and name[0] != "_"}
         near = difflib.get_close_matches(hole.name, sorted(known | texts | set(RESERVED)), n=1)
-        similar = f"Similar: {near[0]}. " if near else ""
+        similar = f"Similar: `{near[0]}`. " if near else ""
         return (
-            f"{item.id}: the prompt uses {written}, which is not defined. {similar}"
-            "If it is a step, run its cell first; if it is a variable, set it. For literal braces add --raw."
+            f"The prompt of step {item.id!r} uses `{written}`, which is not defined. {similar}"
+            "If it is a step, run its cell first; if it is a variable, set it. For literal braces add `--raw`."
         )
 
 

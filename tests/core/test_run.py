@@ -774,7 +774,10 @@ def test_a_function_that_never_ends_is_given_up() -> None:
         return "late"
 
     run = cm.Workflow("h", agents=[hangs], steps=[cm.step("hangs", timeout_s=0.05)]).start(journal=":memory:")
-    assert "did not finish within 0.05 s" in gate(run).payload["error"]
+    assert gate(run).payload["error"] == (
+        "hangs did not finish within 0.05 s (without any output). "
+        "Retry, or give it more time: `%cm step hangs --timeout 0.125`, in Python timeout_s=0.125."
+    )
     release.set()
     run.skip()
     assert run.wait(10)["hangs"].text == "", "the late answer is not taken"

@@ -619,9 +619,8 @@ def test_what_a_run_that_is_under_way_cannot_take_is_refused(cells: Cells) -> No
 def test_an_undefined_name_is_said_with_what_is_similar(cells: Cells) -> None:
     cells(WORKFLOW)
     said = error(cells, "%%cm step planner\nPlan {{ gaol }}.")
-    assert "{{ gaol }}" in said
-    assert "Similar: goal" in said
-    assert "--raw" in said
+    assert said.startswith("The prompt of step 'planner' uses `{{ gaol }}`, which is not defined. Similar: `goal`.")
+    assert said.endswith("For literal braces add `--raw`.")
     assert cells.book.run is None
     cells("%%cm step planner --raw\nPlan {{ gaol }}.")
     assert cells.to("planner").prompt == "Plan {{ gaol }}."
@@ -707,6 +706,22 @@ def test_pause_and_mode(cells: Cells) -> None:
     cells("%cm pause")
     cells("%cm mode unattended")
     assert cells.run.mode == "unattended"
+
+
+def test_a_mode_chosen_while_the_run_is_paused_says_that_it_stays_paused(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan.", "%%cm agent implementer\nBuild.", "%%cm workflow w\nplanner -> implementer")
+    cells("%cm run --until planner")
+    until(lambda: cells.run.status == "paused", "the pause")
+    assert "w stays paused; its mode is step-by-step from `%cm run` on." in cells("%cm mode step-by-step")
+
+
+def test_a_locked_workflow_says_so_also_when_it_is_over(cells: Cells) -> None:
+    cells(WORKFLOW, PLANNER)
+    cells.to("planner")
+    assert "is locked to autonomous_mode='never'" in error(cells, "%cm mode gates")
+    cells("%cm approve")
+    assert cells.run.wait(10).status == "completed"
+    assert "is locked to autonomous_mode='never'" in error(cells, "%cm mode gates")
 
 
 def test_resume_by_id(cells: Cells) -> None:
