@@ -158,7 +158,7 @@ class CMMagics(Magics):
     # -- building ------------------------------------------------------------------------------------------------------
 
     def _workflow(self, values: Values, body: str | None) -> Workflow | None:
-        new = values.pop("new", False)
+        new, unsaid = values.pop("new", False), "autonomous_mode" not in values
         plan = Plan(**values, body=parse_steps(body) if body is not None else None)
         kept = self._notebook.define(plan, new=new)
         state = self._notebook.sketch()
@@ -166,10 +166,12 @@ class CMMagics(Magics):
             self._display(svg.graph(state, "text"), svg.graph_img(state))
         if kept:
             print(" ".join(kept))
-        elif state is None:
-            print(f"{plan.name} has no steps yet. Next: %%cm step NAME, and its prompt in the lines below.")
         else:
-            print(f"{plan.name}: {text.steps(len(state.order))}. Next: %cm run")
+            drives = " It runs by itself; with `--autonomous never` it asks you after each step." if unsaid else ""
+            if state is None:
+                print(f"{plan.name} has no steps yet.{drives} Next: %%cm step NAME, and its prompt in the lines below.")
+            else:
+                print(f"{plan.name}: {text.steps(len(state.order))}.{drives} Next: %cm run")
         if left := self._notebook.left_words():
             print(left)
         return self._notebook.draft()

@@ -157,8 +157,12 @@ class Notebook:
         return others[0] if len(others) == 1 and step not in run.state.steps else run
 
     def left_words(self) -> str:
-        """Which other runs are unfinished, and how to get back to each."""
-        return " ".join(left.words() for left in self.left.values() if left.run.state.ended is None)
+        """Which other run is unfinished and how to get back to it; of several, the last one that was left."""
+        unfinished = [left for left in self.left.values() if left.run.state.ended is None]
+        if not unfinished:
+            return ""
+        more = f" And {len(unfinished) - 1} more: `%cm runs`." if len(unfinished) > 1 else ""
+        return unfinished[-1].words() + more
 
     def run_ids(self) -> list[str]:
         """The ids of the journal's runs, newest first."""

@@ -769,6 +769,18 @@ def test_the_gate_of_another_workflows_run_is_decided_by_its_steps_name(cells: C
     assert cells.run["deployer"].status == "waiting"
 
 
+def test_of_several_runs_that_were_left_the_last_is_named_and_the_others_counted(cells: Cells) -> None:
+    for name in ("one", "two", "three"):
+        cells(f"%cm workflow {name} --autonomous never", PLANNER)
+        cells.to("planner")
+    said = cells("%cm workflow four")
+    assert said.count("goes back to it") == 1
+    assert "of three still waits at planner" in said
+    assert "And 2 more: `%cm runs`." in said
+    for left in cells.book.left.values():
+        left.run.stop()
+
+
 @pytest.mark.parametrize("way", ["cell", "resume"])
 def test_back_to_the_workflow_before(cells: Cells, way: str) -> None:
     first = start(cells)
@@ -967,7 +979,8 @@ def test_what_is_said_begins_with_a_capital_or_a_name(cells: Cells) -> None:
     assert line("%cm run").startswith("careful has no steps yet.")
     assert line("%cm next").startswith("careful has no steps yet.")
     assert cells("%%cm agent planner\nPlan.").startswith("Agent planner is defined.")
-    assert "careful: 1 step. Next" in cells("%%cm workflow careful\nplanner")
+    assert "careful: 1 step. It runs by itself; with" in cells("%%cm workflow careful\nplanner")
+    assert "careful: 1 step. Next: %cm run" in cells("%%cm workflow careful --autonomous never\nplanner")
     assert "careful: 1 step, no run yet." in cells("%cm")
 
 
