@@ -1120,6 +1120,10 @@ def test_completion_through_ipython(cells: Cells) -> None:
     assert "%cm run --until" in offered("%cm run --un")
     assert "%cm approve planner" in offered("%cm approve pl")
     assert "run = %cm run" in offered("run = %cm ru")
+    assert offered("%%cm step x\nBuild {{ pla") == {"%%cm step x\nBuild {{ planner"}
+    assert offered("%%cm step x\nBuild {{ go") == {"%%cm step x\nBuild {{ goal"}
+    cells("%%cm agent quality-gate\nJudge.")
+    assert offered("%%cm workflow w\nplanner -> quality-g") == {"%%cm workflow w\nplanner -> quality-gate"}
 
 
 def test_doctor_says_what_is_missing_and_how_to_mend_it(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
