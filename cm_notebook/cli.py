@@ -382,7 +382,7 @@ def load(file: str, name: str | None = None) -> Workflow:
     """
     path = Path(file)
     if not path.is_file():
-        near = [str(other) for pattern in ("*.py", "*.json") for other in path.parent.glob(pattern)]
+        near = sorted(str(other) for pattern in ("*.py", "*.json") for other in path.parent.glob(pattern))
         hint = f" {did_you_mean(file, near, 'Here')}" if near else ""
         raise WorkflowError(f"there is no file {file!r}.{hint}")
     if path.suffix == ".json":

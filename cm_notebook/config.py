@@ -20,20 +20,29 @@ Kind = Literal["text", "switch"]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: its kind, its default, what it is for, and a variable of other programs that says the same."""
+    """One setting: its kind, its default, what it is for, a variable of other programs that says the same.
+
+    ``choices``: the values it may have, if not any.
+    """
 
     kind: Kind
     default: Any
     meaning: str
     also: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 SETTINGS: dict[str, Setting] = {
     "engine": Setting("text", "offline", "engine of agents that name none"),
     "journal": Setting("text", ".cm_notebook/journal.db", "where runs are kept, or ':memory:'"),
     "headless": Setting("switch", None, "nobody can answer (on), or somebody can (off); unset: found out"),
-    "on_gate": Setting("text", None, "answer to gates that nobody else answers: approve, reject or stop"),
-    "view": Setting("text", "full", "how a run is shown: full, html or log"),
+    "on_gate": Setting(
+        "text",
+        None,
+        "answer to gates that nobody else answers: approve, reject or stop",
+        choices=("approve", "reject", "stop"),
+    ),
+    "view": Setting("text", "full", "how a run is shown: full, html or log", choices=("full", "html", "log")),
     "shortcuts": Setting("switch", True, "keys inside the view"),
     "direct_clicks": Setting("switch", True, "clicks reach the run while a cell computes"),
     "openai_base_url": Setting("text", "https://api.openai.com/v1", "where the engine openai is", "OPENAI_BASE_URL"),
@@ -73,7 +82,7 @@ def lookup(name: str) -> tuple[Any, str]:
             return _fitting(name, kind, os.environ[variable], variable), variable
     for file, values in _project_files():
         if name in values:
-            return _fitting(name, kind, values[name], file), file
+            return _fitting(name, kind, values[name], f"{file}: {name}"), file
     return SETTINGS[name].default, "default"
 
 
@@ -98,6 +107,9 @@ def _fitting(name: str, kind: Kind, value: Any, where: str) -> Any:
         return words[str(value).strip().lower()]
     if not isinstance(value, str):
         raise CodeMachineError(f"{where}={value!r}: {name} is a text.")
+    choices = SETTINGS[name].choices
+    if choices and value not in choices:
+        raise CodeMachineError(f"{where}={value!r} is not known. {did_you_mean(value, choices, 'Possible')}")
     return value
 
 

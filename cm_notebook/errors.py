@@ -138,14 +138,14 @@ class AlreadyDecided(TransitionError):
 
 
 class GatePending(CodeMachineError):
-    """The result asked for waits for a decision at ``gate`` (None: the step has not run yet)."""
+    """The result asked for waits for a decision at ``gate``, or (None) for ``step``, which has not run yet."""
 
     show: Callable[[GatePending], list[str]] | None = None
     """Set by the notebook: shows the gate's bar again and gives the lines that stand for a traceback."""
 
-    def __init__(self, message: str, *, gate: Any = None, run: Any = None) -> None:
+    def __init__(self, message: str, *, gate: Any = None, run: Any = None, step: str | None = None) -> None:
         super().__init__(message)
-        self.gate, self.run = gate, run
+        self.gate, self.run, self.step = gate, run, step
 
     def _render_traceback_(self) -> list[str]:
         """IPython's hook: one sentence instead of a traceback."""

@@ -38,7 +38,7 @@ from typing import Any, Literal, cast
 from . import edits
 from . import state as meaning
 from .config import setting
-from .engines.base import AgentRequest, Engine, find_engine, is_engine
+from .engines.base import AgentRequest, Engine, configured_engine, find_engine, is_engine
 from .engines.functions import FunctionEngine
 from .errors import (
     AlreadyDecided,
@@ -652,6 +652,8 @@ class Run:
         modes = ("step-by-step", "gates", "unattended")
         if mode not in modes:
             raise WorkflowError(f"there is no mode {mode!r}. {did_you_mean(str(mode), modes, 'Modes')}")
+        with self.reading() as state:
+            meaning.check_switch(state)  # said also of a run that is over: starting it again would change nothing
         self._propose(lambda: [ModeChanged(mode=mode)])
         return self
 
@@ -1238,8 +1240,9 @@ class Run:
             return _FUNCTIONS
         if self._engine is not None and not isinstance(self._engine, str):
             return self._engine
-        name = step.engine or agent.engine or self._engine or self._state.engine or setting("engine")
-        return find_engine(name)
+        if name := step.engine or agent.engine or self._engine or self._state.engine:
+            return find_engine(name)
+        return configured_engine()
 
     def _engine_name(self, step: Step) -> str:
         try:

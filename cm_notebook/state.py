@@ -532,12 +532,17 @@ def _go_until(state: RunState, until: str | None, *, once: bool = False) -> None
     state.until_reached = until is not None and until in state.steps and state.steps[until].index < state.cursor
 
 
-def _mode_changed(state: RunState, event: ModeChanged) -> None:
+def check_switch(state: RunState) -> None:
+    """Refuse to switch the mode of a locked workflow."""
     if state.locked is not None:
         raise TransitionError(
             f"workflow {state.name!r} is locked to autonomous_mode={state.locked!r}; its mode cannot be switched. "
             "Define it with autonomous_mode=True to switch while it runs."
         )
+
+
+def _mode_changed(state: RunState, event: ModeChanged) -> None:
+    check_switch(state)
     state.mode = event.mode
 
 

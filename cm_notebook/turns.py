@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ class LiveTurn:
     """
 
     __slots__ = (
+        "_heard_at",
         "_late",
         "_left_s",
         "_parts",
@@ -81,9 +83,11 @@ class LiveTurn:
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._parts: list[str] = []
+        self._heard_at: float | None = None
 
     def write(self, text: str) -> None:
         """Append to what it has written."""
+        self._heard_at = time.monotonic()
         self._parts.append(text)
         if len(self._parts) > MOST_PIECES:
             self._parts = ["".join(self._parts)]
@@ -91,6 +95,13 @@ class LiveTurn:
     def text(self) -> str:
         """All that it has written; from any thread."""
         return "".join(self._parts[:])
+
+    def silence(self) -> str:
+        """How long nothing has come of it, in words."""
+        if self._heard_at is None:
+            return "without any output"
+        silent_s = time.monotonic() - self._heard_at
+        return f"{silent_s:.0f} s without output" if silent_s >= 1 else "it was still writing"
 
     def run_clock(self) -> None:
         """Let its time run, from where it stood."""
@@ -235,7 +246,12 @@ def _tool_line(told: ToolCalled | ToolReturned) -> str:
 
 def too_late(turn: LiveTurn) -> Ending:
     """The ending of a turn whose time is over."""
-    text = f"{turn.started.step} did not finish within {turn.step.timeout_s:g} s. Retry, or give it more: timeout_s=…"
+    id, limit_s = turn.started.step, turn.step.timeout_s or 0.0
+    more = f"{2.5 * limit_s:g}"
+    text = (
+        f"{id} did not finish within {limit_s:g} s ({turn.silence()}). "
+        f"Retry, or give it more time: `%cm step {id} --timeout {more}`, in Python timeout_s={more}."
+    )
     return failed(turn, EngineTimeout(text), None)
 
 

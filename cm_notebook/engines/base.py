@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
+from .. import config
 from ..errors import EngineNotFound, WorkflowError, did_you_mean
 from ..events import Usage
 from ..tools import Permission
@@ -222,3 +223,17 @@ def find_engine(name: str) -> Engine:
                 engine=name,
             )
     return _engines[name]
+
+
+def configured_engine() -> Engine:
+    """The engine of those who name none.
+
+    Raises
+    ------
+    EngineNotFound    Nobody offers it; the message says also where that name was written.
+    """
+    name, where = config.lookup("engine")
+    try:
+        return find_engine(name)
+    except EngineNotFound as error:
+        raise EngineNotFound(f"{where}={name!r}: {error}", engine=error.engine) from None

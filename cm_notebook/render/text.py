@@ -339,9 +339,9 @@ def ways(state: RunState, gate: Gate) -> list[Way]:
 
 
 def following(state: RunState, step: StepState) -> str:
-    """What comes after `step`: ``Next: deployer.``, or that none does yet: a notebook may add one."""
+    """What comes after `step`: ``Next: deployer.``, or that none does so far: a notebook's next cell may add one."""
     after = state.after(step)
-    return f"Next: {after.id}." if after is not None else "It is the last step so far."
+    return f"Next: {after.id}." if after is not None else "No step follows so far: add one, or it ends the run."
 
 
 def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:

@@ -313,7 +313,7 @@ def test_what_is_not_understood_ends_with_2(here: Here, words: list[str], said: 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["run", "flw.py"], "there is no file 'flw.py'. Did you mean 'flow.py'? Here: flow.py, a.json."),
+        (["run", "flw.py"], "there is no file 'flw.py'. Did you mean 'flow.py'? Here: a.json, flow.py."),
         (
             ["run", "a.ipynb"],
             "'a.ipynb' is a notebook. Open it in Jupyter, or run it headless: jupyter execute a.ipynb",

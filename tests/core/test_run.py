@@ -554,6 +554,28 @@ def test_a_result_that_is_not_there_says_why() -> None:
     assert behind.value.gate == pending.value.gate
 
 
+def test_a_result_that_is_still_being_made_names_who_is_at_work_and_no_variable_of_a_notebook() -> None:
+    release = threading.Event()
+
+    @cm.agent("planner")
+    def planner(turn: cm.Turn) -> str:
+        release.wait(30)
+        return "a plan"
+
+    run = cm.Workflow("w", agents=[planner, cm.Agent("b", "Go.")], steps="planner -> b").start(journal=":memory:")
+    said = {}
+    for step in ("planner", "b"):
+        with pytest.raises(cm.GatePending) as early:
+            _ = run[step].text
+        assert early.value.step == step
+        said[step] = str(early.value)
+    release.set()
+    run.stop()
+    assert '"b" has no result yet: "planner" is running. Decide there, then run this cell again' in said["b"]
+    assert '"planner" has no result yet: it is running.' in said["planner"]
+    assert "await run" not in said["b"] + said["planner"]
+
+
 # -- what JSON cannot hold ---------------------------------------------------------------------------------------------
 
 
@@ -921,7 +943,10 @@ def test_a_function_that_never_ends_is_given_up() -> None:
         return "late"
 
     run = cm.Workflow("h", agents=[hangs], steps=[cm.step("hangs", timeout_s=0.05)]).start(journal=":memory:")
-    assert "did not finish within 0.05 s" in gate(run).payload["error"]
+    assert gate(run).payload["error"] == (
+        "hangs did not finish within 0.05 s (without any output). "
+        "Retry, or give it more time: `%cm step hangs --timeout 0.125`, in Python timeout_s=0.125."
+    )
     release.set()
     run.skip()
     assert run.wait(10)["hangs"].text == "", "the late answer is not taken"

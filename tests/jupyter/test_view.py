@@ -298,6 +298,36 @@ def test_a_gate_that_is_closed_leaves_a_line(notebook):
     assert "planner approved by you" in notebook.shown[0]["text/plain"]
 
 
+def test_a_result_read_before_any_gate_is_open_shows_where_the_run_is_and_then_each_bar(notebook):
+    go = threading.Event()
+
+    @cm.agent("planner")
+    def planner(turn):
+        go.wait(30)
+        return "a plan"
+
+    @cm.agent("builder")
+    def builder(turn):
+        return "built"
+
+    run = cm.Workflow("flow", agents=[planner, builder], steps="planner? -> builder?").start(journal=":memory:")
+    until(lambda: run["planner"].status == "running", "the planner")
+    with pytest.raises(cm.GatePending, match="has no result yet") as early:
+        _ = run["builder"].text
+    pending.show_bar(run, early.value.gate, early.value.step)
+    assert widget().gates == []
+    assert "planner is running" in widget().head["place"]
+    assert "planner is running" in notebook.shown[1]["text/plain"]
+    go.set()
+    for step in ("planner", "builder"):
+        bar = waiting(step)
+        until(lambda: "%cm approve" in notebook.shown[1]["text/plain"], "the snapshot")
+        widget().says(decide=bar["id"], digest=bar["digest"], action="approve")
+    run.wait(20)
+    until(lambda: widget().closed, "the bar to be over")
+    assert len(Widget.made) == 1
+
+
 def test_a_failed_steps_prompt_is_edited_by_a_button_that_names_its_magic(notebook):
     run = begin("planner", {"planner": [cm.Reply(error=cm.EngineError("no luck")), "at last"]})
     view.show(run)

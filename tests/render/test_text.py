@@ -125,7 +125,10 @@ GATES = {
         lambda: Story("a? -> b").answer("A"),
         "a is waiting for you. Next: b.",
     ),
-    "last": (lambda: Story("a?").answer("A"), "a is waiting for you. It is the last step so far."),
+    "last": (
+        lambda: Story("a?").answer("A"),
+        "a is waiting for you. No step follows so far: add one, or it ends the run.",
+    ),
     "chained": (
         lambda: Story([step("a", prompt=["One", "Two"])], autonomous_mode=False).answer("A"),
         "a is waiting for you. Next: its prompt 2 of 2.",
