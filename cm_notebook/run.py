@@ -1536,10 +1536,10 @@ def resume(
     different: list[AnyEvent] = []
 
     def propose() -> list[AnyEvent]:
-        anew = {event.step for event in different if isinstance(event, TurnCutShort)}
         why = reason or ("" if run._state.ended is not None else "the process that drove it had ended")
-        cut = [meaning.cut_short(step, why) for step in run._state.under_way if step.id not in anew]
-        return [RunResumed(reason=why, until=until), *cut, *different]
+        cut = [meaning.cut_short(step, why) for step in run._state.under_way]
+        changes = [event for event in different if not isinstance(event, TurnCutShort)]  # it was not the edit that cut
+        return [RunResumed(reason=why, until=until), *cut, *changes]
 
     try:
         run._read_on()  # what the one who drove it before wrote until the last moment

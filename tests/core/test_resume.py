@@ -146,13 +146,16 @@ def test_inputs_may_be_given_without_a_definition() -> None:
     run.stop()
 
 
-def test_what_a_crash_cut_short_says_so() -> None:
+@pytest.mark.parametrize("edited", [False, True])
+def test_what_a_crash_cut_short_says_so(edited: bool) -> None:
     run = whole()
     started = next(event.seq for event in run.events if event.type == "TurnStarted")
     journal = MemoryJournal()
     journal.create(run.id, "five", None)
     journal.commit(run.id, [event.model_copy(deep=True) for event in run.events[:started]])
-    again = cm.resume(run.id, five_steps(), journal=journal, engine=cm.ScriptedEngine(SCRIPT), on_gate=policy)
+    flow = five_steps()
+    flow.agents[0].prompt += " Be quick." if edited else ""
+    again = cm.resume(run.id, flow, journal=journal, engine=cm.ScriptedEngine(SCRIPT), on_gate=policy)
     assert again["researcher"].attempts[0].cut_short == "the process that drove it had ended"
     assert again.wait(20).status == "completed"
 
