@@ -295,7 +295,7 @@ def test_a_kernel_that_dies_while_a_step_runs_and_the_step_is_changed(cells: Cel
     cm.register_engine(cm.ScriptedEngine(REPLIES))
     cells(WORKFLOW, "%%cm step planner\nPlan {{ goal }} quickly.")
     step = cells.to("planner")
-    assert [attempt.cut_short for attempt in step.attempts] == ["defined anew", None]
+    assert [attempt.cut_short for attempt in step.attempts] == ["the kernel had ended", None]
     assert step.prompt == "Plan a todo CLI quickly."
 
 
