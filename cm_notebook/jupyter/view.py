@@ -601,7 +601,7 @@ class Hub:
         """Keep `display` right from now on."""
         with self._lock:
             self.displays.append(display)
-        self._call(self._begin)
+        self._call(self._begin, display)
 
     def follow(self, run: Run) -> None:
         """The same run goes on as another object (it was resumed)."""
@@ -610,6 +610,7 @@ class Hub:
         self.run, self._feed = run, None
         for display in self.displays:
             display.run = run
+        self._call(self._begin)
 
     def makes_room(self, steps: list[str] | None, mode: ViewMode | None) -> bool:
         """Whether such a display is to be added to the present cell; without a `mode`, any that it has will do.
@@ -640,14 +641,20 @@ class Hub:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the kernel shuts down
             self.loop.call_soon_threadsafe(function, *args)
 
-    def _begin(self) -> None:
-        """On the run's loop nothing happens between the two: no text is lost and none comes twice."""
+    def _begin(self, added: Display | None = None) -> None:
+        """Watch the run; a page that said hello before we did, or before its display was ours, begins again."""
+        begun = [added] if added is not None else []
         if self._feed is None:
-            self._writings.clear()
-            self._feed = self.run.watch(lambda: self._call(self._soon))
-            for path, step in self.run.state.running.items():
-                writing = self._writings[path] = Writing(step.attempt)
-                writing.add(self.run.draft(path))
+            with self._lock:
+                begun = list(self.displays)
+            with self.run.reading() as state:  # nobody writes meanwhile: no text is lost and none comes twice
+                self._feed = self.run.watch(lambda: self._call(self._soon))
+                self._writings = {path: Writing(step.attempt) for path, step in state.running.items()}
+                for path, writing in self._writings.items():
+                    writing.add(self.run.draft(path))
+        for display in begun:
+            for page in display.pages:
+                self._tell_all(display, page)
         self._dirty = True
         self._soon()
 
@@ -782,6 +789,9 @@ class Hub:
             self._dirty = True  # what is over may be frozen now
             self._soon()
         display.pages.add(page)
+        self._tell_all(display, page)
+
+    def _tell_all(self, display: Display, page: str) -> None:
         texts = {path: writing.whole() for path, writing in self._writings.items() if display.covers(path)}
         if display.widget is not None:
             display.widget.send_state(["head", "graph", "cards", "gates", "final"])
