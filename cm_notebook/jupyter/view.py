@@ -255,22 +255,12 @@ def _row_record(state: RunState, row: html.Row, place: int, now: float | None) -
     }
 
 
-_DONE = {"approve": "approved", "reject": "rejected", "retry": "retried", "skip": "skipped", "stop": "stopped"}
-
-
 def _attempt_record(state: RunState, step: StepState, attempt: Attempt) -> dict[str, Any]:
-    if attempt.edited:
-        word = "edited"
-    elif attempt.decision is not None:
-        word = _DONE.get(attempt.decision.action, "")
-    elif attempt.verdict is not None:
-        score = f" {attempt.verdict.score:g}" if attempt.verdict.score is not None else ""
-        word = f"{attempt.verdict.action}{score}"
-    elif attempt.cut_short:
-        word = "cut short"
-    else:
-        word = "failed" if attempt.errors and attempt.answer is None else ""
-    return {"number": attempt.number, "word": word, "hint": say.one_line(say.outcome(state, step, attempt), 300)}
+    return {
+        "number": attempt.number,
+        "word": say.attempt_word(attempt),
+        "hint": say.one_line(say.outcome(state, step, attempt), 300),
+    }
 
 
 _ASKS: dict[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cm_notebook.events import RunPaused
-from cm_notebook.render import text
+from cm_notebook.render import svg, text
 from cm_notebook.workflow import Verdict, module, separator, step
 from tests.render import builder
 from tests.render.builder import HOSTILE, Story
@@ -214,6 +214,40 @@ def test_a_step_tells_what_became_of_its_attempts() -> None:
     assert text.story(edited, edited.steps["planner"]) == (
         "attempt 1 replaced by an edited text; attempt 2 edited and approved by you, @65s"
     )
+
+
+def test_what_a_used_up_loop_accepted_was_not_sent_back() -> None:
+    waits = builder.exhausted().state
+    back = "attempt {} sent back by quality-gate ({}): “Tests still fail.”"
+    told = f"{back.format(1, 0.52)}; {back.format(2, 0.71)}"
+    assert text.story(waits, waits.steps["implementer"]) == told
+    done = builder.exhausted().decide("approve").state
+    assert text.story(done, done.steps["implementer"]) == f"{told}; attempt 3 accepted at the limit of quality-gate"
+    gate = done.steps["quality-gate"]
+    assert text.outcome(done, gate, gate.attempts[-1]) == (
+        "said loop (0.74): “Tests still fail.”; the limit was reached; the last output accepted by you, @82s"
+    )
+    assert "sent back by quality-gate (0.74)" not in text.run_text(done)
+
+
+def test_what_is_allowed_beyond_the_limit_counts() -> None:
+    more = builder.exhausted().decide("retry", count=2).answer("Again.").says("loop", "No.", 0.8)
+    state = more.answer("And again.").says("continue", "Good.", 0.9).state
+    gate, maker = state.steps["quality-gate"], state.steps["implementer"]
+    assert text.loop_words(gate).endswith("4 loop 0.8 · 5 continue 0.9 (max 4)")
+    assert "sent back by quality-gate (0.74)" in text.outcome(state, maker, maker.attempts[2])
+    assert "(pass 4, max 4)" in "\n".join(more.lines)
+    assert "again, max 4" in svg.graph(state)
+
+
+def test_an_attempt_in_a_word() -> None:
+    assert [text.attempt_word(one) for one in builder.edited().state.steps["planner"].attempts] == [
+        "replaced",
+        "edited",
+    ]
+    gate = builder.exhausted().state.steps["quality-gate"]
+    assert [text.attempt_word(one) for one in gate.attempts] == ["loop 0.52", "loop 0.71", "loop 0.74"]
+    assert text.attempt_word(builder.waiting().state.steps["planner"].attempts[0]) == "rejected"
 
 
 def test_a_tape_says_the_same_on_every_machine() -> None:
