@@ -258,7 +258,7 @@ def _row_record(state: RunState, row: html.Row, place: int, now: float | None) -
 def _attempt_record(state: RunState, step: StepState, attempt: Attempt) -> dict[str, Any]:
     return {
         "number": attempt.number,
-        "word": say.attempt_word(attempt),
+        "word": say.attempt_word(state, step, attempt),
         "hint": say.one_line(say.outcome(state, step, attempt), 300),
     }
 
@@ -459,7 +459,10 @@ class Display:
     def _widget_bundle(self) -> tuple[dict[str, Any], dict[str, Any]]:
         made = self.widget._repr_mimebundle_()
         bundle, metadata = made if isinstance(made, tuple) else (made, {})
-        return {**bundle, "text/plain": f"{self.run.state.name}: live view"}, metadata
+        # Seen where the widget is not: in a file that is not trusted, and in tools that read text. It is not renewed,
+        # so it says nothing about the state; the snapshot below does.
+        name = ", ".join([self.run.state.name, *(self.steps or ())])
+        return {**bundle, "text/plain": f"{name}, as saved below. Run this cell again to go on here."}, metadata
 
     def _snapshot(self) -> dict[str, str]:
         bundle = _static(self.run, self.steps)

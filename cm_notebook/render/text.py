@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..events import (
     EDITABLE,
+    OTHER_WORDS,
     Action,
     BaseEvent,
     Decision,
@@ -351,7 +352,8 @@ def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
         what = "." if beside else f": {error}"
         return f"{step.id} failed{times}{what} Retry, edit its prompt, skip it, or stop."
     if gate.kind == "stale":
-        return f"{step.id} is stale: {stale_words(state, step)}. Keep it, or run from here."
+        ways_on = "Keep it, run this step again, or run from here: it and all after it."
+        return f"{step.id} is stale: {stale_words(state, step)}. {ways_on}"
     if gate.kind == "question" and beside:
         return f"{step.id} is waiting for your answer."
     if gate.kind == "question":
@@ -432,6 +434,12 @@ def waits_for(state: RunState, step: StepState) -> str:
     return "the run is paused" if state.paused and step is state.current else ""
 
 
+def beside(step: StepState) -> str:
+    """That an answer was recorded for other words, which a closed card must not hide; else ``""``."""
+    noted = step.last.note if step.last is not None else None
+    return "recorded for other words" if noted is not None and noted.endswith(OTHER_WORDS) else ""
+
+
 def note(step: StepState) -> str:
     """What is to be said beside a step, unless its story says it."""
     decision = step.last.decision if step.last is not None else None
@@ -478,7 +486,13 @@ def outcome(state: RunState, step: StepState, attempt: Attempt) -> str:
         parts.append("replaced by an edited text" if replaced(attempt) else decided(state, decision, used_up=used_up))
     if sent_back := _sent_back(state, step, attempt):
         parts.append(sent_back)
+    if not parts and (later := _later(step, attempt)) is not None:
+        parts.append(f"replaced by attempt {later.number}")  # its cell was changed, or it ran again
     return "; ".join(parts)
+
+
+def _later(step: StepState, attempt: Attempt) -> Attempt | None:
+    return next((one for one in step.attempts if one.number > attempt.number), None)
 
 
 def replaced(attempt: Attempt) -> bool:
@@ -486,7 +500,7 @@ def replaced(attempt: Attempt) -> bool:
     return attempt.decision is not None and attempt.decision.output is not None and not attempt.edited
 
 
-def attempt_word(attempt: Attempt) -> str:
+def attempt_word(state: RunState, step: StepState, attempt: Attempt) -> str:
     """How an attempt ended in a word or two, the shortest form of its outcome: ``loop 0.52``, ``rejected``."""
     if attempt.edited:
         return "edited"
@@ -498,7 +512,12 @@ def attempt_word(attempt: Attempt) -> str:
         return verdict.action + (f" {verdict.score:g}" if verdict.score is not None else "")
     if attempt.cut_short:
         return "cut short"
-    return "failed" if attempt.errors and attempt.answer is None else ""
+    if attempt.errors and attempt.answer is None:
+        return "failed"
+    words = _sent_back(state, step, attempt)
+    if words:
+        return "sent back" if words.startswith("sent back") else "accepted"
+    return "replaced" if _later(step, attempt) is not None else ""
 
 
 def _used_up(step: StepState, attempt: Attempt) -> bool:

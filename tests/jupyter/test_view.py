@@ -127,6 +127,7 @@ def test_a_is_the_widget_and_b_the_snapshot_until_the_end(notebook):
     )
     assert "application/vnd.jupyter.widget-view+json" in live
     assert "text/html" not in live  # the untrusted file would show the run twice
+    assert live["text/plain"] == "flow, as saved below. Run this cell again to go on here."
     assert f'data-cm-static="{widget().place}"' in snapshot["text/html"]
     widget().says(decide=record["id"], digest=record["digest"], action="approve")
     run.wait(20)

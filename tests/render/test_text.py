@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from cm_notebook.engines import offline
 from cm_notebook.events import RunPaused
-from cm_notebook.render import svg, text
+from cm_notebook.render import html, svg, text
 from cm_notebook.workflow import Verdict, module, separator, step
 from tests.render import builder
 from tests.render.builder import HOSTILE, Story
@@ -160,7 +161,11 @@ GATES = {
         lambda: Story("a").fail("overloaded", retry_in_s=1).go().fail("overloaded"),
         "a failed after 2 tries: overloaded. Retry, edit its prompt, skip it, or stop.",
     ),
-    "stale": (builder.stale, "implementer is stale: planner changed after this ran. Keep it, or run from here."),
+    "stale": (
+        builder.stale,
+        "implementer is stale: planner changed after this ran. "
+        "Keep it, run this step again, or run from here: it and all after it.",
+    ),
     "question": (lambda: Story("a").ask("Which\ndatabase?"), "a asks: “Which database?”"),
     "may_have_run": (
         lambda: Story([step("a", idempotent=False)]).cut("kernel stopped").go(),
@@ -241,13 +246,30 @@ def test_what_is_allowed_beyond_the_limit_counts() -> None:
 
 
 def test_an_attempt_in_a_word() -> None:
-    assert [text.attempt_word(one) for one in builder.edited().state.steps["planner"].attempts] == [
-        "replaced",
-        "edited",
-    ]
-    gate = builder.exhausted().state.steps["quality-gate"]
-    assert [text.attempt_word(one) for one in gate.attempts] == ["loop 0.52", "loop 0.71", "loop 0.74"]
-    assert text.attempt_word(builder.waiting().state.steps["planner"].attempts[0]) == "rejected"
+    def words(story: Story, id: str) -> list[str]:
+        step = story.state.steps[id]
+        return [text.attempt_word(story.state, step, attempt) for attempt in step.attempts]
+
+    assert words(builder.edited(), "planner") == ["replaced", "edited"]
+    assert words(builder.waiting(), "planner") == ["rejected", "approved"]
+    assert words(builder.exhausted(), "quality-gate") == ["loop 0.52", "loop 0.71", "loop 0.74"]
+    assert words(builder.exhausted(), "implementer") == ["sent back", "sent back", ""]
+    assert words(builder.exhausted().decide("approve"), "implementer") == ["sent back", "sent back", "accepted"]
+
+
+def test_an_attempt_that_was_run_again_says_so() -> None:
+    again = builder.stale()
+    planner = again.state.steps["planner"]
+    assert text.outcome(again.state, planner, planner.attempts[0]) == "replaced by attempt 2"
+    assert text.attempt_word(again.state, planner, planner.attempts[0]) == "replaced"
+
+
+def test_a_closed_card_and_a_fold_say_that_an_answer_was_for_other_words() -> None:
+    story = Story("a -> b -> c").answer("A").answer("B", note=offline.BESIDE).answer("C", note=offline.REPEATED)
+    assert "b, c recorded for other words" in html.fold_summary(story.state, story.state.order)
+    summary = html.summary(story.state, story.state.steps["b"])
+    assert "recorded for other words" in summary
+    assert "recorded for other words" not in html.summary(story.state, story.state.steps["a"])
 
 
 def test_a_tape_says_the_same_on_every_machine() -> None:
