@@ -36,6 +36,8 @@ ACTIONS: dict[GateKind, tuple[Action, ...]] = {
 
 EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted")
 """Where approving may carry an edited text."""
+OTHER_WORDS = "your words reached no model"
+"""So ends the note of a turn whose answer was recorded for another prompt."""
 
 
 class Ref(NamedTuple):

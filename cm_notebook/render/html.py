@@ -190,7 +190,7 @@ def _summary(state: RunState, step: StepState, seen: Look, now: float | None, *,
         words.append(f"pass {step.iteration}")
     if step.status == "retrying" and state.ended is None:
         words.append(say.retry_words(state, step, now))
-    words += [say.waits_for(state, step), say.note(step)]
+    words += [say.waits_for(state, step), say.note(step), "" if open else say.beside(step)]
     told = one_line(say.story(state, step), 400) if step.settled and not open else ""
     line = ""
     if loop := say.loop_words(step):
@@ -520,6 +520,8 @@ def fold_summary(state: RunState, group: list[StepState]) -> str:
     words = [names, *say.total(state, (attempt for step in group for attempt in step.attempts)).words()]
     again = [f"{step.id} took {len(step.attempts)} attempts" for step in group if len(step.attempts) > 1]
     words += [f"{skipped} skipped"] if skipped else []
+    other = [step.id for step in group if say.beside(step)]
+    words += [f"{', '.join(other) if len(other) <= 3 else len(other)} recorded for other words"] if other else []
     words += again if len(again) <= 3 else [f"{len(again)} took several attempts"]
     decided = [(step.id, step.last.decision) for step in group if step.last is not None and step.last.decision]
     told = [f"{id} {say.decided(state, decision)}" for id, decision in decided]
