@@ -104,7 +104,7 @@ Here = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
-    """The same in this process, for what ends before anything runs: exit code and stderr."""
+    """The same in this process, for what ends before an agent does anything: exit code and stderr."""
     monkeypatch.setattr(config, "chosen", {})
     monkeypatch.setattr(sys, "path", [*sys.path])
 
@@ -396,7 +396,7 @@ def test_an_interrupt_stops_the_run_which_can_go_on(number: signal.Signals) -> N
     assert not any("first ok" in line for line in again.lines)
 
 
-def test_an_interrupt_while_the_run_begins_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_the_run_begins_stops_it(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = cli.Run.start
 
     def interrupted(*args: Any, **options: Any) -> cm.Run:
@@ -405,7 +405,7 @@ def test_an_interrupt_while_the_run_begins_stops_it(monkeypatch: pytest.MonkeyPa
         return run
 
     monkeypatch.setattr(cli.Run, "start", interrupted)
-    assert cli.main(["run", write(SLOW)]) == 4
+    assert here("run", write(SLOW))[0] == 4
     assert last_run().status == "stopped"
 
 
