@@ -11,6 +11,7 @@ kept between turns: all that is sent comes with the request, which the run makes
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import functools
@@ -67,7 +68,7 @@ class Answer:
     message: dict[str, Any] = field(default_factory=dict)
 
 
-class Reader:
+class Reader(abc.ABC):
     """Reads the events of one stream; each dialect has its own."""
 
     ended = False
@@ -75,16 +76,16 @@ class Reader:
     over = False
     """Nothing more comes."""
 
+    @abc.abstractmethod
     def take(self, event: Any) -> Iterable[Delta]:
         """What an event adds. Any error of a wrong type or a missing key says that the event cannot be read."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def answer(self) -> Answer:
         """All of it."""
-        raise NotImplementedError
 
 
-class ChatEngine:
+class ChatEngine(abc.ABC):
     """Models behind an HTTP API. ``OpenAI`` and ``Anthropic`` are its dialects.
 
     Parameters
@@ -114,21 +115,21 @@ class ChatEngine:
 
     # -- what a dialect says
 
+    @abc.abstractmethod
     def headers(self, key: str) -> dict[str, str]:
         """The headers; with the key, unless it is ``""``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def body(self, request: AgentRequest) -> dict[str, Any]:
         """The first request, with its ``messages``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def reader(self) -> Reader:
         """What reads an answer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def results(self, returned: list[ToolReturned]) -> list[dict[str, Any]]:
         """The messages that tell what tools returned."""
-        raise NotImplementedError
 
     def complaint(self, event: Any) -> Complaint | None:
         """What `event` complains about, if it does: ``{"error": {"message": …, "type": …}}`` in both dialects."""
