@@ -19,9 +19,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CodeMachineError, GatePending, WorkflowError, did_you_mean
-from .loops import engine_loop, run_sync
+from .loops import run_sync
 
 FOLDER = "cm-notebook-tutorial"
 NOTE = ".shipped.json"
@@ -372,19 +373,37 @@ def run_headless(notebook: Path) -> int:
 
 
 def _see_through(work: Coroutine[Any, Any, Any]) -> None:
-    """Do `work` on another thread, for nbclient would take Ctrl+C for itself; then it is cancelled and tidies up."""
+    """Do `work` on another thread, for nbclient would take Ctrl+C for itself; then it is cancelled and tidies up.
+
+    The loop is the work's own. nbclient leaves a task behind that looks after the kernel and fails once it is gone;
+    on a loop that ends with the work it is cancelled with it, and what it says then is for nobody.
+    """
+    begun: Future[Callable[[], object]] = Future()
+    done: Future[None] = Future()
 
     async def doing() -> None:
-        tasks.append(asyncio.current_task())
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def give_up() -> None:
+            loop.set_exception_handler(lambda _loop, _context: None)
+            task.cancel()
+
+        begun.set_result(lambda: loop.call_soon_threadsafe(give_up))
         await work
 
-    tasks: list[Any] = []
-    done = asyncio.run_coroutine_threadsafe(doing(), engine_loop())
+    def on_thread() -> None:
+        try:
+            done.set_result(asyncio.run(doing()))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=on_thread, name="cm-notebook-cells", daemon=True).start()
     try:
         run_sync(done)
     except KeyboardInterrupt:
-        engine_loop().call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
         with contextlib.suppress(Exception, CancelledError):
+            run_sync(begun, END_S)()
             run_sync(done, END_S)
         raise
 
