@@ -41,6 +41,7 @@ from .feed import LiveText
 from .journal import open_journal
 from .loops import SLICE_S, engine_loop, run_sync
 from .options import COMMANDS, Argument, Command, Option
+from .prompts import check_read
 from .render import text as say
 from .render.markdown import clean
 from .run import Run, somebody
@@ -298,6 +299,7 @@ def _run(words: list[str]) -> int:
 def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
     """The run that was asked for, and up to which event its story was told before."""
     workflow = load(asked["file"], asked.get("workflow"))
+    runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
     inputs = asked.get("inputs", {})
     given = {name: asked[name] for name in ("engine", "tape", "until") if name in asked}
@@ -306,10 +308,8 @@ def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
         return Run.start(workflow, inputs, journal=journal, workspace=workspace, on_gate=policy, **given), 0
     before = Run.open(asked["resume"], journal).state
     known = before.seq
-    # The values that the run began with, not the file's defaults: else its finished steps would all be stale.
-    values = {**workflow.inputs, **before.inputs, **inputs}
-    edited = workflow.model_copy(update={"inputs": values})
-    return runs.resume(asked["resume"], edited, journal=journal, on_gate=policy, **given), known
+    check_read(workflow, inputs, {**workflow.inputs, **before.inputs})
+    return runs.resume(asked["resume"], workflow, inputs=inputs, journal=journal, on_gate=policy, **given), known
 
 
 def _again(asked: dict[str, Any], run_id: str) -> str | None:
@@ -424,7 +424,10 @@ def _choose(module: ModuleType, file: str, name: str | None) -> Workflow:
 
 # -- run: telling and asking -------------------------------------------------------------------------------------------
 
-_KEYS: dict[str, str] = {"approve": "a", "reject": "r", "edit": "e", "skip": "s", "stop": "t", "retry": "y"}
+_KEYS: dict[str, str] = {
+    **{"approve": "a", "reject": "r", "edit": "e", "skip": "s", "stop": "t"},
+    **{"retry": "y", "prompt": "p", "rerun": "f"},
+}
 _LONG, _HEAD, _TAIL = 60, 40, 12
 """Lines of an output: from how many on it is cut, and how many then remain of its beginning and end."""
 
@@ -477,6 +480,11 @@ class Session:
             self._state = RunState()  # it may have been interrupted in the middle of an event
             with contextlib.suppress(NobodyReads):
                 self._tell(self._run.events)
+        if not self._asks and not self._console.closed:
+            # Nobody watched: after the lines, how each step stands. What the last line has said is not said again.
+            with contextlib.suppress(NobodyReads):
+                for line in say.step_lines(self._state):
+                    self._console.line(line)
         return self._end(again, why, until)
 
     def _take(self, take: Callable[[], Iterable[AnyEvent | LiveText]]) -> None:
@@ -613,8 +621,6 @@ class Session:
         if gate.kind == "question":
             return "Type the answer. Ctrl+C stops the run."
         found = [f"[{_KEYS[way.action]}] {way.label}" for way in say.ways(self._state, gate)]
-        if gate.kind == "failed":
-            found.insert(1, "[p] Edit prompt")
         if len(step.attempts) > 1 and gate.kind != "start":
             found.append("[d] Diff")
         return "  ".join([*found, "[?] Help"])
@@ -630,11 +636,10 @@ class Session:
             return Decision(action="answer", feedback=line) if line else None
         word, _, rest = line.partition(" ")
         word, rest = word.lower(), rest.strip()
-        known: dict[str, str] = {}
-        for way in say.ways(self._state, gate):
-            known |= {_KEYS[way.action]: way.action, way.action: way.action}
-        known |= {"p": "prompt"} if gate.kind == "failed" else {}
-        known |= {"d": "diff", "v": "view", "?": "help"}
+        ways = {way.action: way for way in say.ways(self._state, gate)}
+        known: dict[str, str] = {"d": "diff", "v": "view", "?": "help"}
+        for name in ways:
+            known |= {_KEYS[name]: name, name: name}
         action = known.get(word)
         if action is None:
             self._console.say(self._choices(gate, step))
@@ -644,18 +649,22 @@ class Session:
             return None
         if rest and action not in ("reject", "retry"):
             raise WorkflowError(f"{action} takes no words; nothing was decided.")
-        return self._made(gate, step, action, rest)
+        if action == "rerun":
+            self._run.rerun(step.id, later=True)
+            return None
+        return self._made(gate, step, ways[action], rest)  # type: ignore[index]
 
-    def _made(self, gate: Gate, step: StepState, action: str, rest: str) -> Decision | None:
+    def _made(self, gate: Gate, step: StepState, way: say.Way, rest: str) -> Decision | None:
+        action = way.action
         if action == "reject":
             words = rest or self._asked("Why? ", gate)
             return Decision(action="reject", feedback=words) if words else self._nothing()
-        if action == "edit":
-            text = self._console.edit(self._subject(gate, step))
-            return Decision(action="approve", output=text) if text is not None else self._nothing()
         if action == "prompt":
             text = self._console.edit(step.last.prompt if step.last is not None else "")
             return Decision(action="retry", prompt=text) if text is not None else self._nothing()
+        if action == "edit":
+            text = self._console.edit(self._subject(gate, step))
+            return Decision(action="approve", output=text) if text is not None else self._nothing()
         if action == "skip":
             question = f"Skip {gate.step}? It gives no output; what names it gets an empty text. [y/N] "
             sure = self._asked(question, gate).lower() in ("y", "yes")
@@ -665,7 +674,7 @@ class Session:
                 raise WorkflowError("retry takes a number, and only where a loop is used up: y 2")
             return Decision(action="retry", count=int(rest))
         made: Action = action  # type: ignore[assignment]
-        return Decision(action=made)
+        return Decision(action=made, count=way.times)
 
     def _asked(self, question: str, gate: Gate) -> str:
         return (self._console.ask(question, lambda: not self._is_open(gate)) or "").strip()
@@ -685,13 +694,13 @@ class Session:
             "approve": "go on with what is shown",
             "reject": "send it back; r WORDS says why",
             "edit": "change the text in your editor ($EDITOR), and go on with that",
-            "retry": "make it again" + ("; y 2 allows two more passes" if gate.kind == "exhausted" else ""),
+            "prompt": "change its prompt in your editor ($EDITOR), and try that",
+            "retry": "make it again" + ("; y 5 allows five more passes" if gate.kind == "exhausted" else ""),
+            "rerun": "make it again, and all that comes after it",
             "skip": "go on without it",
             "stop": "end the run; it can be resumed",
         }
         rows = [[_KEYS[way.action], way.label, meanings[way.action]] for way in say.ways(self._state, gate)]
-        if gate.kind == "failed":
-            rows.append(["p", "Edit prompt", "change its prompt in your editor, and try that"])
         if len(step.attempts) > 1:
             rows.append(["d", "Diff", "what changed since the attempt before"])
         rows.append(["v", "View", "all of the text"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +107,8 @@ def _project_files() -> list[tuple[str, dict[str, Any]]]:
 
 @functools.lru_cache(maxsize=8)
 def _table(file: str, stamp: int) -> dict[str, Any]:
+    import tomllib  # only where there is such a file
+
     try:
         content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

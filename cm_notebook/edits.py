@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import WorkflowError
-from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, sound
+from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, WorkflowChanged, sound
 from .prompts import agent_facts, check_templates, fingerprint
 from .state import RunState, cut_short
 from .workflow import RESERVED, Agent, Separator, Step, Workflow, step_data
@@ -75,7 +75,14 @@ def changed(
     """
     known = {**state.agents, **agents}
     values = {**state.inputs, **inputs}
-    made = Workflow(state.name, steps=list(items), agents=list(known.values()), inputs=values, engine=state.engine)
+    made = Workflow(
+        state.name,
+        steps=list(items),
+        agents=list(known.values()),
+        autonomous_mode=state.autonomous_mode,
+        inputs=values,
+        engine=state.engine,
+    )
     check_templates(made, values)
     return made
 
@@ -127,15 +134,28 @@ def revision(state: RunState, workflow: Workflow, inputs: dict[str, Any]) -> lis
     for here, there in zip(kept, wanted, strict=True):
         if here != there:
             raise WorkflowError(f"step {here!r} stands elsewhere now. {hint}")
-    events = [event for id in gone for event in removal(state, id)]
+    events = [*_redefinition(state, workflow, inputs), *(event for id in gone for event in removal(state, id))]
+    made = workflow.model_copy(update={"inputs": inputs})  # which are known by then
     before: str | None = None
     for item in workflow.executable:
         if item.id in state.steps:
-            events += replacement(state, item, workflow, inputs)
+            events += replacement(state, item, made, {})
         else:
-            events.append(addition(state, item, before, workflow, inputs, first=before is None))
+            events.append(addition(state, item, before, made, {}, first=before is None))
         before = item.id
     return events
+
+
+def _redefinition(state: RunState, workflow: Workflow, inputs: Mapping[str, Any]) -> list[AnyEvent]:
+    """The event that says what is different in `workflow` beyond its steps; none when nothing is."""
+    new = {name: value for name, value in inputs.items() if state.inputs.get(name, _MISSING) != value}
+    defaults = {name: value for name, value in new.items() if sound(workflow.inputs.get(name, _MISSING)) == value}
+    mode = workflow.autonomous_mode if workflow.autonomous_mode != state.autonomous_mode else None
+    engine = (workflow.engine or "") if workflow.engine != state.engine else None
+    if not new and mode is None and engine is None:
+        return []
+    given = {name: value for name, value in new.items() if name not in defaults}
+    return [WorkflowChanged(inputs=given, defaults=defaults, autonomous_mode=mode, engine=engine)]
 
 
 def _definition(state: RunState, item: Step | Separator, made: Workflow, inputs: Mapping[str, Any]) -> dict[str, Any]:

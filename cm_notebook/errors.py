@@ -24,9 +24,12 @@ surfaces is a bug of ours. A message is one line: what happened (with the value)
 
 from __future__ import annotations
 
-import difflib
+import functools
+import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+_Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 
 class CodeMachineError(Exception):
@@ -118,6 +121,10 @@ class JournalError(CodeMachineError):
         self.path = path
 
 
+class JournalBusy(JournalError):
+    """Another program is writing to the journal; in a moment it may be free."""
+
+
 class RunLocked(JournalError):
     """Another process drives this run; it can still be read and decided."""
 
@@ -158,13 +165,59 @@ class ReplayMismatch(CodeMachineError):
     """The tape has no answer for this turn, or was recorded for another prompt."""
 
 
-def did_you_mean(wrong: str, known: Iterable[str], label: str = "Known") -> str:
+def by_name(shown: str, *more: str) -> Callable[[_Callable], _Callable]:
+    """Decorator: a call that does not fit is refused in one line, with what was meant, instead of a ``TypeError``.
+
+    Parameters
+    ----------
+    shown
+        How people write the call: ``cm.step``.
+    *more
+        Options that the function passes on in its ``**options``.
+
+    Raises
+    ------
+    WorkflowError    An option is not known, or one is missing.
+    """
+
+    def decorate(function: _Callable) -> _Callable:
+        if isinstance(function, type):  # a class: its calls are those of its __init__
+            made: Any = function
+            made.__init__ = decorate(made.__init__)
+            return function
+        signature = inspect.signature(function)
+        kinds = {name: one.kind for name, one in signature.parameters.items() if name not in ("self", "cls")}
+        plain = [name for name, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        known = [*plain, *(name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY), *more]
+        any_other = inspect.Parameter.VAR_KEYWORD in kinds.values() and not more
+        usage = f"{shown}({', '.join([*plain, 'option=…'])})"
+
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> Any:
+            for name in given:
+                if name not in known and not any_other:
+                    raise WorkflowError(f"{shown}: there is no option {name!r}. {did_you_mean(name, known, 'Options')}")
+            try:
+                return function(*args, **given)
+            except TypeError:
+                try:
+                    signature.bind(*args, **given)
+                except TypeError as misfit:
+                    raise WorkflowError(f"{shown}: {misfit}. Write {usage}.") from None
+                raise
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def did_you_mean(wrong: object, known: Iterable[str], label: str = "Known") -> str:
     """The end of an error message: the nearest valid name, and all of them.
 
     Parameters
     ----------
     wrong
-        What was written.
+        What was written; of whatever kind it is.
     known
         What would have been right, in the order to show.
     label
@@ -175,8 +228,10 @@ def did_you_mean(wrong: str, known: Iterable[str], label: str = "Known") -> str:
     str
         ``"Did you mean 'planner'? Known: planner, reviewer."``
     """
+    import difflib  # only for who makes a mistake
+
     names = list(known)
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(wrong), names, n=1, cutoff=0.6)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     listed = ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
     return f"{hint}{label}: {listed or '(none)'}."

@@ -3,16 +3,16 @@
 Strategy: a run *is* the list of these events. Each is a small pydantic model told apart by ``type``; ``seq`` (1, 2, 3 …
 within the run) and ``at`` (Unix time in seconds) are given by the journal when the event is recorded. A text is stored
 in one event only; whoever needs it again holds a ``Ref`` to that event. What an event *means* is said in ``state.py``.
-"""
 
-from __future__ import annotations
+Annotations are evaluated here, as in ``workflow.py``: from text, pydantic would compile each of them at every import.
+"""
 
 from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import CodeMachineError
-from .workflow import Model, Verdict
+from .workflow import AutonomousMode, Model, Verdict
 
 Mode = Literal["step-by-step", "gates", "unattended"]
 """Who drives: a pause after every step, a pause where a step asks for one, or no pause at all."""
@@ -62,7 +62,7 @@ class Usage(Fact):
     output_tokens: int = 0
     estimated: bool = False
 
-    def __add__(self, other: Usage) -> Usage:
+    def __add__(self, other: "Usage") -> "Usage":
         """Both together."""
         return Usage(
             input_tokens=self.input_tokens + other.input_tokens,
@@ -195,6 +195,20 @@ class RunFinished(BaseEvent):
     type: Literal["RunFinished"] = Field(default="RunFinished", exclude=True)
     status: RunEnd
     reason: str = ""
+
+
+class WorkflowChanged(BaseEvent):
+    """The workflow is defined anew, beyond its steps; what is not named here is as it was.
+
+    ``defaults``: inputs whose value is another one in the definition; ``inputs``: those that were given besides.
+    ``engine``: ``""`` where the definition names none any more.
+    """
+
+    type: Literal["WorkflowChanged"] = Field(default="WorkflowChanged", exclude=True)
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    autonomous_mode: AutonomousMode | None = None
+    engine: str | None = None
 
 
 class StepAdded(BaseEvent):
@@ -334,6 +348,7 @@ AnyEvent = (
     | RunUnpaused
     | ModeChanged
     | RunFinished
+    | WorkflowChanged
     | StepAdded
     | StepChanged
     | StepRemoved
@@ -369,8 +384,8 @@ def body(event: BaseEvent) -> str:
 
 def place(event: BaseEvent, seq: int, at: float) -> None:
     """Give `event` its place and time; past pydantic's ``__setattr__``, which costs more than all the rest."""
-    event.__dict__["seq"] = seq
-    event.__dict__["at"] = at
+    fields = event.__dict__
+    fields["seq"], fields["at"] = seq, at
 
 
 def read(type_name: str, seq: int, at: float, text: str) -> AnyEvent:

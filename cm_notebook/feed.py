@@ -38,13 +38,18 @@ class Feed:
         self._things: list[AnyEvent | tuple[str, int, list[str]]] = []
         self._woken = False
 
+    def wake(self) -> None:
+        """Have it looked at, though there may be nothing to take: the run is given up."""
+        with self._lock:
+            wake, self._woken = not self._woken, True
+        if wake:
+            self._wake()
+
     def put(self, event: AnyEvent) -> None:
         """Add a recorded event."""
         with self._lock:
             self._things.append(event)
-            wake, self._woken = not self._woken, True
-        if wake:
-            self._wake()
+        self.wake()
 
     def put_text(self, path: str, attempt: int, text: str) -> None:
         """Add live text; what stands last and is of the same turn grows."""
@@ -56,9 +61,7 @@ class Feed:
                     last[2][:] = ["".join(last[2])]
             else:
                 self._things.append((path, attempt, [text]))
-            wake, self._woken = not self._woken, True
-        if wake:
-            self._wake()
+        self.wake()
 
     def take(self) -> list[AnyEvent | LiveText]:
         """Everything since the last time, in order."""

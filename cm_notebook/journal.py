@@ -5,8 +5,9 @@ so one fsync. An event is a row with one integer key, ``run number << 32 | seq``
 wants to know about a run is read out of them.
 
 Several processes may write. Whoever wants to takes the write lock first (``begin``), and gets what others have
-recorded meanwhile; so the check "is this legal now?" is always made on all there is. Who *drives* a run holds a lock on
-a file of its own, which the operating system lets go of when the process dies, however it dies.
+recorded meanwhile; so the check "is this legal now?" is always made on all there is. While another program writes,
+``begin`` says so at once (``JournalBusy``) and holds nothing: when to try again is the caller's. Who *drives* a run
+holds a lock on a file of its own, which the operating system lets go of when the process dies, however it dies.
 
 ``MemoryJournal`` is the same without a disk: a list.
 """
@@ -21,15 +22,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from . import events as facts
-from .errors import JournalError, RunLocked, did_you_mean
+from .errors import JournalBusy, JournalError, RunLocked, did_you_mean
 from .events import AnyEvent
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+MAGIC = b"SQLite format 3\0"
 APPLICATION_ID = 0x434D4E42  # "CMNB", so that another program's database is not taken for a journal
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -40,11 +42,19 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 """The statements that lead from version n to n + 1; a journal of version n has had the first n."""
 
+_RUNS = (
+    "SELECT id, name, notebook, created_at FROM runs WHERE EXISTS"
+    " (SELECT 1 FROM events WHERE events.id > no << 32 AND events.id < (no + 1) << 32) ORDER BY no DESC"
+)
 _SELECT = "SELECT id, at, type, body FROM events WHERE id > ? AND id < ? ORDER BY id"
 
 OWN_FOLDER = ".cm_notebook"
 BUSY_S = 5.0
-"""Seconds to wait for another process to finish its transaction."""
+"""Seconds to wait for another process while a journal is opened or read."""
+BEGIN_S = 0.05
+"""Seconds in which ``begin`` waits for another process that is just finishing its transaction."""
+LEASE_S = 0.5
+"""Seconds in which the lock of a run may be held by one who only asks whether the run is driven."""
 
 
 class RunInfo(NamedTuple):
@@ -64,10 +74,10 @@ class MemoryJournal:
 
     def __init__(self) -> None:
         self._runs: dict[str, tuple[RunInfo, list[AnyEvent]]] = {}
-        self._driven: set[str] = set()
+        self._leases: set[str] = set()
 
     def create(self, run_id: str, name: str, notebook: str | None) -> None:
-        """Make room for a new run."""
+        """Make room for a new run, which is there with its first events."""
         self._runs[run_id] = (RunInfo(run_id, name, notebook, time.time()), [])
 
     def begin(self, run_id: str, after: int) -> list[AnyEvent]:
@@ -99,17 +109,21 @@ class MemoryJournal:
 
     def runs(self) -> list[RunInfo]:
         """All runs, newest first."""
-        return [info for info, _ in reversed(self._runs.values())]
+        return [info for info, events in reversed(self._runs.values()) if events]
 
     def drive(self, run_id: str) -> None:
         """Become the one who drives this run."""
-        if run_id in self._driven:
+        if run_id in self._leases:
             raise RunLocked(f"run {run_id!r} is driven already.", path=self.path)
-        self._driven.add(run_id)
+        self._leases.add(run_id)
+
+    def driven(self, run_id: str) -> bool:
+        """Whether somebody drives this run now."""
+        return run_id in self._leases
 
     def release(self, run_id: str) -> None:
         """Drive it no more."""
-        self._driven.discard(run_id)
+        self._leases.discard(run_id)
 
 
 class Journal:
@@ -132,6 +146,7 @@ class Journal:
         self._write = threading.RLock()
         self._read = threading.Lock()
         self._numbers: dict[str, int] = {}
+        self._new: dict[str, RunInfo] = {}
         self._leases: dict[str, BaseFileLock] = {}
         self._seen: dict[str, tuple[int, int]] = {}
         self._inserts: dict[int, str] = {}
@@ -140,6 +155,7 @@ class Journal:
             self._check_owner()
             self._writer = self._connect()
             self._migrate()
+            self._writer.execute(f"PRAGMA busy_timeout={round(BEGIN_S * 1000)}")
             self._reader = self._connect()
 
     def _connect(self) -> sqlite3.Connection:
@@ -170,17 +186,16 @@ class Journal:
         """Leave files of others alone: opening one as a journal would already change it."""
         with Path(self.path).open("rb") as file:
             header = file.read(100)
-        if header.startswith(b"SQLite format 3\0") and int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+        if len(header) < 100 and header.startswith(MAGIC[: len(header)]):
+            raise JournalError(_cut_off(self.path), path=self.path)
+        if header.startswith(MAGIC) and int.from_bytes(header[68:72], "big") != APPLICATION_ID:
             raise JournalError(f"{self.path} is a database of another program. Name another file.", path=self.path)
 
     def _migrate(self) -> None:
         execute = self._writer.execute
         (version,) = execute("PRAGMA user_version").fetchone()
         if version == 0:  # a journal is made whole
-            raise JournalError(
-                f"{self.path} was cut off: it is the beginning of a journal. Move it away to begin a new one.",
-                path=self.path,
-            )
+            raise JournalError(_cut_off(self.path), path=self.path)
         if version > len(MIGRATIONS):
             raise JournalError(
                 f"{self.path} was written by a newer version of cm_notebook (format {version}; this one knows "
@@ -196,20 +211,16 @@ class Journal:
         try:
             yield
         except sqlite3.Error as error:
-            raise JournalError(_explain(self.path, error), path=self.path) from error
+            kind = JournalBusy if _is_busy(error) else JournalError
+            raise kind(_explain(self.path, error), path=self.path) from error
         except OSError as error:
             raise JournalError(
                 f"the journal {self.path} cannot be opened: {error.strerror or error}.", path=self.path
             ) from error
 
     def create(self, run_id: str, name: str, notebook: str | None) -> None:
-        """Make room for a new run."""
-        with self._write, self._translated():
-            done = self._writer.execute(
-                "INSERT INTO runs (id, name, notebook, created_at) VALUES (?, ?, ?, ?)",
-                (run_id, name, notebook, time.time()),
-            )
-            self._numbers[run_id] = int(done.lastrowid or 0)
+        """Name a new run; it is written together with its first events."""
+        self._new[run_id] = RunInfo(run_id, name, notebook, time.time())
 
     def _base(self, run_id: str) -> int:
         number = self._numbers.get(run_id)
@@ -228,14 +239,24 @@ class Journal:
         """Take the write lock; returns the events after `after` that others have recorded meanwhile.
 
         Ends with :meth:`commit` or :meth:`rollback`; until then nobody else writes.
+
+        Raises
+        ------
+        JournalBusy     Another program is writing: try again in a moment.
+        JournalError    There is no such run, or the journal cannot be used.
         """
-        base = self._base(run_id)
+        new = self._new.get(run_id)
+        base = self._base(run_id) if new is None else 0
         self._write.acquire()
         try:
             with self._translated():
                 execute = self._writer.execute
                 execute("BEGIN IMMEDIATE")
                 version = execute("PRAGMA data_version").fetchone()[0]
+                if new is not None:
+                    added = execute("INSERT INTO runs (id, name, notebook, created_at) VALUES (?, ?, ?, ?)", new)
+                    self._numbers[run_id] = int(added.lastrowid or 0)
+                    self._seen[run_id] = (version, 0)
                 if self._seen.get(run_id) == (version, after):
                     return []
                 rows = execute(_SELECT, (base + after, base + (1 << 32)))
@@ -267,6 +288,7 @@ class Journal:
         except BaseException:
             self.rollback()
             raise
+        self._new.pop(run_id, None)
         if events:
             self._seen[run_id] = (self._seen[run_id][0], events[-1].seq)
         self._write.release()
@@ -311,7 +333,7 @@ class Journal:
     def runs(self) -> list[RunInfo]:
         """All runs, newest first."""
         with self._read, self._translated():
-            rows = self._reader.execute("SELECT id, name, notebook, created_at FROM runs ORDER BY no DESC").fetchall()
+            rows = self._reader.execute(_RUNS).fetchall()
         return [RunInfo(*row) for row in rows]
 
     def drive(self, run_id: str) -> None:
@@ -321,29 +343,67 @@ class Journal:
         ------
         RunLocked    Another process does.
         """
-        from filelock import FileLock, Timeout  # only durable runs need it
+        from filelock import Timeout
 
-        folder = Path(self.path + "-locks")
         with self._translated():
-            folder.mkdir(mode=0o700, exist_ok=True)
-            lock = FileLock(folder / f"{run_id}.lock", mode=0o600, thread_local=False)
+            self._lock_file(run_id).parent.mkdir(mode=0o700, exist_ok=True)
             try:
-                lock.acquire(blocking=False)
+                self._leases[run_id] = self._lock(run_id, LEASE_S)
             except Timeout:
                 raise RunLocked(
                     f"run {run_id!r} is driven by another process or notebook. It can still be read and decided; "
                     "end the other one to drive it here.",
                     path=self.path,
                 ) from None
-        self._leases[run_id] = lock
+
+    def driven(self, run_id: str) -> bool:
+        """Whether somebody, here or in another process, drives this run now."""
+        from filelock import Timeout
+
+        if run_id in self._leases:
+            return True
+        with self._translated():
+            if not self._lock_file(run_id).exists():
+                return False
+            try:
+                lock = self._lock(run_id, 0)
+            except Timeout:
+                return True
+            self._unlock(run_id, lock)  # who drove it has died
+            return False
 
     def release(self, run_id: str) -> None:
         """Drive it no more."""
         lock = self._leases.pop(run_id, None)
+        if self._new.pop(run_id, None) is not None:  # nothing was ever written
+            self._numbers.pop(run_id, None)
         with contextlib.suppress(sqlite3.Error), self._write:
             self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")  # so that a copy of the file alone holds the run
         if lock is not None:
-            lock.release()  # the file stays: removing it would let two processes lock two files of one name
+            self._unlock(run_id, lock)
+
+    def _lock_file(self, run_id: str) -> Path:
+        return Path(self.path + "-locks", f"{run_id}.lock")
+
+    def _lock(self, run_id: str, timeout_s: float) -> BaseFileLock:
+        """The lock of this run. Its file may be removed by who lets go of it just now: then it is locked anew."""
+        from filelock import FileLock  # only durable runs need it
+
+        file = self._lock_file(run_id)
+        while True:
+            lock = FileLock(file, mode=0o600, thread_local=False)
+            lock.acquire(timeout=timeout_s, poll_interval=0.02)
+            held = os.fstat(cast("int", lock._context.lock_file_fd))
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(held, file.stat()):
+                    return lock
+            lock.release()
+
+    def _unlock(self, run_id: str, lock: BaseFileLock) -> None:
+        """Remove the file, and only then let go of it: what has the name is never free while somebody drives."""
+        with contextlib.suppress(OSError):  # Windows removes no open file; there filelock does it
+            self._lock_file(run_id).unlink()
+        lock.release()
 
 
 AnyJournal = Journal | MemoryJournal
@@ -367,6 +427,8 @@ def open_journal(where: str | os.PathLike[str] | AnyJournal, *, make: bool = Tru
     """
     if isinstance(where, (Journal, MemoryJournal)):
         return where
+    if not isinstance(where, (str, os.PathLike)):
+        raise JournalError(f"journal={where!r} is not a file. Name one, or ':memory:', or pass a cm.Journal.")
     name = str(where)
     if name == ":memory:":
         return MemoryJournal()
@@ -443,15 +505,24 @@ def _make(path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
+def _cut_off(path: str) -> str:
+    return f"{path} is damaged: it was cut off, and only its beginning is there. Move it away to begin a new one."
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    """Whether another connection holds the lock that was needed."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
 def _explain(path: str, error: sqlite3.Error) -> str:
     """SQLite's words with what to do about them."""
     said = str(error)
     if "readonly" in said or "attempt to write" in said:
         return f"the journal {path} is read-only. Make it writable, or name another with journal=."
-    if "locked" in said or "busy" in said:
+    if _is_busy(error):
         return (
-            f"the journal {path} is locked by another program ({BUSY_S:g} s waited). "
-            "End it, or name another with journal=."
+            f"the journal {path} is locked by another program, which does not let go of it. "
+            "What is recorded is safe; end that program and resume, or name another journal with journal=."
         )
     if "full" in said:
         return (

@@ -96,7 +96,7 @@ def run_sync(
     Raises
     ------
     TimeoutError        It takes longer; the work goes on.
-    CodeMachineError    This thread runs `loop`, so it would wait for itself.
+    CodeMachineError    This thread runs `loop`, so it would wait for itself; or `loop` was closed.
     """
     here = running_loop()
     if not future.done() and here is not None and here is (loop or _loop):
@@ -106,35 +106,50 @@ def run_sync(
         )
     deadline = _deadline(timeout_s)
     while not future.done():
+        _check_open(loop)
         piece = _next_slice(deadline, timeout_s)
         with contextlib.suppress(TimeoutError, concurrent.futures.CancelledError):
             future.exception(timeout=piece)
     return future.result()
 
 
-async def wait_detached(future: concurrent.futures.Future[T], timeout_s: float | None = None) -> T:
+async def wait_detached(
+    future: concurrent.futures.Future[T],
+    timeout_s: float | None = None,
+    *,
+    loop: asyncio.AbstractEventLoop | None = None,
+) -> T:
     """Wait on any loop, and return the future's result; being cancelled or interrupted leaves the work going on.
 
     Raises
     ------
-    TimeoutError    It takes longer than `timeout_s` seconds; the work goes on.
+    TimeoutError        It takes longer than `timeout_s` seconds; the work goes on.
+    CodeMachineError    The `loop` that does the work was closed.
     """
-    loop, finished = asyncio.get_running_loop(), asyncio.Event()
+    here, finished = asyncio.get_running_loop(), asyncio.Event()
 
     def wake(_future: object) -> None:  # on the thread that finished the work
         with contextlib.suppress(RuntimeError):  # the waiting loop has been closed meanwhile: nobody is left to wake
-            loop.call_soon_threadsafe(finished.set)
+            here.call_soon_threadsafe(finished.set)
 
     future.add_done_callback(wake)
     deadline = _deadline(timeout_s)
     while not future.done():
+        _check_open(loop)
         piece = _next_slice(deadline, timeout_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(finished.wait(), piece)
     return future.result()
 
 
+def _check_open(loop: asyncio.AbstractEventLoop | None) -> None:
+    if loop is not None and loop.is_closed():
+        raise CodeMachineError("the event loop that does the work has been closed: it would never end.")
+
+
 def _deadline(timeout_s: float | None) -> float | None:
+    if timeout_s is not None and not isinstance(timeout_s, (int, float)):
+        raise CodeMachineError(f"timeout_s={timeout_s!r} is not a number of seconds, for instance timeout_s=30.")
     return None if timeout_s is None else time.monotonic() + timeout_s
 
 

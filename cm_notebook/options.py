@@ -55,8 +55,8 @@ class Option:
 
     @property
     def usual(self) -> str:
-        """The spelling to show: the shortest long one."""
-        return min((flag for flag in self.flags if flag.startswith("--")), key=len)
+        """The spelling to show: a declared short form, if it is a word; else the parameter's name."""
+        return next((flag for flag in self.short if flag.startswith("--")), self.flags[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +251,7 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "edit",
-            "Open a cell with the output to edit; running that cell goes on with it.",
+            "Open a cell with the output to edit, or the prompt of a step that failed; run it to go on.",
             "run.approve(output=…)",
             (_STEP,),
             (),
@@ -277,7 +277,9 @@ COMMANDS: dict[str, Command] = {
             "run.retry(…)",
             (_STEP,),
             (Option("count", "how many more loops", "count", example="2"),),
-            examples=("%cm retry", "%cm retry quality-gate --count 2"),
+            ("line", "cell"),
+            "the prompt to try with, in place of the one that was sent",
+            examples=("%cm retry", "%cm retry quality-gate --count 2", "%%cm retry planner\nPlan it in three steps."),
         ),
         Command("stop", "End the run; `%cm run` goes on with it.", "run.stop()", examples=("%cm stop",)),
         Command("pause", "Let what runs finish and start nothing new.", "run.pause()", examples=("%cm pause",)),

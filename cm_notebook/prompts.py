@@ -7,12 +7,13 @@ is already in the journal is never stored again. Values are never expanded a sec
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import WorkflowError, did_you_mean
 from .events import Part, Ref
@@ -30,6 +31,11 @@ class Hole(NamedTuple):
 
     name: str
     field: str | None
+
+    @property
+    def written(self) -> str:
+        """As it stands in the template."""
+        return "{{ " + self.name + (f".{self.field}" if self.field else "") + " }}"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -92,35 +98,40 @@ def step_names(steps: Iterable[Step | Module | Separator]) -> dict[str, str]:
     return names
 
 
-def check_templates(workflow: Workflow, inputs: Iterable[str]) -> None:
+def check_templates(workflow: Workflow, inputs: Mapping[str, Any]) -> None:
     """Refuse a template that names what will not be there: an unknown name is an error at the start, not a hole.
 
-    A step may name an earlier step, or a later one that a loop has run before; that is empty in the first pass.
+    A step may name an earlier step, or a later one that a loop has run before; that is empty in the first pass. Which
+    fields the output of a step has is known only when it has run: see :func:`missing_field`.
 
     Raises
     ------
     WorkflowError    With the step, the name, and the nearest right one.
     """
-    given = set(inputs)
     names = step_names(workflow.steps)
     order = [item for item in workflow.steps if not isinstance(item, Separator)]
     loops: list[set[str]] = []
     for index, item in enumerate(order):
         if isinstance(item, Module):
             loops.append({other.id for other in order[max(0, index - item.loop_steps) : index + 1]})
+    agents = {agent.id: agent for agent in workflow.agents}
     earlier: set[str] = set()
     for item in order:
-        looped = set[str]().union(*(loop for loop in loops if item.id in loop))
-        for template in item.prompts(workflow.agent(item.agent)):
+        for template in item.prompts(agents.get(item.agent) or workflow.agent(item.agent)):
             for hole in holes(template, item.raw):
-                _check_hole(item, hole, given, names, earlier, looped)
+                _check_hole(item, hole, inputs, names, earlier, loops)
         earlier.add(item.id)
 
 
 def _check_hole(
-    item: Step, hole: Hole, given: set[str], names: dict[str, str], earlier: set[str], looped: set[str]
+    item: Step,
+    hole: Hole,
+    given: Mapping[str, Any],
+    names: dict[str, str],
+    earlier: set[str],
+    loops: list[set[str]],
 ) -> None:
-    written = "{{ " + hole.name + (f".{hole.field}" if hole.field else "") + " }}"
+    written = hole.written
     if hole.name == "loop":
         if hole.field not in LOOP_FIELDS:
             raise WorkflowError(
@@ -129,20 +140,64 @@ def _check_hole(
         return
     if hole.name == "feedback" and hole.field is not None:
         raise WorkflowError(f"step {item.id!r} uses {written}, but feedback has no fields. Write {{{{ feedback }}}}.")
-    if hole.name in RESERVED or hole.name in given:
+    if hole.name in RESERVED:
+        return
+    if hole.name in given:
+        if hole.field is not None and hole.name not in names:
+            wrong = _no_field(hole, given[hole.name], f"the input {hole.name}")
+            if wrong is not None:
+                raise WorkflowError(f"step {item.id!r} uses {written}, but {wrong}")
         return
     if hole.name in names:
         named = names[hole.name]
-        if named in earlier or named in looped:
+        if named in earlier or any(item.id in loop and named in loop for loop in loops):
             return
         raise WorkflowError(
             f"step {item.id!r} uses {written}, which has not run by then. Put {named!r} before {item.id!r}."
         )
-    known = sorted(given | set(names) | set(RESERVED))
+    known = sorted({*given, *names, *RESERVED})
     raise WorkflowError(
         f"step {item.id!r} uses {written}, which is not defined. {did_you_mean(hole.name, known, 'Defined')} "
         "For literal braces use raw=True (--raw)."
     )
+
+
+def _no_field(hole: Hole, value: Any, what: str) -> str | None:
+    """What is wrong with the field of `hole`, if `value` has no such field."""
+    if not isinstance(value, Mapping):
+        return f"{what} is {'a text' if isinstance(value, str) else 'no table'} and has no fields."
+    if hole.field in value:
+        return None
+    return f"{what} has no field {hole.field!r}. {did_you_mean(hole.field, map(str, value), 'Fields')}"
+
+
+def check_read(workflow: Workflow, given: Iterable[str], declared: Iterable[str]) -> None:
+    """Refuse an input that nothing reads: its name is most likely misspelt.
+
+    A function reads ``turn.inputs``, so where there is one only a name much like one that is in use is refused; the
+    inputs that the workflow itself has are the way to say that such a name is meant.
+
+    Parameters
+    ----------
+    given
+        The names of the inputs that were given for this run.
+    declared
+        Those that the workflow has of itself.
+    """
+    named = {
+        hole.name
+        for item in workflow.executable
+        for template in item.prompts(workflow.agent(item.agent))
+        for hole in holes(template, item.raw)
+    }
+    names = step_names(workflow.steps)
+    known = sorted({*(name for name in named if name not in names and name not in RESERVED), *declared})
+    functions = any(workflow.agent(item.agent).implementation is not None for item in workflow.executable)
+    for name in given:
+        if name in known or name in named or (functions and not difflib.get_close_matches(name, known, 1)):
+            continue
+        meant = " If a function reads it, add it to the workflow's own inputs." if functions else ""
+        raise WorkflowError(f"no prompt uses the input {name!r}. {did_you_mean(name, known, 'Inputs')}{meant}")
 
 
 def agent_facts(agent: Agent) -> str:
@@ -156,8 +211,8 @@ def fingerprint(step: Step, agent: Agent, inputs: Mapping[str, object], facts: s
     Its options, what decides about its agent (`facts`, where :func:`agent_facts` is at hand already), and the values of
     the inputs that its templates name.
     """
-    named = {hole.name for template in step.prompts(agent) for hole in holes(template, step.raw)}
-    used = {name: inputs[name] for name in sorted(named) if name in inputs}
+    templates, raw = step.prompts(agent), step.raw
+    used = {hole.name: inputs[hole.name] for text in templates for hole in holes(text, raw) if hole.name in inputs}
     said = json.dumps(used, sort_keys=True) if used else ""
     return digest("\n".join((step.model_dump_json(exclude_defaults=True), facts or agent_facts(agent), said)))[:16]
 
@@ -165,8 +220,10 @@ def fingerprint(step: Step, agent: Agent, inputs: Mapping[str, object], facts: s
 # -- composing --------------------------------------------------------------------------------------------------------
 
 
-def compose(state: RunState, step: StepState) -> tuple[tuple[Part, ...], tuple[Part, ...] | None]:
+def compose(state: RunState, step: StepState, *, continues: bool) -> tuple[tuple[Part, ...], tuple[Part, ...] | None]:
     """What is sent in the next turn of `step`: the parts of its prompt, and of the context appended to it.
+
+    `continues`: it is sent into the agent's own session, which knows what was said before.
 
     In this order of precedence: an edited prompt as it is; after a rejection the feedback alone, where the agent's own
     session is continued, else the last prompt, the last answer and the feedback; else the template, with what the
@@ -177,13 +234,13 @@ def compose(state: RunState, step: StepState) -> tuple[tuple[Part, ...], tuple[P
         return (redo.prompt,), None
     templates = step.step.prompts(state.agents.get(step.step.agent))
     template = templates[step.turn - 1]
+    if not template:
+        return (), None  # a function without a prompt reads its Turn
     parsed = parse(template, step.step.raw)
     names = {hole.name for hole in holes(template, step.step.raw)}
-    if parsed == ("",):
-        return (), None  # a function without a prompt reads its Turn
     feedback = redo.feedback if redo is not None else None
-    if feedback is not None and "feedback" not in names and (rejected := _rejected(step)) is not None:
-        if step.session is not None:
+    if feedback is not None and (rejected := _repeated(step, names)) is not None:
+        if continues:
             return (feedback,), None
         answer: tuple[Part, ...] = (rejected.answer,) if rejected.answer is not None else ()
         before: Part = Ref(rejected.turns[-1], "prompt") if rejected.turns else ""
@@ -199,6 +256,38 @@ def compose(state: RunState, step: StepState) -> tuple[tuple[Part, ...], tuple[P
     return parts, context
 
 
+def missing_field(state: RunState, step: StepState) -> str | None:
+    """Why the next prompt of `step` cannot be made: the field of an output that has none of that name; else ``None``.
+
+    Of a step that was skipped, or that has not run yet in the first pass of its loop, every field is empty.
+    """
+    redo, raw = step.redo, step.step.raw
+    if redo is not None and redo.prompt is not None:
+        return None
+    found = holes(step.step.prompts(state.agents.get(step.step.agent))[step.turn - 1], raw)
+    if redo is not None and redo.feedback is not None and _repeated(step, {hole.name for hole in found}) is not None:
+        return None
+    for hole in found:
+        if hole.field is None or hole.name in ("feedback", "loop"):
+            continue
+        where, fields = _place(state, step, hole)
+        if where is None or Ref(where.seq, fields + hole.field) in state.texts:
+            continue
+        owner = next((other for other in state.order if other.approved == where), None)
+        made = next((one for one in owner.attempts if one.answer == where), None) if owner is not None else None
+        what = f"the output of {owner.id}" if owner is not None else f"the input {hole.name}"
+        if made is not None and made.edited:
+            what += ", as it was edited,"
+        wrong = _no_field(hole, made.output if made is not None and made.output is not None else "", what)
+        return f"its prompt uses {hole.written}, but {wrong}"
+    return None
+
+
+def _repeated(step: StepState, names: Container[str]) -> Attempt | None:
+    """The attempt whose prompt is sent again with the feedback on it; ``None``: the template has a place for that."""
+    return None if "feedback" in names else _rejected(step)
+
+
 def _rejected(step: StepState) -> Attempt | None:
     """The attempt that the feedback is about; attempts cut short since do not count."""
     for attempt in reversed(step.attempts):
@@ -208,29 +297,31 @@ def _rejected(step: StepState) -> Attempt | None:
 
 
 def _filled(state: RunState, step: StepState, hole: Hole, feedback: Ref | None) -> Part:
-    """What stands in place of `hole`; a step that gave no output gives no text."""
+    """What stands in place of `hole`; a step that gave no output gives no text, a field that is not there itself."""
     if hole.name == "feedback":
         return feedback if feedback is not None else ""
-    if hole.name == "previous":
-        before = _previous(state, step)
-        where = Ref(before.seq, f".{hole.field}") if before is not None and hole.field is not None else before
-        return where if where in state.texts else ""
     if hole.name == "loop":
         if hole.field == "iteration":
             return str(step.iteration)
         module = state.loop_of(step)
         loop = state.loops.get(step.looped_by or (module.id if module is not None else ""))
         return loop.reason if loop is not None else ""
+    where, fields = _place(state, step, hole)
+    if where is None:
+        return ""
+    if hole.field is not None:
+        where = Ref(where.seq, fields + hole.field)
+    return where if where in state.texts else hole.written
+
+
+def _place(state: RunState, step: StepState, hole: Hole) -> tuple[Ref | None, str]:
+    """Where the text stands that `hole` names, and what its fields are called there."""
+    if hole.name == "previous":
+        return _previous(state, step), "."
     named = _step_named(state, hole.name)
     if named is not None and (named.approved is not None or hole.name not in state.input_refs):
-        where = named.approved
-        if where is not None and hole.field is not None:
-            where = Ref(where.seq, f".{hole.field}")
-        return where if where in state.texts else ""
-    where = state.input_refs.get(hole.name)
-    if where is not None and hole.field is not None:
-        where = Ref(where.seq, f"{hole.name}.{hole.field}")
-    return where if where in state.texts else ""
+        return named.approved, "."
+    return state.input_refs.get(hole.name), f"{hole.name}."
 
 
 def _step_named(state: RunState, name: str) -> StepState | None:

@@ -11,6 +11,11 @@ Strategy: a run has an inbox and one synchronous pass. Turns that ended, decisio
 
 ``record`` is the only place where an event comes into being. What was there when the pass ran shares its transaction,
 so the end of one step and the start of the next are one write. Nothing is shown or started before it is on disk.
+
+While another program holds the journal the inbox stays as it is and the pass is tried again. When the journal cannot be
+written at all, the run is given up here (``_lose``): who waits is told, and a resume finds what is on disk.
+
+Who does not drive a run reads its state on from the journal whenever somebody looks (``_catch_up``).
 """
 
 from __future__ import annotations
@@ -40,10 +45,12 @@ from .errors import (
     CodeMachineError,
     EngineError,
     GatePending,
+    JournalBusy,
     JournalError,
     RunFailed,
     TransitionError,
     WorkflowError,
+    by_name,
     did_you_mean,
 )
 from .events import (
@@ -68,8 +75,8 @@ from .events import (
 )
 from .feed import Feed, LiveText
 from .journal import AnyJournal, open_journal, own_folder
-from .loops import engine_loop, run_sync, running_loop, wait_detached
-from .prompts import check_templates, digest, text_of
+from .loops import SLICE_S, engine_loop, run_sync, running_loop, wait_detached
+from .prompts import check_read, check_templates, digest, missing_field, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
@@ -80,6 +87,8 @@ Proposal = Callable[[], Iterable[AnyEvent]]
 
 POLL_S = 0.25
 """How often the journal is looked at for what another process has decided."""
+PATIENCE_S = 60.0
+"""How long a journal that another program holds is tried again before the run is given up."""
 POLICY_FEEDBACK = "Rejected by the policy on_gate='reject'."
 
 _FUNCTIONS = FunctionEngine()
@@ -108,7 +117,10 @@ class Run:
         self._rest: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._agents: dict[str, Agent] = {}
         self._driving = False
+        self._lost: BaseException | None = None
+        self._busy_since: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._hosted = False
         self._engine: str | Engine | None = None
         self._tape: Any = None
         self._on_gate: GatePolicy | None = None
@@ -121,6 +133,7 @@ class Run:
         self._folder: Path | None = None
         self._shown_in: int | None = None
         self._lookout: asyncio.TimerHandle | None = None
+        self._alarm: asyncio.TimerHandle | None = None
 
     # -- coming into being --------------------------------------------------------------------------------------------
 
@@ -172,6 +185,8 @@ class Run:
         """
         values = {**workflow.inputs, **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
+        check_read(workflow, inputs or {}, workflow.inputs)
+        tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
             raise WorkflowError(f"until={until!r} is not a step. {did_you_mean(until, known, 'Steps')}")
         run = cls(f"r-{secrets.token_hex(4)}", open_journal(journal if journal is not None else setting("journal")))
@@ -191,7 +206,11 @@ class Run:
             workspace=str(Path(workspace).absolute()) if workspace is not None else None,
             recorded=run._tape.run_name if run._tape is not None else None,
         )
-        run._propose(lambda: [started])
+        try:
+            run._propose(lambda: [started])
+        except BaseException:
+            run._let_go()
+            raise
         return run._become_current()
 
     @classmethod
@@ -204,34 +223,56 @@ class Run:
         """
         where = open_journal(journal if journal is not None else setting("journal"), make=False)
         driven = _driven.get((where.path, run_id))
-        if driven is not None and driven._driving:
-            return driven
+        if driven is not None:
+            driven._check_loop()
+            if driven._driving:
+                return driven
         run = cls(run_id, where)
-        run._reload()
-        if run._state.ended is not None:
-            run._come_to_rest()
+        run._catch_up()
         return run
 
     def _reload(self) -> None:
         """Make the state anew from the journal."""
-        before, self._state = self._state, RunState()
-        try:
-            self._read_on()
-        except CodeMachineError:
-            self._state = before
-            raise
-
-    def _read_on(self) -> None:
-        """Bring the state up to what the journal holds."""
+        self._state = RunState()
         with _no_collecting():
-            for event in self._journal.read(self.id, self._state.seq):
-                try:
-                    apply(self._state, event)
-                except CodeMachineError as error:
-                    raise JournalError(
-                        f"run {self.id!r} in {self._journal.path} does not make sense at event {event.seq}: {error}",
-                        path=self._journal.path,
-                    ) from error
+            self._read_on()
+
+    def _read_on(self) -> list[AnyEvent]:
+        """Bring the state up to what the journal holds; returns what was new."""
+        found = []
+        for event in self._journal.read(self.id, self._state.seq):
+            try:
+                apply(self._state, event)
+            except CodeMachineError as error:
+                raise JournalError(
+                    f"run {self.id!r} in {self._journal.path} does not make sense at event {event.seq}: {error}",
+                    path=self._journal.path,
+                ) from error
+            found.append(event)
+        return found
+
+    def _catch_up(self) -> None:
+        """Read what others have recorded, where no pass of this run does it."""
+        self._check_loop()
+        if self._driving:
+            return
+        with self._lock, _no_collecting():
+            if self._lost is not None:
+                with contextlib.suppress(JournalError):
+                    if self._journal.events(self.id, self._state.seq):
+                        self._find_again()  # somebody else goes on with it
+                return
+            self._show(self._read_on())
+            if self._state.ended is not None:
+                self._come_to_rest()
+
+    def _show(self, events: list[AnyEvent]) -> None:
+        """Tell those who watch what is on disk now, and let those who wait from now on wait for what comes."""
+        for feed in self._feeds:
+            for event in events:
+                feed.put(event)
+        if events and self._rest.done():
+            self._rest = concurrent.futures.Future()
 
     def _prepare(
         self,
@@ -244,22 +285,15 @@ class Run:
     ) -> None:
         """Take what is needed for driving, from the thread that asks for it."""
         self._agents.update({agent.id: agent for agent in agents})
-        if engine is not None and not isinstance(engine, (str, Engine)):
-            raise WorkflowError(f"engine={engine!r} is neither a name nor an engine (name, stream).")
-        if on_gate is not None and not isinstance(on_gate, str) and not callable(on_gate):
-            raise WorkflowError(f"on_gate={on_gate!r} is not 'approve', 'reject', 'stop' or a function.")
-        self._engine = engine
         self._on_gate = on_gate if on_gate is not None else cast("GatePolicy | None", setting("on_gate"))
-        if isinstance(self._on_gate, str) and self._on_gate not in ("approve", "reject", "stop"):
-            hint = did_you_mean(self._on_gate, ("approve", "reject", "stop"), "Possible")
-            raise WorkflowError(f"on_gate={self._on_gate!r} is not known. {hint}")
+        self._tape = check_options(engine=engine, tape=tape, on_gate=self._on_gate)
+        self._engine = engine
         self._somebody = somebody()
-        if tape is not None:
+        if self._tape is not None:
             from .engines.offline import OfflineEngine
-            from .tape import Tape
 
-            self._tape = tape if isinstance(tape, Tape) else Tape.read(tape)
             self._engine = OfflineEngine(tape=self._tape, strict=not self._somebody, delay=self._somebody)
+        self._hosted = loop == "kernel"
         if loop == "kernel":
             self._loop = running_loop()
             if self._loop is None:
@@ -272,12 +306,12 @@ class Run:
     def _drive(self) -> None:
         if not self._driving:
             self._journal.drive(self.id)
+            self._find_again()
             self._driving = True
             _driven[self._journal.path, self.id] = self
 
     def _become_current(self) -> Run:
-        global _current
-        _current = self
+        set_current(self)
         return self
 
     # -- looking ------------------------------------------------------------------------------------------------------
@@ -286,18 +320,20 @@ class Run:
     def reading(self) -> Iterator[RunState]:
         """The run's state, which does not change inside the ``with`` block."""
         with self._lock:
+            self._catch_up()
             yield self._state
 
     @property
     def state(self) -> RunState:
         """The run's state; to read several things that belong together use :meth:`reading`."""
-        with self._lock:
-            return self._state
+        with self.reading() as state:
+            return state
 
     @property
     def status(self) -> Status:
         """``running, waiting, paused, completed, stopped`` or ``failed``."""
-        return self.state.status
+        with self.reading() as state:
+            return "failed" if self._lost is not None else state.status
 
     @property
     def mode(self) -> Mode:
@@ -307,8 +343,8 @@ class Run:
     @property
     def gates(self) -> list[Gate]:
         """The open gates, oldest first."""
-        with self._lock:
-            return list(self._state.gates.values())
+        with self.reading() as state:
+            return list(state.gates.values())
 
     @property
     def events(self) -> list[AnyEvent]:
@@ -328,27 +364,25 @@ class Run:
     @property
     def workflow(self) -> Workflow:
         """The workflow as it is now, with the steps added since the start."""
-        with self._lock:
-            state = self._state
-            mode: Any = state.locked or (state.mode != "step-by-step")
+        with self.reading() as state:
             return Workflow(
                 state.name,
                 steps=[*state.items],
                 agents=[self._agents.get(agent.id, agent) for agent in state.agents.values()],
-                autonomous_mode=mode,
+                autonomous_mode=state.autonomous_mode,
                 inputs=dict(state.inputs),
                 engine=state.engine,
             )
 
     def __getitem__(self, step: str) -> StepView:
         """One step, by its id."""
-        with self._lock:
-            return StepView(self, self._state.step(step).id)
+        with self.reading() as state:
+            return StepView(self, state.step(step).id)
 
     def __iter__(self) -> Iterator[StepView]:
         """Its steps, in order."""
-        with self._lock:
-            return iter([StepView(self, step.id) for step in self._state.order])
+        with self.reading() as state:
+            return iter([StepView(self, step.id) for step in state.order])
 
     def draft(self, path: str) -> str:
         """The text that is being written there now; ``""`` when nothing is."""
@@ -368,10 +402,14 @@ class Run:
             self._feeds.remove(feed)
 
     async def stream(self) -> AsyncIterator[AnyEvent | LiveText]:
-        """All events from the start, then events and live text as they happen, until the run rests; on any loop."""
+        """All events from the start, then events and live text as they happen, until the run rests; on any loop.
+
+        Of a run that is not driven here: its events, until it rests or nobody drives it any more.
+        """
         loop, awake = asyncio.get_running_loop(), asyncio.Event()
-        with self._lock:
-            feed, past = self.watch(lambda: _quietly(loop, awake.set)), self.events
+        with self.reading() as state:
+            feed, known = self.watch(lambda: _quietly(loop, awake.set)), state.seq
+            past = [event for event in self.events if event.seq <= known]
             under_way = [(path, turn.started.attempt, turn.text()) for path, turn in self._turns.items()]
         self._rest.add_done_callback(lambda _rest: _quietly(loop, awake.set))
         try:
@@ -381,17 +419,28 @@ class Run:
                 if text:
                     yield LiveText(path, attempt, text)
             while True:
-                resting = self._rest.done()
+                over = self._over()
                 things = feed.take()
                 for thing in things:
                     yield thing
-                if resting and not things:
+                if over and not things:
                     return
                 if not things:
+                    look = loop.call_later(POLL_S, awake.set)
                     await awake.wait()
+                    look.cancel()
                 awake.clear()
         finally:
             self.unwatch(feed)
+
+    def _over(self) -> bool:
+        """Whether nothing more comes by itself; what came before is in the feeds."""
+        self._check_loop()
+        if self._driving:
+            return self._rest.done()
+        alone = not self._journal.driven(self.id)  # asked first: what its driver wrote last is read next
+        self._catch_up()
+        return alone or self._resting()
 
     # -- waiting ------------------------------------------------------------------------------------------------------
 
@@ -423,14 +472,40 @@ class Run:
 
     async def _awaited(self) -> Run:
         self._check_driven()
-        await wait_detached(self._rest)
+        await wait_detached(self._rest, loop=self._loop)
         return self
 
     def _check_driven(self) -> None:
+        self._catch_up()
         with self._lock:
             going_on = self._driving or self._rest.done()
         if not going_on:
             raise TransitionError(f"run {self.id!r} is not driven here. Go on with it: cm.resume({self.id!r}).")
+        if not self._rest.done():
+            self._check_turning()
+
+    def _check_loop(self) -> None:
+        """A run whose loop was closed is driven no more."""
+        loop = self._loop
+        if loop is None or not loop.is_closed():
+            return
+        with self._lock:
+            if self._driving:
+                self._lose(
+                    CodeMachineError(
+                        f"the event loop on which run {self.id!r} was driven has been closed. "
+                        f"Go on with it on another: cm.resume({self.id!r})."
+                    )
+                )
+
+    def _check_turning(self) -> None:
+        """Refuse to wait for a loop that nobody runs."""
+        loop = self._loop
+        if self._driving and self._hosted and loop is not None and not loop.is_running():
+            raise TransitionError(
+                f"run {self.id!r} is driven on an event loop of yours that does not run now, so nothing would come of "
+                "it. Run that loop, or start runs without loop='kernel'."
+            )
 
     # -- deciding -----------------------------------------------------------------------------------------------------
 
@@ -492,18 +567,19 @@ class Run:
         ------
         TransitionError    There is none, or more than one and no step was named.
         """
-        self._catch_up()
-        with self._lock:
-            opened = list(self._state.gates.values())
+        with self.reading() as state:
+            opened = list(state.gates.values())
             if step is None:
                 if len(opened) == 1:
                     return opened[0]
                 if not opened:
-                    raise TransitionError(f"no gate is open: run {self.id!r} is {self._state.status}.")
+                    if self._lost is not None:
+                        raise TransitionError(f"run {self.id!r} was given up here, so no gate is open: {self._lost}")
+                    raise TransitionError(f"no gate is open: run {self.id!r} is {state.status}.")
                 raise TransitionError(
                     f"several gates are open; name the step: {', '.join(gate.step for gate in opened)}."
                 )
-            found = self._state.step(step)
+            found = state.step(step)
             if found.gate is not None:
                 return found.gate
             last = found.last
@@ -677,6 +753,8 @@ class Run:
         ------
         WorkflowError    As for :meth:`revise`; nothing was changed.
         """
+        if inputs and workflow is None:
+            workflow = self.workflow
         values = edits.inputs_of(self.state, workflow, inputs)
         if workflow is not None:
             check_templates(workflow, values)
@@ -714,24 +792,73 @@ class Run:
 
     def _go_on(self, proposal: Callable[[], list[AnyEvent]]) -> None:
         """As ``_propose``, but a run that has ended is resumed for it."""
-        if self._loop is None:
+        if self._loop is None or self._loop.is_closed():
             raise TransitionError(f"run {self.id!r} is not driven here. Resume it first: cm.resume({self.id!r}).")
+
+        lost, driven = self._lost, self._driving
 
         def propose() -> list[AnyEvent]:
             wanted = proposal()
             ended = self._state.ended
+            if lost is not None:
+                gone = {event.step for event in wanted if isinstance(event, TurnCutShort)}
+                cut = [meaning.cut_short(step, str(lost)) for step in self._state.under_way if step.id not in gone]
+                return [RunResumed(reason=str(lost)), *cut, *wanted]
             return [RunResumed(), *wanted] if ended is not None and (wanted or ended != "completed") else wanted
 
         try:
             self._propose(propose, drive=True)
-        finally:
-            if self._state.ended is not None and self._rest.done():
-                self._let_go()  # it was refused, and the run is where it was
+        except BaseException:
+            with self._lock:  # it was refused, and the run is where it was
+                if lost is not None and self._lost is None:
+                    self._lose(lost)
+                elif not driven and self._rest.done():
+                    self._let_go()
+            raise
+        if self._state.ended is not None and self._rest.done():
+            self._let_go()  # nothing was wanted
 
     def _let_go(self) -> None:
-        self._driving = False
-        _driven.pop((self._journal.path, self.id), None)
-        self._journal.release(self.id)
+        if self._driving:
+            self._driving = False
+            if self._alarm is not None and self._loop is not None:
+                _quietly(self._loop, self._alarm.cancel)
+                self._alarm = None
+            if _driven.get((self._journal.path, self.id)) is self:
+                del _driven[self._journal.path, self.id]
+            self._journal.release(self.id)
+
+    def _lose(self, error: BaseException) -> None:
+        """Give the run up here, as it cannot be driven: what runs is cancelled, and everybody who waits is told.
+
+        The state says so too, without a record: on disk it is as if this process had died.
+        """
+        turns = list(self._turns.values())
+        self._turns.clear()
+        self._questions.clear()
+        if self._loop is not None:
+            for turn in turns:
+                _quietly(self._loop, turn.cancel)
+        reason = str(error) or type(error).__name__
+        if self._state.seq:  # it could be read
+            cut = [meaning.cut_short(step, reason) for step in self._state.under_way]
+            events: list[AnyEvent] = [*cut, RunFinished(status="failed", reason=reason)]
+            for event in events:
+                place(event, self._state.seq, max(time.time(), self._state.at))
+                apply(self._state, event)
+        self.error = self._lost = error
+        self._let_go()
+        if self._rest.done():
+            self._rest = concurrent.futures.Future()
+        self._rest.set_exception(error)
+        for feed in self._feeds:
+            feed.wake()
+
+    def _find_again(self) -> None:
+        """After :meth:`_lose`: the state as it is on disk."""
+        if self._lost is not None:
+            self._reload()
+            self._lost = None
 
     # -- recording ----------------------------------------------------------------------------------------------------
 
@@ -740,19 +867,41 @@ class Run:
 
         With `drive` the run is driven for it; a run that is just coming to its end stays so.
         """
+        self._check_loop()
         reply: concurrent.futures.Future[None] | None = concurrent.futures.Future() if wait else None
+        entry = (proposal, reply)
         with self._lock:
             if drive:
                 self._drive()
-            self._inbox.append((proposal, reply))
+            if reply is None and not self._driving:
+                return  # the run was let go meanwhile
+            self._inbox.append(entry)
         if reply is None:
             self._schedule()
             return
-        if not self._driving or self._loop is None or running_loop() is self._loop:
-            self._pass()
-        else:
-            self._schedule()
+        try:
+            while not reply.done() and self._is_ours():
+                time.sleep(self._pass())
+            if not reply.done():
+                self._check_turning()
+                self._schedule()
+            while not reply.done():
+                with contextlib.suppress(TimeoutError):
+                    reply.exception(timeout=SLICE_S)
+                self._check_loop()
+                if self._lost is not None and not reply.done():
+                    raise self._lost
+        except BaseException:
+            with self._lock, contextlib.suppress(ValueError):
+                self._inbox.remove(entry)  # nobody asks for it any more
+            if not self._driving:
+                self._busy_since = None
+            raise
         reply.result()
+
+    def _is_ours(self) -> bool:
+        """Whether a pass may be made on this thread."""
+        return not self._driving or self._loop is None or running_loop() is self._loop
 
     def _schedule(self) -> None:
         if not self._scheduled and self._loop is not None:
@@ -760,14 +909,24 @@ class Run:
             if running_loop() is self._loop:
                 self._loop.call_soon(self._pass)
             else:
-                self._loop.call_soon_threadsafe(self._pass)
+                _quietly(self._loop, self._pass)
 
-    def _pass(self) -> None:
-        """All that is to be done now, as one transaction; see the top of this file."""
-        if self._driving and running_loop() is not self._loop:
+    def _schedule_in(self, delay_s: float) -> None:
+        """Have the next pass made by then; there is one alarm, as each pass says anew when it is needed."""
+        self._alarm = cast("asyncio.AbstractEventLoop", self._loop).call_later(delay_s, self._pass)
+
+    def _pass(self) -> float:
+        """All that is to be done now, as one transaction; see the top of this file.
+
+        Returns in how many seconds to try again when another program holds the journal: then nothing was done. Else 0.
+        """
+        if not self._is_ours():
             self._schedule()  # somebody drives by now: turns start on its loop only
-            return
+            return 0.0
         self._scheduled = False
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
         replies: list[concurrent.futures.Future[None] | None] = []
         refusals: list[Exception | None] = []
         starts: list[TurnStarted] = []
@@ -776,8 +935,9 @@ class Run:
         with self._lock:
             batch = self._batch = []
             try:
+                self._find_again()
                 seen = self._journal.begin(self.id, self._state.seq)
-                begun = True
+                begun, self._busy_since = True, None
                 for event in seen:
                     apply(self._state, event)
                 while self._inbox:
@@ -794,16 +954,14 @@ class Run:
             except BaseException as error:
                 if begun:
                     self._journal.rollback()
+                elif isinstance(error, JournalBusy) and (delay := self._try_again_in()) is not None:
+                    return delay
                 self._pass_failed(error, replies)
-                return
+                return 0.0
             finally:
                 self._batch = []
             shown = [*seen, *batch]
-            for feed in self._feeds:
-                for event in shown:
-                    feed.put(event)
-            if shown and self._rest.done():
-                self._rest = concurrent.futures.Future()  # before the proposers go on: they may wait for it next
+            self._show(shown)  # before the proposers go on: they may wait for the run next
         try:
             if self._driving:
                 self._follow(shown, starts, prompts)
@@ -811,6 +969,22 @@ class Run:
             for reply, refused in zip(replies, refusals, strict=True):
                 if reply is not None:
                     reply.set_exception(refused) if refused is not None else reply.set_result(None)
+        return 0.0
+
+    def _try_again_in(self) -> float | None:
+        """In how many seconds to make this pass again, another program holding the journal; ``None``: no more."""
+        now = time.monotonic()
+        if self._busy_since is None:
+            self._busy_since = now
+        waited = now - self._busy_since
+        if waited >= PATIENCE_S:
+            self._busy_since = None
+            return None
+        delay = min(1.0, 0.02 + waited / 4)
+        if self._driving:
+            self._scheduled = True
+            self._schedule_in(delay)
+        return delay
 
     def _record_all(self, proposal: Proposal) -> Exception | None:
         try:
@@ -818,37 +992,45 @@ class Run:
         except Exception as error:  # nothing was changed: it is between the proposer and us
             return error
         try:
-            for event in events:
-                self.record(event)
+            self.record(*events)
         except CodeMachineError as error:
             return error
         return None
 
-    def record(self, event: AnyEvent) -> None:
-        """Give `event` its place and time, check it, apply it: the only way anything happens in a run.
+    def record(self, *events: AnyEvent) -> None:
+        """Give `events` their place and time, check them, apply them: the only way anything happens in a run.
 
-        It is made durable, and only then shown, at the end of the pass that records it.
+        They are made durable, and only then shown, at the end of the pass that records them.
 
         Raises
         ------
-        TransitionError    It is not legal now; nothing was changed.
+        TransitionError    One is not legal now; nothing was changed.
         """
-        place(event, self._state.seq + 1, max(time.time(), self._state.at))
-        apply(self._state, event)
-        self._batch.append(event)
+        kept = len(self._batch)
+        try:
+            for event in events:
+                place(event, self._state.seq + 1, max(time.time(), self._state.at))
+                apply(self._state, event)
+                self._batch.append(event)
+        except CodeMachineError:
+            if len(self._batch) > kept:  # a state cannot go back: it is made anew, without these
+                del self._batch[kept:]
+                self._reload()
+                for event in self._batch:
+                    apply(self._state, event)
+            raise
 
     def _act(self, starts: list[TurnStarted], prompts: list[str]) -> None:
         """Record all that follows from the state, until only turns and people can go on."""
         progress = True
         while progress:
             progress = False
-            for action in next_actions(self._state):
+            for action in next_actions(self._state, self._engine_name):
                 if isinstance(action, Record):
                     self.record(action.event)
                     progress = True
                 elif action.not_before is not None and action.not_before > time.time():
-                    delay = action.not_before - time.time()
-                    cast("asyncio.AbstractEventLoop", self._loop).call_later(delay, self._schedule)
+                    self._schedule_in(action.not_before - time.time())
                 else:
                     started, text = self._turn_started(action)
                     self.record(started)
@@ -877,16 +1059,19 @@ class Run:
         """What is on disk now has its effect outside: turns start and stop, gates are put to whoever may answer."""
         state = self._state
         for event in events:
-            if isinstance(event, TurnCutShort):
+            if type(event) is TurnCutShort:
                 running = self._turns.pop(event.path, None)
                 if running is not None:
                     running.cancel()
-            elif isinstance(event, GateDecided):
+            elif type(event) is GateDecided:
                 self._tell_turn(event)
-            elif isinstance(event, RunResumed):
+            elif type(event) is RunResumed:
                 self.error, self._stuck = None, None
         for started, prompt in zip(starts, prompts, strict=True):
             self._launch(started, prompt)
+        self._asked.intersection_update(state.gates)
+        for gone in [id for id in self._questions if id not in state.gates]:
+            del self._questions[gone]
         for gate in list(state.gates.values()):
             if gate.id not in self._asked:
                 self._asked.add(gate.id)
@@ -906,23 +1091,18 @@ class Run:
                 self._pass()
         self._look_out()
 
-    def _catch_up(self) -> None:
-        """Read what other processes have recorded, where nobody does it for us."""
-        if not self._driving:
-            self._propose(lambda: [])
-
     def _resting(self) -> bool:
         """Whether the run goes no further until somebody does something."""
         state = self._state
         if self._stuck is not None and self._stuck.id not in state.gates:
             self._stuck = None
-        return state.ended is not None or state.status == "paused" or self._stuck is not None
+        return state.ended is not None or self._stuck is not None or state.status == "paused"
 
     def _come_to_rest(self) -> None:
         """Tell those who wait that the run goes no further by itself, and how it ended."""
         with self._lock:
             # What is in the inbox may go on with it; the pass that takes it comes here again.
-            if not self._rest.done() and not self._inbox and self._resting():
+            if not self._inbox and self._resting() and not self._rest.done():
                 self._rest_now(self._state)
 
     def _rest_now(self, state: RunState) -> None:
@@ -943,21 +1123,17 @@ class Run:
         waiting = [*replies, *(reply for _proposal, reply in self._inbox)]
         self._inbox.clear()
         self.error = error
+        try:
+            self._reload()
+        except (
+            Exception
+        ):  # it cannot be read either, or there is a bug in reading it: who waits is told the first error
+            self._state = RunState()
         if self._driving:
-            self._driving = False
-            for turn in self._turns.values():
-                if self._loop is not None:
-                    self._loop.call_soon_threadsafe(turn.cancel)
-            self._turns.clear()
-            self._let_go()
-            if self._rest.done():
-                self._rest = concurrent.futures.Future()
-            self._rest.set_exception(error)
+            self._lose(error)
         for reply in waiting:
             if reply is not None:
                 reply.set_exception(error)
-        with contextlib.suppress(CodeMachineError):
-            self._reload()
 
     # -- gates that answer themselves ---------------------------------------------------------------------------------
 
@@ -1105,6 +1281,8 @@ class Run:
         with self._lock:
             state = self._state
             step = state.steps[started.step]
+            if (wrong := missing_field(state, step)) is not None:
+                raise EngineError(wrong)
             agent = self._agents.get(step.step.agent) or state.agents[step.step.agent]
             feedback = step.redo.feedback if step.redo is not None else None
             loop = state.loops.get(step.looped_by) if step.looped_by is not None else None
@@ -1242,6 +1420,12 @@ def current() -> Run:
     return _current
 
 
+def set_current(run: Run | None) -> None:
+    """What :func:`current` gives from now on; ``None``: nothing, until a run is started or resumed."""
+    global _current
+    _current = run
+
+
 def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run]:
     """All runs of a journal, newest first, to read and to decide; those driven here are the very objects."""
     named = journal if journal is not None else setting("journal")
@@ -1256,14 +1440,16 @@ def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run
     return found
 
 
+@by_name("cm.resume", "engine", "on_gate", "tape", "loop")
 def resume(
     run_id: str,
     workflow: Workflow | None = None,
     *,
+    inputs: Mapping[str, Any] | None = None,
     journal: str | os.PathLike[str] | AnyJournal | None = None,
     agents: Iterable[Agent] = (),
     until: str | None = None,
-    reason: str = "resumed",
+    reason: str = "",
     **options: Any,
 ) -> Run:
     """Go on with a run from its journal; finished steps and decisions are kept.
@@ -1273,10 +1459,12 @@ def resume(
     workflow
         Its definition as it is now: steps that changed are stale. Needed for the Python functions among its agents,
         unless `agents` has them.
+    inputs
+        Values of template names, over those the run has.
     until
         Id of a step: pause when it is done.
     reason
-        What had happened, for those who look.
+        What had happened, for those who look; by default, where its process had not ended it, that.
     **options
         ``engine, on_gate, tape, loop`` of :meth:`Run.start`.
 
@@ -1287,9 +1475,10 @@ def resume(
     TransitionError    It is completed.
     WorkflowError      A function is missing, or `workflow` is no edit of this run's.
     """
+    check_options(**{name: value for name, value in options.items() if name != "loop"})
     run = Run.open(run_id, journal)
     if run._driving:
-        return run.go_on(workflow, until=until)
+        return run.go_on(workflow, inputs, until=until)
     with run.reading() as state:
         if state.ended == "completed":
             raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")
@@ -1307,13 +1496,16 @@ def resume(
 
     def propose() -> list[AnyEvent]:
         anew = {event.step for event in different if isinstance(event, TurnCutShort)}
-        cut = [meaning.cut_short(step, reason) for step in run._state.under_way if step.id not in anew]
-        return [RunResumed(reason=reason, until=until), *cut, *different]
+        why = reason or ("" if run._state.ended is not None else "the process that drove it had ended")
+        cut = [meaning.cut_short(step, why) for step in run._state.under_way if step.id not in anew]
+        return [RunResumed(reason=why, until=until), *cut, *different]
 
     try:
         run._read_on()  # what the one who drove it before wrote until the last moment
+        if inputs and workflow is None:
+            workflow = run.workflow
         if workflow is not None:
-            values = edits.inputs_of(run.state, workflow)
+            values = edits.inputs_of(run.state, workflow, inputs)
             check_templates(workflow, values)
             different = edits.revision(run._state, workflow, values)
         run._propose(propose)
@@ -1321,6 +1513,37 @@ def resume(
         run._let_go()
         raise
     return run._become_current()
+
+
+def check_options(
+    *,
+    engine: str | Engine | None = None,
+    tape: Any = None,
+    workspace: str | os.PathLike[str] | None = None,
+    on_gate: GatePolicy | None = None,
+) -> Any:
+    """Refuse what :meth:`Run.start` could not use, before anything happens; returns the tape, read.
+
+    Raises
+    ------
+    WorkflowError     One of them is none of its kind, or the tape cannot be read.
+    EngineNotFound    There is no engine of that name.
+    """
+    if engine is not None and not isinstance(engine, (str, Engine)):
+        raise WorkflowError(f"engine={engine!r} is neither a name nor an engine (name, stream).")
+    if isinstance(engine, str):
+        find_engine(engine)
+    if workspace is not None and not isinstance(workspace, (str, os.PathLike)):
+        raise WorkflowError(f"workspace={workspace!r} is not a folder. Name one, for instance workspace='site'.")
+    if on_gate is not None and not isinstance(on_gate, str) and not callable(on_gate):
+        raise WorkflowError(f"on_gate={on_gate!r} is not 'approve', 'reject', 'stop' or a function.")
+    if isinstance(on_gate, str) and on_gate not in (policies := ("approve", "reject", "stop")):
+        raise WorkflowError(f"on_gate={on_gate!r} is not known. {did_you_mean(on_gate, policies, 'Possible')}")
+    if tape is None:
+        return None
+    from .tape import Tape
+
+    return tape if isinstance(tape, Tape) else Tape.read(tape)
 
 
 def somebody() -> bool:
@@ -1365,6 +1588,6 @@ def _no_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _quietly(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+def _quietly(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
     with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
         loop.call_soon_threadsafe(callback)

@@ -2,7 +2,8 @@
 
 Rule 1: everything that decides about a run lives in this file. Whoever shows, stores or executes only asks.
 Rule 2: ``apply(state, event)`` checks first and changes after. An illegal event raises ``TransitionError`` and nothing
-        has happened. Whether an event may come at all stands in ``TRANSITIONS``.
+        has happened. Whether an event may come at all, and what it may make of its step, stands in ``TRANSITIONS``;
+        what it may make of other steps stands in ``SWEPT``.
 Rule 3: ``next_actions(state)`` only looks: at the step under the cursor, whose status says what it needs.
 
 A step goes through these statuses (``running`` to ``finished`` is one *attempt*):
@@ -20,6 +21,7 @@ The cursor stands on the first step that is not settled. Nothing here scans or c
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -30,7 +32,6 @@ from .events import (
     EDITABLE,
     Action,
     AnyEvent,
-    BaseEvent,
     Decision,
     ErrorInfo,
     Gate,
@@ -58,9 +59,10 @@ from .events import (
     TurnFinished,
     TurnStarted,
     Usage,
+    WorkflowChanged,
 )
-from .prompts import compose, pieces, text_of
-from .workflow import Agent, Module, Separator, Step, Verdict, Workflow, as_step
+from .prompts import compose, missing_field, pieces, text_of
+from .workflow import Agent, AutonomousMode, Module, Separator, Step, Verdict, Workflow, as_step
 
 StepStatus = Literal[
     "pending", "ready", "running", "asking", "retrying", "due", "waiting", "looping", "finished", "skipped"
@@ -98,6 +100,16 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
 }
 """Which events a step may meet in each status, and what it may become by them."""
 
+_SETTLED: tuple[StepStatus, ...] = ("finished", "skipped")
+_AT_REST: tuple[StepStatus, ...] = ("pending", "ready", "retrying", "due", "waiting", "looping", *_SETTLED)
+SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
+    "LoopedBack": dict.fromkeys(_SETTLED, ("pending",)),
+    "Rewound": dict.fromkeys(_AT_REST, ("pending", "finished")),
+    "RunFinished": {"waiting": ("due", "finished", "pending")},
+    "StepChanged": dict.fromkeys(_AT_REST, ("pending", "finished")),
+}
+"""What an event may make of the steps that it is not about (and ``StepChanged`` of its own), by their status."""
+
 STATUS_WORDS: dict[StepStatus, str] = {
     "pending": "pending",
     "ready": "queued",
@@ -111,6 +123,10 @@ STATUS_WORDS: dict[StepStatus, str] = {
     "skipped": "skipped",
 }
 """A step's status in words for people."""
+
+
+NO_FIELDS = "The edited text is not the JSON of the output any more, so it has no fields."
+"""Said beside an edited output that had a structure."""
 
 
 @dataclass(slots=True, repr=False)
@@ -207,6 +223,12 @@ class StepState:
     fingerprint: str = ""
     status: StepStatus = "pending"
     stale: bool = False
+    outdated_by: str | None = None
+    """Why it is stale: the earlier step that ran again after it."""
+    changed: tuple[str, ...] = ()
+    """Why it is stale: what of its own definition changed after it ran."""
+    agent: Agent | None = None
+    """Its agent, as it was when the step was defined."""
     attempts: list[Attempt] = field(default_factory=list)
     turn: int = 1
     """The turn that runs, or is next."""
@@ -220,6 +242,8 @@ class StepState:
     redo: Redo | None = None
     session: str | None = None
     """The agent's own conversation, to be continued; a step that begins anew begins a new one."""
+    session_engine: str = ""
+    """The engine that it was had with, the only one that knows it."""
     retry_at: float | None = None
     looped_by: str | None = None
     """The module that sent the run back to this step."""
@@ -288,6 +312,8 @@ class RunState:
     run_id: str = ""
     name: str = ""
     mode: Mode = "gates"
+    autonomous_mode: AutonomousMode = True
+    """As the workflow's definition has it."""
     locked: str | None = None
     """``"never"`` or ``"always"`` when the workflow forbids switching."""
     items: list[Step | Separator] = field(default_factory=list)
@@ -308,7 +334,7 @@ class RunState:
     decisions: dict[str, Decision] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
-    """The inputs as the workflow's definition had them when the run started."""
+    """The inputs as the workflow's definition has them."""
     input_refs: dict[str, Ref] = field(default_factory=dict)
     loops: dict[str, Loop] = field(default_factory=dict)
     texts: dict[Ref, str | tuple[Part, ...]] = field(default_factory=dict)
@@ -371,7 +397,7 @@ class RunState:
 
     def step(self, id: str) -> StepState:
         """The step named `id`; a ``TransitionError`` lists the right names."""
-        found = self.named(id)
+        found = self.steps.get(id) or self.named(id)
         if found is None:
             raise TransitionError(f"there is no step {id!r}. {did_you_mean(id, self.steps, 'Steps')}")
         return found
@@ -400,14 +426,14 @@ class RunState:
 # -- apply ------------------------------------------------------------------------------------------------------------
 
 
-def apply(state: RunState, event: BaseEvent) -> None:
+def apply(state: RunState, event: AnyEvent) -> None:
     """Change `state` by what `event` means.
 
     Raises
     ------
     TransitionError    The event is not legal now (``AlreadyDecided``: its gate has its answer); nothing was changed.
     """
-    kind = type(event).__name__
+    kind = event.type
     if state.run_id or state.seq:
         if kind == "RunStarted":
             raise TransitionError(f"run {state.run_id!r} has started already.")
@@ -420,10 +446,9 @@ def apply(state: RunState, event: BaseEvent) -> None:
     state.seq = event.seq
 
 
-def _met(state: RunState, step_id: str, event: BaseEvent) -> StepState:
-    """The step an event is about, if it may meet that event now."""
+def _met(state: RunState, step_id: str, kind: str) -> StepState:
+    """The step that an event of that kind is about, if it may meet it now."""
     step = state.step(step_id)
-    kind = type(event).__name__
     if kind not in TRANSITIONS[step.status]:
         allowed = ", ".join(TRANSITIONS[step.status]) or "nothing"
         raise TransitionError(f"{kind} is not possible while step {step.id!r} is {step.status} (possible: {allowed}).")
@@ -431,11 +456,11 @@ def _met(state: RunState, step_id: str, event: BaseEvent) -> StepState:
 
 
 def _turn_met(state: RunState, event: TurnFinished | TurnFailed | TurnCutShort) -> tuple[StepState, Attempt]:
-    step = _met(state, event.step, event)
-    last = step.last
+    step = _met(state, event.step, event.type)
+    last = step.attempts[-1] if step.attempts else None
     if last is None or last.number != event.attempt or step.turn != event.turn:
         raise TransitionError(
-            f"{type(event).__name__} names attempt {event.attempt}, turn {event.turn} of step {step.id!r}, "
+            f"{event.type} names attempt {event.attempt}, turn {event.turn} of step {step.id!r}, "
             f"which is at attempt {step.attempt}, turn {step.turn}."
         )
     return step, last
@@ -445,9 +470,7 @@ def _run_started(state: RunState, event: RunStarted) -> None:
     workflow = Workflow.restore(event.workflow)
     state.run_id, state.name, state.engine = event.run_id, workflow.name, workflow.engine
     state.agents = {agent.id: agent for agent in workflow.agents}
-    if isinstance(workflow.autonomous_mode, str):
-        state.locked = workflow.autonomous_mode
-    state.mode = "step-by-step" if workflow.autonomous_mode in ("never", False) else "gates"
+    _take_autonomy(state, workflow.autonomous_mode)
     state.workspace, state.recorded, state.started_at = event.workspace, event.recorded, event.at
     state.defaults = workflow.inputs
     _take_inputs(state, event.seq, {**workflow.inputs, **event.inputs})
@@ -490,6 +513,25 @@ def _mode_changed(state: RunState, event: ModeChanged) -> None:
             "Define it with autonomous_mode=True to switch while it runs."
         )
     state.mode = event.mode
+
+
+def _workflow_changed(state: RunState, event: WorkflowChanged) -> None:
+    if event.autonomous_mode is not None:
+        _take_autonomy(state, event.autonomous_mode)
+    if event.engine is not None:
+        state.engine = event.engine or None
+    state.defaults = {**state.defaults, **event.defaults}
+    _take_inputs(state, event.seq, {**event.defaults, **event.inputs})
+
+
+def _take_autonomy(state: RunState, given: AutonomousMode) -> None:
+    """The mode that the definition asks for; ``True`` asks for any but ``step-by-step``."""
+    state.autonomous_mode = given
+    state.locked = given if isinstance(given, str) else None
+    if given in ("never", False):
+        state.mode = "step-by-step"
+    elif given == "always" or state.mode == "step-by-step":
+        state.mode = "gates"
 
 
 def _run_finished(state: RunState, event: RunFinished) -> None:
@@ -535,15 +577,43 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
     _take_agents(state, event.agents)
     _take_inputs(state, event.seq, event.inputs)
     place = next(number for number, other in enumerate(state.items) if other is step.step)
+    what = _what_changed(step.step, step.agent, item, state.agents.get(item.agent))
     state.items[place] = item
-    step.step, step.fingerprint = item, event.fingerprint
+    step.step, step.fingerprint, step.agent = item, event.fingerprint, state.agents.get(item.agent)
     _close(state, step, reopen=True)
     if step.status in ("finished", "skipped"):
         step.stale = True
+        step.changed = (*step.changed, *(part for part in what if part not in step.changed))
         state.cursor = min(state.cursor, step.index)
     elif step.status != "pending":
         # what waits for a decision was made by the old definition: it is made again
         _begin_again(step, "pending")
+
+
+def _what_changed(old: Step, was: Agent | None, new: Step, agent: Agent | None) -> tuple[str, ...]:
+    """Which parts of a step's definition are others now; with none of them, it is an input that its prompt names."""
+
+    def parts(step: Step, agent: Agent | None) -> dict[str, Any]:
+        named = agent if agent is not None else Agent(step.agent)
+        own = {"prompt", "engine", "model", "reasoning_effort"}
+        return {
+            "prompt": step.prompts(agent),
+            "agent": named.model_dump(exclude=own),
+            "engine": step.engine or named.engine,
+            "model": (step.model or named.model, step.reasoning_effort or named.reasoning_effort),
+            "options": step.model_dump(exclude={"agent", *own}),
+        }
+
+    before, after = parts(old, was), parts(new, agent)
+    return tuple(part for part in after if before[part] != after[part]) or ("inputs",)
+
+
+def why_stale(step: StepState) -> str:
+    """Why `step` is stale: "planner changed after this ran", "its prompt changed after it ran"."""
+    if step.changed:
+        *most, last = step.changed
+        return f"its {', '.join(most)} and {last} changed after it ran" if most else f"its {last} changed after it ran"
+    return f"{step.outdated_by or 'something it builds on'} changed after this ran"
 
 
 def _step_removed(state: RunState, event: StepRemoved) -> None:
@@ -564,21 +634,21 @@ def _step_removed(state: RunState, event: StepRemoved) -> None:
 
 
 def _step_skipped(state: RunState, event: StepSkipped) -> None:
-    step = _met(state, event.step, event)
+    step = _met(state, event.step, event.type)
     step.note = event.reason
     _settle(state, step, "skipped", step.approved)
 
 
 def _turn_started(state: RunState, event: TurnStarted) -> None:
-    step = _met(state, event.step, event)
-    if (event.attempt, event.turn) != (_next_attempt(step), step.turn):
+    step = _met(state, event.step, event.type)
+    number, seq, context = _next_attempt(step), event.seq, event.context
+    if event.attempt != number or event.turn != step.turn:
         raise TransitionError(
             f"attempt {event.attempt}, turn {event.turn} of step {step.id!r} cannot start; attempt "
-            f"{_next_attempt(step)}, turn {step.turn} is next."
+            f"{number}, turn {step.turn} is next."
         )
-    if event.attempt > step.attempt:
-        made = Attempt(state.texts, event.attempt, event.iteration, engine=event.engine, started_at=event.at)
-        step.attempts.append(made)
+    if not step.attempts or number > step.attempts[-1].number:
+        step.attempts.append(Attempt(state.texts, number, event.iteration, engine=event.engine, started_at=event.at))
         step.answers = []
     last = step.attempts[-1]
     if step.status == "retrying":
@@ -586,15 +656,16 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         last.started_at = event.at  # waiting between two tries is not work
     elif last.ended_at is not None:
         last.asked_s += max(0.0, event.at - last.ended_at)  # a person looked at the answer to the prompt before
-    last.ended_at = None
-    last.turns.append(event.seq)
+    last.ended_at, last.engine = None, event.engine
+    last.turns.append(seq)
     last.session_id = event.session_id
-    state.texts[Ref(event.seq, "prompt")] = event.prompt + (event.context or ())
-    if event.context is not None:
-        here = Ref(event.seq, "context")
-        state.texts[here] = event.context
+    state.texts[Ref(seq, "prompt")] = event.prompt + (context or ())
+    if context is not None:
+        here = Ref(seq, "context")
+        state.texts[here] = context
         if step.step.context == "all":
             state.context_all = (here, step.index, state.epoch)
+    _doubt_later(state, step)
     step.status, step.retry_at, step.note = "running", None, None
     state.running[step.path] = step
 
@@ -605,18 +676,17 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
     _count_turn(state, step)
     here = Ref(event.seq)
     state.texts[here] = event.text
+    usage = event.usage
     last.failures = 0
     last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
-    step.session = last.session_id
-    if isinstance(event.output, dict):
-        for key, value in event.output.items():
-            state.texts[Ref(event.seq, f".{key}")] = as_text(value)
+    step.session, step.session_engine = last.session_id, last.engine
+    _take_fields(state, event.seq, event.output)
     if event.duration_s is not None:
         last.measured_s = (last.measured_s or 0.0) + event.duration_s
-    if event.usage is not None:
-        last.usage = event.usage if last.usage is None else last.usage + event.usage
-        state.usage = state.usage + event.usage
+    if usage is not None:
+        last.usage = usage if last.usage is None else last.usage + usage
+        state.usage = state.usage + usage
     if event.cost_usd is not None:
         last.cost_usd = (last.cost_usd or 0.0) + event.cost_usd
         state.cost_usd += event.cost_usd
@@ -626,9 +696,8 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
 def _judge(state: RunState, step: StepState, last: Attempt) -> None:
     """What the end of a turn leads to: a pause, the next chained prompt, or what the verdict says."""
     more = step.turn < step.step.turns
-    asks = step.step.gate in ("after", "both") and (
-        state.mode == "step-by-step" or (step.step.interactive is True and not more)
-    )
+    asks = state.mode == "step-by-step" or (step.step.interactive is True and not more)
+    asks = asks and step.step.gate in ("after", "both")
     answer = (last.answer,) if last.answer is not None else ()
     if not more and (problem := _verdict_problem(step, last)) is not None:
         _owe(step, Due("verdict", {"reason": problem}, answer))
@@ -752,7 +821,7 @@ def _stop_running(state: RunState, step: StepState) -> None:
 
 def _gate_opened(state: RunState, event: GateOpened) -> None:
     gate = event.gate
-    step = _met(state, gate.step, event)
+    step = _met(state, gate.step, event.type)
     fits = {"pending": "start", "running": "question", "due": step.due and step.due.kind}
     if gate.kind != fits.get(step.status, "stale") or (gate.kind == "stale" and not step.stale):
         raise TransitionError(f"a {gate.kind!r} gate cannot open while step {step.id!r} is {step.status}.")
@@ -872,8 +941,21 @@ def _edited(state: RunState, step: StepState, decision: Decision, seq: int) -> A
     made.turns, made.answer, made.decision = list(last.turns), Ref(seq, "output"), decision
     made.verdict = last.verdict if last.verdict is None else Verdict.from_text(decision.output) or last.verdict
     made.session_id = last.session_id
+    if last.output is not None:
+        made.output = _as_before(decision.output, last.output)
+        made.note = NO_FIELDS if made.output is None else None
+        _take_fields(state, seq, made.output)
     step.attempts.append(made)
     return made
+
+
+def _as_before(text: str, before: Any) -> Any:
+    """The value that an edited text is the JSON of, if it is one of the kind it was `before`; else ``None``."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if type(value) is type(before) else None
 
 
 def _reject_review(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
@@ -913,7 +995,8 @@ def _retry(state: RunState, step: StepState, gate: Gate, decision: Decision, seq
     kept = step.redo.feedback if step.redo is not None and edited is None else None
     if edited is None and step.redo is not None:
         edited = step.redo.prompt
-    step.status, step.stale = "ready", False
+    step.status = "ready"
+    _trust(step)
     step.redo = Redo(prompt=edited, feedback=kept, answered=True)
 
 
@@ -928,7 +1011,7 @@ def _retry_exhausted(state: RunState, step: StepState, gate: Gate, decision: Dec
 
 def _keep_stale(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
     step.status = "finished" if step.approved is not None else "skipped"
-    step.stale = False
+    _trust(step)
     _advance(state)
 
 
@@ -964,7 +1047,7 @@ _DECIDED: dict[tuple[GateKind, Action], _Effect] = {
 
 
 def _looped_back(state: RunState, event: LoopedBack) -> None:
-    step = _met(state, event.module, event)
+    step = _met(state, event.module, event.type)
     target = state.step(event.to)
     if target.index > step.index:
         raise TransitionError(f"{step.id!r} cannot go back to {target.id!r}, which comes after it.")
@@ -993,7 +1076,7 @@ def check_rewind(state: RunState, to: str) -> StepState:
 
 
 def _rewound(state: RunState, event: Rewound) -> None:
-    target = _met(state, event.to, event)
+    target = _met(state, event.to, event.type)
     if state.running:
         raise TransitionError(f"{', '.join(state.running)} is running; it is cut short first.")
     check_rewind(state, event.to)
@@ -1008,6 +1091,7 @@ def _rewound(state: RunState, event: Rewound) -> None:
     _close(state, target)
     _begin_again(target, "ready")
     target.redo = Redo(answered=True)
+    _doubt_later(state, target)
     state.cursor = min(state.cursor, target.index)
     state.epoch += 1
 
@@ -1019,6 +1103,7 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "RunUnpaused": _run_unpaused,
     "ModeChanged": _mode_changed,
     "RunFinished": _run_finished,
+    "WorkflowChanged": _workflow_changed,
     "StepAdded": _step_added,
     "StepChanged": _step_changed,
     "StepRemoved": _step_removed,
@@ -1036,29 +1121,44 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
 
 def _settle(state: RunState, step: StepState, status: Literal["finished", "skipped"], output: Ref | None) -> None:
     """The run may go past `step`, whose output is `output`; what was made from an earlier one is stale."""
-    step.status, step.approved, step.stale = status, output, False
+    step.status, step.approved = status, output
+    _trust(step)
     step.due, step.redo, step.looped_by, step.resent = None, None, None, []
     if step.id in state.loops:
         state.loops[step.id] = Loop()
     if step.index < state.frontier:
         state.epoch += 1
-        for later in state.order[step.index + 1 : state.frontier]:
-            if later.status in ("finished", "skipped"):
-                later.stale = True
-    state.frontier = max(state.frontier, step.index + 1)
+        _doubt_later(state, step)
+    else:
+        state.frontier = step.index + 1
     if state.until == step.id:
         state.until_reached = True
     _advance(state)
 
 
+def _doubt_later(state: RunState, step: StepState) -> None:
+    """What was made after `step` is stale: from now on the output that it builds on is another."""
+    for later in state.order[step.index + 1 : state.frontier]:
+        if later.status in ("finished", "skipped"):
+            later.stale, later.outdated_by = True, step.id
+
+
+def _trust(step: StepState) -> None:
+    """The step is not stale any more."""
+    step.stale, step.outdated_by, step.changed = False, None, ()
+
+
 def _advance(state: RunState) -> None:
-    while state.cursor < len(state.order) and state.order[state.cursor].settled:
-        state.cursor += 1
+    order, cursor = state.order, state.cursor
+    while cursor < len(order) and order[cursor].settled:
+        cursor += 1
+    state.cursor = cursor
 
 
 def _begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
     """The step runs anew, from its first prompt."""
-    step.status, step.turn, step.stale = status, 1, False
+    step.status, step.turn = status, 1
+    _trust(step)
     step.redo, step.due, step.retry_at, step.session = None, None, None, None
 
 
@@ -1088,7 +1188,7 @@ def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
 def _append(state: RunState, item: Step | Separator) -> None:
     state.items.append(item)
     if not isinstance(item, Separator):
-        made = StepState(item, item.id, len(state.order))
+        made = StepState(item, item.id, len(state.order), agent=state.agents.get(item.agent))
         state.order.append(made)
         state.steps[item.id] = made
         state.names.setdefault(item.id.replace("-", "_"), item.id)
@@ -1101,7 +1201,7 @@ def _reindex(state: RunState) -> None:
     state.order, state.names = [], {}
     for item in state.items:
         if not isinstance(item, Separator):
-            step = known.get(id(item)) or StepState(item, item.id, 0)
+            step = known.get(id(item)) or StepState(item, item.id, 0, agent=state.agents.get(item.agent))
             step.index = len(state.order)
             state.order.append(step)
             state.steps[item.id] = step
@@ -1129,18 +1229,28 @@ def _take_inputs(state: RunState, seq: int, inputs: Mapping[str, Any]) -> None:
                 state.texts[Ref(seq, f"{name}.{key}")] = as_text(inner)
 
 
+def _take_fields(state: RunState, seq: int, output: Any) -> None:
+    if isinstance(output, dict):
+        for key, value in output.items():
+            state.texts[Ref(seq, f".{key}")] = as_text(value)
+
+
 def as_text(value: Any) -> str:
     """An input as it stands in a prompt: text as it is, everything else as JSON."""
-    import json
-
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # -- next_actions -----------------------------------------------------------------------------------------------------
 
 
-def next_actions(state: RunState) -> list[StartTurn | Record]:
-    """What to do now, in this order. Empty: wait for a turn to end or a person to decide."""
+def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None) -> list[StartTurn | Record]:
+    """What to do now, in this order. Empty: wait for a turn to end or a person to decide.
+
+    Parameters
+    ----------
+    engine_of
+        The name of the engine that will do a step; a session of another one is not continued. ``None``: the same ones.
+    """
     if state.ended is not None:
         return []
     if state.ending is not None:
@@ -1157,12 +1267,12 @@ def next_actions(state: RunState) -> list[StartTurn | Record]:
     if state.until_reached:
         return [Record(RunPaused(reason=f"as far as {state.until}"))]
     if step.stale:
-        reason = f"{step.id} was made before something it builds on changed."
+        reason = f"{step.id}: {why_stale(step)}."
         due = Due("stale", {"reason": reason}, (step.approved,) if step.approved is not None else (reason,))
         return [Record(_open(state, step, due))]
     if step.status == "pending" and (rule := _skip_reason(state, step)):
         return [Record(StepSkipped(step=step.id, path=step.path, reason=rule))]
-    return [_start(state, step)]
+    return [_start(state, step, engine_of)]
 
 
 def _end(state: RunState) -> list[StartTurn | Record]:
@@ -1223,11 +1333,15 @@ def _skip_reason(state: RunState, step: StepState) -> str | None:
     return None
 
 
-def _start(state: RunState, step: StepState) -> StartTurn | Record:
-    prompt, context = compose(state, step)
-    asked = step.redo is not None and step.redo.answered
+def _start(state: RunState, step: StepState, engine_of: Callable[[Step], str] | None) -> StartTurn | Record:
+    session = step.session
+    if session is not None and engine_of is not None and engine_of(step.step) != step.session_engine:
+        session = None  # another engine would not know it
+    prompt, context = compose(state, step, continues=session is not None)
     first = step.status == "pending" and step.turn == 1
-    if first and not asked and step.step.gate in ("before", "both") and state.pauses(step.step):
+    asked = step.redo is not None and step.redo.answered
+    shows = step.step.gate != "after" and state.pauses(step.step)
+    if first and not asked and shows and missing_field(state, step) is None:  # else it fails as a turn
         return Record(_open(state, step, Due("start", {}, prompt + (context or ())), prompt, context))
     return StartTurn(
         step=step,
@@ -1235,6 +1349,6 @@ def _start(state: RunState, step: StepState) -> StartTurn | Record:
         turn=step.turn,
         prompt=prompt,
         context=context,
-        session_id=step.session,
+        session_id=session,
         not_before=step.retry_at,
     )

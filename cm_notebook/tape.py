@@ -160,12 +160,16 @@ class Tape:
         ------
         WorkflowError    It cannot be read, or is not a tape; the message names file, line and what is wrong.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise WorkflowError(f"tape={path!r} is not a file. Name one, for instance tape='tapes/01.jsonl'.")
         source = os.fspath(path)
         try:
             data = Path(source).read_bytes()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise WorkflowError(f"tape {source!r} cannot be read: {reason}.") from None
+            near = [str(other) for other in Path(source).parent.glob("*.jsonl")] if "\0" not in source else []
+            hint = f" {did_you_mean(source, near, 'Here')}" if near else ""
+            raise WorkflowError(f"tape {source!r} cannot be read: {reason}.{hint}") from None
         return cls.parse(data, source)
 
     @classmethod

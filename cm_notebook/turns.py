@@ -44,6 +44,20 @@ class LiveTurn:
         Called when the time is over. The task may not listen to being cancelled, so the turn's end is not left to it.
     """
 
+    __slots__ = (
+        "_late",
+        "_left_s",
+        "_parts",
+        "_since",
+        "_timer",
+        "asking",
+        "failures",
+        "recalled",
+        "started",
+        "step",
+        "task",
+    )
+
     def __init__(self, started: TurnStarted, step: Step, late: Callable[[LiveTurn], None]) -> None:
         self.started, self.step = started, step
         self.task: asyncio.Task[None] | None = None

@@ -5,18 +5,16 @@ A workflow is a list of steps; each step names the agent that does the work. The
 ``planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?`` is a second spelling of that list.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import WorkflowError, did_you_mean
+from .errors import WorkflowError, by_name, did_you_mean
 
 if TYPE_CHECKING:
     from .run import Run
@@ -68,7 +66,7 @@ class Verdict(Model):
     score: float | None = None
 
     @classmethod
-    def from_text(cls, text: str) -> Verdict | None:
+    def from_text(cls, text: str) -> "Verdict | None":
         """The last JSON object in `text`, if it is a verdict; else ``None``.
 
         An object inside another one does not count. Only the last 64 kB are searched and at most 200 places tried, so
@@ -121,6 +119,7 @@ class Agent(Model):
     """For a function: its name and a digest of its source, so that a change is noticed."""
     function: Callable[..., Any] | None = Field(default=None, exclude=True, repr=False)
 
+    @by_name("cm.Agent")
     def __init__(self, id: str, prompt: str = "", **options: Any) -> None:
         super().__init__(id=id, prompt=prompt, **options)
         _check_name("agent", self.id)
@@ -219,6 +218,7 @@ class Separator(Model):
 AnyStep = Step | Module | Separator
 
 
+@by_name("cm.step")
 def step(
     agent: str,
     *,
@@ -274,6 +274,7 @@ def step(
     return Step(**{key: value for key, value in locals().items() if not (key == "id" and value is None)})
 
 
+@by_name("cm.module")
 def module(
     agent: str,
     *,
@@ -318,6 +319,9 @@ def separator(text: str = "") -> Separator:
     return Separator(text=text)
 
 
+START_OPTIONS = ("engine", "journal", "workspace", "until", "on_gate", "tape", "loop")
+
+
 class Workflow(Model):
     """A named list of steps and the agents that do them.
 
@@ -351,6 +355,7 @@ class Workflow(Model):
     specification: str | None = None
     engine: str | None = None
 
+    @by_name("cm.Workflow")
     def __init__(self, name: str, **data: Any) -> None:
         steps = data.get("steps", [])
         if isinstance(steps, str):
@@ -380,7 +385,8 @@ class Workflow(Model):
         """The steps that are run: all but the separators."""
         return [item for item in self.steps if not isinstance(item, Separator)]
 
-    def start(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> Run:
+    @by_name("workflow.start", *START_OPTIONS)
+    def start(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> "Run":
         """Start a run and return it at once.
 
         Parameters
@@ -412,17 +418,17 @@ class Workflow(Model):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data from which :meth:`from_dict` builds the same workflow (functions by name only)."""
-        data = self.model_dump(mode="json", exclude_defaults=True)
+        data = self.model_dump(mode="json", exclude_defaults=True, exclude={"steps"})
         data["steps"] = [step_data(item) for item in self.steps]
         return data
 
     @classmethod
-    def restore(cls, data: Mapping[str, Any]) -> Workflow:
+    def restore(cls, data: Mapping[str, Any]) -> "Workflow":
         """The workflow of a journal: its functions are known by name only and can be looked at, not run."""
         return cls(**data)
 
     @classmethod
-    def from_dict(cls, data: Any, agents: Iterable[Agent] = ()) -> Workflow:
+    def from_dict(cls, data: Any, agents: Iterable[Agent] = ()) -> "Workflow":
         """A workflow from :meth:`to_dict`'s data; `agents` supplies the Python functions, by id.
 
         Raises
@@ -466,6 +472,7 @@ def complete_agents(agents: Iterable[Agent], steps: Iterable[AnyStep]) -> list[A
 def check(workflow: Workflow) -> None:
     """Refuse what cannot run; every message names the step and what would be right."""
     seen: dict[str, int] = {}
+    read_as: dict[str, str] = {}  # the ids by their spelling with "_", which a prompt may use too
     agents: dict[str, Agent] = {}
     for defined in workflow.agents:
         if defined.id in agents:
@@ -485,6 +492,11 @@ def check(workflow: Workflow) -> None:
             raise WorkflowError(
                 f"{where}: the id {item.id!r} is already step {seen[item.id]}. Give one of them another: "
                 f'cm.step({item.agent!r}, id="{item.id}-2").'
+            )
+        if (other := read_as.setdefault(item.id.replace("-", "_"), item.id)) != item.id:
+            raise WorkflowError(
+                f"{where}: a prompt cannot tell {item.id!r} from {other!r} (step {seen[other]}): "
+                f"{{{{ {item.id.replace('-', '_')} }}}} names both. Give one of them another id."
             )
         if item.agent not in agents:
             raise WorkflowError(f"{where}: {_no_agent(item.agent, workflow.agents)}")
@@ -530,18 +542,21 @@ def _check_name(what: str, name: str) -> None:
         )
 
 
+_KINDS: dict[str, type[AnyStep]] = {"step": Step, "module": Module, "separator": Separator}
+
+
 def as_step(number: int, item: Any) -> AnyStep:
     """A step from a name, from :meth:`Workflow.to_dict`'s data, or as it is; `number` is its place, for the message."""
+    if isinstance(item, (dict, Mapping)):
+        kind = item.get("kind", "step")
+        if not isinstance(kind, str) or kind not in _KINDS:
+            hint = did_you_mean(str(kind), _KINDS, "Kinds")
+            raise WorkflowError(f"step {number}: kind={kind!r} is not known. {hint}")
+        return _KINDS[kind](**item)
     if isinstance(item, (Step, Separator)):
         return item
     if isinstance(item, str):
         return Step(agent=item)
-    if isinstance(item, Mapping):
-        kinds: dict[Any, type[AnyStep]] = {"step": Step, "module": Module, "separator": Separator}
-        kind = item.get("kind", "step")
-        if not isinstance(kind, str) or kind not in kinds:
-            raise WorkflowError(f"step {number}: kind={kind!r} is not known. {did_you_mean(str(kind), kinds, 'Kinds')}")
-        return kinds[kind](**cast("dict[str, Any]", item))
     raise WorkflowError(
         f"step {number}: {item!r} is not a step. Use cm.step(…), cm.module(…), cm.separator(…) or a name."
     )

@@ -13,12 +13,13 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ReplayMismatch, WorkflowError, did_you_mean
+from ..errors import ReplayMismatch, WorkflowError, by_name, did_you_mean
 from ..events import Usage
 from ..workflow import Verdict
 from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
 
 
+@by_name("cm.Reply")
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What a scripted agent does in one turn.
@@ -52,6 +53,10 @@ class Reply:
     output: Any = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise WorkflowError(f"cm.Reply: text={self.text!r} is not a text.")
+        if not isinstance(self.delay_s, (int, float)):
+            raise WorkflowError(f"cm.Reply: delay_s={self.delay_s!r} is not a number of seconds.")
         whole = "".join(self.deltas) if self.deltas is not None else self.verdict.reason if self.verdict else ""
         if not self.text:
             object.__setattr__(self, "text", whole)

@@ -18,9 +18,9 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 from .. import config, options
 from .. import workflow as define
 from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
-from ..events import Decision
+from ..events import EDITABLE, Decision, Ref
 from ..render import diff, html, svg, text
-from ..run import Run
+from ..run import Run, check_options
 from ..run import runs as all_runs
 from ..state import RunState
 from ..steps import StepView
@@ -130,13 +130,24 @@ class CMMagics(Magics):
             raise  # it shows itself: one sentence, and the gate again
         except CodeMachineError as error:
             self._keep(error)
-            line_only = [str(error)]
+            line_only = [self._sentence(str(error))]
             error.__dict__["_render_traceback_"] = lambda: line_only  # IPython's hook: no traceback, also when saved
             raise
         if out is not None:
             self._shell.user_ns[out] = result
         self._shown.note(result)
         return result
+
+    def _sentence(self, said: str) -> str:
+        """With a capital letter, unless it begins with a name of the person's."""
+        first = said.partition(" ")[0].rstrip(":,")
+        book = self._notebook
+        names = {*book.agents, *(book.plan.placed if book.plan is not None else ())}
+        names |= {book.plan.name} if book.plan is not None else set()
+        with contextlib.suppress(CodeMachineError):
+            state = book.current().state
+            names |= {state.name, *state.steps}
+        return said[:1].upper() + said[1:] if first.isalpha() and first not in names else said
 
     def _keep(self, error: CodeMachineError) -> None:
         """The line is all that is shown; the traceback stays on ``run.error``, unless the run has one of its own."""
@@ -158,7 +169,9 @@ class CMMagics(Magics):
         elif state is None:
             print(f"{plan.name} has no steps yet. Next: %%cm step NAME, and its prompt in the lines below.")
         else:
-            print(f"{plan.name}: {len(state.order)} steps. Next: %cm run")
+            print(f"{plan.name}: {text.steps(len(state.order))}. Next: %cm run")
+        if left := self._notebook.left_words():
+            print(left)
         return self._notebook.draft()
 
     def _agent(self, values: Values, body: str | None) -> Agent:
@@ -166,10 +179,11 @@ class CMMagics(Magics):
         if colon:
             values["engine"] = engine
             values.setdefault("model", model)
+        check_options(engine=values.get("engine"))
         made = Agent(prompt=body or "", **values)
         again = made.id in self._notebook.cell_agents
         self._notebook.cell_agents[made.id] = made
-        print(f"agent {made.id} is defined{' anew; its steps take it when they run next' if again else ''}.")
+        print(f"Agent {made.id} is defined{' anew; its steps take it when they run next' if again else ''}.")
         return made
 
     def _step(self, values: Values, body: str | None) -> Any:
@@ -181,6 +195,9 @@ class CMMagics(Magics):
     def _put(self, values: Values, body: str | None, make: Callable[..., Step]) -> Any:
         after, only_add = values.pop("after", None), values.pop("no_run", False)
         agent = values.pop("agent", values["id"])
+        check_options(engine=values.get("engine"))
+        if body is not None:
+            self._notebook.check_agent(agent, values["id"])
         step = make(agent, prompt=body, **values)
         if only_add or body is None:
             self._notebook.place(step, after)
@@ -236,7 +253,7 @@ class CMMagics(Magics):
         return self._decide(values.get("step"), action="skip")
 
     def _retry(self, values: Values, body: str | None) -> Run:
-        return self._decide(values.get("step"), action="retry", count=values.get("count", 1))
+        return self._decide(values.get("step"), action="retry", count=values.get("count", 1), prompt=body)
 
     def _reject(self, values: Values, body: str | None) -> Run:
         return self._decide(values.get("step"), action="reject", feedback=_words(values, body))
@@ -247,20 +264,27 @@ class CMMagics(Magics):
     def _edit(self, values: Values, body: str | None) -> Run:
         if body is not None:
             return self._decide(values.get("step"), action="approve", output=body)
-        run = self._notebook.current()
+        run = self._notebook.deciding(values.get("step"))
         gate = run.gate(values.get("step"))
         with run.reading() as state:
             step = state.steps[gate.step]
-            if gate.kind == "start" and step.redo is not None:
-                written = state.text(step.redo.prompt)
+            if gate.kind in EDITABLE:
+                sent = step.redo.prompt if gate.kind == "start" and step.redo is not None else None
+                written = state.text(sent) if sent is not None else step.last.text if step.last is not None else ""
+                head, then = f"%%cm edit {gate.step}", "goes on with it"
+            elif "retry" in gate.actions:
+                turns = step.last.turns if step.last is not None else []
+                written = state.text(Ref(turns[-1], "prompt")) if turns else ""
+                head, then = f"%%cm retry {gate.step}", "is tried again with this prompt"
             else:
-                written = step.last.text if step.last is not None else ""
-        self._shell.set_next_input(f"%%cm edit {gate.step}\n{written}")
-        print(f"Edit the text in the cell below and run that cell: {gate.step} goes on with it.")
+                magics = " or ".join(f"`{way.magic}`" for way in text.ways(state, gate))
+                raise TransitionError(f"{gate.step} has no text to edit: it asks a question. Use {magics}.")
+        self._shell.set_next_input(f"{head}\n{written}")
+        print(f"Edit the text in the cell below and run that cell: {gate.step} {then}.")
         return run
 
     def _decide(self, step: str | None, **decision: Any) -> Run:
-        run = self._notebook.current()
+        run = self._notebook.deciding(step)
         if not bridge.somebody() and not run.gates:
             print(f"Nothing is to be decided here: {run.state.name} is {run.status}.")
             return run
@@ -323,11 +347,9 @@ class CMMagics(Magics):
         """The run's, or that of a workflow which has none yet."""
         book = self._notebook
         try:
-            run = book.current()
+            return book.current().state
         except TransitionError:
             return book.sketch() if book.plan is not None else None
-        waiting = book.plan is not None and book.run is None and book.plan.name != run.state.name
-        return book.sketch() if waiting else run.state
 
     def _status(self, values: Values, body: str | None) -> Run:
         run = self._notebook.current()
@@ -368,7 +390,8 @@ class CMMagics(Magics):
             sketch = book.sketch()
             count = len(sketch.order) if sketch is not None else 0
             following = "%cm run" if count else "%%cm step NAME"
-            return f"Workflow {book.plan.name}: {count} steps, no run yet. Try: {following}"
+            said = f"Workflow {book.plan.name}: {text.steps(count)}, no run yet. Try: {following}"
+            return "\n".join(filter(None, (said, book.left_words())))
         with run.reading() as state:
             lines = [f"Workflow {state.name}, run {run.id}: {run.status}, mode {state.mode}."]
             lines += [f"Gate: {text.gate_sentence(state, gate)}" for gate in state.gates.values()]
@@ -377,6 +400,7 @@ class CMMagics(Magics):
                 lines.append("Try: " + " · ".join(way.magic for way in text.ways(state, first)))
             else:
                 lines.append("Try: " + ("%cm status" if state.status in ("running", "completed") else "%cm run"))
+        lines += filter(None, [book.left_words()])
         return "\n".join(lines)
 
     # -- showing -------------------------------------------------------------------------------------------------------
@@ -427,8 +451,8 @@ def show_pending(error: GatePending) -> list[str]:
     shown = vars(error).get("shown", False)
     vars(error)["shown"] = True  # IPython asks for the lines more than once
     if run is not None and run.gates and bridge.somebody() and not shown:
-        from . import view
+        from . import pending
 
         with contextlib.suppress(CodeMachineError):
-            view.show(run)  # the whole run: a card would leave the cell of its step and come here
+            pending.show_bar(run, error.gate)
     return [str(error)]

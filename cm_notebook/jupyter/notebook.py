@@ -9,26 +9,31 @@ journal after a kernel restart. A cell that runs again is one of the rows of ``U
     there is none, or it is completed →  Run.start(…)
 
 ``until`` is the last step whose cell has been run in this kernel. Nothing here prints or displays.
+
+The current workflow is that of the last ``%cm workflow`` cell, and the current run is that workflow's (or one started
+since, from Python). The run of another workflow is *left*: it goes on by itself, its gates can be decided by the names
+of their steps, and its workflow's cell, or ``%cm resume``, goes back to it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import numbers
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import edits
 from .. import run as runs
 from ..config import setting
 from ..errors import CodeMachineError, RunLocked, TransitionError, WorkflowError, did_you_mean
-from ..events import Gate, Mode
+from ..events import Gate
 from ..journal import AnyJournal, open_journal
-from ..prompts import Hole, check_templates, holes, step_names
-from ..run import Run
+from ..prompts import Hole, check_read, check_templates, holes, step_names
+from ..run import Run, check_options
 from ..state import RunState, StepState
 from ..workflow import RESERVED, Agent, AnyStep, AutonomousMode, Separator, Step, Workflow
 from . import bridge
@@ -67,6 +72,24 @@ class Plan:
         return made
 
 
+class Left(NamedTuple):
+    """An unfinished run whose workflow is not the current one, and what cells had said about it."""
+
+    run: Run
+    plan: Plan | None
+    seen: set[str]
+    allowed: set[str]
+    since: float
+    given: dict[str, Any]
+
+    def words(self) -> str:
+        """That it is there, and how to get back to it."""
+        with self.run.reading() as state:
+            at = ", ".join(gate.step for gate in state.gates.values())
+            how = f"waits at {at}" if at else f"is {state.status}"
+            return f"Run {self.run.id} of {state.name} still {how}: `%cm resume {self.run.id}` goes back to it."
+
+
 def _place(items: list[AnyStep], id: str) -> int | None:
     return next((n for n, item in enumerate(items) if not isinstance(item, Separator) and item.id == id), None)
 
@@ -87,12 +110,16 @@ class Notebook:
         """The run that the cells build; it was started or taken up in this kernel."""
         self.found: Run | None = None
         """A run of an earlier kernel, as the journal has it; nobody drives it yet."""
+        self.left: dict[str, Left] = {}
+        """By the run's id, the last one left last."""
         self.cell_agents: dict[str, Agent] = {}
         self.since = 0.0
         """When the run was started or taken up here, in seconds since the epoch."""
         self._looked = False
         self._seen: set[str] = set()
         self._allowed: set[str] = set()
+        self._given: dict[str, Any] = {}
+        """The options that the run was started or taken up with."""
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -103,7 +130,7 @@ class Notebook:
         return {**{value.id: value for value in named if isinstance(value, Agent)}, **self.cell_agents}
 
     def current(self) -> Run:
-        """The run that is looked at and decided: the last one here, else the last one of this notebook.
+        """The run that is looked at and decided: that of the current workflow, here or in the journal.
 
         Raises
         ------
@@ -114,9 +141,28 @@ class Notebook:
         except TransitionError:
             if self.found is None and not self._looked:
                 self.found = self._last_run(self.plan.name if self.plan is not None else None)
-            if self.found is None:
+            if self.found is not None:
+                return self.found
+            if self.plan is None or not self.left:
                 raise
-            return self.found
+            raise TransitionError(
+                f"{self.plan.name} has no run yet; `%cm run` starts it. {self.left_words()}"
+            ) from None
+
+    def deciding(self, step: str | None) -> Run:
+        """The run in which `step` is decided: the current one, or one that was left if only that has a gate there."""
+        others = [left.run for left in self.left.values() if any(gate.step == step for gate in left.run.gates)]
+        try:
+            run = self.current()
+        except TransitionError:
+            if len(others) != 1:
+                raise
+            return others[0]
+        return others[0] if len(others) == 1 and step not in run.state.steps else run
+
+    def left_words(self) -> str:
+        """Which other runs are unfinished, and how to get back to each."""
+        return " ".join(left.words() for left in self.left.values() if left.run.state.ended is None)
 
     def run_ids(self) -> list[str]:
         """The ids of the journal's runs, newest first."""
@@ -150,29 +196,79 @@ class Notebook:
         ------
         WorkflowError    The run there was does not fit it; nothing was changed.
         """
+        check_options(engine=plan.engine, tape=plan.tape, workspace=plan.workspace)
+        kept, current = dict(vars(self)), self._started()
+        try:
+            return self._define(plan, new or not bridge.somebody())
+        except CodeMachineError:
+            vars(self).update(kept)
+            runs.set_current(current)
+            raise
+
+    def _define(self, plan: Plan, new: bool) -> list[str]:
+        same = self.plan is not None and self.plan.name == plan.name
+        if new or not same:
+            self._leave()
+        if not new and not same:
+            self._go_back(plan.name)
         before = self.plan
-        same = before is not None and before.name == plan.name
         fixed: list[str] = []
-        if new or not bridge.somebody():
+        if new:
             self._forget(looked=True)
-        elif not same or self.run is None:
+        elif self.run is None:
             self._forget()
             self.found = self._last_run(plan.name)
             self._looked = True
         elif self.run.status == "completed":
             self._forget(looked=True)
-        elif before is not None:
+        elif before is not None and before.name == plan.name:
             plan.placed = before.placed
-            self._revise(plan, before)
+            self._revise(plan)
             fixed = [name for name in ("engine", "tape", "workspace") if getattr(plan, name) != getattr(before, name)]
         self.plan = plan
+        if self.run is not None and (other := self._started()) is not self.run:
+            self._note(other)
+            runs.set_current(self.run)
         return self._kept_words(plan, fixed)
+
+    @staticmethod
+    def _started() -> Run | None:
+        with contextlib.suppress(TransitionError):
+            return runs.current()
+        return None
+
+    def _leave(self) -> None:
+        """Turn to another run: what is unfinished of the cells' run, and of one started since, is kept in mind."""
+        self._note(self.run)
+        self._note(self._started())
+        runs.set_current(None)
+        self.run = None
+
+    def _note(self, run: Run | None) -> None:
+        if run is None or run.state.ended is not None or run.id in self.left:
+            return
+        said = (self.plan, self._seen, self._allowed) if run is self.run else (None, set[str](), set[str]())
+        given = self._given if run is self.run else {}
+        self.left = {**self.left, run.id: Left(run, *said, self.since, given)}
+
+    def _go_back(self, name: str) -> None:
+        """Take up the run of that workflow which was left last, with what cells had said about it."""
+        for left in reversed(list(self.left.values())):
+            if left.run.state.name == name and left.run.state.ended is None:
+                self._return(left)
+                return
+
+    def _return(self, left: Left) -> None:
+        self.left = {id: other for id, other in self.left.items() if id != left.run.id}
+        self.run, self.found, self._looked, self.plan = left.run, None, True, left.plan
+        self._seen, self._allowed, self.since, self._given = left.seen, left.allowed, left.since, left.given
+        runs.set_current(left.run)
 
     def _forget(self, *, looked: bool = False) -> None:
         self.run = self.found = None
         self._seen, self._allowed, self._looked = set(), set(), looked
 
-    def _revise(self, plan: Plan, before: Plan) -> None:
+    def _revise(self, plan: Plan) -> None:
         """Give the living run what its workflow's cell says now; one that has ended gets it when it goes on."""
         run = self.run
         if run is None or run.state.ended is not None:
@@ -184,19 +280,12 @@ class Notebook:
         except CodeMachineError:
             self.plan = old
             raise
-        wanted: Mode = "step-by-step" if plan.autonomous_mode is False else "gates"
-        may_switch = run.state.locked is None and isinstance(plan.autonomous_mode, bool)
-        if may_switch and plan.autonomous_mode != before.autonomous_mode and run.mode != wanted:
-            run.set_mode(wanted)
 
     def _kept_words(self, plan: Plan, fixed: list[str]) -> list[str]:
         run = self.run or self.found
         if run is None:
             return []
         words = [f"{plan.name} goes on with its run {run.id}, which is {run.status}."]
-        locked = plan.autonomous_mode if isinstance(plan.autonomous_mode, str) else None
-        if run.state.locked != locked:
-            fixed = ["autonomous mode", *fixed]
         if fixed:
             words.append(f"It keeps its {', '.join(fixed)}; with --new another run begins.")
         return words
@@ -278,8 +367,19 @@ class Notebook:
             ``engine, tape, workspace, on_gate`` of ``Workflow.start``, for a run that is started or taken up.
         """
         plan = self._planned()
+        check_options(**options)
+        before = plan.inputs
         if inputs:
             plan.inputs = {**plan.inputs, **inputs}
+        try:
+            return self._go(plan, until, again, [*(inputs or ())], options)
+        except CodeMachineError:
+            plan.inputs = before
+            raise
+
+    def _go(
+        self, plan: Plan, until: str | None, again: str | None, given: list[str], options: Mapping[str, Any]
+    ) -> Run:
         run = self._last()
         items = plan.steps(run.state.items if run is not None else ())
         ids = [item.id for item in items if not isinstance(item, Separator)]
@@ -287,14 +387,12 @@ class Notebook:
             plan.body = items  # nothing is left to do: the same once more
             self._forget(looked=True)
         if not ids:
-            raise WorkflowError(
-                f"{plan.name} has no steps yet. Add one with a cell: %%cm step NAME, and its prompt below."
-            )
+            raise WorkflowError(_empty(plan))
         for name, value in (("--until", until), ("--from", again)):
             if value is not None and value not in ids:
                 raise WorkflowError(f"{name} {value!r} is not a step. {did_you_mean(value, ids, 'Steps')}")
         reach = ids if until is None else ids[: ids.index(until) + 1]
-        return self._run_to(reach, items, exactly=until is not None, again=again, **options)
+        return self._run_to(reach, items, exactly=until is not None, again=again, given=given, **options)
 
     def next(self) -> tuple[Run, str]:
         """Run exactly one step; returns the run and the step's id.
@@ -308,6 +406,8 @@ class Notebook:
         ids = [item.id for item in items if not isinstance(item, Separator)]
         current = run.state.current if run is not None else None
         done = run.state.steps if run is not None else {}
+        if not ids:
+            raise WorkflowError(_empty(self._planned()))
         id = current.id if current is not None else next((id for id in ids if id not in done), None)
         if id is None:
             raise TransitionError(f"{self._planned().name} has no step left. Add one, or start anew: `%cm run`.")
@@ -315,17 +415,28 @@ class Notebook:
 
     def take_up(self, run_id: str) -> Run:
         """Go on with a run of the journal, by its id."""
-        if run_id not in (known := self.run_ids()):
+        here = self.left.get(run_id)
+        if here is None and run_id not in (known := self.run_ids()):
             raise TransitionError(f"there is no run {run_id!r}. {did_you_mean(run_id, known, 'Runs')}")
-        found = Run.open(run_id)
+        found = here.run if here is not None else Run.open(run_id)
         self._check_functions(found.state)
-        plan = self.plan if self.plan is not None and self.plan.name == found.state.name else Plan(found.state.name)
-        agents = [agent for agent in self.agents.values() if agent.id in found.state.agents]
-        run = runs.resume(run_id, agents=agents, engine=plan.engine, tape=plan.tape)
+        mine = here.plan if here is not None else self.plan
+        plan = mine if mine is not None and mine.name == found.state.name else Plan(found.state.name)
+        before = self._started()
+        if here is not None and found.state.ended is None:
+            run = found.go_on()
+        else:
+            agents = [agent for agent in self.agents.values() if agent.id in found.state.agents]
+            run = runs.resume(run_id, agents=agents, engine=plan.engine, tape=plan.tape)
+        if before is not None and before is not run:
+            runs.set_current(before)
+            self._leave()
         self._forget(looked=True)
+        self.left = {id: left for id, left in self.left.items() if id != run_id}
         self.plan = plan
-        self.run, self.since = run, time.time()
+        self.run, self.since, self._given = run, time.time(), {}
         self._allowed = set(run.state.steps)
+        runs.set_current(run)
         return run
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -375,20 +486,25 @@ class Notebook:
         exactly: bool = False,
         cell: Step | None = None,
         again: str | None = None,
+        given: Iterable[str] = (),
         **options: Any,
     ) -> Run:
         """Let the run go as far as `reach`, no further if `exactly`.
 
-        The notebook's variables are read for the steps that are `touched`; `cell` is the step whose cell is run.
+        The notebook's variables are read for the steps that are `touched`; `cell` is the step whose cell is run;
+        `given` names the inputs of this very call.
         """
         run, plan = self._last(), self._planned()
         allowed = set(reach) if exactly else self._allowed | set(reach)
         workflow = self._fresh(touched) if run is None else self._workflow(run, touched)
+        self._check_inputs(plan, workflow, given)
+        if run is not None and run is not self.found:
+            self._check_kept(run, options)
         limit = _limit([item.id for item in workflow.executable], allowed)
         if run is None:
-            given = {"tape": plan.tape, "workspace": plan.workspace, **options}
-            run = Run.start(workflow, until=limit, notebook=bridge.notebook_key(), **given)
-            self.since = time.time()
+            with_ = {"tape": plan.tape, "workspace": plan.workspace, **options}
+            run = Run.start(workflow, until=limit, notebook=bridge.notebook_key(), **with_)
+            self.since, self._given = time.time(), with_
         else:
             later = again is not None
             if cell is not None:
@@ -414,8 +530,37 @@ class Notebook:
             raise RunLocked(
                 f"{error} Or begin another run: `%cm workflow {plan.name} --new`.", path=error.path
             ) from None
-        self.run, self.found, self.since = run, None, time.time()
+        self.run, self.found, self.since, self._given = run, None, time.time(), given
         return run
+
+    def _check_inputs(self, plan: Plan, workflow: Workflow, given: Iterable[str]) -> None:
+        """Refuse an input that nothing reads; where steps are still to come, and functions are, only a `given` one."""
+        functions = any(workflow.agent(item.agent).implementation is not None for item in workflow.executable)
+        meant = plan.inputs if functions or plan.body is None else {}
+        check_read(workflow, plan.inputs if not meant else given, [name for name in meant if name not in given])
+
+    def _check_kept(self, run: Run, options: Mapping[str, Any]) -> None:
+        """Refuse options that a run which is under way cannot take any more."""
+        if fixed := [name for name, value in options.items() if self._given.get(name) != value]:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
+            raise WorkflowError(
+                f"{names}: {run.state.name} goes on with its run {run.id}, which keeps what it began with. "
+                f"`%cm workflow {run.state.name} --new` begins another."
+            )
+
+    def check_agent(self, agent: str, step: str) -> None:
+        """Refuse an agent that a step's cell names and nobody has defined: it would be made, of a misspelt name.
+
+        Raises
+        ------
+        WorkflowError    With those that are defined.
+        """
+        run, plan = self._last(), self._planned()
+        made = [item.agent for item, _ in plan.placed.values() if item.prompt]
+        known = [*(run.state.agents if run is not None else ()), *self.agents, *made]
+        if agent != step and agent not in known:
+            hint = did_you_mean(agent, dict.fromkeys(known), "Defined")
+            raise WorkflowError(f"agent {agent!r} is not defined. {hint} To define it: %%cm agent {agent}")
 
     def _again(self, state: RunState, item: Step, workflow: Workflow) -> str | None:
         """Whether the step of the present cell is to be made again."""
@@ -432,7 +577,8 @@ class Notebook:
             items = plan.steps(state.items)
             agents = {**state.agents, **self.agents}
             inputs = {**plan.inputs, **self._read(touched, items, agents, {**state.inputs, **plan.inputs})}
-            return edits.changed(state, items, agents, inputs)
+            made = edits.changed(state, items, agents, inputs)
+        return made.model_copy(update={"autonomous_mode": plan.autonomous_mode})
 
     def _fresh(self, touched: list[AnyStep]) -> Workflow:
         """The workflow of a run that is to start."""
@@ -541,6 +687,10 @@ class Notebook:
             f"{item.id}: the prompt uses {written}, which is not defined. {similar}"
             "If it is a step, run its cell first; if it is a variable, set it. For literal braces add --raw."
         )
+
+
+def _empty(plan: Plan) -> str:
+    return f"{plan.name} has no steps yet. Add one with a cell: %%cm step NAME, and its prompt below."
 
 
 def _limit(ids: list[str], allowed: set[str]) -> str | None:

@@ -1,11 +1,10 @@
-// The run's view in the page: it shows what the kernel says, tells it what a person did, and decides nothing. The
-// messages stand in view.py. HTML comes from Python, which has made it safe; what is being written becomes text nodes.
-// "connecting" (the snapshot is seen) until the kernel has answered `hello`, then "live"; "silent": not in 5 s; "gone":
-// there is none. Buttons work only while live.
+// The run's view in the page: shows what the kernel says, tells it what a person did, decides nothing. The messages
+// stand in view.py. HTML comes from Python, which made it safe; what is being written becomes text nodes. "connecting"
+// (the snapshot is seen) until the kernel answered `hello`, then "live"; "silent": not in 5 s; "gone": there is none.
 
 const SILENT_MS = 5000;
-const DEAD_MS = 500; // a new bar takes no click that was meant for what stood there before
-const PIECE = 4000; // characters of growing text that the browser lays out anew each time
+const DEAD_MS = 500; // a new bar takes no click meant for what stood there before
+const PIECE = 4000; // characters of growing text laid out anew each time
 const KEPT = 8; // such pieces that stay of an endless text
 const TABS = { output: "Output", diff: "Diff", prompt: "Prompt", log: "Log" };
 
@@ -14,24 +13,28 @@ const unique = () => `cm${Math.random().toString(36).slice(2)}`;
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name === "on") for (const [type, handler] of Object.entries(value)) node.addEventListener(type, handler);
-    else if (value !== null && value !== undefined) node.setAttribute(name, value);
+    if (value !== null && value !== undefined) node.setAttribute(name, value);
   }
   node.append(...children);
   return node;
 }
 
+// What has the focus inside of a node.
+const focused = node => node.contains(document.activeElement) && document.activeElement;
+const STAY = { preventScroll: true };
+
 // Only what a person did counts.
 const byHand = handler => event => { if (event.isTrusted) handler(event); };
-// Switched off by ARIA alone: a disabled one loses the focus, and the keys go to the notebook.
+// Switched off by ARIA alone: a disabled one loses the focus, and keys go to the notebook.
 const button = (text, attributes, handler) => {
-  const node = make("button", { type: "button", ...attributes, on: { click: byHand(() => { if (node.ariaDisabled !== "true") handler(); }) } }, text);
+  const node = make("button", { type: "button", ...attributes }, text);
+  node.onclick = byHand(() => { if (node.ariaDisabled !== "true") handler(); });
   return node;
 };
 const keycap = key => make("kbd", { "aria-hidden": true }, key);
 const put = (node, html) => { if (node.cmHtml !== html) { node.cmHtml = html; node.innerHTML = html; } };
 
-// A text while it is written: formatted blocks, then plain pieces that grow at their end.
+// A text while it is written: formatted blocks, then growing plain pieces.
 class Text {
   constructor() { this.node = make("div", {}, this.blocks = make("div"), this.rest = make("div")); }
   all(html, rest) { this.blocks.innerHTML = html; this.plain(rest); }
@@ -63,11 +66,13 @@ class Card {
     this.view = view; this.key = key; this.record = {}; this.tab = "output"; this.attempt = 0; this.shown = null;
     this.node = make("li", { class: "cm-card" });
     this.flat = make("div");
-    this.summary = make("summary", { on: { click: byHand(() => { this.touched = true; }) } });
+    this.summary = make("summary");
+    this.summary.onclick = byHand(() => { this.touched = true; });
     this.tools = make("div", { class: "cm-tools" });
-    const scrolled = ({ target }) => { this.follow = target.scrollHeight - target.scrollTop - target.clientHeight < 40; };
-    this.body = make("div", { class: "cm-body", id: unique(), tabindex: 0, on: { scroll: scrolled } });
-    this.details = make("details", { on: { toggle: () => this.fill() } }, this.summary, this.tools, this.body);
+    const body = this.body = make("div", { class: "cm-body", id: unique(), tabindex: 0 });
+    body.onscroll = () => { this.follow = body.scrollHeight - body.scrollTop - body.clientHeight < 40; };
+    this.details = make("details", {}, this.summary, this.tools, body);
+    this.details.ontoggle = () => this.fill();
     this.follow = true;
   }
 
@@ -82,7 +87,7 @@ class Card {
     this.line(record.summary);
     if (record.last !== before.last) { this.attempt = 0; this.tab = "output"; this.touched = false; this.follow = true; }
     if (record.open !== before.open && !this.touched) this.details.open = record.open;
-    const drawn = JSON.stringify([record.attempts, record.writing, record.again]);
+    const drawn = JSON.stringify([record.attempts, record.again]);
     if (drawn !== this.drawn) { this.drawn = drawn; this.drawTools(); }
     this.fill();
   }
@@ -91,17 +96,18 @@ class Card {
   get number() { return this.attempt || this.record.last; }
 
   drawTools() {
-    const { attempts, step, again } = this.record;
+    const { attempts, step, again } = this.record, at = focused(this.tools)?.dataset?.tab;
     this.tools.replaceChildren();
     if (!attempts) return;
-    this.body.setAttribute("role", "tabpanel");
-    this.body.setAttribute("aria-label", `${step}, attempt ${this.number}: ${TABS[this.tab]}`);
+    this.body.role = "tabpanel";
+    this.body.ariaLabel = `${step}, attempt ${this.number}: ${TABS[this.tab]}`;
     if (attempts.length > 1) {
       const items = attempts.map(one => [one.number, `${one.number} ${one.word}`, one.hint]);
       this.tools.append("Attempt", this.tabs("attempt", `Attempts of ${step}`, items, this.number));
     }
     const kinds = Object.entries(TABS).filter(([kind]) => kind === "output" || attempts.length > (kind === "diff"));
-    this.tools.append(this.tabs("tab", `What to show of ${step}`, kinds, this.tab));
+    if (kinds.length > 1) this.tools.append(this.tabs("tab", `What to show of ${step}`, kinds, this.tab));
+    if (at) this.tools.querySelector(`[data-tab=${at}][tabindex="0"]`)?.focus();
     if (again) this.tools.append(button("Run from here", { title: `%cm run --from ${step}` }, () => this.view.tell({ do: "rerun", step })));
   }
 
@@ -112,28 +118,33 @@ class Card {
       const on = key === chosen;
       row.append(button(text, { role: "tab", "aria-selected": on, "aria-controls": this.body.id, tabindex: on ? 0 : -1, title: hint, "data-tab": what }, () => this.pick(what, key)));
     }
-    row.addEventListener("keydown", ({ key, target }) => {
+    row.onkeydown = ({ key, target }) => {
       const by = { ArrowRight: 1, ArrowLeft: -1 }[key], at = [...row.children].indexOf(target);
       if (by) this.pick(what, items[(at + by + items.length) % items.length][0]);
-    });
+    };
     return row;
   }
 
   pick(what, key) {
-    const focused = this.tools.contains(document.activeElement);
     this.details.open = true; this[what] = key; this.shown = null; this.follow = true;
     this.drawTools();
-    if (focused) this.tools.querySelector(`[data-tab=${what}][tabindex="0"]`).focus();
     this.fill();
   }
 
-  // Shows what belongs in the body; asks for it when the page does not have it.
+  // Changes the body; a focus inside stays there.
+  show(change) {
+    const inside = focused(this.body);
+    change();
+    if (inside) this.body.focus(STAY);
+  }
+
+  // Shows what belongs in the body, or asks for it.
   fill() {
     const { record } = this;
     if (!this.details.open || !record.body || !this.view.live) return;
     const text = this.view.texts.get(this.key);
     if (text && this.tab === "output" && this.number === record.writing) {
-      if (this.body.firstChild !== text.node) this.body.replaceChildren(text.node);
+      if (this.body.firstChild !== text.node) this.show(() => this.body.replaceChildren(text.node));
       this.shown = null;
       return;
     }
@@ -141,10 +152,10 @@ class Card {
     if (wanted === this.shown) return;
     this.shown = wanted;
     const ask = record.steps ? { want: this.key, tab: "group", steps: record.steps } : { want: this.key, attempt: this.number, tab: this.tab };
-    this.view.ask(ask, answer => { if (this.shown === wanted) { this.body.innerHTML = answer.html; this.stick(); } });
+    this.view.ask(ask, answer => { if (this.shown === wanted) { this.show(() => { this.body.innerHTML = answer.html; }); this.stick(); } });
   }
 
-  stick() { if (this.follow && this.record.writing) this.body.scrollTop = this.body.scrollHeight; }
+  stick() { if (this.follow && this.record.writing > 0) this.body.scrollTop = this.body.scrollHeight; }
 }
 
 class Bar {
@@ -152,7 +163,7 @@ class Bar {
     this.view = view; this.record = record; this.busy = false; this.young = true;
     const id = unique();
     this.node = make("div", { class: "cm-bar", role: "group", tabindex: -1, "aria-labelledby": id }, this.words = make("div", { id }),
-      this.buttons = make("div", { class: "cm-buttons" }), this.more = make("div", { class: "cm-ask", hidden: "" }), this.error = make("div", { class: "cm-error", hidden: "" }));
+      this.buttons = make("div", { class: "cm-buttons" }), this.more = make("div", { class: "cm-ask", hidden: "" }), this.error = make("div", { class: "cm-note", hidden: "" }));
     setTimeout(() => { this.young = false; this.enable(); }, DEAD_MS);
     this.update(record);
     const open = record.buttons.find(one => one.at_once);
@@ -166,16 +177,17 @@ class Bar {
     this.record = record;
     put(this.words, record.words);
     const code = make("code"), same = make("span", { class: "cm-small" }, "Same as running ", code);
-    const say = one => { code.textContent = one.magic; };
+    const say = one => { code.textContent = one.magic; }, at = [...this.buttons.children].indexOf(document.activeElement);
     this.buttons.replaceChildren(...record.buttons.map((one, index) => {
       const look = index === 0 && !one.ask ? "cm-go" : one.action === "reject" ? "cm-no" : "";
       const key = this.view.head.shortcuts ? one.key : null;
       const node = button(one.text, { class: look, "aria-keyshortcuts": key }, () => this.press(one));
       if (key) node.append(keycap(key));
-      for (const type of ["mouseenter", "focus"]) node.addEventListener(type, () => say(one));
+      node.onmouseenter = node.onfocus = () => say(one);
       return node;
     }), same);
     say(record.buttons[0]);
+    this.buttons.children[at]?.focus();
     this.enable();
   }
 
@@ -191,11 +203,11 @@ class Bar {
     else if (this.ready) this.decide(one);
   }
 
-  // Asks for words, for an edited text, or whether it is meant.
+  // Asks for words, an edited text, or whether it is meant.
   open(one, focus = true) {
     this.opened = one;
     const back = button("Back", {}, () => this.close());
-    const send = button(one.send, { class: one.action === "reject" ? "cm-no" : "cm-go" }, () => this.send(one));
+    const send = button(one.send, { class: one.sure || one.action === "reject" ? "cm-no" : "cm-go" }, () => this.send(one));
     if (one.ask && this.view.head.shortcuts) send.append(keycap("Ctrl+↵"));
     this.field = null;
     this.more.replaceChildren();
@@ -285,14 +297,14 @@ class View {
   }
 
   told(message) {
-    const mine = message.page === this.page;
-    if (message.kind === "all") { if (mine) this.begin(message); return; }
+    const { kind, number, text, ticket } = message, mine = message.page === this.page;
+    if (kind === "all") { if (mine) this.begin(message); return; }
     if (this.number === null) return; // what comes now is in the answer to hello
-    if (message.number !== this.number + (message.kind === "mark" ? 0 : 1)) { if (message.number > this.number) this.hello(); return; }
-    this.number = message.number;
-    if (message.kind === "live") for (const piece of message.pieces) this.piece(...piece);
-    if (message.kind === "body" && mine) { this.asked.get(message.ticket)?.(message); this.asked.delete(message.ticket); }
-    if (message.kind === "said" && mine) { const bar = this.bars.get(message.gate); if (bar) bar.refused(message.text); else this.note(message.text); }
+    if (number !== this.number + (kind === "mark" ? 0 : 1)) { if (number > this.number) this.hello(); return; }
+    this.number = number;
+    if (kind === "live") for (const piece of message.pieces) this.piece(...piece);
+    if (kind === "body" && mine) { this.asked.get(ticket)?.(message); this.asked.delete(ticket); }
+    if (kind === "said" && mine) { const bar = this.bars.get(message.gate); if (bar) bar.refused(text); else this.note(text); }
   }
 
   begin({ number, texts }) {
@@ -347,15 +359,15 @@ class View {
     this.inside = make("div", { hidden: "" }, part("top", "cm-head"), part("source", "cm-small"), part("sure", "cm-ask"), part("graph", "cm-graph"),
       part("list", "cm-list", "ol"), part("gates"), part("said", "cm-said cm-small"), part("foot", "cm-head cm-small"));
     this.root = make("section", { class: "cm-run", role: "region", tabindex: -1, hidden: "", style: this.head.frame, "aria-label": this.head.label, "data-lm-suppress-shortcuts": "true" },
-      this.inside, part("error", "cm-error"), part("help", "cm-help"), this.status);
+      this.inside, part("error", "cm-note"), part("help", "cm-help"), this.status);
     this.sure.hidden = this.error.hidden = this.help.hidden = true;
-    this.help.append(...this.head.help.map(([key, what]) => make("div", {}, make("kbd", {}, key), ` ${what}`)));
+    put(this.help, this.head.help);
     this.top.append(part("title", "cm-name", "span"), part("pill", null, "span"), part("words", null, "span"), this.modes);
     this.pill.after(this.stop, this.goOn);
     if (this.head.place) this.foot.append(part("placed", null, "span"), this.stop, this.goOn, this.modes);
     this.top.hidden = Boolean(this.placed); this.foot.hidden = !this.placed;
-    this.root.addEventListener("keydown", event => this.key(event));
-    this.graph.addEventListener("click", byHand(event => this.visit(event.target.closest("[data-step]"))));
+    this.root.onkeydown = event => this.key(event);
+    this.graph.onclick = byHand(event => this.visit(event.target.closest("[data-step]")));
   }
 
   // Several traits change at once; they are drawn together.
@@ -368,27 +380,29 @@ class View {
   draw() {
     if (!this.live) return;
     const { model } = this, head = this.head = model.get("head"), final = model.get("final");
-    const focused = this.root.contains(document.activeElement);
+    const before = focused(this.root);
     this.drawn = true;
     this.inside.hidden = false; this.root.hidden = Boolean(final);
-    // It is over, and this page cannot be given the saved view in place of the widget.
+    // Over, and the saved view cannot take the widget's place here.
     if (final) { this.end ??= make("div"); put(this.end, final); this.root.after(this.end); } else this.end?.remove();
     for (const name of ["title", "pill", "words", "source", "said"]) put(this[name], head[name]);
     if (this.placed) put(this.placed, head.place);
-    this.goOn.hidden = !head.paused; this.modes.hidden = head.locked;
+    this.stop.hidden = head.stops; this.goOn.hidden = !head.paused; this.modes.hidden = head.locked;
     this.modeButton.textContent = `mode: ${head.mode} ▾`;
+    const node = focused(this.graph)?.dataset?.step;
     put(this.graph, model.get("graph"));
+    if (node) this.graph.querySelector(`[data-step="${CSS.escape(node)}"]`)?.focus(STAY);
     this.match(this.cards, this.list, model.get("cards"), "key", record => new Card(this, record.key));
     this.match(this.bars, this.gates, model.get("gates"), "id", record => { this.note(""); return new Bar(this, record); });
     this.source.hidden = !head.source || this.top.hidden;
     this.said.hidden = this.bars.size > 0 || this.top.hidden;
     this.enable();
     this.speak(head.spoken);
-    // A button that is gone must not leave the keys to the notebook.
-    if (focused && !this.root.contains(document.activeElement)) this.root.focus({ preventScroll: true });
+    // What is gone or hidden must not give the keys away.
+    if (before && !focused(this.root)?.getClientRects?.().length) this.root.focus(STAY);
   }
 
-  // Makes the things in `node` those of the records; what stays keeps focus and scroll position.
+  // Makes the things in `node` those of the records; what stays keeps focus and place.
   match(things, node, records, name, create) {
     const kept = new Set(records.map(record => record[name]));
     for (const [key, thing] of things) if (!kept.has(key)) { thing.node.remove(); things.delete(key); }
@@ -411,42 +425,45 @@ class View {
     if (!card) return;
     card.details.open = card.touched = true;
     card.node.scrollIntoView({ block: "nearest" });
-    card.summary.focus({ preventScroll: true });
+    card.summary.focus(STAY);
   }
 
   // -- mode
 
   openMenu(open) {
-    this.modeButton.setAttribute("aria-expanded", open);
+    this.modeButton.ariaExpanded = open;
     this.menu.hidden = !open;
     if (!open) return;
-    const item = (text, attributes, handler) => button(text, { tabindex: -1, ...attributes }, () => { this.openMenu(false); this.modeButton.focus(); handler(); });
-    const items = this.head.modes.map(([mode, what, sure]) => {
-      const on = mode === this.head.mode;
+    const item = (text, attributes, handler) => button(text, { tabindex: -1, ...attributes }, () => { this.closeMenu(); handler(); });
+    const { mode: present, modes, paused } = this.head;
+    const items = modes.map(([mode, what, sure]) => {
+      const on = mode === present;
       const node = item(`${on ? "✓" : "\u2003"} ${mode}`, { role: "menuitemradio", "aria-checked": on }, () => { if (!on) this.choose(mode, sure); });
       node.append(make("small", {}, what));
       return node;
     });
-    if (!this.head.paused) items.push(item("\u2003 Pause when this step is done", { role: "menuitem" }, () => this.tell({ do: "pause" })));
+    if (!paused) items.push(item("\u2003 Pause when this step is done", { role: "menuitem" }, () => this.tell({ do: "pause" })));
     this.menu.replaceChildren(...items);
     this.menu.onkeydown = event => {
       const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
       if (by) { event.preventDefault(); items[(items.indexOf(event.target) + by + items.length) % items.length].focus(); }
-      if (event.key === "Escape" || event.key === "Tab") { event.stopPropagation(); this.openMenu(false); this.modeButton.focus(); }
+      if (event.key === "Escape" || event.key === "Tab") { event.stopPropagation(); this.closeMenu(); }
     };
     this.menu.onfocusout = event => { if (!this.modes.contains(event.relatedTarget)) this.openMenu(false); };
-    (items.find(node => node.getAttribute("aria-checked") === "true") ?? items[0]).focus();
+    (items.find(node => node.ariaChecked === "true") ?? items[0]).focus();
   }
 
+  closeMenu() { this.openMenu(false); this.modeButton.focus(); }
+
   choose(mode, sure) {
-    const go = () => this.tell({ do: "mode", mode });
+    const go = () => this.tell({ do: "mode", mode }), no = button("Back", {}, () => this.unsure());
     if (!sure) { go(); return; }
-    const back = () => { this.sure.hidden = true; this.modeButton.focus(); };
-    const no = button("Back", {}, back);
-    this.sure.replaceChildren(sure, make("div", { class: "cm-buttons" }, button(`Switch to ${mode}`, { class: "cm-no" }, () => { back(); go(); }), no));
+    this.sure.replaceChildren(sure, make("div", { class: "cm-buttons" }, button(`Switch to ${mode}`, { class: "cm-no" }, () => { this.unsure(); go(); }), no));
     this.sure.hidden = false;
     no.focus();
   }
+
+  unsure() { this.sure.hidden = true; this.modeButton.focus(); }
 
   // -- keys
 
@@ -456,11 +473,11 @@ class View {
     const { target, key } = event;
     const bars = [...this.bars.values()], bar = bars.find(one => one.node.contains(target)) ?? bars[0];
     const node = target.closest("svg [data-step]");
-    let act = null;
+    let act;
     if (key === "Escape") act = () => this.leave(bar);
     else if (target.closest("textarea")) act = key === "Enter" && (event.ctrlKey || event.metaKey) && bar?.opened && (() => bar.send(bar.opened));
     else if (node && (key === "Enter" || key === " ")) act = () => this.visit(node);
-    else if (this.head.shortcuts && !(event.ctrlKey || event.metaKey || event.altKey || target.closest(".cm-menu"))) act = this.actions(target, bar)[key.toLowerCase()];
+    else if (this.head.shortcuts && !(event.repeat || event.ctrlKey || event.metaKey || event.altKey || target.closest(".cm-menu"))) act = this.actions(target, bar)[key.toLowerCase()];
     if (!act) return;
     event.preventDefault();
     act();
@@ -486,10 +503,10 @@ class View {
   }
 
   leave(bar) {
-    if (!this.sure.hidden) { this.sure.hidden = true; this.modeButton.focus(); return; }
-    if (bar?.opened && !bar.opened.at_once && bar.node.contains(document.activeElement)) { bar.close(); return; }
+    if (!this.sure.hidden) { this.unsure(); return; }
+    if (bar?.opened && !bar.opened.at_once && focused(bar.node)) { bar.close(); return; }
     document.activeElement.blur();
-    (this.root.closest(".jp-Cell[tabindex]") ?? this.root.closest(".jp-Notebook"))?.focus({ preventScroll: true });
+    (this.root.closest(".jp-Cell[tabindex]") ?? this.root.closest(".jp-Notebook"))?.focus(STAY);
   }
 }
 

@@ -93,7 +93,7 @@ def show(run: Run, steps: Sequence[str] | None = None, *, mode: ViewMode | None 
     if how == "full" and setting("direct_clicks"):
         bridge.direct_clicks.install(bridge.kernel())
     hub = _hub(run)
-    if hub.makes_room(chosen, how):
+    if hub.makes_room(chosen, how if mode is not None else None):
         hub.add(Display(run, chosen, how, hub.listen))
 
 
@@ -171,11 +171,11 @@ HELP = [
     ("?", "this list"),
 ]
 MODES = [
-    ("step-by-step", "pause after every step", ""),
-    ("gates", "pause where a step asks for it", ""),
+    ("step-by-step", "Pause after every step", ""),
+    ("gates", "Pause where a step asks for it", ""),
     (
         "unattended",
-        "do not pause: gates approve themselves",
+        "Do not pause: gates approve themselves",
         "Switch to unattended? Gates that open from now on are approved without you.",
     ),
 ]
@@ -195,12 +195,13 @@ def head_record(state: RunState, steps: Sequence[str] | None = None, now: float 
         "mode": state.mode,
         "locked": state.locked is not None,
         "paused": state.paused and state.ended is None,
+        "stops": any(gate.kind in STOPS for gate in html.gates_of(state, steps)),
         "said": _said(state, now),
         "spoken": say.one_line(say.sentence(state), 300),
         "place": "" if steps is None else html.inline(html.place_words(state, [state.step(id) for id in steps])),
         "shortcuts": bool(setting("shortcuts")),
         "frame": html.FRAME,
-        "help": HELP,
+        "help": "".join(f"<div><kbd>{escape(key)}</kbd> {escape(what)}</div>" for key, what in HELP),
         "modes": MODES,
         "words_for": {"silent": SILENT, "gone": GONE},
     }
@@ -280,37 +281,33 @@ _ASKS: dict[str, dict[str, Any]] = {
         "empty": "Say what should be different: its agent gets your words.",
     },
     "answer": {"ask": "feedback", "label": "Your answer", "send": "Answer", "at_once": True},
-    "edit": {"ask": "output", "label": "The output to go on with", "send": "Approve this"},
+    "edit": {"action": "approve", "ask": "output", "label": "The output to go on with", "send": "Approve this"},
+    "prompt": {"action": "retry", "ask": "prompt", "label": "The prompt to try with", "send": "Try this"},
+    "rerun": {"do": "rerun"},
 }
-_KEYS = {"approve": "A", "reject": "R", "edit": "E", "skip": "S"}
+STOPS = ("exhausted", "failed")
+"""Kinds of gates that have Stop among their buttons; the one beside the run's state is not shown meanwhile."""
+_KEYS = {"approve": "A", "reject": "R", "edit": "E", "prompt": "E", "skip": "S"}
 
 
-def gate_record(state: RunState, gate: Gate) -> dict[str, Any]:
-    """An open gate as a page shows it: its sentence, and a button for each way to answer."""
+def gate_record(state: RunState, gate: Gate, *, beside: bool = True) -> dict[str, Any]:
+    """An open gate as a page shows it: its sentence, and a button for each way to answer; `beside` as in ``text``."""
     buttons: list[dict[str, Any]] = []
     for way in say.ways(state, gate):
-        if way.action == "stop" and gate.kind not in ("exhausted", "failed"):
+        if way.action == "stop" and gate.kind not in STOPS:
             continue  # there is one beside the run's state
         button: dict[str, Any] = {"action": way.action, "text": way.label, "magic": way.magic}
         button |= _ASKS.get(way.action, {})
-        if way.action == "edit":
-            button["action"] = "approve"
-            if gate.kind == "start":
-                button |= {"label": "The prompt to send", "send": "Send this"}
+        if way.times > 1:
+            button["count"] = way.times
+        if way.action == "edit" and gate.kind == "start":
+            button |= {"label": "The prompt to send", "send": "Send this"}
         if way.action == "skip":
             button["sure"] = f"Skip {gate.step}? It gives no output; what names it gets an empty text."
             button["send"] = "Skip it"
         if key := _KEYS.get(way.action):
             button["key"] = key
         buttons.append(button)
-        if gate.kind == "failed" and way.action == "retry":
-            edit = {"text": "Edit prompt", "ask": "prompt", "label": "The prompt to try with", "send": "Try this"}
-            buttons.append({**button, **edit, "key": "E"})
-        elif gate.kind == "exhausted" and way.action == "retry":
-            buttons.append({**button, "text": "2 more", "count": 2, "magic": f"{way.magic} --count 2"})
-        elif gate.kind == "stale" and way.action == "retry":
-            button["text"] = "Run again"
-            buttons.append({"do": "rerun", "text": "Run from here", "magic": f"%cm run --from {gate.step}"})
     return {
         "id": gate.id,
         "step": gate.step,
@@ -318,14 +315,15 @@ def gate_record(state: RunState, gate: Gate) -> dict[str, Any]:
         "attempt": gate.attempt,
         "kind": gate.kind,
         "digest": gate.digest,
-        "words": html.sentence_html(state, gate),
+        "words": html.sentence_html(state, gate, beside=beside),
         "buttons": buttons,
     }
 
 
 def gate_records(state: RunState, steps: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The open gates: of the run, or those that the steps wait for."""
-    return [gate_record(state, gate) for gate in html.gates_of(state, steps)]
+    gates = html.gates_of(state, steps)
+    return [gate_record(state, gate, beside=steps is None or gate.step in steps) for gate in gates]
 
 
 def body_record(state: RunState, path: str, attempt: int, tab: str) -> dict[str, Any]:
@@ -412,7 +410,7 @@ def _widget_class() -> Any:
 
     class RunWidget(anywidget.AnyWidget):
         _esm = (Path(__file__).parent / "view.js").read_text(encoding="utf-8")
-        _css = (Path(__file__).parent / "view.css").read_text(encoding="utf-8")
+        _css = (Path(__file__).parent / "view.css").read_text(encoding="utf-8") + svg.live_css(".cm-graph")
         place = traitlets.Unicode().tag(sync=True)
         head = traitlets.Dict().tag(sync=True)
         graph = traitlets.Unicode().tag(sync=True)
@@ -588,6 +586,7 @@ class Hub:
         self._next_at = 0.0
         self._drawn_at = self._counted_at = 0.0
         self._dirty = False
+        self._ended: str | None = None
         self._quiet = True
         self._lines: list[str] = []
 
@@ -612,8 +611,8 @@ class Hub:
         for display in self.displays:
             display.run = run
 
-    def makes_room(self, steps: list[str] | None, mode: ViewMode) -> bool:
-        """Whether such a display is to be added to the present cell.
+    def makes_room(self, steps: list[str] | None, mode: ViewMode | None) -> bool:
+        """Whether such a display is to be added to the present cell; without a `mode`, any that it has will do.
 
         What it makes invalid is ended: the cell's own earlier output, and cards that move here.
         """
@@ -621,7 +620,7 @@ class Hub:
         with self._lock:
             for display in list(self.displays):
                 same_cell, now = cell is not None and display.cell == cell, display.execution == execution
-                if now and display.steps == steps and display.mode == mode:
+                if now and display.steps == steps and mode in (None, display.mode):
                     return False
                 # On the loop: a message that is being sent must not meet a widget that is being closed.
                 if same_cell and not now:
@@ -665,6 +664,8 @@ class Hub:
         self._timer = None
         now = time.monotonic()
         pieces, last = self._take()
+        if self._ended != (ended := self.run.state.ended):  # also without an event: when the run is given up
+            self._ended, self._dirty = ended, True
         with self._lock:
             displays = list(self.displays)
         sent = 0
@@ -773,7 +774,8 @@ class Hub:
             elif "do" in content:
                 self._do(content)
         except CodeMachineError as error:
-            display.send("said", page=page, gate=content.get("decide", ""), text=str(error))
+            words = html.opened(self.run.state, str(error))
+            display.send("said", page=page, gate=content.get("decide", ""), text=words)
 
     def _hello(self, display: Display, page: str) -> None:
         if not display.pages:

@@ -1,27 +1,32 @@
 """What changed between two attempts: word by word for prose, line by line for code.
 
-Strategy: one comparison, ``_changes``, over lists of lines or words, and four ways of showing it. difflib's cost grows
-with the third power of a text made for it, so each comparison has a price, and all of one call share ``BUDGET``. What
-is too dear at once is cut into small comparisons at the items that occur once in both texts; what is still too dear is
-shown as replaced as a whole: right, if coarse. Above the sizes below ``words`` becomes ``lines``, and ``lines`` becomes
-one sentence.
+Strategy: one comparison, ``_changes``, over lists of lines or words, and five ways of showing it. Prose is Markdown:
+its words are compared as they are read, not as they are written. It is rendered, then flattened to words that know how
+they look. difflib's cost grows with the third power of a text made for it, so each comparison has a price, and all of
+one call share ``BUDGET``. What is too dear at once is cut into small comparisons at the items that occur once in both
+texts; what is still too dear is shown as replaced as a whole: right, if coarse. Above the sizes below ``prose`` becomes
+``words``, that becomes ``lines``, and ``lines`` becomes one sentence.
 
-Texts are cleaned and escaped here. ``<ins>`` and ``<del>`` are told apart by underline and line-through and by words
-for screen readers, never by colour alone.
+Texts are cleaned and escaped here. ``<ins>`` and ``<del>`` are told apart by underline and line-through, or by signs at
+their lines, and by words for screen readers; never by colour alone.
 """
 
 from __future__ import annotations
 
 import difflib
 import html
+import itertools
 import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from html.parser import HTMLParser
 from typing import Literal, NamedTuple
 
-from .markdown import clean
+from .markdown import clean, to_html
 
+PROSE_LIMIT = 30_000
+"""Characters of both texts together beyond which Markdown is not rendered: that takes 10 ms for a thousand."""
 WORD_LIMIT = 60_000
 """Characters of both texts together beyond which words are not compared, but lines."""
 LINE_LIMIT = 20_000
@@ -35,17 +40,25 @@ CONTEXT_WORDS = 25
 """Unchanged lines and words that stay around a change; the rest is folded."""
 
 _HIDDEN = "position:absolute;width:1px;height:1px;overflow:hidden;clip:rect(0,0,0,0);white-space:nowrap"
-_STYLE = {
-    "ins": "background:rgba(46,160,67,0.25);text-decoration:underline",
-    "del": "background:rgba(248,81,73,0.25);text-decoration:line-through",
-}
+_GROUND = {"ins": "background:rgba(46,160,67,0.25)", "del": "background:rgba(248,81,73,0.25)"}
+_DRAWN = {"ins": "text-decoration:underline", "del": "text-decoration:line-through"}
 _WORD = {"ins": "added", "del": "removed"}
 _FRAME = "margin:0 0 8px;white-space:pre-wrap;overflow-wrap:break-word"
 
 
 def between(old: str, new: str) -> str:
     """Show the difference as HTML: by words when both texts are prose, by lines when one looks like code."""
-    return lines(old, new) if _is_code(old) or _is_code(new) else words(old, new)
+    return lines(old, new) if _is_code(old) or _is_code(new) else prose(old, new)
+
+
+def prose(old: str, new: str) -> str:
+    """Show the difference word by word, as HTML, without the marks of Markdown; long unchanged stretches are folded.
+
+    What differs in marks alone (a number of spaces, the address behind a picture) is shown as it is written.
+    """
+    if len(old) + len(new) > PROSE_LIMIT:
+        return words(old, new)
+    return _compared(_flat(old), _flat(new)) or words(old, new)
 
 
 def words(old: str, new: str) -> str:
@@ -55,16 +68,21 @@ def words(old: str, new: str) -> str:
         return lines(old, new)
     if old == new:
         return _sentence("No changes.")
-    before, after = _split_words(old), _split_words(new)
+    return _compared(*([_Word(word, word) for word in _split_words(text)] for text in (old, new)))
+
+
+def _compared(before: Sequence[_Word], after: Sequence[_Word]) -> str:
+    """Both texts in one; ``""`` when there is no difference to be seen."""
     shown: list[str] = []
-    for change in _changes(before, after):
+    differ = False
+    for change in _changes([word.key for word in before], [word.key for word in after]):
+        old, new = before[change.old : change.old_end], after[change.new : change.new_end]
         if change.same:
-            kept = before[change.old : change.old_end]
-            shown.append(_fold(kept, at_start=change.old == 0, at_end=change.old_end == len(before)))
+            shown.append(_fold(new, at_start=change.old == 0, at_end=change.old_end == len(before)))
         else:
-            shown.append(_mark("del", "".join(before[change.old : change.old_end])))
-            shown.append(_mark("ins", "".join(after[change.new : change.new_end])))
-    return f'<div style="{_FRAME}">{"".join(shown)}</div>\n'
+            shown += [_mark_words("del", old), _mark_words("ins", new)]
+            differ = differ or any(word.text for word in (*old, *new))
+    return f'<div style="{_FRAME}">{"".join(shown)}</div>\n' if differ else ""
 
 
 def lines(old: str, new: str) -> str:
@@ -73,7 +91,9 @@ def lines(old: str, new: str) -> str:
     for kind, text in _unified(old, new):
         if kind == "sentence":
             return _sentence(text)
-        shown.append(_mark(kind, text) if kind in ("ins", "del") else html.escape(text))
+        # The signs tell them apart: a line through a minus sign would hide it.
+        plain = f"{_GROUND[kind]};text-decoration:none" if kind in ("ins", "del") else ""
+        shown.append(_mark(kind, plain, html.escape(text)) if plain else html.escape(text))
         shown.append("\n")
     style = "margin:0 0 8px;font-family:monospace;font-size:12px;overflow-x:auto"
     return f'<pre style="{style}">{"".join(shown)}</pre>\n'
@@ -127,24 +147,152 @@ def _sentence(words: str) -> str:
     return f'<p style="margin:0 0 8px">{html.escape(words)}</p>\n'
 
 
-def _mark(tag: str, text: str) -> str:
-    if not text:
-        return ""
+def _mark(tag: str, style: str, inner: str) -> str:
     hidden = f'<span style="{_HIDDEN}">{_WORD[tag]} </span>'
-    return f'<{tag} style="{_STYLE[tag]}">{hidden}{html.escape(text)}</{tag}>'
+    return f'<{tag} style="{style}">{hidden}{inner}</{tag}>'
 
 
-def _fold(words: Sequence[str], *, at_start: bool, at_end: bool) -> str:
+def _mark_words(tag: str, words: Sequence[_Word]) -> str:
+    if not any(word.text for word in words):
+        return "".join(word.lead for word in words) if tag == "ins" else ""
+    first = next(index for index, word in enumerate(words) if word.text)
+    lead = "".join(word.lead for word in words[: first + 1])
+    marked = [words[first]._replace(lead=""), *words[first + 1 :]]
+    return lead + _mark(tag, f"{_GROUND[tag]};{_DRAWN[tag]}", _dressed(marked))
+
+
+def _dressed(words: Sequence[_Word]) -> str:
+    """Words as HTML, each stretch of a look in one element."""
+    parts: list[str] = []
+    for look, group in itertools.groupby(words, key=lambda word: word.look):
+        some = list(group)
+        text = html.escape(some[0].text + "".join(word.lead + word.text for word in some[1:]))
+        parts.append(some[0].lead + (f'<span style="{look}">{text}</span>' if look and text else text))
+    return "".join(parts)
+
+
+def _fold(words: Sequence[_Word], *, at_start: bool, at_end: bool) -> str:
     head, tail = 0 if at_start else CONTEXT_WORDS, 0 if at_end else CONTEXT_WORDS
     if len(words) <= head + tail + CONTEXT_WORDS:  # a short fold hides more than it saves
-        return html.escape("".join(words))
-    ending = words[len(words) - tail :]
-    return html.escape("".join(words[:head]) + (" …" if head else "…") + "".join(ending))
+        return _dressed(words)
+    ending = _dressed(words[len(words) - tail :]) if tail else ""
+    return _dressed(words[:head]) + (" …" if head else "…") + ending
 
 
 def _split_words(text: str) -> list[str]:
     # A space belongs to its word: by itself it would match everywhere.
     return re.findall(r"\s*(?:\w+|[^\w\s])|\s+", text)
+
+
+# --- Markdown as words -----------------------------------------------------------------------------------------------
+
+
+class _Word(NamedTuple):
+    """A word as it is read. ``key`` is compared; ``lead``, the space before it, and ``look``, as CSS, are shown."""
+
+    key: str
+    text: str
+    lead: str = ""
+    look: str = ""
+
+
+_LOOKS = {
+    "strong": "font-weight:600",
+    "th": "font-weight:600",
+    "em": "font-style:italic",
+    "s": "text-decoration:line-through",
+    "code": "font-family:monospace;font-size:12px",
+    "pre": "font-family:monospace;font-size:12px",
+}
+_BLOCKS = {"p", "div", "pre", "ul", "ol", "li", "tr", "table", "blockquote", "hr", "br"}
+_PARAGRAPHS = {"p", "div", "pre", "table", "blockquote", "hr"}
+
+
+def _flat(markdown: str) -> list[_Word]:
+    """The words of a text, a break before each block, and its list marks, bars between cells and addresses of links."""
+    reader = _Reader()
+    reader.feed(to_html(markdown))
+    reader.close()
+    return reader.words
+
+
+class _Reader(HTMLParser):
+    """Flattens what ``to_html`` has made."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.words: list[_Word] = []
+        self._open: list[tuple[str, str]] = []  # tags and their looks
+        self._lists: list[int] = []  # the number of the next item; 0: bullets
+        self._break = ""  # before the next word
+        self._space = ""
+        self._marked = False  # a list mark or a bar was the last: what follows stands beside it
+        self._address = self._linked = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self._begin(tag)
+        look = _LOOKS["strong"] if given.get("role") == "heading" else _LOOKS.get(tag, "")
+        if tag in ("ul", "ol"):
+            self._lists.append(0 if tag == "ul" else int(given.get("start") or 1))
+        elif tag == "li" and self._lists:
+            number = self._lists[-1]
+            self._lists[-1] += bool(number)
+            mark = f"{number}." if number else "•"
+            self._add("1." if number else mark, mark, "    " * (len(self._lists) - 1), indents=True)
+            self._space, self._marked = " ", True
+        elif tag in ("td", "th") and self.words and not self._break:
+            self._add("|", "|", " ")
+            self._space, self._marked = " ", True
+        elif tag == "hr":
+            self._add("---", "———")
+        elif tag == "a":
+            self._address, self._linked = given.get("href") or "", ""
+        if tag not in ("br", "hr"):
+            self._open.append((tag, look))
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._open and tag == self._open[-1][0]:
+            self._open.pop()
+        self._marked = self._marked and tag not in ("td", "th", "li")  # an empty one
+        if tag in ("ul", "ol") and self._lists:
+            self._lists.pop()
+        if tag == "a" and self._address.removeprefix("mailto:") != self._linked:
+            self._add(self._address, f"({self._address})", " ")
+        self._begin(tag)
+
+    def handle_data(self, data: str) -> None:
+        code = any(tag == "pre" for tag, _ in self._open)
+        if not code:
+            self._linked += data
+            data = re.sub(r"\s+", " ", data)
+        for number, line in enumerate(data.removesuffix("\n").split("\n")):
+            self._break += "\n" if number else ""
+            self._read(line, code)
+
+    def _begin(self, tag: str) -> None:
+        """A block begins or ends: the next word begins a line."""
+        if tag in _BLOCKS and self.words and not self._marked:
+            inside = len(self._lists) > (tag in ("ul", "ol"))
+            self._break = max(self._break, "\n\n" if tag in _PARAGRAPHS and not inside else "\n")
+            self._space = ""
+
+    def _read(self, line: str, code: bool) -> None:
+        for piece in _split_words(line):
+            word = piece.lstrip()
+            space = piece[: len(piece) - len(word)]
+            if word:
+                self._add(piece if code else word, word, self._space or space, indents=code)
+            elif not self._break and not self._marked:
+                self._space = space
+
+    def _add(self, key: str, text: str, lead: str = "", *, indents: bool = False) -> None:
+        if self._break:
+            self.words.append(_Word("\n", "", self._break))
+            lead = lead if indents else ""
+        look = ";".join(dict.fromkeys(look for _, look in self._open if look))
+        self.words.append(_Word(f"{key} {look}", text, lead, look))
+        self._break, self._space, self._marked = "", "", False
 
 
 # --- Comparing -------------------------------------------------------------------------------------------------------

@@ -39,8 +39,10 @@ OLD_LIMIT = 16_000
 """Bytes shown of a prompt, and of an attempt that is not the last one."""
 ATTEMPTS_SHOWN = 8
 """Earlier attempts shown of one step."""
-FOLD = 5
+FOLD = 3
 """From this many on, finished steps in a row become one line; so do steps that have not begun."""
+STORIES = 12
+"""Up to this many steps, a finished one that has a story, of several attempts or of being skipped, is not folded."""
 
 COLOURS: dict[Tone, str] = {
     "done": "#1a7f37",
@@ -92,6 +94,12 @@ def faint(*words: str) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def opened(state: RunState, words: str) -> str:
+    """The sentence with a capital letter, unless it begins with a step's id or with code."""
+    first = re.match(r"[a-z]+(?=[ ,])", words)
+    return _capital(words) if first and first[0] not in state.steps else words
 
 
 def _line(text: str, style: str = _SMALL) -> str:
@@ -187,12 +195,28 @@ def _summary(state: RunState, step: StepState, seen: Look, now: float | None, *,
     told = one_line(say.story(state, step), 400) if step.settled and not open else ""
     line = ""
     if loop := say.loop_words(step):
-        line = f'\n<span style="display:block;{_SMALL}">{inline(loop)}</span>'
+        line = _chips(loop)
     elif told and len(step.attempts) > 1:
         line = f'\n<span style="display:block;{_SMALL}">{inline(_capital(told))}</span>'
     else:
         words.append(told)
     return f"<b>{_esc(step.id)}</b> {pill(seen)} {faint(*words)}{line}"
+
+
+_CHIP_TONES: dict[str, Tone] = {"continue": "done", "running": "running", "failed": "failed", "error": "failed"}
+
+
+def _chips(loop: str) -> str:
+    """A module's passes (``1 loop 0.52 · 2 running (max 5)``), each in a mark of its colour."""
+    passes, _, limit = loop.rpartition(" (")
+    chips = []
+    for words in passes.split(" · "):
+        colour = COLOURS[_CHIP_TONES.get(words.split(" ")[1] if " " in words else "", "waiting")]
+        style = f"border:1px solid {colour};border-radius:10px;padding:0 7px;margin:0 4px 0 0;white-space:nowrap"
+        chips.append(f'<span style="{style}">{_esc(words)}</span>')
+    return (
+        f'\n<span style="display:block;font-size:12px;margin:3px 0 0">{"".join(chips)}{_esc(limit.rstrip(")"))}</span>'
+    )
 
 
 def _body(state: RunState, step: StepState, limit: int) -> str:
@@ -262,15 +286,16 @@ def _result(state: RunState, step: StepState, attempt: Attempt, limit: int) -> l
     parts = []
     if attempt.text:
         parts.append(_shown(attempt.text, limit, _show(step, attempt)))
-    elif attempt is step.last and step.status in ("running", "asking"):
-        waits = step.status == "asking"
-        parts.append(_line("It waits for your answer." if waits else "It is at work; nothing to show yet."))
+    elif attempt is step.last and step.status == "running":
+        parts.append(_line("It is at work; nothing to show yet."))
     elif attempt.answer is not None:
         parts.append(_line("It finished without output."))
     if attempt.note:
         parts.append(_quote(_line(_capital(one_line(attempt.note, 300)), ""), "waiting"))
     parts.append(_errors(step, attempt))
     ended = say.outcome(state, step, attempt)
+    if attempt.verdict is not None and one_line(attempt.verdict.reason) == one_line(attempt.text):
+        ended = ended.replace(f": {say.quoted(attempt.verdict.reason)}", "", 1)  # a function's text is its reason
     if ended and not (attempt.error is not None and attempt.decision is None and attempt.answer is None):
         parts.append(_line(_capital(ended) + ("" if ended[-1] in ".”" else ".")))
     return parts
@@ -295,38 +320,42 @@ def _quote(inner: str, tone: Tone) -> str:
 def _errors(step: StepState, attempt: Attempt) -> str:
     """What went wrong, the newest last; more to read is folded."""
     parts = []
+    whole = attempt is step.last and step.gate is not None and step.gate.kind == "failed"  # the card has the mark
     for error in attempt.errors[-5:]:
         inner = f"<div><b>{_esc(one_line(error.kind, 60))}</b>: {_esc(one_line(error.message, 600))}</div>\n"
         if error.detail:
-            inner += _fold("Details", _shown(error.detail, 8_000, _show(step, attempt), plain=True))
-        parts.append(_quote(inner, "failed"))
+            name = "Traceback" if error.detail.startswith("Traceback") else "Details"
+            inner += _fold(name, _shown(error.detail, 8_000, _show(step, attempt), plain=True))
+        parts.append(inner if whole else _quote(inner, "failed"))
     return "".join(parts)
 
 
 # -- a gate -----------------------------------------------------------------------------------------------------------
 
 
-def gate_bar(state: RunState, gate: Gate, *, again: bool = True) -> str:
+def gate_bar(state: RunState, gate: Gate, *, beside: bool = False, again: bool = True) -> str:
     """What the run waits for, and how to answer, where there are no buttons.
 
     Parameters
     ----------
+    beside
+        Whether the card of its step stands above.
     again
         Whether running the cell again brings the buttons back: not in the answer of ``%cm show``.
     """
     lead = "Run this cell again to decide, or:" if again else "To decide:"
-    answers = "\n".join(_way(way) for way in say.ways(state, gate))
+    said = "\n".join(map(_way, say.ways(state, gate)))
     return (
         f'<div style="border-top:1px solid {RULE};margin:10px 0 0;padding:8px 0 0">\n'
-        f"<div>{sentence_html(state, gate)}</div>\n"
-        f'<div style="font-size:12px;margin:4px 0 0">{lead}\n{answers}</div>\n'
+        f"<div>{sentence_html(state, gate, beside=beside)}</div>\n"
+        f'<div style="font-size:12px;margin:4px 0 0">{lead}\n{said}</div>\n'
         "</div>\n"
     )
 
 
-def sentence_html(state: RunState, gate: Gate) -> str:
-    """The gate's sentence, its step in bold."""
-    said = say.gate_sentence(state, gate)
+def sentence_html(state: RunState, gate: Gate, *, beside: bool = False) -> str:
+    """The gate's sentence, its step in bold; without what the card `beside` it shows: the error, or the question."""
+    said = say.gate_sentence(state, gate, beside=beside)
     rest = said.removeprefix(gate.step)
     return f"<b>{_esc(gate.step)}</b>{inline(rest)}" if rest != said else inline(said)
 
@@ -334,7 +363,7 @@ def sentence_html(state: RunState, gate: Gate) -> str:
 def _way(way: say.Way) -> str:
     plain = way.label.rstrip("…").lower() == way.action
     label = "" if plain else f"{_esc(way.label.rstrip('…'))} "
-    magic = f'<code style="{_CODE}">{_esc(way.magic)}</code>'
+    magic = f'<code style="{_CODE};white-space:nowrap">{_esc(way.magic)}</code>'
     return f'<span style="white-space:nowrap;margin:0 8px 0 0">{label}{magic}</span>'
 
 
@@ -401,7 +430,7 @@ def run_html(
     else:
         parts = [cards]
     gates = gates_of(state, steps)
-    parts += [gate_bar(state, gate) for gate in gates]
+    parts += [gate_bar(state, gate, beside=steps is None or gate.step in steps) for gate in gates]
     if steps is None and not gates:
         parts.append(_line(say.sentence(state, now), f"margin:8px 0 0;{_FAINT}"))
     if steps is not None:
@@ -490,15 +519,18 @@ def _folded(state: RunState, group: list[StepState], now: float | None, limit: i
 
 
 def fold_summary(state: RunState, group: list[StepState]) -> str:
-    """Many steps of a kind in a line: ``16 done · 63 s · $0.048``."""
+    """Many steps of a kind in a line: ``16 done step-1 to step-16 · 63 s · $0.048``."""
+    names = f"{group[0].id} to {group[-1].id}" if len(group) > 4 else ", ".join(step.id for step in group)
     if not group[0].settled:
-        names = f"{group[0].id} to {group[-1].id}" if len(group) > 4 else ", ".join(step.id for step in group)
         return f"{pill(Look(f'{len(group)} pending', 'pending'))} {faint(names, say.waits_for(state, group[0]))}"
     skipped = sum(step.status == "skipped" for step in group)
-    words = [*say.total(state, (attempt for step in group for attempt in step.attempts)).words()]
+    words = [names, *say.total(state, (attempt for step in group for attempt in step.attempts)).words()]
     again = [f"{step.id} took {len(step.attempts)} attempts" for step in group if len(step.attempts) > 1]
     words += [f"{skipped} skipped"] if skipped else []
     words += again if len(again) <= 3 else [f"{len(again)} took several attempts"]
+    decided = [(step.id, step.last.decision) for step in group if step.last is not None and step.last.decision]
+    told = [f"{id} {say.decided(state, decision)}" for id, decision in decided]
+    words += told if len(told) <= 1 else [f"{len(told)} were approved"]
     return f"{pill(Look(f'{len(group) - skipped} done', 'done'))} {faint(*words)}"
 
 
@@ -517,7 +549,9 @@ def rows(state: RunState, steps: Sequence[str] | None = None) -> Iterable[Row]:
     """What ``run_html`` shows, from top to bottom."""
     chosen = state.order if steps is None else [state.step(id) for id in steps]
     focus = _focus(state, chosen)
-    for caption, group in _groups(state, chosen, focus if steps is None else list(chosen)):
+    told = [step for step in chosen if len(step.attempts) > 1 or step.status == "skipped"]
+    alone = chosen if steps is not None else focus + (told if len(chosen) <= STORIES else [])
+    for caption, group in _groups(state, chosen, alone):
         if caption is not None or (steps is None and len(group) >= FOLD):
             yield Row(caption, group, False)
         else:
@@ -629,7 +663,7 @@ def show_html(state: RunState, step: StepState, attempt: int | None = None, full
     if attempt is None:
         body = card(state, step, open=True, full=full)
         if step.gate is not None:
-            body += gate_bar(state, step.gate, again=False)
+            body += gate_bar(state, step.gate, beside=True, again=False)
         return f'<div style="{FRAME}">\n{body}</div>\n'
     chosen = find_attempt(step, attempt)
     words = [

@@ -3,10 +3,11 @@
 Strategy: place, then draw. ``_place`` puts steps, captions and loop arcs on a plane from an estimate of text widths
 that errs on the wide side (we cannot ask a browser). ``_draw`` turns each into SVG elements, one a line.
 
-The picture must survive places that strip style sheets, and a dark page: only presentation attributes, and one light
-plate behind everything that carries its own colours. Text reaches 4.5 : 1 and lines 3 : 1 on what they lie on (tested).
-State is an icon *and* a word; icons are paths, because fonts show many symbols as boxes. The places depend on the names
-alone, so that nothing jumps while the run goes on. Same state, same bytes.
+The picture must survive places that strip style sheets: presentation attributes, and one light plate behind everything
+that carries its own colours. Where style sheets are kept, a dark page gets each colour's dark twin: browsers tell
+an image the colour scheme of the page around it. Text reaches 4.5 : 1 and lines 3 : 1 on what they lie on, in both
+(tested). State is an icon *and* a word; icons are paths, because fonts show many symbols as boxes. The places depend on
+the names alone, so that nothing jumps while the run goes on. Same state, same bytes.
 
 ``graph_img`` wraps the SVG for saved notebooks: an ``<img>`` with a percent-encoded data URI, one element a line, so
 that a diff shows which step changed. Browsers drop line breaks in a URI before they read it.
@@ -45,6 +46,23 @@ PAINTS: dict[Tone, Paint] = {
     "pending": Paint(FAINT, "#ffffff"),
     "skipped": Paint(FAINT, "#ffffff"),
 }
+DARK_GROUNDS = {
+    PLATE: "#1c2025",
+    "#ffffff": "#272c33",
+    "#fff6d6": "#3a2f10",
+    "#e6f1ff": "#14304f",
+    "#ffeceb": "#4a201d",
+}
+DARK_INKS = {
+    INK: "#e6edf3",
+    FAINT: "#a7b1bc",
+    LINE: "#848d97",
+    AMBER: "#e3b341",
+    "#1a7f37": "#56d364",
+    "#0757ba": "#79b8ff",
+    "#b42318": "#ff938a",
+}
+"""What each colour becomes on a dark page; inks are lines, too."""
 _ICONS: dict[Tone, str] = {  # in a square of 12
     "done": '<path d="M1.5 6.5l3.2 3.2 5.8-7" fill="none" stroke="{}" stroke-width="2"/>',
     "waiting": '<path d="M3.5 1.5v9M8.5 1.5v9" fill="none" stroke="{}" stroke-width="2.6"/>',
@@ -352,7 +370,24 @@ def _draw(state: RunState, plan: _Plan, live: bool, said: str) -> list[str]:
         lines += _arc(loop, plan)
     for node in plan.nodes.values():
         lines += _box(state, node, plan, live)
+    if not live:  # the page that shows it live has `live_css`; always the same, so that a step forward changes nothing
+        fills, strokes = _recolour("", "{1}")
+        lines[1:1] = [f"<style>@media (prefers-color-scheme:dark){{{fills}", f"{strokes}}}</style>"]
     return [*lines, "</svg>"]
+
+
+def _recolour(place: str, colour: str) -> list[str]:
+    """CSS, for fills and for strokes: for each colour below `place`, what `colour` makes of it and its dark twin."""
+    pairs = [("fill", DARK_GROUNDS | DARK_INKS), ("stroke", DARK_INKS)]
+    return [
+        "".join(f"{place}[{name}='{light}']{{{name}:{colour.format(light, dark)}}}" for light, dark in twins.items())
+        for name, twins in pairs
+    ]
+
+
+def live_css(place: str) -> str:
+    """The style sheet that gives live pictures below `place`, a CSS selector, their dark colours on a dark page."""
+    return "\n".join(_recolour(f"{place} ", "light-dark({0},{1})"))
 
 
 def _caption(row: _Row, plan: _Plan) -> list[str]:

@@ -13,7 +13,7 @@ Nothing here is HTML; texts of agents are cleaned and cut to one line, and whoev
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from ..events import (
@@ -40,8 +40,9 @@ from ..events import (
     TurnFailed,
     TurnFinished,
     Usage,
+    WorkflowChanged,
 )
-from ..state import STATUS_WORDS, Attempt, RunState, StepState
+from ..state import STATUS_WORDS, Attempt, RunState, StepState, why_stale
 from ..workflow import Module, Separator
 from .markdown import clean
 
@@ -97,6 +98,11 @@ def size(count: int) -> str:
     if count < 1000:
         return f"{count} B"
     return f"{count / 1e3:.0f} kB" if count < 999_500 else f"{count / 1e6:.1f} MB"
+
+
+def steps(count: int) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{count} step{'s' if count != 1 else ''}"
 
 
 def one_line(text: object, limit: int = 160) -> str:
@@ -176,9 +182,13 @@ def source(state: RunState) -> str:
     """Where the answers came from, when not from a model: a recording, or the offline engine; else ``""``."""
     if state.recorded is not None:
         return f"recorded ({one_line(state.recorded, 60)}): no model was called"
-    if any(attempt.engine == "offline" for step in state.order for attempt in step.attempts):
+    if _first_offline(state) is not None:
         return "offline: no model was called"
     return ""
+
+
+def _first_offline(state: RunState) -> Attempt | None:
+    return next((one for step in state.order for one in step.attempts if one.engine == "offline"), None)
 
 
 # -- a step and the run in a word -------------------------------------------------------------------------------------
@@ -261,11 +271,16 @@ def counts(state: RunState) -> str:
 
 
 class Way(NamedTuple):
-    """One way to answer a gate: its action, what the button says, and the magic that does the same."""
+    """One way to answer a gate: its action, what the button says, and the magic that does the same.
 
-    action: Action | Literal["edit"]
+    ``edit`` approves a text of the person's, ``prompt`` tries again with one, ``rerun`` runs all from this step on.
+    """
+
+    action: Action | Literal["edit", "prompt", "rerun"]
     label: str
     magic: str
+    times: int = 1
+    """How often to retry."""
 
 
 _LABELS: dict[tuple[str, str], str] = {
@@ -273,9 +288,9 @@ _LABELS: dict[tuple[str, str], str] = {
     ("verdict", "approve"): "Continue",
     ("verdict", "reject"): "Loop…",
     ("exhausted", "approve"): "Accept the last",
-    ("exhausted", "retry"): "1 more",
+    ("exhausted", "retry"): "2 more",
     ("stale", "approve"): "Keep",
-    ("stale", "retry"): "Run from here",
+    ("stale", "retry"): "Run again",
     ("may_have_run", "approve"): "It did",
     ("may_have_run", "retry"): "Run again",
 }
@@ -295,21 +310,25 @@ def ways(state: RunState, gate: Gate) -> list[Way]:
         magic = _MAGICS.get(action, f"%cm {action}")
         if several:
             magic += f" --step {gate.step}" if action in _MAGICS else f" {gate.step}" if action != "stop" else ""
-        found.append(Way(action, label, magic))
-    if gate.kind in EDITABLE:
-        place = next((index for index, way in enumerate(found) if way.action in ("skip", "stop")), len(found))
-        found.insert(place, Way("edit", "Edit", "%cm edit" + (f" {gate.step}" if several else "")))
+        more = 2 if (gate.kind, action) == ("exhausted", "retry") else 1
+        found.append(Way(action, label, magic if more == 1 else f"{magic} --count {more}", more))
+    place = next((index for index, way in enumerate(found) if way.action in ("skip", "stop")), len(found))
+    if gate.kind in EDITABLE or gate.kind == "failed":
+        edit = Way("prompt", "Edit prompt", "%cm edit") if gate.kind == "failed" else Way("edit", "Edit", "%cm edit")
+        found.insert(place, edit._replace(magic=f"%cm edit {gate.step}") if several else edit)
+    elif gate.kind == "stale":
+        found.insert(place, Way("rerun", "Run from here", f"%cm run --from {gate.step}"))
     return found
 
 
 def following(state: RunState, step: StepState) -> str:
-    """What comes after `step`: ``Next: deployer.``, or that it is the last."""
+    """What comes after `step`: ``Next: deployer.``, or that none does yet: a notebook may add one."""
     after = state.after(step)
-    return f"Next: {after.id}." if after is not None else "It is the last step."
+    return f"Next: {after.id}." if after is not None else "It is the last step so far."
 
 
-def gate_sentence(state: RunState, gate: Gate) -> str:
-    """What the run waits for at `gate`, why, and what the answers mean."""
+def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
+    """What the run waits for at `gate`, why, and what the answers mean; without what a card `beside` it shows."""
     step = state.steps[gate.step]
     said = gate.payload
     reason = _ended(one_line(said.get("reason", ""), 300))
@@ -324,14 +343,17 @@ def gate_sentence(state: RunState, gate: Gate) -> str:
         back = "Loop goes back" if isinstance(step.step, Module) else "Reject runs it again"
         return f"{step.id} needs your verdict. {reason} Continue goes on; {back} with your words."
     if gate.kind == "exhausted":
-        return f"{step.id}: {reason[:1].lower()}{reason[1:]} Accept the last output, allow one more, or stop."
+        return f"{step.id}: {reason[:1].lower()}{reason[1:]} Accept the last output, allow 2 more, or stop."
     if gate.kind == "failed":
         error = _ended(one_line(said.get("error", "no reason was given"), 300))
         tries = len(step.last.errors) if step.last is not None else 1
         times = f" after {tries} tries" if tries > 1 else f" (attempt {gate.attempt})" if gate.attempt > 1 else ""
-        return f"{step.id} failed{times}: {error} Retry, skip it, or stop."
+        what = "." if beside else f": {error}"
+        return f"{step.id} failed{times}{what} Retry, edit its prompt, skip it, or stop."
     if gate.kind == "stale":
         return f"{step.id} is stale: {stale_words(state, step)}. Keep it, or run from here."
+    if gate.kind == "question" and beside:
+        return f"{step.id} is waiting for your answer."
     if gate.kind == "question":
         return f"{step.id} asks: {quoted(said.get('question', ''), 600)}"
     return f"{reason or f'{step.id} may have run.'} Did it? If not, run it again."
@@ -339,15 +361,7 @@ def gate_sentence(state: RunState, gate: Gate) -> str:
 
 def stale_words(state: RunState, step: StepState) -> str:
     """Why `step` is stale: ``planner changed after this ran``."""
-    if step.approved is not None:
-        newer = [
-            other.id
-            for other in state.order[: step.index]
-            if other.approved is not None and other.approved.seq > step.approved.seq
-        ]
-        if newer:
-            return f"{newer[-1]} changed after this ran"
-    return "something it builds on changed after it ran"
+    return why_stale(step)
 
 
 def sentence(state: RunState, now: float | None = None) -> str:
@@ -531,9 +545,8 @@ def event_line(state: RunState, event: BaseEvent) -> str | None:
 def _event_words(state: RunState, event: BaseEvent) -> str | None:
     # One branch per kind of event; those that another line says anyway (TurnStarted, GateOpened of …) give none.
     if isinstance(event, RunStarted):
-        count = len(state.order)
         said = source(state)
-        return f"{one_line(state.name, 80)} started: {count} step{'s' if count != 1 else ''}, mode {state.mode}" + (
+        return f"{one_line(state.name, 80)} started: {steps(len(state.order))}, mode {state.mode}" + (
             f", {said}" if said else ""
         )
     if isinstance(event, RunResumed):
@@ -552,6 +565,8 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
         return f"{id} added" if id else None
     if isinstance(event, StepChanged):
         return f"{event.step.get('id') or event.step.get('agent')} changed"
+    if isinstance(event, WorkflowChanged):
+        return f"the workflow is defined anew: {', '.join(_redefined(event))}"
     if isinstance(event, StepRemoved):
         return f"{event.step} removed"
     if isinstance(event, StepSkipped):
@@ -584,6 +599,14 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
     return None
 
 
+def _redefined(event: WorkflowChanged) -> Iterator[str]:
+    yield from (f"input {one_line(name, 80)}" for name in {**event.defaults, **event.inputs})
+    if event.autonomous_mode is not None:
+        yield f"autonomous mode {str(event.autonomous_mode).lower()}"
+    if event.engine is not None:
+        yield f"engine {one_line(event.engine, 80) or 'as configured'}"
+
+
 def gate_step(gate_id: str) -> str:
     """The path of the step that a gate's id (``run/path/attempt/ordinal``) names."""
     return gate_id.partition("/")[2].rsplit("/", 2)[0]
@@ -610,7 +633,9 @@ def _turn_line(state: RunState, event: TurnFinished) -> str:
     if event.turn > 1:
         words.append(f"prompt {event.turn}")
     why = f": {one_line(event.verdict.reason)}" if event.verdict is not None and event.verdict.reason else ""
-    note = f"; {one_line(event.note)}" if event.note else ""
+    # That no model was called is said once, not beside every answer.
+    again = event.note == source(state) and attempt is not _first_offline(state)
+    note = f"; {one_line(event.note)}" if event.note and not again else ""
     return " ".join(words) + _attempt(event.attempt) + why + note
 
 
@@ -657,17 +682,22 @@ def headline(state: RunState, now: float | None = None) -> str:
     return f"{one_line(state.name, 80)}: {' · '.join(filter(None, parts))}"
 
 
-def run_text(state: RunState, now: float | None = None) -> str:
-    """The run as ``text/plain``: its headline, a line per step with what became of it, and what comes next."""
+def step_lines(state: RunState, now: float | None = None) -> list[str]:
+    """A line per step, with what became of it."""
     rows = []
     for step in state.order:
         taken = " ".join(total(state, step.attempts, now).words())
         said = "; ".join(filter(None, (story(state, step), note(step), waits_for(state, step))))
         rows.append([step.id, look(state, step).word, f"{taken}{f'  ({said})' if said and taken else said}"])
-    made = iter(table(rows))
-    lines = [headline(state, now)]
+    made, lines = iter(table(rows)), list[str]()
     for item in state.items:
         lines.append(f"  -- {one_line(item.text, 80)}".rstrip() if isinstance(item, Separator) else f"  {next(made)}")
+    return lines
+
+
+def run_text(state: RunState, now: float | None = None) -> str:
+    """The run as ``text/plain``: its headline, a line per step with what became of it, and what comes next."""
+    lines = [headline(state, now), *step_lines(state, now)]
     lines.append(sentence(state, now))
     for gate in state.gates.values():
         lines.append("  " + " · ".join(way.magic for way in ways(state, gate)))

@@ -1,4 +1,7 @@
-"""A person has decided: how soon the next step is done and on disk."""
+"""A person has decided: how soon the next step is done and on disk.
+
+A third step keeps the run from its end, which is not meant here: then the journal is brought back into its one file.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ import cm_notebook as cm
 async def work(turn):
     return "x" * 1024
 
-steps = [cm.step("work", id="asks", interactive=True), cm.step("work", id="next")]
+steps = [cm.step("work", id="asks", interactive=True), cm.step("work", id="next"), cm.step("work", id="later")]
 workflow = cm.Workflow("gate", agents=[work], steps=steps)
 """
 COLD = f"""{GATED}
 import os, sys
-run = cm.resume(sys.argv[1], workflow, journal=sys.argv[2])
+run = cm.resume(sys.argv[1], workflow, journal=sys.argv[2], until="next")
 run.approve()
 run.wait()
 print("done", flush=True)
@@ -73,7 +76,7 @@ def waiting_run(journal: Journal) -> cm.Run:
     """A run that waits at the gate of its first step."""
     names: dict[str, cm.Workflow] = {}
     exec(GATED, names)
-    run = names["workflow"].start(journal=journal)
+    run = names["workflow"].start(journal=journal, until="next")
     gate(run)
     return run
 
@@ -110,7 +113,7 @@ def test_warm(budget):
         return passed()
 
     pair = paired(ours, floor, rounds=50)
-    budget("gate, click to next step done", pair.wall, "ms", times=1, known=2)
+    budget("gate, click to next step done", pair.wall, "ms", times=1, known=1.75)
 
 
 def _gate_by_hand(path: Path) -> sqlite3.Connection:

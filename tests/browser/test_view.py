@@ -187,6 +187,109 @@ def test_keyboard_alone(open_notebook, picture):
     nb.wait_text(1, "Finished")
 
 
+class Keys:
+    """Presses keys in a view, and holds that none of them falls to the notebook."""
+
+    def __init__(self, nb):
+        self.nb, self.cells = nb, nb.count_cells()
+
+    def focused(self):
+        """What has the focus: its text, or where it is."""
+        return self.nb.page.evaluate(
+            "() => { const at = document.activeElement; return at.closest('.cm-run') ? at.innerText || '-' : 'away'; }"
+        )
+
+    def press(self, *keys, then=None):
+        for key in keys:
+            self.nb.press(key)
+        if then:
+            self.nb.wait_text(1, then)
+        self.hold()
+
+    def hold(self, inside=True):
+        self.nb.page.wait_for_timeout(100)  # the browser takes the focus from what is hidden when it draws
+        assert (self.focused() != "away") is inside
+        for key in "bxdd":  # would add, cut and delete cells
+            self.nb.press(key)
+        assert self.nb.count_cells() == self.cells
+
+    def bar(self, step):
+        """To the first button of the bar, as soon as it takes a decision."""
+        self.nb.wait_text(1, f"{step} is waiting for you")
+        self.nb.wait_until(lambda: self.nb.by_role("button", "Approve", cell=1).is_enabled())
+        self.press("g")
+        assert self.focused().startswith("Approve")
+
+
+def test_no_key_falls_to_the_notebook_whatever_becomes_of_the_focus(open_notebook):
+    nb = start(open_notebook, "run = start('planner? -> builder? -> reviewer?')\nshow(run)")
+    nb.wait_text(1, WAITS)
+    keys = Keys(nb)
+    nb.by_role("button", "Stop", cell=1).focus()
+    keys.bar("planner")
+    keys.press("a", then="builder is waiting for you")  # the bar is replaced by the next one
+    keys.bar("builder")
+    keys.press("Enter", then="reviewer is waiting for you")
+    keys.bar("reviewer")
+    nb.press("e")
+    nb.wait_until(lambda: nb.page.evaluate("() => document.activeElement.tagName === 'TEXTAREA'"))
+    keys.press("Escape")
+    assert keys.focused().startswith("Edit")
+    nb.by_role("tab", "Output", cell=1).focus()
+    keys.press("ArrowRight")
+    assert keys.focused() == "Prompt"
+    keys.press("ArrowLeft", "ArrowLeft", then="reviewer ok")
+    assert keys.focused() == "Log"
+
+
+def test_no_key_falls_to_the_notebook_from_the_menu(open_notebook):
+    nb = start(open_notebook, TWO_GATES)
+    nb.wait_text(1, WAITS)
+    keys = Keys(nb)
+    mode = nb.output(1).get_by_role("button", name="mode:")
+    mode.focus()
+    keys.press("Enter")
+    keys.press("Escape")
+    assert keys.focused().startswith("mode: gates")
+    keys.press("Enter", "ArrowDown", "Enter", then="Switch to unattended?")
+    assert keys.focused() == "Back"
+    keys.press("Enter")
+    assert keys.focused().startswith("mode: gates")
+    keys.press("Enter", "ArrowUp", "Enter", then="mode: step-by-step")
+    keys.press("Enter", "ArrowUp", "Enter", then="Go on")  # paused
+    nb.by_role("button", "Go on", cell=1).focus()
+    nb.press("Enter")
+    nb.wait_until(lambda: nb.by_role("button", "Go on", cell=1).count() == 0)
+    keys.hold()
+    keys.bar("planner")
+    keys.press("s", then="Skip planner?")
+    assert keys.focused() == "Back"
+    skip = nb.by_role("button", "Skip it", cell=1)
+    assert "cm-go" not in skip.get_attribute("class")  # it does not look like Approve
+    nb.wait_until(skip.is_enabled)
+    keys.press("Shift+Tab", "Enter", then="builder is waiting for you")
+    nb.by_role("button", "Stop", cell=1).focus()
+    nb.press("Enter")
+    nb.wait_text(1, "Stopped by you")
+    nb.wait_until(lambda: nb.output(1).get_by_role("button").count() == 0)
+    keys.hold(inside=False)  # frozen: there is nothing to hold it, and still no cell gets the keys
+
+
+def test_a_held_key_decides_once(open_notebook):
+    nb = start(open_notebook, TWO_GATES, "len(run.state.decisions), len(run.gates)")
+    nb.wait_text(1, WAITS)
+    nb.wait_until(lambda: nb.by_role("button", "Approve", cell=1).is_enabled())
+    nb.by_role("button", "Stop", cell=1).focus()
+    nb.press("g")
+    nb.page.keyboard.down("a")
+    nb.wait_text(1, "builder is waiting for you")
+    nb.wait_until(lambda: nb.by_role("button", "Approve", cell=1).is_enabled())
+    nb.by_role("button", "Approve", cell=1).focus()
+    nb.page.keyboard.down("a")  # the keyboard repeats it
+    nb.page.keyboard.up("a")
+    assert value(nb, 2) == "(1, 1)"
+
+
 def test_escape_gives_the_keys_back_to_the_cell(open_notebook):
     nb = start(open_notebook)
     nb.wait_text(1, WAITS)
@@ -336,6 +439,8 @@ def test_what_is_saved(open_notebook):
 def test_a_file_saved_at_a_gate_opens_as_the_snapshot(open_notebook, picture):
     nb = start(open_notebook)
     nb.wait_text(1, WAITS)
+    hidden = nb.output(1).locator("[data-cm-static]")
+    nb.wait_until(lambda: hidden.count() and "Run this cell again to decide" in hidden.text_content())
     main, spare = nb.save()["cells"][1]["outputs"]
     assert "Run this cell again to decide" in "".join(spare["data"]["text/html"])
     assert "text/html" not in main["data"]
@@ -482,7 +587,7 @@ def test_each_kind_of_gate_has_its_buttons(open_notebook, picture):
     seen = {
         2: ("start", "Send it", "Edit", "Skip"),
         3: ("failed", "Retry", "Edit prompt", "Skip", "Stop"),
-        5: ("exhausted", "Accept the last", "1 more", "2 more", "Edit", "Skip", "Stop"),
+        5: ("exhausted", "Accept the last", "2 more", "Edit", "Skip", "Stop"),
         6: ("verdict", "Continue", "Loop…", "Retry", "Skip"),
     }
     for cell, (name, *labels) in seen.items():

@@ -124,7 +124,7 @@ def last_run() -> cm.Run:
 def test_a_run_is_a_line_per_event_and_ends_with_0() -> None:
     done = ran("run", write(TWO_STEPS), "--on-gate", "approve")
     assert (done.code, done.err) == (0, "")
-    assert [line.partition(" <")[0].partition(", ")[0] for line in done.lines] == [
+    assert [line.partition(" <")[0].partition(", ")[0] for line in done.lines[:6]] == [
         "cm: demo started: 2 steps",
         "cm: planner ok",
         "cm: gate: planner is waiting for you. Next: coder.",
@@ -132,6 +132,15 @@ def test_a_run_is_a_line_per_event_and_ends_with_0() -> None:
         "cm: coder ok",
         "cm: demo completed",
     ]
+    assert [line.split()[:2] for line in done.lines[6:]] == [["planner", "approved"], ["coder", "done"]]
+
+
+def test_a_run_offline_says_so_once() -> None:
+    agents = "a, b = cm.Agent('a', 'A.'), cm.Agent('b', 'B.')\n"
+    done = ran("run", write(HEAD + agents + "wf = cm.Workflow('w', agents=[a, b], steps='a -> b')\n"))
+    assert done.out.count("no model was called") == 1
+    assert [" ".join(line.split()) for line in done.lines[-2:]] == ["a done", "b done"]
+    assert done.out.count("w completed") == 1
 
 
 def test_verbose_prints_what_the_agents_write() -> None:
@@ -310,6 +319,11 @@ def test_what_is_not_understood_ends_with_2(here: Here, words: list[str], said: 
         (["run", "a.txt"], "'a.txt' is neither .py nor .json."),
         (["run", "a.json"], "a.json: this is not JSON: Expecting value: line 1 column 1 (char 0)."),
         (["run", "flow.py", "--until", "x"], "until='x' is not a step. Steps: planner, coder."),
+        (
+            ["run", "flow.py", "--input", "gaol=1"],
+            "no prompt uses the input 'gaol'. Did you mean 'goal'? Inputs: goal. If a function reads it, add it to the "
+            "workflow's own inputs.",
+        ),
         (["run", "flow.py", "--tape", "x"], "tape 'x' cannot be read: No such file or directory."),
     ],
 )
@@ -579,7 +593,7 @@ def test_an_exhausted_loop_gets_two_more(terminal: Open) -> None:
     person = terminal(
         "run", write(text + "wf = cm.Workflow('w', agents=[a, gate], steps='a -> gate(loop 1, max 1)')\n")
     )
-    assert "[y] 1 more" in person.answer("y 2")
+    assert "[y] 2 more" in person.answer("y 2")
     assert person.end() == 0
     assert len(last_run()["gate"].attempts) == 4
 

@@ -30,6 +30,7 @@ from cm_notebook.events import (
 )
 from cm_notebook.prompts import digest, text_of
 from cm_notebook.state import (
+    SWEPT,
     TRANSITIONS,
     Record,
     RunState,
@@ -41,15 +42,6 @@ from cm_notebook.state import (
     next_actions,
 )
 from cm_notebook.workflow import AnyStep, Module, Verdict, Workflow
-
-BEGUN = {"pending", "ready", "retrying", "due", "waiting", "looping", "finished", "skipped"}
-SWEPT: dict[str, dict[str, set[str]]] = {
-    "LoopedBack": {status: {"pending"} for status in ("finished", "skipped")},
-    "Rewound": {status: {"pending", "finished"} for status in BEGUN},
-    "RunFinished": {"waiting": {"due", "finished", "pending"}},
-    "StepChanged": {status: {"ready", "pending", "finished"} for status in BEGUN},
-}
-"""What an event may make of the steps that it is not about (and ``StepChanged`` of its own)."""
 
 
 @dataclass

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
 import sqlite3
 import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from hypothesis import strategies as st
 
 import cm_notebook as cm
 from cm_notebook import events as facts
+from cm_notebook.errors import JournalBusy
 from cm_notebook.journal import MIGRATIONS
 from tests.helpers import gate, until
 
@@ -89,6 +94,11 @@ def _spoil_cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def _spoil_cut_early(path: Path) -> None:
+    _fold_in(path)
+    path.write_bytes(path.read_bytes()[:50])
+
+
 def _spoil_empty(path: Path) -> None:
     _fold_in(path)
     path.write_bytes(b"")
@@ -141,6 +151,7 @@ def _fold_in(path: Path) -> None:
         (_spoil_text, "damaged or no journal"),
         (_spoil_header, "damaged or no journal"),
         (_spoil_cut, "damaged"),
+        (_spoil_cut_early, "damaged: it was cut off"),
         (_spoil_empty, "is empty: it was cut off"),
         (_spoil_foreign, "a database of another program"),
         (_spoil_newer, "written by a newer version"),
@@ -201,7 +212,7 @@ def test_a_read_only_journal_says_so(tmp_path: Path) -> None:
 
 
 def test_a_locked_journal_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cm_notebook.journal.BUSY_S", 0.05)
+    monkeypatch.setattr("cm_notebook.run.PATIENCE_S", 0.05)
     finished(tmp_path / "j.db")
     other = sqlite3.connect(tmp_path / "j.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -220,13 +231,229 @@ def test_a_full_disk_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
     pages = journal._writer.execute("PRAGMA page_count").fetchone()[0]
     journal._writer.execute(f"PRAGMA max_page_count={pages + 20}")
     run.approve()
+    feed = run.watch(lambda: None)
     with pytest.raises(cm.JournalError, match="the disk is full"):
         run.wait(10)
+    assert (run.status, "disk is full" in run.state.reason) == ("failed", True)
+    assert "TurnFinished" not in [type(event).__name__ for event in feed.take()], "only what is on disk is shown"
+    assert run.events[-1].type == "TurnStarted"
+    with pytest.raises(cm.GatePending):
+        _ = run["b"].text
     assert cm.Run.open(run.id, tmp_path / "j.db")["a"].text == "x" * 200
     journal._writer.execute("PRAGMA max_page_count=1000000000")
     again = cm.resume(run.id, journal=journal, engine=big).wait(10)
     assert again.status == "completed"
     assert [event.decision.action for event in again.events if event.type == "GateDecided"] == ["approve"]
+
+
+HOLDS = """
+import sqlite3, sys
+other = sqlite3.connect(sys.argv[1], isolation_level=None)
+other.execute("BEGIN IMMEDIATE")
+print("held", flush=True)
+sys.stdin.readline()
+other.execute("ROLLBACK")
+other.close()
+"""
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[Callable[[], None]]:
+    """Another program has the write lock, until what this gives is called."""
+    command = [sys.executable, "-c", HOLDS, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+
+        def let_go() -> None:
+            other.communicate("\n")
+
+        yield let_go
+        if other.poll() is None:
+            let_go()
+
+
+class Counting(cm.Journal):
+    """Counts how often another program was in the way."""
+
+    refused = 0
+
+    def begin(self, run_id: str, after: int) -> Any:
+        try:
+            return super().begin(run_id, after)
+        except JournalBusy:
+            self.refused += 1
+            raise
+
+
+def slow(release: threading.Event, calls: list[int]) -> cm.Workflow:
+    """``a``, which answers when it is told to, then ``b``."""
+
+    @cm.agent("a")
+    def a(turn: cm.Turn) -> str:
+        calls.append(turn.attempt)
+        release.wait(20)
+        return "dear words"
+
+    @cm.agent("b")
+    def b(turn: cm.Turn) -> str:
+        return f"after {turn.outputs['a']}"
+
+    return cm.Workflow("slow", agents=[a, b], steps="a -> b")
+
+
+def test_what_finished_waits_until_another_program_lets_go(tmp_path: Path) -> None:
+    journal, release, calls = Counting(tmp_path / "j.db"), threading.Event(), list[int]()
+    run = slow(release, calls).start(journal=journal)
+    until(lambda: calls, "the turn to run")
+    with held(tmp_path / "j.db") as let_go:
+        release.set()
+        until(lambda: journal.refused >= 5, "the lock to be in the way")
+        assert (run.status, run["a"].status, run.events[-1].type) == ("running", "running", "TurnStarted")
+        let_go()
+        run.wait(20)
+    assert (run["a"].text, run["b"].text, calls) == ("dear words", "after dear words", [1])
+
+
+def test_who_decides_waits_until_another_program_lets_go(tmp_path: Path) -> None:
+    journal = Counting(tmp_path / "j.db")
+    run = flow("a?").start(engine=cm.ScriptedEngine({"a": ["one"]}), journal=journal)
+    gate(run)
+    other = cm.Run(run.id, Counting(tmp_path / "j.db"))  # as another process would have it
+    with held(tmp_path / "j.db") as let_go:
+        clicks = [threading.Thread(target=handle.approve) for handle in (run, other)]
+        failures: list[Any] = []
+        hook, threading.excepthook = threading.excepthook, failures.append
+        for click in clicks:
+            click.start()
+        until(lambda: journal.refused >= 5 and other._journal.refused >= 5, "the lock to be in the way")  # type: ignore[union-attr]
+        assert (run.status, other.status, len(other.gates)) == ("waiting", "waiting", 1)
+        let_go()
+        for click in clicks:
+            click.join()
+        threading.excepthook = hook
+    assert run.wait(20).status == "completed"
+    assert [failure.exc_type for failure in failures] == [cm.AlreadyDecided]
+
+
+def test_a_lock_that_stays_ends_the_run_here_and_loses_only_what_was_not_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cm_notebook.run.PATIENCE_S", 0.3)
+    journal, release, calls = Counting(tmp_path / "j.db"), threading.Event(), list[int]()
+    run = slow(release, calls).start(journal=journal)
+    until(lambda: calls, "the turn to run")
+    on_disk, feed = run.events, run.watch(lambda: None)
+    with held(tmp_path / "j.db"):
+        release.set()
+        with pytest.raises(cm.JournalError, match="is locked by another program"):
+            run.wait(20)
+        assert (run.status, run["a"].attempts[0].cut_short is not None) == ("failed", True)
+        assert (feed.take(), run.events) == ([], on_disk)
+        with pytest.raises(cm.JournalError, match="is locked by another program"):
+            run.go_on()
+        assert run.status == "failed"
+    run.go_on().wait(20)
+    assert (run.status, run["b"].text, calls) == ("completed", "after dear words", [1, 2])
+    assert cm.Run.open(run.id, cm.Journal(tmp_path / "j.db")).state == run.state
+
+
+def test_a_run_is_there_with_its_first_event_or_not_at_all(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, cm_notebook as cm\n"
+        "cm.Journal.commit = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "flow = cm.Workflow('j', agents=[cm.Agent('a', 'x')], steps='a')\n"
+        "flow.start(engine=cm.ScriptedEngine({'a': ['hello']}), journal=sys.argv[1])"
+    )
+    run = finished(tmp_path / "j.db")
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "j.db")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [found.id for found in cm.runs(tmp_path / "j.db")] == [run.id]
+
+
+def test_a_row_without_events_is_no_run(tmp_path: Path) -> None:
+    run = finished(tmp_path / "j.db")
+    with sqlite3.connect(tmp_path / "j.db") as ours:
+        ours.execute("INSERT INTO runs (id, name, created_at) VALUES ('r-empty', 'j', 0)")
+    ours.close()
+    assert [found.id for found in cm.runs(tmp_path / "j.db")] == [run.id]
+
+
+def test_no_lock_is_left_behind(tmp_path: Path) -> None:
+    finished(tmp_path / "j.db")
+    run = flow("a?").start(engine=cm.ScriptedEngine({"a": ["one"]}), journal=tmp_path / "j.db")
+    gate(run)
+    assert [file.stem for file in (tmp_path / "j.db-locks").iterdir()] == [run.id]
+    run.stop().wait(10)
+    assert list((tmp_path / "j.db-locks").iterdir()) == []
+
+
+def test_of_many_who_want_to_drive_one_does(tmp_path: Path) -> None:
+    """Also while the file of the lock is removed again and again."""
+    journals = [cm.Journal(tmp_path / "j.db") for _ in range(4)]
+    driving, most = [0], [0]
+    taken = [0] * len(journals)
+
+    def drive(number: int) -> None:
+        for _ in range(50):
+            try:
+                journals[number].drive("r-1")
+            except cm.RunLocked:
+                continue
+            driving[0] += 1
+            most[0] = max(most[0], driving[0])
+            taken[number] += 1
+            driving[0] -= 1
+            journals[number].release("r-1")
+
+    threads = [threading.Thread(target=drive, args=(number,)) for number in range(len(journals))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, sum(taken) > 0) == ([1], True)
+    assert not journals[0].driven("r-1")
+
+
+DRIVES = """
+import sys, cm_notebook as cm
+flow = cm.Workflow("d", agents=[cm.Agent("a", "x"), cm.Agent("b", "y")], steps="a? -> b?")
+run = flow.start(engine=cm.ScriptedEngine({"a": ["one"], "b": ["two"]}), journal=sys.argv[1])
+print(run.id, flush=True)
+run.wait(60)
+"""
+
+
+async def test_who_only_looks_sees_what_is_there_now(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DRIVES, str(tmp_path / "j.db")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        run = cm.Run.open(driver.stdout.readline().strip(), tmp_path / "j.db")
+        assert gate(run).step == "a"
+        told = []
+        async for thing in run.stream():
+            told.append(type(thing).__name__)
+            if told.count("GateOpened") > told.count("GateDecided") and run.gates:
+                run.approve()
+        assert told == [type(event).__name__ for event in run.events]
+        assert (run.status, run["b"].text, run.gates) == ("completed", "two", [])
+        driver.wait(20)
+
+
+async def test_a_stream_ends_when_the_driver_is_gone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DRIVES, str(tmp_path / "j.db")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        run = cm.Run.open(driver.stdout.readline().strip(), tmp_path / "j.db")
+        gate(run)
+        last = ""
+        async for thing in run.stream():
+            last = type(thing).__name__
+            driver.kill()
+        assert (last, run.status) == ("GateOpened", "waiting")
+    assert (
+        cm.resume(run.id, journal=tmp_path / "j.db", engine=cm.ScriptedEngine({})).stop().wait(10).status == "stopped"
+    )
 
 
 def test_a_second_process_is_locked_out_and_may_still_decide(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cm_notebook.errors import WorkflowError
 from cm_notebook.events import Ref
-from cm_notebook.prompts import Hole, check_templates, digest, holes, parse, pieces, step_names, text_of
-from cm_notebook.workflow import Agent, Step, Workflow, module, separator, step
+from cm_notebook.prompts import Hole, check_read, check_templates, digest, holes, parse, pieces, step_names, text_of
+from cm_notebook.workflow import Agent, Step, Workflow, agent, module, separator, step
 
 # -- parse ------------------------------------------------------------------------------------------------------------
 
@@ -113,18 +113,20 @@ def flow(*steps: Step) -> Workflow:
     return Workflow("W", steps=list(steps))
 
 
-FINE: list[tuple[list[Step], set[str]]] = [
-    ([step("a", prompt="{{ goal }} {{ previous }} {{ feedback }} {{ loop.reason }}{{ loop.iteration }}")], {"goal"}),
-    ([step("a", prompt="x"), step("b-c", prompt="{{ a.field }}"), step("d", prompt="{{ b_c }}{{ b-c }}")], set()),
-    ([step("a", prompt="{{ nobody }}", raw=True)], set()),
-    ([step("a", prompt="{{ gate }}"), module("gate", prompt="{{ a }}{{ gate }}")], set()),
-    ([step("a", prompt="{{ b }}"), step("b", prompt="x"), module("gate", prompt="x", loop_steps=2)], set()),
-    ([step("a", prompt="{{ goal.deep }}")], {"goal"}),
+GOAL: dict[str, Any] = {"goal": "x"}
+FINE: list[tuple[list[Step], dict[str, Any]]] = [
+    ([step("a", prompt="{{ goal }} {{ previous }} {{ feedback }} {{ loop.reason }}{{ loop.iteration }}")], GOAL),
+    ([step("a", prompt="x"), step("b-c", prompt="{{ a.field }}"), step("d", prompt="{{ b_c }}{{ b-c }}")], {}),
+    ([step("a", prompt="{{ nobody }}", raw=True)], {}),
+    ([step("a", prompt="{{ gate }}"), module("gate", prompt="{{ a }}{{ gate }}")], {}),
+    ([step("a", prompt="{{ b }}"), step("b", prompt="x"), module("gate", prompt="x", loop_steps=2)], {}),
+    ([step("a", prompt="{{ goal.deep }}")], {"goal": {"deep": [1]}}),
+    ([step("a", prompt="x"), step("b", prompt="{{ a.deep }}")], {"a": "an input of the step's name"}),
 ]
 
 
 @pytest.mark.parametrize(("steps", "inputs"), FINE)
-def test_templates_that_are_fine(steps: list[Step], inputs: set[str]) -> None:
+def test_templates_that_are_fine(steps: list[Step], inputs: dict[str, Any]) -> None:
     check_templates(flow(*steps), inputs)
 
 
@@ -141,18 +143,48 @@ WRONG: list[tuple[list[Step], str]] = [
     ),
     ([step("a", prompt="{{ loop.count }}")], "loop.iteration"),
     ([step("a", prompt="{{ feedback.x }}")], "no fields"),
+    ([step("a", prompt="{{ table.dept }}")], "no field 'dept'. Did you mean 'depth'. Fields: depth, width"),
+    ([step("a", prompt="{{ text.x }}")], "the input text is a text and has no fields"),
+    ([step("a", prompt="{{ list.x }}")], "the input list is no table and has no fields"),
 ]
 
 
 @pytest.mark.parametrize(("steps", "words"), WRONG)
 def test_templates_that_name_what_will_not_be_there(steps: list[Step], words: str) -> None:
     with pytest.raises(WorkflowError, match=words) as refusal:
-        check_templates(flow(*steps), ())
+        check_templates(flow(*steps), {"table": {"depth": 1, "width": 2}, "text": "x", "list": [1]})
     assert "\n" not in str(refusal.value)
 
 
 def test_the_prompt_of_the_agent_is_checked_too() -> None:
     workflow = Workflow("W", agents=[Agent("a", "{{ goal }}")], steps=["a"])
     with pytest.raises(WorkflowError, match="goal"):
-        check_templates(workflow, ())
-    check_templates(workflow, ("goal",))
+        check_templates(workflow, {})
+    check_templates(workflow, GOAL)
+
+
+# -- inputs that nothing reads ----------------------------------------------------------------------------------------
+
+
+def test_an_input_that_nothing_reads_is_refused_with_what_was_meant() -> None:
+    workflow = flow(step("a", prompt="{{ goal }} {{ style.tone }}"), step("b", prompt="{{ a }} {{ previous }}"))
+    check_read(workflow, ["goal", "style", "a"], ())
+    check_read(workflow, ["other"], ["other"])
+    with pytest.raises(WorkflowError, match=r"input 'gaol'\. Did you mean 'goal'\? Inputs: goal, style\.$"):
+        check_read(workflow, ["gaol"], ())
+    with pytest.raises(WorkflowError, match=r"no prompt uses the input 'other'. Inputs: goal, style"):
+        check_read(workflow, ["other"], ())
+
+
+def test_a_function_may_read_any_input_but_one_that_looks_misspelt() -> None:
+    reads = agent("reads")(lambda turn: "x")
+    workflow = Workflow("W", agents=[reads], steps=["reads"], inputs={"goal": 1})
+    check_read(workflow, ["other"], workflow.inputs)
+    check_read(workflow, ["gaol"], ["goal", "gaol"])
+    with pytest.raises(WorkflowError, match=r"Did you mean 'goal'.*add it to the workflow's own inputs"):
+        check_read(workflow, ["gaol"], workflow.inputs)
+
+
+def test_a_start_refuses_an_input_that_nothing_reads() -> None:
+    with pytest.raises(WorkflowError, match=r"input 'gaol'\. Did you mean 'goal'"):
+        flow(step("a", prompt="{{ goal }}")).start({"goal": 1, "gaol": 1})

@@ -72,6 +72,90 @@ def test_an_input_given_at_the_start_outlives_the_default() -> None:
     assert again.state.inputs == {"word": "given"}
 
 
+def reader(seen: list[Any]) -> cm.Agent:
+    @cm.agent("reader")
+    def reads(turn: cm.Turn) -> str:
+        seen.append(dict(turn.inputs))
+        return "read"
+
+    return reads
+
+
+def test_inputs_that_only_a_function_reads_are_kept() -> None:
+    """They are in the journal, so the next process has them too; a default that did not change overrides nothing."""
+    seen: list[Any] = []
+
+    def flow(word: str) -> cm.Workflow:
+        return cm.Workflow("f", agents=[reader(seen)], steps="reader?", inputs={"word": word, "other": 1})
+
+    journal = MemoryJournal()
+    run = flow("first").start(journal=journal)
+    gate(run)
+    run.revise(flow("second"))
+    run.reject("again")
+    until(lambda: len(seen) == 2 and run.gates, "the second attempt")
+    run.stop().wait(10)
+    again = cm.resume(run.id, flow("second"), inputs={"other": 2}, journal=journal)
+    gate(again)
+    again.stop().wait(10)
+    last = cm.resume(run.id, flow("second"), journal=journal)
+    gate(last)
+    last.reject("once more")
+    until(lambda: len(seen) == 3, "the third attempt")
+    assert [turn["word"] for turn in seen] == ["first", "second", "second"]
+    assert seen[2] == {"word": "second", "other": 2}
+    last.revise(flow("first"))
+    assert last.state.inputs == {"word": "first", "other": 2}, "also back to what it was"
+    assert not last["reader"].stale
+    last.stop()
+
+
+@pytest.mark.parametrize("how", ["revise", "resume"])
+def test_autonomy_defined_anew_takes_effect(how: str) -> None:
+    def flow(mode: Any) -> cm.Workflow:
+        agents = [cm.Agent(name, "x") for name in "abc"]
+        return cm.Workflow("m", agents=agents, steps="a? -> b -> c", autonomous_mode=mode)
+
+    journal, engine = MemoryJournal(), cm.ScriptedEngine({"a": ["1"], "b": ["2"], "c": ["3"]})
+    run = flow("always").start(engine=engine, journal=journal)
+    gate(run)
+    if how == "revise":
+        run.revise(flow("never"))
+    else:
+        run.stop().wait(10)
+        run = cm.resume(run.id, flow("never"), journal=journal, engine=engine)
+        gate(run)
+    run.approve("a")
+    assert gate(run).step == "b", "every step pauses"
+    assert cm.Run(run.id, journal).state.locked == "never"
+    before = run.events
+    run.revise(flow("never"))
+    assert run.events == before, "nothing is different"
+    run.stop()
+
+
+def test_inputs_may_be_given_without_a_definition() -> None:
+    flow = cm.Workflow("i", agents=[cm.Agent("a", "Say {{ word }}.")], steps="a?", inputs={"word": "one"})
+    run = flow.start(engine=cm.ScriptedEngine({"a": ["1", "2"]}), journal=MemoryJournal())
+    gate(run)
+    run.set_mode("step-by-step")
+    run.go_on(inputs={"word": "two"})
+    assert run.mode == "step-by-step", "what nobody defined anew is as it was"
+    until(lambda: run.gates and run["a"].prompt == "Say two.", "what waits to be made again")
+    run.stop()
+
+
+def test_what_a_crash_cut_short_says_so() -> None:
+    run = whole()
+    started = next(event.seq for event in run.events if event.type == "TurnStarted")
+    journal = MemoryJournal()
+    journal.create(run.id, "five", None)
+    journal.commit(run.id, [event.model_copy(deep=True) for event in run.events[:started]])
+    again = cm.resume(run.id, five_steps(), journal=journal, engine=cm.ScriptedEngine(SCRIPT), on_gate=policy)
+    assert again["researcher"].attempts[0].cut_short == "the process that drove it had ended"
+    assert again.wait(20).status == "completed"
+
+
 def _stopped_at_deployer() -> tuple[cm.Run, Any]:
     journal = MemoryJournal()
     run = five_steps().start(engine=cm.ScriptedEngine(SCRIPT), journal=journal, on_gate=policy, until="implementer")
@@ -222,8 +306,8 @@ def test_kill_9_at_random_points_loses_nothing_and_repeats_nothing(tmp_path: Pat
             events = cm.Journal(path).events(run_id)
             assert events[: len(kept)] == kept, f"seed {seed}: recorded events are gone"
             kept = events
-            if "end" in rest:
-                break
+            if "end" in rest or (events[-1:] and events[-1].type == "RunFinished"):
+                break  # killed after the end at most, before it could say so
             kills += 1
         run = cm.Run.open(run_id, path)
         assert outcome(run) == expected, f"seed {seed}"

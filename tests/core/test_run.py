@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import inspect
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
 
 import cm_notebook as cm
-from cm_notebook.engines.base import AgentRequest, Delta, TurnDone
+from cm_notebook.engines.base import AgentRequest, Delta, SessionStarted, TurnDone
+from cm_notebook.events import (
+    AnyEvent,
+    GateDecided,
+    ModeChanged,
+    Rewound,
+    RunFinished,
+    RunPaused,
+    RunResumed,
+    RunUnpaused,
+    StepAdded,
+    StepRemoved,
+)
+from cm_notebook.journal import MemoryJournal
+from cm_notebook.state import apply
+from cm_notebook.workflow import START_OPTIONS
+from tests.core.driver import Driver, folded
 from tests.helpers import gate, until
 
 FIVE = ("researcher", "planner", "implementer", "reviewer", "deployer")
@@ -44,6 +67,55 @@ def start(steps: str, **options: Any) -> cm.Run:
 
 def kinds(run: cm.Run) -> list[str]:
     return [type(event).__name__ for event in run.events]
+
+
+# -- what a run is started with --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tape": 5}, "tape=5 is not a file. Name one"),
+        ({"tape": "tapes/nope.jsonl"}, "tape 'tapes/nope.jsonl' cannot be read"),
+        ({"tape": "on.jsonl"}, "Did you mean 'one.jsonl'?"),
+        ({"workspace": 5}, "workspace=5 is not a folder. Name one"),
+        ({"journal": 5}, "journal=5 is not a file. Name one"),
+        ({"engine": 5}, "engine=5 is neither a name nor an engine"),
+        ({"engine": "offlin"}, "Did you mean 'offline'?"),
+        ({"on_gate": 5}, "on_gate=5 is not 'approve'"),
+        ({"on_gate": "aprove"}, "Did you mean 'approve'?"),
+        ({"until": 5}, "until=5 is not a step. Steps: a"),
+        ({"jurnal": "x"}, "there is no option 'jurnal'. Did you mean 'journal'?"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_anything_is_written(options: dict[str, Any], words: str) -> None:
+    Path("one.jsonl").touch()
+    with pytest.raises(cm.CodeMachineError) as refused:
+        workflow("a").start(**options)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not Path(".cm_notebook").exists()
+
+
+def test_a_resumed_run_has_the_same_options() -> None:
+    run = workflow("a?").start(engine=Echo())
+    gate(run)
+    run.stop()
+    for options, words in (({"jurnal": 1}, "'journal'"), ({"tape": 5}, "tape=5"), ({"engine": "offlin"}, "'offline'")):
+        with pytest.raises(cm.CodeMachineError, match=words):
+            cm.resume(run.id, **options)
+    assert run.status == "stopped"
+
+
+def test_the_options_of_a_start_are_all_named() -> None:
+    taken = set(inspect.signature(cm.Run.start).parameters) - {"workflow", "inputs", "notebook"}
+    assert set(START_OPTIONS) == taken
+
+
+def test_waiting_takes_seconds() -> None:
+    run = start("a?")
+    with pytest.raises(cm.CodeMachineError, match="timeout_s='x' is not a number of seconds"):
+        run.wait(timeout_s="x")  # type: ignore[arg-type]
 
 
 # -- the patterns ----------------------------------------------------------------------------------------------------
@@ -278,6 +350,52 @@ async def test_a_run_on_the_loop_that_is_here() -> None:
     assert (await run).status == "completed"
 
 
+async def _at_the_gate() -> cm.Run:
+    run = start("planner? -> implementer", loop="kernel")
+    while not run.gates:
+        await asyncio.sleep(0)
+    return run
+
+
+def test_a_run_whose_loop_was_closed_says_so_and_goes_on_elsewhere() -> None:
+    run = asyncio.run(_at_the_gate())
+    with pytest.raises(cm.CodeMachineError, match=r"has been closed\. Go on with it on another: cm\.resume"):
+        run.approve()
+    with pytest.raises(cm.CodeMachineError, match="has been closed"):
+        run.wait(10)
+    assert run.status == "failed"
+    again = cm.resume(run.id, journal=run._journal, engine=Echo())
+    assert again.approve().wait(10).status == "completed"
+    assert run.status == "completed"
+
+
+def test_who_waits_hears_that_the_loop_was_closed() -> None:
+    run = asyncio.run(_at_the_gate())
+    with pytest.raises(cm.CodeMachineError, match="has been closed"):
+        asyncio.run(asyncio.wait_for(_awaited(run), 10))
+    assert cm.Run.open(run.id, run._journal) is not run
+
+
+async def _awaited(run: cm.Run) -> cm.Run:
+    return await run
+
+
+def test_a_loop_that_does_not_run_now_is_not_waited_for() -> None:
+    loop = asyncio.new_event_loop()
+    run = loop.run_until_complete(_at_the_gate())
+    for impatient in (run.approve, run.wait):
+        with pytest.raises(cm.TransitionError, match="does not run now"):
+            impatient()
+    assert run.status == "waiting", "nothing was changed"
+
+    async def go_on() -> None:
+        await run.approve()
+
+    loop.run_until_complete(go_on())
+    assert run.status == "completed"
+    loop.close()
+
+
 async def test_stream_gives_text_and_events_in_order() -> None:
     run = start("planner -> implementer")
     told = [thing async for thing in run.stream()]
@@ -351,6 +469,39 @@ def test_pause_lets_what_runs_finish() -> None:
     assert run.wait(10).status == "paused"
     assert [step.status for step in run] == ["done", "pending"]
     assert run.unpause().wait(10).status == "completed"
+
+
+def test_what_is_done_with_is_not_kept() -> None:
+    """Of gates and questions that are closed, and of waits that are over, nothing stays."""
+
+    @cm.agent("asker")
+    async def asker(turn: cm.Turn) -> str:
+        return await turn.ask_human("Which port?")
+
+    flow = cm.Workflow("ask", agents=[asker], steps=[cm.step("asker", interactive=True)])
+    run = flow.start(journal=":memory:")
+    gate(run)
+    run.stop().wait(10)  # the question is closed without an answer
+    run.go_on()
+    gate(run)
+    run.answer("8080")
+    until(lambda: run.gates and run.gates[0].kind == "review", "the answer to be seen")
+    run.approve()
+    run.wait(10)
+    assert (run._asked, run._questions) == (set(), {})
+
+
+async def test_waiting_to_try_again_is_one_timer() -> None:
+    busy = cm.Reply(error=cm.EngineRateLimited("busy", retry_after_s=600))
+    flow = cm.Workflow("r", agents=[cm.Agent("a", "x")], steps="a")
+    run = flow.start(engine=cm.ScriptedEngine({"a": [busy]}), journal=":memory:", loop="kernel")
+    while run["a"].status != "tries again":
+        await asyncio.sleep(0)
+    for _ in range(20):
+        run.set_mode("gates")
+    timers = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
+    assert len(timers) == 1
+    run.stop()
 
 
 def test_stop_cancels_what_runs_and_resume_makes_it_again() -> None:
@@ -443,6 +594,20 @@ def test_a_finished_step_run_again_makes_later_ones_stale() -> None:
     assert [len(step.attempts) for step in run] == [2, 1, 2]
 
 
+def test_while_a_step_runs_again_later_ones_are_stale() -> None:
+    run = start("a? -> b -> c")
+    gate(run)
+    run.approve().wait(10)
+    run.rerun("a")
+    gate(run)
+    assert [step.stale for step in run] == [False, True, True]
+    assert run["b"].text == "b 1"
+    run.reject("again")
+    until(lambda: run.gates and run.gates[0].attempt == 3, "the third attempt")
+    assert [step.stale for step in run] == [False, True, True]
+    run.stop()
+
+
 def test_run_from_here_makes_all_later_ones_again() -> None:
     run = start("a -> b -> c").wait(10)
     run.rerun("b", later=True).wait(10)
@@ -466,6 +631,79 @@ def test_removing_what_another_needs_is_refused() -> None:
     run.remove("b").approve()
     run.wait(10)
     assert [step.id for step in run] == ["a", "c"]
+
+
+# -- fields of an output ---------------------------------------------------------------------------------------------
+
+
+class Plan(BaseModel):
+    title: str
+    hours: int
+
+
+@cm.agent("planner")
+def planner(turn: cm.Turn) -> Plan:
+    return Plan(title="Build it", hours=3)
+
+
+def fields(prompt: str, steps: str = "planner? -> coder") -> cm.Run:
+    """A run in which the coder's prompt names fields of the planner's output."""
+    flow = cm.Workflow("fields", agents=[planner, cm.Agent("coder", prompt)], steps=steps)
+    return flow.start(engine=Echo(), journal=":memory:")
+
+
+def test_a_field_that_an_output_does_not_have_is_a_failed_gate() -> None:
+    for prompt in ("Take {{ planner.hour }} hours.", "Take {{ previous.hour }} hours."):
+        run = fields(prompt, "planner -> coder")
+        opened = gate(run)
+        assert (opened.kind, opened.step) == ("failed", "coder")
+        hole = prompt[5:-7]
+        assert opened.payload["error"] == (
+            f"its prompt uses {hole}, but the output of planner has no field 'hour'. Did you mean 'hours'? "
+            "Fields: title, hours."
+        )
+        assert run["coder"].attempts[0].prompt == prompt, "what is missing stands there as it was written"
+        run.retry(prompt="Take three hours.").wait(10)
+        assert run["coder"].prompt == "Take three hours."
+
+
+def test_a_prompt_that_cannot_be_made_is_not_put_to_a_person() -> None:
+    coder = cm.step("coder", interactive=True, gate="before")
+    agents = [planner, cm.Agent("coder", "Take {{ planner.hour }} hours.")]
+    run = cm.Workflow("fields", agents=agents, steps=["planner", coder]).start(engine=Echo(), journal=":memory:")
+    assert gate(run).kind == "failed"
+
+
+def test_a_plain_text_has_no_fields() -> None:
+    run = start("a -> b", autonomous_mode="always")
+    run.wait(10)
+    run.add(cm.step("c", prompt="{{ a.title }}"))
+    assert "the output of a is a text and has no fields" in gate(run).payload["error"]
+
+
+def test_an_edited_output_keeps_its_fields() -> None:
+    run = fields("{{ planner.title }} in {{ planner.hours }} h.")
+    gate(run)
+    run.approve(output='{"title": "Rebuild it", "hours": 5}').wait(10)
+    assert run["coder"].prompt == "Rebuild it in 5 h."
+    assert run["planner"].output == {"title": "Rebuild it", "hours": 5}
+    assert run["planner"].attempts[-1].note is None
+
+
+def test_an_edited_output_that_is_no_json_any_more_says_so() -> None:
+    run = fields("{{ planner.title }}")
+    gate(run)
+    run.approve(output="Rebuild it")
+    assert "edited" in gate(run, "coder").payload["error"]
+    assert run["planner"].output is None
+    assert "no fields" in run["planner"].attempts[-1].note
+
+
+def test_a_skipped_steps_fields_are_empty() -> None:
+    run = fields("[{{ planner.title }}]")
+    gate(run)
+    run.skip().wait(10)
+    assert run["coder"].prompt == "[]"
 
 
 # -- failure ---------------------------------------------------------------------------------------------------------
@@ -606,6 +844,45 @@ def test_a_bug_while_recording_reaches_who_waits(monkeypatch: pytest.MonkeyPatch
         run.wait(10)
 
 
+PROPOSED: list[Callable[[], AnyEvent]] = [
+    lambda: RunPaused(),
+    lambda: RunUnpaused(),
+    lambda: ModeChanged(mode="unattended"),
+    lambda: GateDecided(gate_id="r/a/1/1", decision=cm.Decision(action="approve")),
+    lambda: StepAdded(step={"agent": "x", "prompt": "x"}, agents=[{"id": "x", "prompt": "x"}], fingerprint="f"),
+    lambda: StepRemoved(step="c"),
+    lambda: Rewound(to="a"),
+    lambda: Rewound(to="c"),
+    lambda: RunFinished(status="stopped"),
+    lambda: RunResumed(),
+]
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.sampled_from(PROPOSED), min_size=1, max_size=5), max_size=4))
+def test_a_proposal_is_recorded_whole_or_not_at_all(proposals: list[list[Callable[[], AnyEvent]]]) -> None:
+    steps = [cm.step(name, prompt="x", interactive=name == "a") for name in "abc"]
+    driver = Driver(cm.Workflow("w", steps=steps)).go()
+    journal = MemoryJournal()
+    journal.create("r", "w", None)
+    journal.commit("r", driver.events)
+    run = cm.Run.open("r", journal)
+    for proposal in proposals:
+        before = journal.events("r")
+        events, legal = [make() for make in proposal], folded(before)
+        refused = False
+        for event in events:
+            try:
+                apply(legal, event.model_copy(update={"seq": legal.seq + 1}, deep=True))
+            except cm.TransitionError:
+                refused = True
+                break
+        with pytest.raises(cm.TransitionError) if refused else contextlib.nullcontext():
+            run._propose(lambda events=events: events)  # type: ignore[misc]
+        assert journal.events("r") == (before if refused else [*before, *events])
+        assert run.state == folded(journal.events("r"))
+
+
 def test_a_refused_rerun_cuts_nothing_short() -> None:
     release = threading.Event()
 
@@ -665,6 +942,36 @@ def test_unknown_engines_are_refused_before_anything_runs() -> None:
     flow = cm.Workflow("e", agents=[cm.Agent("a", "x", engine="offlin")], steps="a")
     with pytest.raises(cm.EngineNotFound, match="Did you mean 'offline'"):
         flow.start(journal="journal.db")
+
+
+class Talks:
+    """Has a session of its own, and writes down which it was given."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.asked = name, list[AgentRequest]()
+
+    async def stream(self, request: AgentRequest) -> Any:
+        self.asked.append(request)
+        yield SessionStarted(request.session_id or f"{self.name}-1")
+        yield TurnDone(f"{self.name} {request.attempt}")
+
+
+def test_a_session_belongs_to_the_engine_it_came_from() -> None:
+    first, second = Talks("first"), Talks("second")
+    run = workflow("a?").start(engine=first, journal=":memory:")
+    gate(run)
+    run.stop().wait(10)
+    again = cm.resume(run.id, journal=run._journal, engine=second)
+    gate(again)
+    again.reject("shorter")
+    until(lambda: again.gates and again.gates[0].attempt == 2, "the second attempt")
+    again.reject("longer")
+    until(lambda: again.gates and again.gates[0].attempt == 3, "the third attempt")
+    again.stop()
+    assert [request.session_id for request in second.asked] == [None, "second-1"]
+    told, feedback = (request.prompt for request in second.asked)
+    assert "first 1" in told, "who does not know the conversation is told of it"
+    assert feedback == "longer"
 
 
 # -- nobody there ----------------------------------------------------------------------------------------------------

@@ -40,10 +40,11 @@ from cm_notebook.events import (
     TurnFinished,
     TurnStarted,
     Usage,
+    WorkflowChanged,
 )
 from cm_notebook.prompts import text_of
-from cm_notebook.state import TRANSITIONS, RunState, StartTurn, cut_short, next_actions
-from cm_notebook.workflow import Module, Step, Verdict, Workflow, module, separator, step
+from cm_notebook.state import SWEPT, TRANSITIONS, RunState, StartTurn, cut_short, next_actions, why_stale
+from cm_notebook.workflow import Agent, Module, Step, Verdict, Workflow, module, separator, step
 from tests.core.driver import Driver, Reply, approve, folded, go_on, loop, said
 
 PATTERNS_STEPS = ("researcher", "planner", "implementer", "reviewer", "deployer")
@@ -59,7 +60,8 @@ def gate(back: int = 1, most: int | None = None, agent: str = "gate", **options:
 
 def run(*steps: Any, script: Any = None, mode: Any = True, policy: Any = None, **started: Any) -> Driver:
     inputs = started.pop("inputs", {})
-    workflow = Workflow("W", steps=list(steps), autonomous_mode=mode, inputs=inputs)
+    agents = [Agent(name, "work") for name in started.pop("agents", ())]
+    workflow = Workflow("W", steps=list(steps), agents=agents, autonomous_mode=mode, inputs=inputs)
     return Driver(workflow, script, policy=policy, **started).go()
 
 
@@ -161,6 +163,28 @@ def test_a_locked_workflow_cannot_be_switched(mode: str) -> None:
     message = driver.refused(ModeChanged(mode="unattended"), TransitionError)
     assert "locked" in message
     assert "autonomous_mode=True" in message
+
+
+@pytest.mark.parametrize("before", ["never", "always", True, False])
+@pytest.mark.parametrize("after", ["never", "always", True, False])
+@pytest.mark.parametrize("switched", ["step-by-step", "gates", "unattended"])
+def test_autonomy_defined_anew_counts_from_then_on(before: Any, after: Any, switched: Any) -> None:
+    driver = Driver(Workflow("W", steps=[work("a")], autonomous_mode=before))
+    if isinstance(before, bool):
+        driver.record(ModeChanged(mode=switched))
+    was = driver.state.mode
+    driver.record(WorkflowChanged(autonomous_mode=after))
+    locked = after if isinstance(after, str) else None
+    kept = was if after is True and was != "step-by-step" else "gates"
+    assert driver.state.mode == ("step-by-step" if after in ("never", False) else kept)
+    assert (driver.state.locked, driver.state.autonomous_mode) == (locked, after)
+
+
+def test_inputs_defined_anew_are_the_next_turns() -> None:
+    driver = Driver(Workflow("W", steps=[work("a", "{{ goal }} {{ who }}")], inputs={"goal": "x", "who": "y"}))
+    driver.record(WorkflowChanged(defaults={"goal": "hats"}, inputs={"who": "me"}))
+    assert driver.go().prompt("a") == "hats me"
+    assert driver.state.defaults == {"goal": "hats", "who": "y"}
 
 
 def test_an_open_gate_stays_open_when_the_mode_changes() -> None:
@@ -835,6 +859,40 @@ def test_a_step_is_defined_anew(at: str, status: str, turns: list[str]) -> None:
     assert driver.prompt("a") == "new"
 
 
+ALL_PARTS = {"prompt": "new", "engine": "other", "model": "small", "timeout_s": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"prompt": "new"}, "its prompt changed after it ran"),
+        ({"engine": "other"}, "its engine changed after it ran"),
+        ({"model": "small"}, "its model changed after it ran"),
+        ({"reasoning_effort": "low"}, "its model changed after it ran"),
+        ({"timeout_s": 9.0}, "its options changed after it ran"),
+        ({}, "its inputs changed after it ran"),
+        (ALL_PARTS, "its prompt, engine, model and options changed after it ran"),
+    ],
+)
+def test_what_is_stale_says_what_of_it_changed(changed: dict[str, Any], words: str) -> None:
+    driver = run(work("a"), work("b"))
+    driver.record(RunResumed())
+    change(driver, work("a", changed.get("prompt", "work"), **{k: v for k, v in changed.items() if k != "prompt"}))
+    assert driver.go().gate().payload["reason"] == f"a: {words}."
+    driver.decide("retry")
+    assert driver.gate().payload["reason"] == "b: a changed after this ran."
+
+
+def test_agents_that_changed_are_said_to_by_each_of_their_steps() -> None:
+    driver = run(step("x", id="a"), step("x", id="b"), agents=["x"])
+    driver.record(RunResumed())
+    for id in ("a", "b"):
+        data = {"agent": "x", "id": id}
+        driver.record(StepChanged(step=data, agents=[{"id": "x", "prompt": "new", "system": "s"}], fingerprint="n"))
+    words = [why_stale(one) for one in driver.state.order]
+    assert words == ["its prompt and agent changed after it ran"] * 2
+
+
 def test_what_was_made_from_an_old_output_is_stale() -> None:
     driver = run(work("a"), work("b", "{{ a }}"), work("c", "{{ b }}"))
     driver.record(RunResumed())
@@ -846,6 +904,52 @@ def test_what_was_made_from_an_old_output_is_stale() -> None:
     assert driver.gate().step == "c", "each is asked about"
     assert driver.decide("retry").prompt("c") == "b 1"
     assert driver.state.status == "completed"
+
+
+def test_later_steps_are_stale_as_soon_as_one_runs_again() -> None:
+    driver = run(work("a", interactive=True), work("b"), work("c")).decide("approve")
+    driver.record(RunResumed())
+    driver.record(Rewound(to="a"))
+    meanwhile: list[Any] = [
+        lambda: None,
+        lambda: driver.until_running("a"),
+        lambda: driver.end(driver.state.steps["a"], Reply(error="bad key")),
+        lambda: driver.go().decide("retry"),
+        lambda: driver.decide("reject", "again"),
+    ]
+    for happens in meanwhile:
+        happens()
+        stale = [(step.id, step.stale, why_stale(step)) for step in driver.state.order[1:]]
+        assert stale == [(id, True, "a changed after this ran") for id in "bc"]
+    assert driver.gate().step == "a"
+    assert (driver.decide("approve").gate().kind, driver.gate().step) == ("stale", "b")
+    assert not driver.decide("approve").state.steps["b"].stale
+    assert driver.gate().step == "c"
+    assert driver.decide("approve").state.status == "completed"
+
+
+def test_what_is_stale_while_another_runs_again_stays_so_after_a_stop() -> None:
+    driver = run(work("a"), work("b"))
+    driver.record(RunResumed())
+    driver.record(Rewound(to="a"))
+    driver.until_running("a")
+    driver.record(cut_short(driver.state.steps["a"], "stopped"))
+    driver.record(RunFinished(status="stopped"))
+    assert driver.state.steps["b"].stale
+    driver.record(RunResumed())
+    assert (driver.go().gate().kind, driver.gate().step) == ("stale", "b")
+
+
+def test_a_step_that_is_kept_makes_no_later_one_stale_and_one_that_runs_again_does() -> None:
+    for action, stale in (("approve", False), ("retry", True)):
+        driver = run(work("a"), work("b"))
+        driver.record(RunResumed())
+        change(driver, work("a", "new"))
+        driver.go()
+        assert not driver.state.steps["b"].stale, "nothing has run yet"
+        driver.record(GateDecided(gate_id=driver.gate().id, decision=Decision(action=action)))  # type: ignore[arg-type]
+        driver.advance()
+        assert driver.state.steps["b"].stale is stale
 
 
 def test_run_from_here() -> None:
@@ -994,6 +1098,11 @@ def test_usage_and_cost_add_up() -> None:
 
 
 # -- the tables and the picture of them -------------------------------------------------------------------------------
+
+
+def test_what_sweeps_others_leaves_no_turn_running() -> None:
+    for event, swept in SWEPT.items():
+        assert not {"running", "asking"} & {*swept, *itertools.chain(*swept.values())}, event
 
 
 def test_every_status_has_a_row_and_leads_on() -> None:
@@ -1205,7 +1314,7 @@ def test_cut_anywhere_a_run_comes_to_the_same_end(
         assert cut.statuses() == whole.statuses()
 
 
-MOVES = st.lists(st.tuples(st.integers(0, 24), st.integers(0, 20), st.integers(0, 20)), max_size=40)
+MOVES = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 20), st.integers(0, 20)), max_size=40)
 
 
 def mostly_illegal(driver: Checked, kind: int, a: int, b: int) -> AnyEvent:
@@ -1283,7 +1392,10 @@ def move(driver: Checked, what: int, a: int, b: int) -> None:
             propose(driver, StepRemoved(step=chosen.id))
         case 21:
             propose(driver, Rewound(to=chosen.id, later=b % 2 == 0))
-        case 22 | 23 | 24:
+        case 22:
+            mode = ("never", "always", True, False)[a % 4]
+            propose(driver, WorkflowChanged(inputs={"i": a}, autonomous_mode=mode))  # type: ignore[arg-type]
+        case 23 | 24 | 25:
             propose(driver, mostly_illegal(driver, a, b, a + b))
         case _:
             driver.advance()

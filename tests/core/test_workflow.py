@@ -53,6 +53,11 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: module("a", loop_step=2), ("module 'a'", "no option 'loop_step'", "Did you mean 'loop_steps'?")),
     (lambda: Agent("a", promt="x"), ("agent 'a'", "no option 'promt'", "'prompt'")),
     (lambda: agent("a", modl="x")(print), ("agent 'a'", "no option 'modl'", "'model'")),
+    (lambda: step("a", promt="x"), ("cm.step: ", "no option 'promt'", "Did you mean 'prompt'?")),  # type: ignore[call-arg]
+    (lambda: step("a", "x"), ("cm.step: too many positional arguments", "Write cm.step(agent, option=…)")),  # type: ignore[misc]
+    (lambda: module(), ("cm.module: missing a required argument: 'agent'",)),  # type: ignore[call-arg]
+    (lambda: Agent(promt="x"), ("cm.Agent: missing a required argument: 'id'", "cm.Agent(id, prompt, option=…)")),
+    (lambda: flow().start(engin="x"), ("workflow.start: ", "no option 'engin'", "Did you mean 'engine'?")),
     (lambda: Workflow("W", stepps=[]), ("workflow 'W'", "no option 'stepps'", "'steps'")),
     (lambda: flow({"agent": "coder", "kind": "modul"}), ("step 1", "kind='modul'", "Did you mean 'module'?")),
     (lambda: flow({"agent": "coder", "kind": ["x"]}), ("step 1", "kind=['x']", "Kinds: step, module, separator.")),
@@ -69,6 +74,7 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: step("a", context=5), ("step 'a'", "context=5", "'previous', 'all' or 'none'")),  # type: ignore[arg-type]
     (lambda: step("a", gate="befor"), ("step 'a'", "gate='befor'", "'before'")),  # type: ignore[arg-type]
     (lambda: step("a", retries=-1), ("step 'a'", "retries=-1", "0")),
+    (lambda: step("a", timeout_s="x"), ("step 'a'", "timeout_s='x'", "number")),  # type: ignore[arg-type]
     (lambda: step("a", timeout_s=0), ("step 'a'", "timeout_s=0", "greater than 0")),
     (lambda: step("a", prompt=["x", 5]), ("step 'a'", "prompt=", "string")),  # type: ignore[list-item]
     (lambda: step(5), ("agent=5", "string")),  # type: ignore[arg-type]
@@ -95,6 +101,10 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: flow(inputs={"feedback": 1}), ("input 'feedback'", "taken")),
     # what does not fit together
     (lambda: flow("coder", "planner", "coder"), ("step 3", "'coder' is already step 1", 'id="coder-2"')),
+    (
+        lambda: flow("planner", step("coder", id="a-b"), step("coder", id="a_b")),
+        ("step 3", "cannot tell 'a_b' from 'a-b' (step 2)", "{{ a_b }} names both", "another id"),
+    ),
     (lambda: Workflow("W", agents=[PLANNER, PLANNER]), ("agent 'planner' is defined twice",)),
     (
         lambda: flow(module("coder")),
@@ -219,6 +229,11 @@ def test_functions_are_given_when_a_workflow_is_read() -> None:
 
 # -- there and back ---------------------------------------------------------------------------------------------------
 
+
+def read_as(name: str) -> str:
+    return name.replace("-", "_")
+
+
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,8}", fullmatch=True).filter(
     lambda name: name not in ("previous", "feedback", "loop")
 )
@@ -232,7 +247,7 @@ JSON = st.recursive(
 
 @st.composite
 def any_workflow(draw: st.DrawFn) -> Workflow:
-    ids = draw(st.lists(NAMES, max_size=5, unique=True))
+    ids = draw(st.lists(NAMES, max_size=5, unique_by=read_as))
     steps: list[Any] = []
     for index, name in enumerate(ids):
         if draw(st.booleans()):

@@ -100,6 +100,9 @@ def test_a_missing_reply_names_agent_and_turn(script, agent, message):
     [
         (lambda: Reply("ab", deltas=["a"]), "its deltas make 'a'"),
         (lambda: Reply("a", delay_s=-1), "delay_s=-1 is negative"),
+        (lambda: Reply("a", delay_s="1"), "delay_s='1' is not a number of seconds"),
+        (lambda: Reply(5), "text=5 is not a text"),
+        (lambda: Reply(txt="a"), "cm.Reply: there is no option 'txt'. Did you mean 'text'?"),
         (
             lambda: ScriptedEngine({"planner": ["a", 2]}),
             "script of 'planner', reply 2: 2 is neither text nor a cm.Reply",

@@ -33,6 +33,8 @@ CASES = [
     ("%cm mode un", ["unattended"]),
     ("%cm run --engine off", ["offline"]),
     ("%cm run --un", ["--until"]),
+    ("%cm show po", ["poet"]),
+    ("%cm show planner --", ["--attempt", "--full", "--out"]),
     ("%cm nonsense x", []),
 ]
 

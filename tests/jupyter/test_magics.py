@@ -219,8 +219,10 @@ def test_workflow_changed_beyond_its_run_is_refused_with_the_way_out(cells: Cell
 
 
 def test_workflow_says_what_its_run_keeps(cells: Cells) -> None:
-    start(cells)
-    assert "keeps its autonomous mode" in cells("%cm workflow careful --autonomous always")
+    run = start(cells)
+    said = cells("%cm workflow careful --autonomous always --workspace elsewhere")
+    assert "It keeps its workspace" in said
+    assert (cells.run is run, run.state.locked) == (True, "always")
 
 
 @pytest.mark.parametrize("again", [PLANNER, IMPLEMENTER])
@@ -518,6 +520,59 @@ def test_a_function_is_an_agent(cells: Cells) -> None:
     assert cells.shell.user_ns["r"].wait(10)["count"].text == "3"
 
 
+@pytest.mark.parametrize(
+    "line", ["%%cm step reviewer --agent planer\nLook.", "%%cm module reviewer --agent planer\nLook."]
+)
+def test_an_agent_that_nobody_defined_is_refused(cells: Cells, line: str) -> None:
+    cells("%%cm agent writer\nWrite.", WORKFLOW, PLANNER)
+    cells.to("planner")
+    said = error(cells, line)
+    assert "agent 'planer' is not defined. Did you mean 'planner'? Defined: planner, writer." in said
+    assert [step.id for step in cells.run] == ["planner"]
+    cells("%%cm step reviewer --agent writer\nLook.", "%%cm step again --agent planner\nLook.")
+    assert [step.id for step in cells.run] == ["planner", "reviewer", "again"]
+
+
+def test_an_input_that_nothing_reads_is_refused(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan {{ goal }}.", "%%cm workflow w --autonomous always --input gaol=x\nplanner?")
+    assert "no prompt uses the input 'gaol'. Did you mean 'goal'?" in error(cells, "%cm run")
+    cells("%%cm workflow w --autonomous always\nplanner?")
+    assert "'goal'?" in error(cells, "%cm run --input gaol=x")
+    cells("%cm run")  # the wrong one was not kept
+    gate(cells.run)
+    assert cells.run.state.inputs == {"goal": "a todo CLI"}
+
+
+def test_an_input_may_be_for_a_step_that_is_still_to_come(cells: Cells) -> None:
+    cells("%cm workflow w --autonomous always --input topic=shoes", PLANNER)
+    until(lambda: cells.run.status == "completed", "the end")
+    cells("%%cm step reviewer\nReview {{ topic }}.")
+    until(lambda: cells.run.state.steps["reviewer"].settled, "the second step")
+    assert cells.run["reviewer"].prompt.startswith("Review shoes.")
+
+
+@pytest.mark.parametrize("line", [
+    "%cm workflow w{}", "%cm run{}", "%%cm agent planner{}\nPlan.", "%%cm step planner{}\nPlan.", "%cm step planner{}",
+])  # fmt: skip
+def test_a_wrong_engine_is_refused_in_the_cell_that_names_it(cells: Cells, line: str) -> None:
+    cells("%%cm workflow w --autonomous never\nplanner", "%%cm agent planner\nPlan.")
+    assert "Did you mean 'offline'?" in error(cells, line.format(" --engine offlin"))
+    if "agent" not in line and "step" not in line:
+        assert "tape 'nope.jsonl' cannot be read" in error(cells, line.format(" --tape nope.jsonl"))
+    assert cells.book.run is None
+    assert cells.book.plan.engine is None, "nothing was changed"
+    cells("%cm run")
+    cells.to("planner")
+
+
+def test_what_a_run_that_is_under_way_cannot_take_is_refused(cells: Cells) -> None:
+    run = start(cells)
+    assert "which keeps what it began with" in error(cells, "%cm run --engine offline")
+    cells(f"{WORKFLOW} --new", "%%cm step planner --no-run\nPlan.", "%cm run --on-gate stop", "%cm run --on-gate stop")
+    assert "--on-gate" in error(cells, "%cm run --on-gate approve")
+    run.stop()
+
+
 def test_an_undefined_name_is_said_with_what_is_similar(cells: Cells) -> None:
     cells(WORKFLOW)
     said = error(cells, "%%cm step planner\nPlan {{ gaol }}.")
@@ -614,6 +669,90 @@ def test_resume_by_id(cells: Cells) -> None:
     cells.to("planner")
 
 
+# -- two workflows -----------------------------------------------------------------------------------------------------
+
+
+def test_the_current_run_is_that_of_the_current_workflow(cells: Cells) -> None:
+    first = start(cells)
+    said = cells("%cm workflow other --autonomous never")
+    assert f"Run {first.id} of careful still waits at planner: `%cm resume {first.id}` goes back to it." in said
+    for line in ("%cm status", "%cm show", "%cm show planner", "%cm stop", "%cm approve"):
+        refused = error(cells, line)
+        assert "other has no run yet; `%cm run` starts it." in refused
+        assert first.id in refused
+    assert first.id in cells("%cm")
+    with pytest.raises(cm.TransitionError):
+        cm.current()
+    cells("%%cm step deployer\nShip.")
+    second = cells.run
+    assert second is not first
+    cells.to("deployer")
+    cells("%cm show")
+    assert cells.result is second
+    assert "Did you mean" in error(cells, "%cm show deploye")
+    assert "implementer" not in cells("%cm graph")
+    assert [gate.step for gate in first.gates] == ["planner"]
+
+
+def test_the_gate_of_another_workflows_run_is_decided_by_its_steps_name(cells: Cells) -> None:
+    first = start(cells)
+    cells("%cm workflow other --autonomous never", "%cm approve planner")
+    gate(first, "implementer")
+    cells("%%cm step deployer\nShip.")
+    cells.to("deployer")
+    cells("%cm reject --step implementer no tests")
+    until(lambda: len(first["implementer"].attempts) == 2, "the second attempt")
+    assert cells.run["deployer"].status == "waiting"
+
+
+@pytest.mark.parametrize("way", ["cell", "resume"])
+def test_back_to_the_workflow_before(cells: Cells, way: str) -> None:
+    first = start(cells)
+    cells("%cm workflow other --autonomous never", "%%cm step deployer\nShip.")
+    second = cells.run
+    cells.to("deployer")
+    if way == "cell":
+        said = cells(WORKFLOW)
+        assert f"careful goes on with its run {first.id}, which is waiting." in said
+        assert f"Run {second.id} of other still waits at deployer" in said
+    else:
+        cells(f"%cm resume {first.id}")
+        assert f"Run {second.id} of other" in cells("%cm")
+    assert cells.run is first
+    assert cm.current() is first
+    cells(PLANNER, "%cm approve")
+    cells.to("implementer")
+    assert [step.id for step in first] == ["planner", "implementer"]
+    assert len(first["planner"].attempts) == 1
+    second.stop()
+    assert second.id not in cells("%cm")
+
+
+def test_a_run_started_from_python_is_current_until_the_workflows_cell_runs_again(cells: Cells) -> None:
+    first = start(cells)
+    cells("import cm_notebook as cm", "agents = [cm.Agent('planner', 'Plan.')]")
+    cells("mine = cm.Workflow('mine', agents=agents, steps='planner?').start()")
+    mine = cells.shell.user_ns["mine"]
+    assert mine.id in cells("%cm")
+    said = cells(WORKFLOW)
+    assert f"careful goes on with its run {first.id}" in said
+    assert mine.id in said
+    cells("%cm show")
+    assert cells.result is first
+    mine.stop()
+
+
+def test_a_workflow_cell_that_is_refused_changes_nothing(cells: Cells) -> None:
+    first = start(cells)
+    cells("%cm workflow other --autonomous never", "%%cm step deployer\nShip.")
+    second = cells.run
+    cells.to("deployer")
+    assert "Put 'planner' before" in error(cells, "%%cm workflow careful --autonomous never\nimplementer -> planner")
+    assert cells.run is second
+    assert cm.current() is second
+    first.stop()
+
+
 # -- deciding ----------------------------------------------------------------------------------------------------------
 
 
@@ -626,6 +765,27 @@ def test_edit_as_line_opens_a_cell_and_as_cell_decides(cells: Cells, monkeypatch
     cells("%%cm edit planner\nmy own plan")
     assert cells.run["planner"].text == "my own plan"
     assert cells.run["planner"].attempts[-1].edited
+
+
+def test_edit_where_a_step_failed_opens_its_prompt(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    cm.register_engine(cm.ScriptedEngine({"planner": [cm.Reply(error=cm.EngineError("no luck")), "at last"]}))
+    cells("%cm workflow w --autonomous always", PLANNER)
+    assert gate(cells.run).kind == "failed"
+    opened: list[str] = []
+    monkeypatch.setattr(cells.shell, "set_next_input", lambda text, replace=False: opened.append(text))
+    said = cells("%cm edit")
+    assert "planner is tried again with this prompt" in said
+    assert opened == ["%%cm retry planner\nPlan a todo CLI."]
+    cells("%%cm retry planner\nPlan it better.")
+    assert cells.run.wait(10)["planner"].prompt == "Plan it better."
+    assert cells.run["planner"].text == "at last"
+
+
+def test_edit_where_there_is_nothing_to_edit_says_what_to_run(cells: Cells) -> None:
+    cells("import cm_notebook as cm", "@cm.agent('ask')\ndef ask(turn):\n    return turn.ask_human('Which?')")
+    cells("%cm workflow w", "%cm step ask", "%cm run")
+    gate(cells.run)
+    assert "no text to edit: it asks a question. Use `%%cm answer` or `%cm stop`." in error(cells, "%cm edit")
 
 
 def test_reject_as_cell_takes_every_character(cells: Cells) -> None:
@@ -732,6 +892,21 @@ def test_help_fits_one_screen_and_names_every_subcommand(cells: Cells) -> None:
     assert "Did you mean 'step'?" in error(cells, "%cm stepp x")
 
 
+def test_what_is_said_begins_with_a_capital_or_a_name(cells: Cells) -> None:
+    def line(source: str) -> str:
+        with pytest.raises(cm.CodeMachineError) as said:
+            cells(source)
+        return said.value._render_traceback_()[0]
+
+    assert line("%cm approve").startswith("There is no run yet.")
+    cells("%cm workflow careful")
+    assert line("%cm run").startswith("careful has no steps yet.")
+    assert line("%cm next").startswith("careful has no steps yet.")
+    assert cells("%%cm agent planner\nPlan.").startswith("Agent planner is defined.")
+    assert "careful: 1 step. Next" in cells("%%cm workflow careful\nplanner")
+    assert "careful: 1 step, no run yet." in cells("%cm")
+
+
 def test_bare_cm_says_where_things_stand(cells: Cells) -> None:
     assert "%cm workflow my-workflow" in cells("%cm")
     cells(WORKFLOW)
@@ -779,6 +954,19 @@ def test_a_result_too_early_is_one_sentence_and_the_view(cells: Cells) -> None:
     said = error(cells, "cm_run = %cm show\ncm_run['planner'].text")
     assert said.startswith('"planner" is waiting for your decision')
     assert cells.output.count("Traceback") == 0
+
+
+def test_a_result_too_early_shows_the_gates_bar_and_no_more(cells: Cells) -> None:
+    start(cells)
+    failure = cm.GatePending("too early", gate=gate(cells.run), run=cells.run)
+    with capture_output() as captured:
+        assert failure._render_traceback_() == ["too early"]
+        assert failure._render_traceback_() == ["too early"], "IPython asks twice; it is shown once"
+    (shown,) = captured.outputs
+    assert "planner</b> is waiting for you" in shown.data["text/html"]
+    assert "%cm approve" in shown.data["text/html"]
+    assert "implementer</summary>" not in shown.data["text/html"]
+    assert "planner 1" not in shown.data["text/html"], "its card stays under its own cell"
 
 
 def test_config_shows_and_sets(cells: Cells) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +118,26 @@ def test_a_mistake_is_one_line_with_what_would_be_right(
     assert "\n" not in str(said.value)
     printed = capsys.readouterr()
     assert printed.out + printed.err == ""
+
+
+SAID = re.compile(r"`(%%?cm(?: [^`]*)?)`")
+
+
+def test_every_magic_that_is_named_anywhere_is_there() -> None:
+    """Messages, help, views: what they tell people to run can be run."""
+    found = 0
+    for file in Path(cm.__file__).parent.rglob("*"):
+        if file.suffix not in (".py", ".js"):
+            continue
+        for said in SAID.findall(file.read_text(encoding="utf-8")):
+            name = said.replace("%%", "%").removeprefix("%cm").strip().partition(" ")[0]
+            if re.fullmatch("[a-z]+", name):
+                assert name in COMMANDS, f"{file.name} names `{said}`"
+                flags = re.findall(r"--[a-z-]+", said)
+                known = {flag for option in COMMANDS[name].options for flag in option.flags}
+                assert set(flags) <= known | {"--help"}, f"{file.name} names `{said}`"
+                found += 1
+    assert found > 20
 
 
 def test_a_body_where_none_belongs() -> None:

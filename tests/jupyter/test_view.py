@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 import cm_notebook as cm
-from cm_notebook.jupyter import bridge, view
+from cm_notebook.jupyter import bridge, pending, view
 from cm_notebook.render import html
 from tests.helpers import gate, until
 from tests.render.builder import Story
@@ -184,6 +185,27 @@ def test_a_finished_run_is_shown_as_html_and_goes_on_live(notebook):
     assert waiting()["step"] == "planner"
 
 
+def test_a_run_whose_journal_cannot_be_written_is_shown_as_failed(notebook, tmp_path):
+    release = threading.Event()
+
+    @cm.agent("builder")
+    def builder(turn: cm.Turn) -> str:
+        release.wait(20)
+        return "y" * 3_000_000
+
+    journal = cm.Journal(tmp_path / "j.db")
+    run = cm.Workflow("flow", agents=[builder], steps="builder").start(journal=journal)
+    view.show(run)
+    hub = view._hubs[run.id]
+    until(lambda: run["builder"].status == "running" and hub._drawn_at and not hub._dirty, "the view to be drawn")
+    pages = journal._writer.execute("PRAGMA page_count").fetchone()[0]
+    journal._writer.execute(f"PRAGMA max_page_count={pages + 20}")
+    release.set()
+    until(lambda: "Failed" in notebook.shown[0].get("text/html", "") + widget().final, "the view to say so")
+    with pytest.raises(cm.JournalError, match="the disk is full"):
+        run.wait(10)
+
+
 def test_a_card_moves(notebook):
     run = begin()
     view.show(run, ["planner"])
@@ -217,6 +239,19 @@ def test_a_cell_shows_a_run_once(notebook):
     assert [sorted(shown) for shown in notebook.shown] == [["text/plain"], ["text/plain"], ["text/html", "text/plain"]]
 
 
+@pytest.mark.parametrize("mode", ["full", "html", "log"])
+def test_a_cell_that_shows_a_run_does_not_show_it_again_for_its_last_line(notebook, mode):
+    """``await run`` there: IPython displays the run."""
+    run = begin()
+    view.show(run, mode=mode)
+    gate(run)
+    run.approve().wait(20)
+    before = len(notebook.shown)
+    view.show(run)
+    assert len(notebook.shown) == before
+    until(lambda: "Finished" in str(notebook.shown[0]) or "completed" in str(notebook.shown[0]), "the end in its place")
+
+
 def test_html_has_no_widget(notebook):
     run = begin()
     view.show(run, mode="html")
@@ -234,6 +269,44 @@ def test_log_is_lines(notebook):
     run.approve().wait(20)
     until(lambda: "cm: flow completed" in notebook.shown[0]["text/plain"], "the last line")
     assert Widget.made == []
+
+
+def test_a_gates_bar_stands_alone_and_the_card_stays(notebook):
+    run = begin()
+    view.show(run, ["planner"])
+    card = widget()
+    waiting()
+    notebook.run("b")
+    pending.show_bar(run, gate(run))
+    bar = until(lambda: widget() is not card and widget(), "the bar")
+    assert (bar.cards, bar.graph, [one["step"] for one in bar.gates]) == ([], "", ["planner"])
+    assert "first plan" not in notebook.shown[-1]["text/html"]
+    assert not card.closed, "the card is still live under its own cell"
+    bar.says(decide=bar.gates[0]["id"], digest=bar.gates[0]["digest"], action="approve")
+    run.wait(20)
+    until(lambda: bar.closed, "the bar to be over")
+    assert "planner approved by you" in notebook.shown[2]["text/plain"]
+    assert run["builder"].text == "built"
+
+
+def test_a_gate_that_is_closed_leaves_a_line(notebook):
+    run = begin()
+    opened = gate(run)
+    run.approve().wait(20)
+    pending.show_bar(run, opened)
+    assert Widget.made == []
+    assert "planner approved by you" in notebook.shown[0]["text/plain"]
+
+
+def test_a_failed_steps_prompt_is_edited_by_a_button_that_names_its_magic(notebook):
+    run = begin("planner", {"planner": [cm.Reply(error=cm.EngineError("no luck")), "at last"]})
+    view.show(run)
+    record = waiting()
+    assert [button["text"] for button in record["buttons"]] == ["Retry", "Edit prompt", "Skip", "Stop"]
+    edit = record["buttons"][1]
+    assert (edit["action"], edit["ask"], edit["magic"]) == ("retry", "prompt", "%cm edit")
+    widget().says(decide=record["id"], digest=record["digest"], action="retry", prompt="Go on.")
+    assert run.wait(20)["planner"].prompt == "Go on."
 
 
 def test_nobody_there(notebook, headless, capsys):
@@ -393,7 +466,7 @@ def test_what_cannot_be_decided_is_said_in_words(notebook):
     record = waiting()
     answer = {"decide": record["id"], "digest": record["digest"]}
     widget().says(**answer, action="reject", seq=1)
-    assert "say why" in widget().hears("said", gate=record["id"])["text"]
+    assert "Say why" in widget().hears("said", gate=record["id"])["text"]
     widget().sent.clear()
     widget().says(**answer, action="fly")
     assert "action='fly' is not valid" in widget().hears("said")["text"]
@@ -404,7 +477,7 @@ def test_what_cannot_be_decided_is_said_in_words(notebook):
     widget().says(**answer, action="approve")
     gate(run, "builder")
     widget().says(**answer, action="approve", page="late")
-    assert "already approved by you" in widget().hears("said", page="late")["text"]
+    assert "Already approved by you" in widget().hears("said", page="late")["text"]
     assert len(run.state.decisions) == 1
     widget().says(do="mode", mode="unattended")
     until(lambda: run.mode == "unattended", "the mode")
@@ -437,6 +510,8 @@ def test_buttons_of_each_kind_of_gate():
     assert labels(Story("planner?").answer("plan").state) == ["Approve", "Reject…", "Edit", "Skip"]
     failed = Story("planner").fail("no key")
     assert labels(failed.state) == ["Retry", "Edit prompt", "Skip", "Stop"]
+    assert view.head_record(failed.state)["stops"]  # one Stop is enough
+    assert not view.head_record(Story("planner?").answer("plan").state)["stops"]
     asks = Story("planner").ask("Which one?")
     assert labels(asks.state) == ["Answer…"]
     (record,) = view.gate_records(asks.state)
@@ -446,7 +521,7 @@ def test_buttons_of_each_kind_of_gate():
 def test_every_button_names_its_magic_and_asks_only_for_what_its_decision_takes():
     for state in (Story("a?").answer("x").state, Story("a").fail("no").state, Story("a").ask("b?").state):
         for button in view.gate_records(state)[0]["buttons"]:
-            assert "%cm " in button["magic"]
+            assert "%cm " in button["magic"] or "cm.current()." in button["magic"]
             assert button.get("ask") in (None, "feedback", "output", "prompt")
 
 
@@ -454,11 +529,12 @@ def test_cards_fold_as_in_the_saved_view():
     story = Story(" -> ".join(f"s{n}" for n in range(12)))
     for _ in range(8):
         story.answer("done")
-    fold, *cards = view.card_records(story.state)
-    assert fold["steps"] == [f"s{n}" for n in range(8)]
-    assert [card["step"] for card in cards] == ["s8", "s9", "s10", "s11"]
-    assert cards[0]["writing"] == 1
-    assert [card["open"] for card in cards] == [True, False, False, False]
+    done, card, pending = view.card_records(story.state)
+    assert done["steps"] == [f"s{n}" for n in range(8)]
+    assert (card["step"], card["writing"]) == ("s8", 1)
+    assert pending["steps"] == ["s9", "s10", "s11"]
+    assert [record["open"] for record in (done, card, pending)] == [False, True, False]
+    assert [record["body"] for record in (done, card, pending)] == [True, True, False]
 
 
 def test_a_locked_workflow_has_no_menu():

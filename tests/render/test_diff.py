@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cm_notebook.render import diff
 from cm_notebook.render.markdown import clean
+from tests.render.test_html import contrast
 
 HIDDEN = ("added ", "removed ")
 
@@ -33,16 +34,16 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         assert tag in ("div", "pre", "p", "ins", "del", "span"), tag
         assert [name for name, _ in attrs] == ["style"], attrs
-        self.open.append(tag)
+        self.open.append("hidden" if "position:absolute" in attrs[0][1] else tag)
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open.pop() in (tag, "hidden")
 
     def handle_data(self, data):
-        if self.open and self.open[-1] == "span":
+        if self.open and self.open[-1] == "hidden":
             assert data == HIDDEN[self.open[-2] == "del"]
         elif self.open:
-            self.pieces.append((self.open[-1], data))
+            self.pieces.append((next(tag for tag in reversed(self.open) if tag != "span"), data))
 
     def side(self, *tags: str) -> str:
         return "".join(data for tag, data in self.pieces if tag in tags)
@@ -139,7 +140,60 @@ def test_small_texts(old, new, expected):
     assert diff.text(old, new) == expected
 
 
-@pytest.mark.parametrize("show", [diff.words, diff.lines, diff.between])
+MARKDOWN = st.lists(
+    st.sampled_from(["# a", "- b", "1. c", "    d", "**e** `f`", "[g](https://h.i)", "| a | b |\n|---|---|\n| c |", ""])
+    | st.sampled_from(["```", "> q", "<b>", "&amp;", "![p](https://x.y)", "j  k", "***", "\u202e"])
+).map("\n".join)
+
+
+@UNHURRIED
+@given(MARKDOWN, MARKDOWN)
+def test_prose_holds_the_words_of_both(old, new):
+    made = diff.prose(old, new)
+    page = Page(made)
+    if made in (diff.words(old, new), diff._sentence("No changes.")) or "…" in page.side("div"):
+        return
+    for text, tag in ((old, "del"), (new, "ins")):
+        read = "".join(word.text for word in diff._flat(text))
+        shown = page.side("div", tag)
+        assert re.sub(r"[\s\d.]", "", shown) == re.sub(r"[\s\d.]", "", read)  # the numbers of a list are the new one's
+
+
+def test_prose_is_compared_as_it_is_read():
+    old = "## Plan\n\n1. Read `a.py`\n2. Fix **it**\n\n| what | when |\n|---|---|\n| tests | later |\n"
+    new = "## Plan\n\n1. Read `b.py`\n2. Ask\n3. Fix [it](https://x.y)\n\n| what | when |\n|---|---|\n| tests | now |\n"
+    page = Page(diff.prose(old, new))
+    assert re.sub(" +", " ", page.side("div", "ins")) == (
+        "Plan\n\n1. Read b.py\n2. Ask\n3. Fix it (https://x.y)\n\nwhat | when\ntests | now"
+    )
+    assert [data for tag, data in page.pieces if tag == "del"] == ["a", "it", "later"]
+    assert [data for tag, data in page.pieces if tag == "ins"] == ["b", "Ask\n3.", "it (https://x.y)", "now"]
+
+
+def test_what_only_the_source_shows_is_shown_as_source():
+    assert "".join(data for tag, data in Page(diff.prose("a  b", "a   b")).pieces if tag == "ins").strip() == "b"
+    code = "Text.\n\n```\nif x:\n    y\n```\n"
+    assert "<ins" in diff.prose(code, code.replace("    y", "        y"))
+    assert Page(diff.prose("same", "same")).side("p") == "No changes."
+
+
+def test_no_line_goes_through_a_minus_sign():
+    made = diff.lines("a\nb", "a\nc")
+    assert re.findall(r"<(ins|del) style=\"[^\"]*text-decoration:([a-z]+)", made) == [("del", "none"), ("ins", "none")]
+    assert re.findall(r"text-decoration:([a-z-]+)", diff.words("b", "c")) == ["line-through", "underline"]
+
+
+def test_marked_words_can_be_read_in_both_themes():
+    def over(page: int, style: str) -> str:
+        *channels, alpha = re.search(r"background:rgba\((\d+),(\d+),(\d+),([\d.]+)\)", style).groups()
+        return "#" + "".join(f"{round(int(one) * float(alpha) + page * (1 - float(alpha))):02x}" for one in channels)
+
+    for style in re.findall(r'<(?:ins|del) style="([^"]*)"', diff.words("a", "b") + diff.lines("a", "b")):
+        assert contrast("#212121", over(255, style)) >= 4.5
+        assert contrast("#dedede", over(17, style)) >= 4.5
+
+
+@pytest.mark.parametrize("show", [diff.words, diff.lines, diff.prose, diff.between])
 def test_markup_is_text(show):
     html = show("<script>a</script>", "<img src=x onerror='y'>\n</pre></div>")
     Page(html)
@@ -162,7 +216,7 @@ def test_markup_is_text(show):
 )
 def test_prose_by_words_and_code_by_lines(text, code):
     shown = diff.between(text, text + "More.\n")
-    assert shown == (diff.lines if code else diff.words)(text, text + "More.\n")
+    assert shown == (diff.lines if code else diff.prose)(text, text + "More.\n")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +230,7 @@ def test_prose_by_words_and_code_by_lines(text, code):
     ],
 )
 def test_hostile_texts_are_compared_within_bounds(old, new):
-    for html in (diff.words(old, new), diff.lines(old, new)):
+    for html in (diff.words(old, new), diff.lines(old, new), diff.prose(old, new)):
         Page(html)
 
 

@@ -175,7 +175,8 @@ def test_a_pending_one_says_how_to_decide() -> None:
     assert "reviewer is waiting for you. Next: deployer." in said
     assert "Run this cell again to decide, or: %cm approve %%cm reject %cm edit %cm skip %cm stop" in said
     exhausted = Page(html.run_html(builder.exhausted().state)).text
-    assert "Accept the last %cm approve 1 more %cm retry" in exhausted
+    assert "allow 2 more, or stop." in exhausted
+    assert "Accept the last %cm approve 2 more %cm retry --count 2 %cm edit" in exhausted
 
 
 def test_where_the_answers_came_from() -> None:
@@ -201,8 +202,45 @@ def test_open_is_what_wants_attention_or_came_last() -> None:
 
 def test_many_steps_fold() -> None:
     said = Page(html.run_html(builder.many().state, now=builder.many().now)).text
-    assert "16 done 61 s · 4.9k tok · $0.048" in said
+    assert "16 done step-1 to step-16 · 61 s · 4.9k tok · $0.048" in said
     assert "13 pending step-18 to step-30" in said
+
+
+def test_a_few_finished_steps_fold_but_one_with_a_story_does_not() -> None:
+    story = Story("a -> b -> c -> d? -> e -> f -> g").answer("A").answer("B").answer("C").answer("D")
+    said = Page(html.run_html(story.state, now=story.now)).text
+    assert "3 done a, b, c · 13.8 s · 1.2k tok" in said
+    assert "3 pending e, f, g · starts when d is approved" in said
+    one = Story("a -> b? -> c -> d").answer("A").answer("B").decide("approve").answer("C").answer("D")
+    assert (
+        "3 done a, b, c · 13.8 s · 1.2k tok · $0.009 · b approved by you, 12:31" in Page(html.run_html(one.state)).text
+    )
+    told = Story("a? -> b -> c -> d?").answer("A").decide("reject", "More.").answer("AA").decide("approve")
+    told.answer("B").answer("C").answer("D")
+    assert [[step.id for step in row.steps] for row in html.rows(told.state)] == [["a"], ["b"], ["c"], ["d"]]
+
+
+def test_an_error_is_said_once_and_with_all_ways_out() -> None:
+    state = builder.failed().state
+    said = Page(html.run_html(state)).text
+    assert said.count("No key for anthropic.") == 1
+    assert "planner failed. Retry, edit its prompt, skip it, or stop." in said
+    assert "%cm retry Edit prompt %cm edit %cm skip %cm stop" in said
+    queued = Page(html.run_html(state, ["reviewer"])).text  # without the card, the bar must say it
+    assert "planner failed: No key for anthropic. Set ANTHROPIC_API_KEY before starting Jupyter. Retry, edit" in queued
+
+
+def test_a_question_is_asked_once() -> None:
+    story = Story("a -> b").ask("Which **database**?")
+    assert Page(html.run_html(story.state)).text.count("database") == 1
+    assert "a asks: “Which **database**?”" in Page(html.run_html(story.state, ["b"])).text
+
+
+def test_a_sentence_begins_with_a_capital_unless_with_a_name() -> None:
+    state = builder.waiting().state
+    assert html.opened(state, "already approved by you") == "Already approved by you"
+    for words in ("planner is not waiting", "action='fly' is not valid", "'x' is no step"):
+        assert html.opened(state, words) == words
 
 
 def test_a_step_cell_shows_its_card_and_its_gate() -> None:

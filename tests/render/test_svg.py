@@ -17,7 +17,7 @@ from tests.render import builder
 from tests.render.builder import SITUATIONS, Story
 from tests.render.test_html import contrast
 
-ELEMENTS = {"svg", "rect", "path", "circle", "g", "text", "title"}
+ELEMENTS = {"svg", "rect", "path", "circle", "g", "text", "title", "style"}
 ATTRIBUTES = {
     *("width", "height", "viewBox", "role", "aria-label", "x", "y", "rx", "cx", "cy", "r", "d", "fill", "stroke"),
     *("stroke-width", "stroke-dasharray", "transform", "font-family", "font-size", "font-weight", "text-anchor"),
@@ -59,14 +59,25 @@ def test_only_presentation_attributes(name: str, live: bool) -> None:
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_everything_can_be_read_on_the_plate(name: str) -> None:
-    root = drawn(SITUATIONS[name]().state)
-    plate = root[0].get("fill")
-    assert plate == svg.PLATE
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_can_be_read_on_the_plate(name: str, scheme: str) -> None:
+    made = svg.graph(SITUATIONS[name]().state)
+    if scheme == "dark":  # what the style sheet does
+        style, made = re.search(r"<style>.*</style>", made, re.DOTALL)[0], re.sub(r"(?s)<style>.*</style>", "", made)
+        rules = dict(re.findall(r"\[fill='(#\w+)'\]{fill:(#\w+)}", style))
+        strokes = dict(re.findall(r"\[stroke='(#\w+)'\]{stroke:(#\w+)}", style))
+        assert strokes.items() <= rules.items()
+        assert all(stroke in strokes for stroke in re.findall(r'stroke="(#\w+)"', made))
+        assert contrast(rules[svg.PLATE], "#111111") < 1.3  # no slab
+        made = re.sub(r'(?<=fill="|roke=")#\w+', lambda found: rules[found[0]], made)
+    root = ET.fromstring(made)
+    board = next(element for element in root if local(element) == "rect")
+    plate = board.get("fill", "")
+    assert plate == (svg.PLATE if scheme == "light" else svg.DARK_GROUNDS[svg.PLATE])
     for group in root.iter():
         ground = plate
         for element in group:
-            if local(element) == "rect" and element is not root[0]:
+            if local(element) == "rect" and element is not board:
                 if stroke := element.get("stroke"):
                     assert contrast(stroke, plate) >= 3
                     assert contrast(stroke, element.get("fill", plate)) >= 3 or stroke == element.get("fill")

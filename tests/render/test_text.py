@@ -117,7 +117,7 @@ def test_headless_lines_of_a_loop_and_of_failures() -> None:
         "cm: planner failed: rate limited; again in 4.0 s (2 of 3)",
         "cm: planner cut short: kernel stopped",
     ]
-    assert builder.failed().lines[-1] == "cm: planner waits: %cm retry · %cm skip · %cm stop"
+    assert builder.failed().lines[-1] == "cm: planner waits: %cm retry · %cm edit · %cm skip · %cm stop"
 
 
 GATES = {
@@ -125,7 +125,7 @@ GATES = {
         lambda: Story("a? -> b").answer("A"),
         "a is waiting for you. Next: b.",
     ),
-    "last": (lambda: Story("a?").answer("A"), "a is waiting for you. It is the last step."),
+    "last": (lambda: Story("a?").answer("A"), "a is waiting for you. It is the last step so far."),
     "chained": (
         lambda: Story([step("a", prompt=["One", "Two"])], autonomous_mode=False).answer("A"),
         "a is waiting for you. Next: its prompt 2 of 2.",
@@ -149,15 +149,16 @@ GATES = {
     "exhausted": (
         builder.exhausted,
         "quality-gate: not good enough after 2 repeats. Tests still fail. "
-        "Accept the last output, allow one more, or stop.",
+        "Accept the last output, allow 2 more, or stop.",
     ),
     "failed": (
         builder.failed,
-        "planner failed: No key for anthropic. Set ANTHROPIC_API_KEY before starting Jupyter. Retry, skip it, or stop.",
+        "planner failed: No key for anthropic. Set ANTHROPIC_API_KEY before starting Jupyter. "
+        "Retry, edit its prompt, skip it, or stop.",
     ),
     "failed for good": (
         lambda: Story("a").fail("overloaded", retry_in_s=1).go().fail("overloaded"),
-        "a failed after 2 tries: overloaded. Retry, skip it, or stop.",
+        "a failed after 2 tries: overloaded. Retry, edit its prompt, skip it, or stop.",
     ),
     "stale": (builder.stale, "implementer is stale: planner changed after this ran. Keep it, or run from here."),
     "question": (lambda: Story("a").ask("Which\ndatabase?"), "a asks: “Which database?”"),
