@@ -54,12 +54,27 @@ from .journal import Journal, MemoryJournal
 from .run import Run, current, resume, runs
 from .state import Attempt
 from .steps import StepView
-from .workflow import Agent, Module, Separator, Step, Verdict, Workflow, agent, module, separator, step
+from .team import AgentResult
+from .workflow import (
+    Agent,
+    Module,
+    Parallel,
+    Separator,
+    Step,
+    Verdict,
+    Workflow,
+    agent,
+    module,
+    parallel,
+    separator,
+    step,
+)
 
 __all__ = [
     "Agent",
     "AgentEvent",
     "AgentRequest",
+    "AgentResult",
     "AlreadyDecided",
     "Attempt",
     "CodeMachineError",
@@ -81,6 +96,7 @@ __all__ = [
     "LiveText",
     "MemoryJournal",
     "Module",
+    "Parallel",
     "ReplayMismatch",
     "Reply",
     "Run",
@@ -103,6 +119,7 @@ __all__ = [
     "current",
     "doctor",
     "module",
+    "parallel",
     "register_engine",
     "resume",
     "runs",

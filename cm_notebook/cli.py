@@ -573,7 +573,7 @@ class Session:
 
     def _put(self, gate: Gate) -> None:
         """Show the gate and take answers until it is closed, here or by somebody else."""
-        step = self._state.steps[gate.step]
+        step = self._state.find(gate.path)
         self._show(gate, step)
         while self._is_open(gate):
             line = self._console.ask("answer> " if gate.kind == "question" else "> ", lambda: not self._is_open(gate))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from .errors import WorkflowError, did_you_mean
 from .workflow import NAME, Model
@@ -58,6 +59,77 @@ class Call(Model):
 
 
 Groups = list[list[Call]]
+
+
+class ToolCall(Model):
+    """What a scripted or recorded agent asks of its run in the middle of a turn.
+
+    Attributes
+    ----------
+    name
+        ``run_agents`` or ``ask_human``.
+    arguments
+        ``{"groups": [[{"agent": …, "prompt": …}, …], …]}`` or ``{"script": "a 'x' & b 'y'"}``, with ``max_concurrency``
+        if there is one; or ``{"question": …}``.
+    """
+
+    name: Literal["run_agents", "ask_human"]
+    arguments: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _has_its_arguments(self) -> ToolCall:
+        given = set(self.arguments)
+        if self.name == "ask_human":
+            right = given == {"question"}
+        else:
+            right = len(given & {"groups", "script"}) == 1 and given <= {"groups", "script", "max_concurrency"}
+        if not right:
+            wanted = "'question'" if self.name == "ask_human" else "either 'groups' or 'script'"
+            raise ValueError(f"{self.name} takes {wanted}, not {', '.join(map(repr, sorted(given))) or 'nothing'}")
+        return self
+
+    @property
+    def asked(self) -> Any:
+        """Whom to call, or what to ask."""
+        return self.arguments.get("groups", self.arguments.get("script", self.arguments.get("question")))
+
+
+@dataclass(frozen=True, slots=True)
+class AgentResult:
+    """What came of one agent that was called.
+
+    Attributes
+    ----------
+    agent, path
+        Who it is, and where its turns are: ``run["coordinator/frontend-dev#1"]``.
+    text
+        Its answer; ``""`` if it gave none.
+    error
+        Why it has failed, or was not begun; ``None`` if neither.
+    status
+        ``done``, ``skipped`` (a person decided to go on without it), ``failed``, or ``pending``: it was not begun.
+    """
+
+    agent: str
+    path: str
+    text: str = ""
+    error: str | None = None
+    status: str = "done"
+
+
+def told(results: Iterable[AgentResult]) -> str:
+    """What came of a call, in words for a model."""
+    said = []
+    for result in results:
+        head = result.agent if result.status == "done" else f"{result.agent} ({result.status})"
+        skipped = "A person decided to go on without its output." if result.status == "skipped" else ""
+        said.append(f"## {head}\n\n{result.error or result.text or skipped}".rstrip())
+    return "\n\n".join(said)
+
+
+def last_lines(text: str, count: int | None) -> str:
+    """The last `count` lines; ``None``: all."""
+    return text if count is None else "\n".join(text.rstrip("\n").split("\n")[-count:])
 
 
 def parse_calls(script: str) -> Groups:
@@ -159,6 +231,10 @@ def checked_calls(asked: object, allowed: Collection[str]) -> Groups:
         groups = [_group(one) for one in (asked if any(nested) else [asked])]
     else:
         raise WorkflowError(f"run_agents takes a list of groups or a line, not {type(asked).__name__}.")
+    if not allowed:
+        raise WorkflowError(
+            "run_agents: nobody can be called here. List who can, among the agents: Workflow(…, sub_agents=['a', 'b'])."
+        )
     if not groups or not all(groups):
         raise WorkflowError("run_agents: a group without a call. Leave it out, or say whom to call.")
     for group in groups:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from ..errors import EngineNotFound, did_you_mean
 from ..events import Usage
+from ..team import AgentResult
 from ..workflow import Agent, Verdict
 
 
@@ -47,6 +48,10 @@ class AgentRequest:
         Shows text now, from any thread; for agents that speak beside their stream.
     ask_human
         Asks a person and returns the answer; waiting is not counted in `timeout_s`.
+    run_agents
+        Has other agents work and returns what came of each; waiting is not counted. What is asked is a list of groups
+        or a line, as for :func:`~cm_notebook.team.checked_calls`; then how many may work at the same time, or ``None``.
+        Raises ``WorkflowError`` if it cannot be: an engine tells its model so.
     """
 
     agent: Agent
@@ -68,6 +73,7 @@ class AgentRequest:
     timeout_s: float | None = None
     emit: Callable[[str], None] | None = None
     ask_human: Callable[[str], Awaitable[str]] | None = None
+    run_agents: Callable[..., Awaitable[list[AgentResult]]] | None = None
 
 
 @dataclass(slots=True)

@@ -267,7 +267,7 @@ class CMMagics(Magics):
         run = self._notebook.deciding(values.get("step"))
         gate = run.gate(values.get("step"))
         with run.reading() as state:
-            step = state.steps[gate.step]
+            step = state.find(gate.path)
             if gate.kind in EDITABLE:
                 sent = step.redo.prompt if gate.kind == "start" and step.redo is not None else None
                 written = state.text(sent) if sent is not None else step.last.text if step.last is not None else ""

@@ -303,19 +303,19 @@ def ways(state: RunState, gate: Gate) -> list[Way]:
     several = len(state.gates) > 1
     found: list[Way] = []
     for action in gate.actions:
-        if action == "reject" and not isinstance(state.steps[gate.step].step, Module) and gate.kind == "verdict":
+        if action == "reject" and not isinstance(state.find(gate.path).step, Module) and gate.kind == "verdict":
             label = "Reject…"
         else:
             label = _LABELS.get((gate.kind, action)) or action.capitalize() + ("…" if action in _MAGICS else "")
         magic = _MAGICS.get(action, f"%cm {action}")
         if several:
-            magic += f" --step {gate.step}" if action in _MAGICS else f" {gate.step}" if action != "stop" else ""
+            magic += f" --step {gate.path}" if action in _MAGICS else f" {gate.path}" if action != "stop" else ""
         more = 2 if (gate.kind, action) == ("exhausted", "retry") else 1
         found.append(Way(action, label, magic if more == 1 else f"{magic} --count {more}", more))
     place = next((index for index, way in enumerate(found) if way.action in ("skip", "stop")), len(found))
     if gate.kind in EDITABLE or gate.kind == "failed":
         edit = Way("prompt", "Edit prompt", "%cm edit") if gate.kind == "failed" else Way("edit", "Edit", "%cm edit")
-        found.insert(place, edit._replace(magic=f"%cm edit {gate.step}") if several else edit)
+        found.insert(place, edit._replace(magic=f"%cm edit {gate.path}") if several else edit)
     elif gate.kind == "stale":
         found.insert(place, Way("rerun", "Run from here", f"%cm run --from {gate.step}"))
     return found
@@ -329,7 +329,7 @@ def following(state: RunState, step: StepState) -> str:
 
 def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
     """What the run waits for at `gate`, why, and what the answers mean; without what a card `beside` it shows."""
-    step = state.steps[gate.step]
+    step = state.find(gate.path)
     said = gate.payload
     reason = _ended(one_line(said.get("reason", ""), 300))
     if gate.kind == "review":
@@ -426,7 +426,7 @@ def waits_for(state: RunState, step: StepState) -> str:
     if state.ended is not None or step.status not in ("pending", "ready"):
         return ""
     for gate in state.gates.values():
-        other = state.steps[gate.step]
+        other = state.find(gate.path)
         if other.index < step.index:
             return f"starts when {other.id} is {'approved' if gate.kind == 'review' else 'decided'}"
     return "the run is paused" if state.paused and step is state.current else ""
@@ -574,16 +574,16 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
     if isinstance(event, TurnFinished):
         return _turn_line(state, event)
     if isinstance(event, TurnFailed):
-        step = state.steps.get(event.step)
+        step = state.members.get(event.path) or state.steps.get(event.path)
         again = (
             f"; {_again(state, step, event.retry_in_s)}" if step is not None and event.retry_in_s is not None else ""
         )
-        return f"{event.step} failed: {one_line(event.error.message, 300)}{again}{_attempt(event.attempt)}"
+        return f"{event.path} failed: {one_line(event.error.message, 300)}{again}{_attempt(event.attempt)}"
     if isinstance(event, TurnCutShort):
-        return f"{event.step} cut short: {one_line(event.reason or 'stopped')}{_attempt(event.attempt)}"
+        return f"{event.path} cut short: {one_line(event.reason or 'stopped')}{_attempt(event.attempt)}"
     if isinstance(event, GateOpened):
         if event.gate.kind == "failed":  # what failed was the line before
-            return f"{event.gate.step} waits: {' · '.join(way.magic for way in ways(state, event.gate))}"
+            return f"{event.gate.path} waits: {' · '.join(way.magic for way in ways(state, event.gate))}"
         return f"gate: {gate_sentence(state, event.gate)}"
     if isinstance(event, GateDecided):
         return f"{gate_step(event.gate_id)} {decided(state, event.decision)}"
@@ -622,14 +622,14 @@ def _short(words: Iterable[str]) -> list[str]:
 
 
 def _turn_line(state: RunState, event: TurnFinished) -> str:
-    step = state.steps.get(event.step)
+    step = state.members.get(event.path) or state.steps.get(event.path)
     attempt = next((a for a in step.attempts if a.number == event.attempt), None) if step is not None else None
     action = event.verdict.action if event.verdict is not None else "continue"
     word: str = "ok" if action == "continue" else action
     if event.verdict is not None and event.verdict.score is not None:
         word += f" ({event.verdict.score:g})"
     took = spent(state, attempt) if attempt is not None else None
-    words = [event.step, word, *_short(Spent(took, event.usage, event.cost_usd or 0.0).words())]
+    words = [event.path, word, *_short(Spent(took, event.usage, event.cost_usd or 0.0).words())]
     if event.turn > 1:
         words.append(f"prompt {event.turn}")
     why = f": {one_line(event.verdict.reason)}" if event.verdict is not None and event.verdict.reason else ""
