@@ -180,7 +180,9 @@ async def use_tools(request: AgentRequest, calls: Iterable[ToolCall | Any]) -> l
             elif call.name == "run_agents" and request.run_agents is not None:
                 await request.run_agents(call.asked, call.arguments.get("max_concurrency"))
             else:
-                raise EngineError(f"{request.step!r} uses {call.name}, but is no part of a run here.", step=request.step)
+                raise EngineError(
+                    f"{request.step!r} uses {call.name}, but is no part of a run here.", step=request.step
+                )
         except WorkflowError as refused:
             wrong.append(str(refused))
     return wrong

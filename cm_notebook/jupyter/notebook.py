@@ -151,14 +151,18 @@ class Notebook:
 
     def deciding(self, step: str | None) -> Run:
         """The run in which `step` is decided: the current one, or one that was left if only that has a gate there."""
-        others = [left.run for left in self.left.values() if any(gate.step == step for gate in left.run.gates)]
+        others = [
+            left.run for left in self.left.values() if any(step in (gate.step, gate.path) for gate in left.run.gates)
+        ]
         try:
             run = self.current()
         except TransitionError:
             if len(others) != 1:
                 raise
             return others[0]
-        return others[0] if len(others) == 1 and step not in run.state.steps else run
+        with run.reading() as state:
+            known = step in {*state.steps, *state.members, *(gate.step for gate in state.gates.values())}
+        return others[0] if len(others) == 1 and not known else run
 
     def left_words(self) -> str:
         """Which other runs are unfinished, and how to get back to each."""
@@ -535,7 +539,7 @@ class Notebook:
 
     def _check_inputs(self, plan: Plan, workflow: Workflow, given: Iterable[str]) -> None:
         """Refuse an input that nothing reads; where steps are still to come, and functions are, only a `given` one."""
-        functions = any(workflow.agent(item.agent).implementation is not None for item in workflow.executable)
+        functions = any(workflow.agent(item.agent).implementation is not None for item in workflow.tasks)
         meant = plan.inputs if functions or plan.body is None else {}
         check_read(workflow, plan.inputs if not meant else given, [name for name in meant if name not in given])
 
@@ -556,7 +560,7 @@ class Notebook:
         WorkflowError    With those that are defined.
         """
         run, plan = self._last(), self._planned()
-        made = [item.agent for item, _ in plan.placed.values() if item.prompt]
+        made = [agent for item, _ in plan.placed.values() if item.prompt for agent in item.agents]
         known = [*(run.state.agents if run is not None else ()), *self.agents, *made]
         if agent != step and agent not in known:
             hint = did_you_mean(agent, dict.fromkeys(known), "Defined")
@@ -585,7 +589,7 @@ class Notebook:
         plan, agents = self._planned(), self.agents
         items = plan.steps(())
         inputs = {**plan.inputs, **self._read(items, items, agents, plan.inputs)}
-        used = {item.agent for item in items if not isinstance(item, Separator)}
+        used = {agent for item in items if not isinstance(item, Separator) for agent in item.agents}
         complete = all(name in agents for name in used)
         made = Workflow(
             plan.name,
@@ -606,7 +610,7 @@ class Notebook:
         try:
             items = plan.steps(run.state.items if run is not None else ())
             agents = {**(run.state.agents if run is not None else {}), **self.agents}
-            used = {item.agent for item in items if not isinstance(item, Separator)}
+            used = {agent for item in items if not isinstance(item, Separator) for agent in item.agents}
             known = [agent for agent in agents.values() if agent.id in used]
             return Workflow(
                 plan.name,
@@ -623,7 +627,7 @@ class Notebook:
         """The steps, to draw them: agents that are not defined yet are stood in for."""
         plan = self._planned()
         items = plan.steps(())
-        named = {item.agent for item in items if not isinstance(item, Separator)}
+        named = {agent for item in items if not isinstance(item, Separator) for agent in item.agents}
         stand_ins = [Agent(id=name, prompt="…") for name in named]
         if not items:
             return None
@@ -631,7 +635,7 @@ class Notebook:
 
     def _check_functions(self, state: RunState) -> None:
         """A function that no cell has defined in this kernel cannot run."""
-        agents, used = self.agents, {step.step.agent for step in state.order}
+        agents, used = self.agents, {*state.sub_agents, *(agent for step in state.order for agent in step.step.agents)}
         for agent in state.agents.values():
             given = agents.get(agent.id)
             if agent.implementation is not None and agent.id in used and (given is None or given.function is None):
@@ -654,8 +658,8 @@ class Notebook:
         for item in touched:
             if isinstance(item, Separator):
                 continue
-            found = [hole for template in item.prompts(agents.get(item.agent)) for hole in holes(template, item.raw)]
-            for hole in found:
+            templates = [template for agent in item.agents for template in item.prompts(agents.get(agent))]
+            for hole in (hole for template in templates for hole in holes(template, item.raw)):
                 if hole.name in RESERVED or hole.name in names or hole.name in explicit:
                     continue
                 value = variables.get(hole.name)
