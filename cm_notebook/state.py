@@ -277,8 +277,8 @@ class StepState:
     """Why it is stale: the earlier step that ran again after it."""
     changed: tuple[str, ...] = ()
     """Why it is stale: what of its own definition changed after it ran."""
-    agent: Agent | None = None
-    """Its agent, as it was when the step was defined."""
+    agents: tuple[Agent, ...] = ()
+    """Who does it, as they were when the step was defined."""
     attempts: list[Attempt] = field(default_factory=list)
     turn: int = 1
     """The turn that runs, or is next."""
@@ -734,10 +734,11 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
     _take_agents(state, event.agents)
     _take_inputs(state, event.seq, event.inputs)
     place = next(number for number, other in enumerate(state.items) if other is step.step)
-    what = _what_changed(step.step, step.agent, item, state.agents.get(item.agent))
+    agents = _agents_of(state, item)
+    what = _what_changed(step.step, step.agents, item, agents)
     state.items[place] = item
     _hear(state, step.step, item)
-    step.step, step.fingerprint, step.agent = item, event.fingerprint, state.agents.get(item.agent)
+    step.step, step.fingerprint, step.agents = item, event.fingerprint, agents
     _close(state, step, reopen=True)
     if step.status in ("finished", "skipped"):
         step.stale = True
@@ -748,21 +749,25 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
         _begin_again(step, "pending")
 
 
-def _what_changed(old: Step, was: Agent | None, new: Step, agent: Agent | None) -> tuple[str, ...]:
+def _agents_of(state: RunState, item: Step) -> tuple[Agent, ...]:
+    return tuple(state.agents[name] for name in item.agents if name in state.agents)
+
+
+def _what_changed(old: Step, were: tuple[Agent, ...], new: Step, agents: tuple[Agent, ...]) -> tuple[str, ...]:
     """Which parts of a step's definition are others now; with none of them, it is an input that its prompt names."""
 
-    def parts(step: Step, agent: Agent | None) -> dict[str, Any]:
-        named = agent if agent is not None else Agent(step.agent)
+    def parts(step: Step, agents: tuple[Agent, ...]) -> dict[str, Any]:
+        named = agents or tuple(Agent(name) for name in step.agents)
         own = {"prompt", "engine", "model", "reasoning_effort"}
         return {
-            "prompt": step.prompts(agent),
-            "agent": named.model_dump(exclude=own),
-            "engine": step.engine or named.engine,
-            "model": (step.model or named.model, step.reasoning_effort or named.reasoning_effort),
-            "options": step.model_dump(exclude={"agent", *own}),
+            "prompt": [step.prompts(agent) for agent in agents or (None,)],
+            "agent": [agent.model_dump(exclude=own) for agent in named],
+            "engine": [step.engine or agent.engine for agent in named],
+            "model": [(step.model or agent.model, step.reasoning_effort or agent.reasoning_effort) for agent in named],
+            "options": step.model_dump(exclude={"agent", "members", *own}),
         }
 
-    before, after = parts(old, was), parts(new, agent)
+    before, after = parts(old, were), parts(new, agents)
     return tuple(part for part in after if before[part] != after[part]) or ("inputs",)
 
 
@@ -1381,7 +1386,7 @@ def _append(state: RunState, item: Step | Separator) -> None:
     state.items.append(item)
     if not isinstance(item, Separator):
         _hear(state, None, item)
-        made = StepState(item, item.id, len(state.order), agent=state.agents.get(item.agent))
+        made = StepState(item, item.id, len(state.order), agents=_agents_of(state, item))
         state.order.append(made)
         state.steps[item.id] = made
         state.names.setdefault(item.id.replace("-", "_"), item.id)
@@ -1394,7 +1399,7 @@ def _reindex(state: RunState) -> None:
     state.order, state.names = [], {}
     for item in state.items:
         if not isinstance(item, Separator):
-            step = known.get(id(item)) or StepState(item, item.id, 0, agent=state.agents.get(item.agent))
+            step = known.get(id(item)) or StepState(item, item.id, 0, agents=_agents_of(state, item))
             step.index = len(state.order)
             state.order.append(step)
             state.steps[item.id] = step
@@ -1590,7 +1595,7 @@ def call_agents(
     path = caller.caller
     while path:
         one = state.find(path)
-        above.update(dict.fromkeys(one.step.agents, one.path))
+        above[one.step.agent] = one.path  # of a parallel step, nobody's
         path = one.caller
     for group in groups:
         for call in group:
@@ -1683,6 +1688,7 @@ def _agents_called(state: RunState, event: AgentsCalled) -> None:
         state.texts[Ref(event.seq, f"file {name}")] = text
     # one for all members of an agent: a step is dear to make
     tasks = {agent: _task(caller.step, agent) for agent in {one.agent for group in event.groups for one in group}}
+    mine = {member.path for member in last.members} if known else set[str]()
     groups: list[list[StepState]] = []
     for group in event.groups:
         groups.append([])
@@ -1694,7 +1700,7 @@ def _agents_called(state: RunState, event: AgentsCalled) -> None:
                 last.members.append(member)
             else:
                 _take_again(caller, member)
-                if member not in last.members:
+                if member.path not in mine:
                     last.members.append(member)
             member.tail, member.index = one.tail, caller.index
             groups[-1].append(member)
@@ -1742,7 +1748,6 @@ def _new_member(
         task,
         one.path,
         caller.index,
-        agent=state.agents.get(one.agent),
         iteration=caller.iteration,
         caller=caller.path,
         depth=caller.depth + 1,

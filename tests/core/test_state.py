@@ -1259,7 +1259,9 @@ def policy_of(choices: list[int]) -> Any:
             return Decision(action="retry")
         if gate.path in driver.state.members:  # siblings have no order, so these count by themselves
             if gate.kind == "failed":
-                return Decision(action="skip" if gate.attempt % 2 == choices[0] % 2 else "retry")
+                before = [e for e in driver.events if e.type == "GateDecided" and f"/{gate.path}/" in e.gate_id]
+                failures = [e for e in before if driver.kind_of[e.gate_id] == "failed"]
+                return Decision(action="skip" if len(failures) % 2 == choices[0] % 2 else "retry")
             return approve(driver, gate)
         own = [
             e
