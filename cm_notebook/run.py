@@ -71,6 +71,8 @@ from .events import (
     RunUnpaused,
     StepFailed,
     TurnCutShort,
+    TurnFailed,
+    TurnFinished,
     TurnStarted,
     Usage,
     place,
@@ -1308,13 +1310,14 @@ class Run:
         del self._turns[started.path]
         if ending.error is not None:
             self.error = ending.error
-        step = self._state.find(started.path)
-        # a function may end without those that it has called, though nobody waits for them then
-        called = [cut for cut in meaning.cut_all(self._state, "its caller has ended", step) if cut.path != step.path]
+        called: list[TurnCutShort] = []
+        if started.path in self._state.calls:  # a function may end without those that it has called
+            step = self._state.find(started.path)
+            cut = meaning.cut_all(self._state, "its caller has ended", step)
+            called = [one for one in cut if one.path != started.path]
         if not ending.fatal:
             return [*called, ending.event]
-        cut = [cut for cut in meaning.cut_all(self._state, "the run failed") if cut.path != step.path]
-        others = _more(called, cut)
+        others = _more([*called, ending.event], meaning.cut_all(self._state, "the run failed"))
         return [*called, ending.event, *others, RunFinished(status="failed", reason=f"{started.step}: {ending.error}")]
 
     def _request(self, turn: LiveTurn, prompt: str, write: Callable[[str], None]) -> AgentRequest:
@@ -1664,8 +1667,8 @@ def _read_files(folder: Path, groups: Iterable[Iterable[Call]]) -> dict[str, str
 
 
 def _more(have: Iterable[AnyEvent], cut: Iterable[TurnCutShort]) -> list[TurnCutShort]:
-    """Those of `cut` that are not among `have`."""
-    known = {event.path for event in have if isinstance(event, TurnCutShort)}
+    """Those of `cut` whose turns do not end by what is in `have` already."""
+    known = {event.path for event in have if isinstance(event, (TurnCutShort, TurnFinished, TurnFailed))}
     return [event for event in cut if event.path not in known]
 
 

@@ -845,7 +845,7 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
     step, last = _turn_met(state, event)
     del state.running[step.path]
     _end_calls(state, step, event.at)
-    step.team, step.recall = [], {}
+    step.team, step.recall, step.resent = [], {}, []
     here = Ref(event.seq)
     state.texts[here] = event.text
     usage = event.usage
@@ -1661,7 +1661,7 @@ def _called(
 
 def _key(agent: str, prompt: str, named: Iterable[str], files: Mapping[str, str]) -> tuple[str, str]:
     """What tells one call from another."""
-    return agent, digest(json.dumps([prompt, *((name, files[name]) for name in named)]))
+    return agent, digest(repr((prompt, [(name, files[name]) for name in named])))
 
 
 def _agents_called(state: RunState, event: AgentsCalled) -> None:

@@ -800,3 +800,33 @@ def test_views_show_members_at_every_moment() -> None:
             html.show_html(state, member)
         html.status_html(state)
         run.graph("text")
+
+
+def test_what_a_member_costs_does_not_grow_with_their_number() -> None:
+    """Counted in calls of functions, which is the same each time."""
+
+    class Quick:
+        name = "quick"
+
+        async def stream(self, request: cm.AgentRequest) -> Any:
+            yield cm.TurnDone("x")
+
+    async def calls(number: int, places: int) -> float:
+        asked = [{"agent": "a", "prompt": str(n)} for n in range(number)]
+        flow, count = team(boss(asked), cm.Agent("a")), 0
+
+        def counted(frame: Any, event: str, arg: Any) -> None:
+            nonlocal count
+            count += 1
+
+        sys.setprofile(counted)
+        try:
+            run = flow.start(engine=Quick(), journal=":memory:", max_concurrency=places, loop="kernel")
+            await run
+        finally:
+            sys.setprofile(None)
+        return count / number
+
+    for places in (4, 10_000):
+        few, many = asyncio.run(calls(100, places)), asyncio.run(calls(2000, places))
+        assert many < 1.2 * few, f"{few:.0f} calls for each of 100, {many:.0f} for each of 2000, {places} at a time"
