@@ -1003,7 +1003,11 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
     gate = event.gate
     step = _met(state, gate.path, event.type)
     fits = {"pending": "start", "running": "question", "due": step.due and step.due.kind}
-    if gate.kind != fits.get(step.status, "stale") or (gate.kind == "stale" and not step.stale):
+    without = {
+        "stale": not step.stale,
+        "start": event.prompt is None or bool(step.caller) or isinstance(step.step, Parallel),
+    }
+    if gate.kind != fits.get(step.status, "stale") or without.get(gate.kind):
         raise TransitionError(f"a {gate.kind!r} gate cannot open while step {step.id!r} is {step.status}.")
     gate.opened_at = event.at
     state.owed.pop(step.path, None)

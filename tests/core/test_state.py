@@ -394,8 +394,11 @@ def test_a_gate_opens_only_where_it_belongs(kind: Any, at: str) -> None:
         change(driver, work("a", "other"))
     fits = {"pending": "start", "running": "question", "due": "review", "finished": None, "stale": "stale"}[at]
     opening = GateOpened(
-        gate=Gate(id="r/x/1/1", kind=kind, step=about, path=about, attempt=1, digest="", actions=ACTIONS[kind])
+        gate=Gate(id="r/x/1/1", kind=kind, step=about, path=about, attempt=1, digest="", actions=ACTIONS[kind]),
+        prompt=("Do it.",) if kind == "start" else None,
     )
+    if kind == "start":
+        driver.refused(opening.model_copy(update={"prompt": None}), TransitionError)
     if kind == fits:
         driver.record(opening)
     else:
