@@ -303,7 +303,7 @@ def _result(state: RunState, step: StepState, attempt: Attempt, limit: int) -> l
     parts = []
     if attempt.text:
         parts.append(_shown(attempt.text, limit, _show(step, attempt)))
-    elif attempt is step.last and step.status in ("running", "calling"):
+    elif attempt is step.last and step.status == "running":
         parts.append(_line("It is at work; nothing to show yet."))
     elif attempt.answer is not None:
         parts.append(_line("It finished without output."))

@@ -251,6 +251,8 @@ def look(state: RunState, step: StepState) -> Look:
             return Look("failed", "failed")
     if step.stale:
         return Look("stale", _TONES[step.status])
+    if step.status == "calling" and isinstance(step.step, Parallel):
+        return Look("running", "running")  # its members are what it does
     last = step.last
     if step.status == "finished" and last is not None and last.decision is not None:
         return Look("edited" if last.edited else "approved", "done")
@@ -446,7 +448,8 @@ def sentence(state: RunState, now: float | None = None) -> str:
 def _running(state: RunState, step: StepState) -> str:
     details = attempt_words(step)
     if step.status == "calling":
-        return f"{step.id} waits for its team: {team_words(step)}. {following(state, step)}"
+        does = "is running" if isinstance(step.step, Parallel) else "waits for its team"
+        return f"{step.id} {does}: {team_words(step)}. {following(state, step)}"
     return f"{step.id} is running{f' ({details})' if details else ''}. {following(state, step)}"
 
 
