@@ -1355,6 +1355,7 @@ class Run:
                 timeout_s=step.step.timeout_s,
                 emit=write,
                 ask_human=lambda question: self._ask_human(turn, question),
+                sub_agents=meaning.may_call(state, step),
                 run_agents=lambda asked, limit=None: self._run_agents(turn, asked, limit),
             )
 

@@ -1595,22 +1595,18 @@ def call_agents(
     ------
     WorkflowError    They would call in a circle, or too deep.
     """
-    above, depth = {caller.step.agent: caller.path}, caller.depth
-    path = caller.caller
-    while path:
-        one = state.find(path)
-        above[one.step.agent] = one.path  # of a parallel step, nobody's
-        path = one.caller
+    above = _above(state, caller)
     for group in groups:
         for call in group:
-            if call.agent in above and call.agent:
+            if call.agent in above:
                 raise WorkflowError(
                     f"run_agents: {call.agent!r} is at work above ({above[call.agent]}) and would wait for itself. "
                     "Call another agent."
                 )
-    if depth >= MOST_DEPTH:
+    if caller.depth >= MOST_DEPTH:
         raise WorkflowError(
-            f"run_agents: {caller.path} was called by others {depth} deep, which is the limit. Do this part yourself."
+            f"run_agents: {caller.path} was called by others {caller.depth} deep, which is the limit. "
+            "Do this part yourself."
         )
     return _called(
         state,
@@ -1619,6 +1615,23 @@ def call_agents(
         files,
         limit,
     )
+
+
+def may_call(state: RunState, step: StepState) -> tuple[str, ...]:
+    """Whom the agent at work in `step` may call."""
+    if not state.sub_agents or step.depth >= MOST_DEPTH:
+        return ()
+    above = _above(state, step)
+    return tuple(name for name in state.sub_agents if name not in above)
+
+
+def _above(state: RunState, caller: StepState) -> dict[str, str]:
+    """The agents that wait for `caller`, and its own: where each is at work."""
+    above = {caller.step.agent: caller.path}
+    while caller.caller:
+        caller = state.find(caller.caller)
+        above[caller.step.agent] = caller.path  # of a parallel step, nobody's
+    return above
 
 
 def _call_members(state: RunState, step: StepState, parallel: Parallel) -> AgentsCalled:
@@ -1742,7 +1755,8 @@ def _task(step: Step, agent: str) -> Step:
     """What a member has to do: in a parallel step, that; called by a turn, what it is asked in the call."""
     if isinstance(step, Parallel):
         return step.member(agent)
-    return Step(agent=agent, timeout_s=step.timeout_s, retries=step.retries, idempotent=step.idempotent)
+    same = {"timeout_s": step.timeout_s, "retries": step.retries, "idempotent": step.idempotent}
+    return Step(agent=agent, context="none", **same)
 
 
 def _new_member(

@@ -48,6 +48,8 @@ class AgentRequest:
         Shows text now, from any thread; for agents that speak beside their stream.
     ask_human
         Asks a person and returns the answer; waiting is not counted in `timeout_s`.
+    sub_agents
+        Ids of the agents that this turn may call; where there are none, its agent needs no tool for it.
     run_agents
         Has other agents work and returns what came of each; waiting is not counted. What is asked is a list of groups
         or a line, as for :func:`~cm_notebook.team.checked_calls`; then how many may work at the same time, or ``None``.
@@ -73,6 +75,7 @@ class AgentRequest:
     timeout_s: float | None = None
     emit: Callable[[str], None] | None = None
     ask_human: Callable[[str], Awaitable[str]] | None = None
+    sub_agents: tuple[str, ...] = ()
     run_agents: Callable[..., Awaitable[list[AgentResult]]] | None = None
 
 

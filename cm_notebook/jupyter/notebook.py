@@ -46,6 +46,7 @@ class Plan:
     name: str
     autonomous_mode: AutonomousMode = True
     inputs: dict[str, Any] = field(default_factory=dict)
+    sub_agents: list[str] = field(default_factory=list)
     engine: str | None = None
     tape: str | None = None
     workspace: str | None = None
@@ -582,20 +583,23 @@ class Notebook:
             agents = {**state.agents, **self.agents}
             inputs = {**plan.inputs, **self._read(touched, items, agents, {**state.inputs, **plan.inputs})}
             made = edits.changed(state, items, agents, inputs)
-        return made.model_copy(update={"autonomous_mode": plan.autonomous_mode})
+        for name in plan.sub_agents:
+            made.agent(name)  # refused by name, if nobody has defined it
+        return made.model_copy(update={"autonomous_mode": plan.autonomous_mode, "sub_agents": plan.sub_agents})
 
     def _fresh(self, touched: list[AnyStep]) -> Workflow:
         """The workflow of a run that is to start."""
         plan, agents = self._planned(), self.agents
         items = plan.steps(())
         inputs = {**plan.inputs, **self._read(items, items, agents, plan.inputs)}
-        used = {agent for item in items if not isinstance(item, Separator) for agent in item.agents}
+        used = {*plan.sub_agents, *(name for item in items if not isinstance(item, Separator) for name in item.agents)}
         complete = all(name in agents for name in used)
         made = Workflow(
             plan.name,
             steps=items,
             # With one missing, all: the message says who there is.
             agents=[agent for agent in agents.values() if agent.id in used or not complete],
+            sub_agents=plan.sub_agents,
             autonomous_mode=plan.autonomous_mode,
             inputs=inputs,
             engine=plan.engine,
@@ -610,12 +614,16 @@ class Notebook:
         try:
             items = plan.steps(run.state.items if run is not None else ())
             agents = {**(run.state.agents if run is not None else {}), **self.agents}
-            used = {agent for item in items if not isinstance(item, Separator) for agent in item.agents}
+            used = {
+                *plan.sub_agents,
+                *(name for item in items if not isinstance(item, Separator) for name in item.agents),
+            }
             known = [agent for agent in agents.values() if agent.id in used]
             return Workflow(
                 plan.name,
                 steps=items,
                 agents=known,
+                sub_agents=plan.sub_agents,
                 autonomous_mode=plan.autonomous_mode,
                 inputs=plan.inputs,
                 engine=plan.engine,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cm_notebook.errors import WorkflowError
-from cm_notebook.team import Call, checked_calls, parse_calls
+from cm_notebook.team import AgentResult, Call, checked_calls, parse_calls, told
 
 TEAM = ("frontend-dev", "backend-dev", "qa-engineer")
 
@@ -114,3 +114,16 @@ def test_three_ways_to_ask(asked, groups):
 def test_what_cannot_be_asked_is_refused_by_name(asked, message):
     with pytest.raises(WorkflowError, match=re.escape(message)):
         checked_calls(asked, TEAM)
+
+
+def test_a_model_is_told_what_came_of_each() -> None:
+    results = [
+        AgentResult("a", "boss/a#1", "done it\n"),
+        AgentResult("b", "boss/b#1", error="no disk", status="failed"),
+        AgentResult("c", "boss/c#1", status="skipped"),
+        AgentResult("d", "boss/d#1", error="it was not begun", status="pending"),
+    ]
+    assert told(results) == (
+        "## a\n\ndone it\n\n## b (failed)\n\nno disk\n\n## c (skipped)\n\nA person decided to go on without its output."
+        "\n\n## d (pending)\n\nit was not begun"
+    )

@@ -259,6 +259,22 @@ def test_nobody_calls_in_a_circle() -> None:
     run.stop()
 
 
+def test_an_engine_knows_whom_its_agent_may_call() -> None:
+    known: dict[str, tuple[str, ...]] = {}
+
+    class Asks:
+        name = "asks"
+
+        async def stream(self, request: cm.AgentRequest) -> Any:
+            known[request.path] = request.sub_agents
+            if request.sub_agents and request.run_agents is not None:
+                await request.run_agents([{"agent": request.sub_agents[0], "prompt": "x"}])
+            yield cm.TurnDone("x")
+
+    team(*(cm.Agent(name, "x") for name in ("boss", "a", "b", "c"))).start(engine=Asks(), journal=":memory:").wait(20)
+    assert known == {"boss": ("a", "b", "c"), "boss/a#1": ("b", "c"), "boss/a#1/b#1": ("c",), "boss/a#1/b#1/c#1": ()}
+
+
 def test_nobody_calls_too_deep() -> None:
     names = [f"d{n}" for n in range(1, MOST_DEPTH + 2)]
     chain = [boss(f"{below} 'x'", name=name) for name, below in itertools.pairwise(names)]
@@ -777,6 +793,33 @@ def test_who_may_be_called_can_be_edited() -> None:
     again = cm.resume(run.id, edited, journal=run._journal, agents=flow.agents).wait(20)
     assert again["boss"].text == "b done: b did x"
     assert again.workflow.sub_agents == ["b"]
+
+
+def test_a_bug_in_a_member_ends_the_run_as_itself() -> None:
+    class Buggy:
+        name = "buggy"
+
+        async def stream(self, request: cm.AgentRequest) -> Any:
+            if request.agent.id == "b":
+                raise RuntimeError("a bug of ours")
+            await asyncio.sleep(60)
+            yield cm.TurnDone("x")
+
+    flow = team(boss("a 'x' & b 'y'"), cm.Agent("a"), cm.Agent("b"))
+    run = flow.start(engine=Buggy(), journal=":memory:")
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        run.wait(20)
+    assert [event.path for event in run.events if event.type == "TurnCutShort"] == ["boss/a#1", "boss"]
+
+
+def test_another_process_decides_at_a_member(tmp_path: Path) -> None:
+    run = team(boss("a 'x'"), worker("a", broken(heals=True))).start(journal=tmp_path / "j.db")
+    gate(run)
+    other = cm.Run(run.id, cm.Journal(tmp_path / "j.db"))
+    other._catch_up()
+    assert other["boss"].status == "waits for its team"
+    other.retry("a")
+    assert run.wait(20)["boss"].text == "a done: mended"
 
 
 # -- how it is shown --------------------------------------------------------------------------------------------------
