@@ -23,6 +23,8 @@ from .engines.base import (
     Delta,
     Engine,
     SessionStarted,
+    ToolCalled,
+    ToolReturned,
     TurnDone,
     UsageReported,
     register_engine,
@@ -55,6 +57,7 @@ from .run import Run, current, resume, runs
 from .state import Attempt
 from .steps import StepView
 from .team import AgentResult
+from .tools import Permission, Tool, tool
 from .workflow import (
     Agent,
     Module,
@@ -97,6 +100,7 @@ __all__ = [
     "MemoryJournal",
     "Module",
     "Parallel",
+    "Permission",
     "ReplayMismatch",
     "Reply",
     "Run",
@@ -107,6 +111,9 @@ __all__ = [
     "SessionStarted",
     "Step",
     "StepView",
+    "Tool",
+    "ToolCalled",
+    "ToolReturned",
     "TransitionError",
     "Turn",
     "TurnDone",
@@ -125,6 +132,7 @@ __all__ = [
     "runs",
     "separator",
     "step",
+    "tool",
 ]
 
 

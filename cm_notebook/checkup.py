@@ -92,7 +92,8 @@ def examine() -> Report:
         try:
             findings += question()
         except CodeMachineError as error:
-            findings.append(Finding(question.__name__.strip("_"), str(error), "see what it says"))
+            found, _, remedy = str(error).partition(". ")  # what happened, and what to do about it
+            findings.append(Finding(question.__name__.strip("_"), found, remedy or "see what it says"))
     return Report(findings)
 
 
@@ -170,13 +171,13 @@ def _journal() -> Iterator[Finding]:
 def _engines() -> Iterator[Finding]:
     for name in engine_names():
         try:
-            find_engine(name)
+            engine = find_engine(name)
         except Exception as error:  # somebody else's plug-in
             yield Finding(f"engine {name}", f"cannot be loaded: {error}", "update or remove the package that offers it")
         else:
-            yield Finding(f"engine {name}", "no model is called: plays tapes" if name == "offline" else "can be named")
+            yield Finding(f"engine {name}", str(getattr(engine, "about", "can be named")))
     chosen, where = config.lookup("engine")
-    if chosen not in engine_names():
+    if chosen.partition(":")[0] not in engine_names():
         yield Finding(
             "engine in force", f"{chosen} ({where}) is not there", f"name one of: {', '.join(engine_names())}"
         )

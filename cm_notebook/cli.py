@@ -87,6 +87,7 @@ TUTORIAL = Command(
     ),
 )
 DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.", "cm.doctor()", (), (_DEBUG,))
+DOCTOR_CODES = "Exit codes: 0 all is well; 1 there is something to look at.\n"
 
 HELP = """\
 cm-notebook: workflows of AI agents, with you deciding at the right moments.
@@ -226,6 +227,35 @@ def _ends_as_interrupts() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+class _HeldInterrupts:
+    """Ctrl+C waits until ``release``, where it counts: a run that has begun must be there to be stopped by it.
+
+    A second one does not wait.
+    """
+
+    def __init__(self) -> None:
+        self._came = False
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        mine = threading.current_thread() is threading.main_thread()
+        self._taken = [number for number in numbers if mine and signal.getsignal(number) is signal.default_int_handler]
+        for number in self._taken:
+            signal.signal(number, self._note)
+
+    def _note(self, *_: object) -> None:
+        if self._came:
+            raise KeyboardInterrupt
+        self._came = True
+
+    def release(self) -> None:
+        """From now on it is as before; what came meanwhile comes now."""
+        for number in self._taken:
+            signal.signal(number, signal.default_int_handler)
+        self._taken = []
+        if self._came:
+            self._came = False
+            raise KeyboardInterrupt
+
+
 def _dispatch(words: list[str]) -> int:
     name = words[0] if words else "--help"
     if name in ("-h", "--help", "help"):
@@ -252,10 +282,12 @@ def version() -> str:
 
 
 def _doctor(words: list[str]) -> int:
-    if _Parser(DOCTOR).read(words) is not None:
+    if _Parser(DOCTOR, DOCTOR_CODES).read(words) is not None:
         from . import doctor
 
-        print(doctor())
+        report = doctor()
+        print(report)
+        return FAILED if report.problems else DONE
     return DONE
 
 
@@ -291,13 +323,19 @@ def _run(words: list[str]) -> int:
     policy = asked.get("on_gate") or config.setting("on_gate")
     there = policy is None and somebody() and (console.can_ask or config.setting("headless") is False)
     config.chosen["headless"] = not there  # the run asks the same question, and must come to the same answer
-    run, known = _begin(asked, policy)
-    told = Session(run, console, asks=there and console.can_ask, verbose="verbose" in asked, known=known)
-    return told.see_through(_again(asked, run.id), until=asked.get("until"))
+    begin = _beginning(asked, policy)
+    held = _HeldInterrupts()
+    try:
+        run, known = begin()
+        told = Session(run, console, asks=there and console.can_ask, verbose="verbose" in asked, known=known)
+    except BaseException:
+        held.release()
+        raise
+    return told.see_through(_again(asked, run.id), until=asked.get("until"), ready=held.release)
 
 
-def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
-    """The run that was asked for, and up to which event its story was told before."""
+def _beginning(asked: dict[str, Any], policy: Any) -> Callable[[], tuple[Run, int]]:
+    """What begins the run that was asked for, and says up to which event its story was told before."""
     workflow = load(asked["file"], asked.get("workflow"))
     runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
@@ -305,11 +343,17 @@ def _begin(asked: dict[str, Any], policy: Any) -> tuple[Run, int]:
     given = {name: asked[name] for name in ("engine", "tape", "until") if name in asked}
     if "resume" not in asked:
         workspace = asked.get("workspace")
-        return Run.start(workflow, inputs, journal=journal, workspace=workspace, on_gate=policy, **given), 0
+        return lambda: (
+            Run.start(workflow, inputs, journal=journal, workspace=workspace, on_gate=policy, **given),
+            0,
+        )
     before = Run.open(asked["resume"], journal).state
     known = before.seq
     check_read(workflow, inputs, {**workflow.inputs, **before.inputs})
-    return runs.resume(asked["resume"], workflow, inputs=inputs, journal=journal, on_gate=policy, **given), known
+    return lambda: (
+        runs.resume(asked["resume"], workflow, inputs=inputs, journal=journal, on_gate=policy, **given),
+        known,
+    )
 
 
 def _again(asked: dict[str, Any], run_id: str) -> str | None:
@@ -338,7 +382,7 @@ def load(file: str, name: str | None = None) -> Workflow:
     """
     path = Path(file)
     if not path.is_file():
-        near = [str(other) for pattern in ("*.py", "*.json") for other in path.parent.glob(pattern)]
+        near = sorted(str(other) for pattern in ("*.py", "*.json") for other in path.parent.glob(pattern))
         hint = f" {did_you_mean(file, near, 'Here')}" if near else ""
         raise WorkflowError(f"there is no file {file!r}.{hint}")
     if path.suffix == ".json":
@@ -395,7 +439,8 @@ def _place(path: Path, error: BaseException) -> str:
     """The file, and the line in it where the error came up."""
     own = str(path.absolute())
     if isinstance(error, SyntaxError):
-        return f"{path if error.filename == own else error.filename}, line {error.lineno}"
+        file = path if error.filename in (own, None) else error.filename  # a NUL byte stands nowhere
+        return f"{file}, line {error.lineno}" if error.lineno is not None else str(file)
     here = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
     return f"{path}, line {here[-1]}" if here else str(path)
 
@@ -455,11 +500,15 @@ class Session:
         self._written: dict[tuple[str, int], list[str]] = {}
         """What has been printed of an attempt's text, in pieces."""
 
-    def see_through(self, again: str | None, until: str | None = None) -> int:
-        """Follow the run until it rests; returns the exit code, having said why if it is not 0."""
+    def see_through(self, again: str | None, until: str | None = None, ready: Callable[[], None] = lambda: None) -> int:
+        """Follow the run until it rests; returns the exit code, having said why if it is not 0.
+
+        `ready` is called where an interrupt stops the run.
+        """
         why = ""
         feed = self._run.watch(self._awake.set)
         try:
+            ready()
             self._tell(self._run.events)
             threading.Thread(target=self._await_rest, name="cm-rest", daemon=True).start()
             while not self._rests:
@@ -562,7 +611,7 @@ class Session:
             "paused": "" if as_asked else f"{say.one_line(state.name, 80)} is paused: {state.pause_reason}.",
         }
         if message := str(self._ended or said.get(status, "")):
-            _complain(message)
+            _complain(message, more=f"cm.Run.open({self._run.id!r}).state.reason")
         if again is not None:
             _complain(f"Go on with it: {again}", sign="")
         if as_asked:
@@ -596,7 +645,7 @@ class Session:
         shown = self._subject(gate, step)
         if shown and not self._is_written(gate, shown):
             self._console.say(f"--- {gate.path}{f', attempt {gate.attempt}' if gate.attempt > 1 else ''}", "dim")
-            lines = clean(shown).splitlines()
+            lines = say.bounded(shown, "v").splitlines()
             if len(lines) > _LONG:
                 left_out = len(lines) - _HEAD - _TAIL
                 lines[_HEAD:-_TAIL] = [f"… {left_out} lines more: v shows all …"]
@@ -869,6 +918,6 @@ def _let_go_of_stdout() -> None:
         os.close(devnull)
 
 
-def _complain(message: str, sign: str = "cm-notebook: ") -> None:
+def _complain(message: str, sign: str = "cm-notebook: ", more: str = "--debug") -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(f"{sign}{message}", file=sys.stderr, flush=True)
+        print(f"{sign}{say.bounded(message, more)}", file=sys.stderr, flush=True)

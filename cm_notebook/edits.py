@@ -6,7 +6,6 @@ workflow has to pass, so what cannot run is refused by name before anything happ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from .errors import WorkflowError
 from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, WorkflowChanged, sound
 from .prompts import agent_facts, check_templates, fingerprint
 from .state import RunState, cut_all
-from .workflow import RESERVED, Agent, Separator, Step, Workflow, step_data
+from .workflow import Agent, Separator, Step, Workflow, check_inputs, step_data
 
 _MISSING = object()
 
@@ -26,20 +25,7 @@ def checked_inputs(inputs: Any) -> dict[str, Any]:
     ------
     WorkflowError    One cannot be kept in a journal; the message names it.
     """
-    if not isinstance(inputs, Mapping):
-        raise WorkflowError(
-            f"inputs={inputs!r} is not a dict of names and values, for instance {{'goal': 'a todo CLI'}}."
-        )
-    for name, value in inputs.items():
-        if not isinstance(name, str) or name in RESERVED:
-            raise WorkflowError(f"input {name!r}: an input has a name of its own; {', '.join(RESERVED)} are taken.")
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError):
-            raise WorkflowError(
-                f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
-                f"Pass its text: str({name})."
-            ) from None
+    check_inputs(inputs)
     return {name: sound(value) for name, value in inputs.items()}
 
 
@@ -119,23 +105,38 @@ def removal(state: RunState, step: str) -> list[AnyEvent]:
     return [*cut_all(state, "removed", gone), StepRemoved(step=gone.id)]
 
 
+def check_order(state: RunState, workflow: Workflow) -> None:
+    """Refuse an edited definition in which a step that has run is not found again; said before all else of it.
+
+    A step that has not run may be renamed or deleted: it has nothing to lose. The steps that stay keep their order.
+
+    Raises
+    ------
+    WorkflowError    A step that has run is renamed or deleted, or a step stands elsewhere.
+    """
+    old, new = [step.id for step in state.order], [item.id for item in workflow.executable]
+    hint = f"Start a new run for the new workflow: `%cm workflow {state.name} --new`, or workflow.start()."
+    for place, id in enumerate(old):
+        if id not in new and state.steps[id].attempts:
+            other = new[place] if place < len(new) and new[place] not in old else None
+            now = f"is renamed to {other!r}" if other is not None else "is no longer in the workflow"
+            raise WorkflowError(f"step {id!r} has run and {now}. {hint}")
+    kept, wanted = [id for id in old if id in new], [id for id in new if id in old]
+    for here, there in zip(kept, wanted, strict=True):
+        if here != there:
+            raise WorkflowError(f"step {here!r} stands elsewhere now. {hint}")
+
+
 def revision(state: RunState, workflow: Workflow, inputs: dict[str, Any]) -> list[AnyEvent]:
     """The events that lead to `workflow`, an edited definition of the same one.
 
     Raises
     ------
-    WorkflowError    A step that has run is renamed, deleted or stands elsewhere.
+    WorkflowError    As for :func:`check_order`.
     """
-    old, new = [step.id for step in state.order], [item.id for item in workflow.executable]
-    hint = f"Start a new run for the new workflow: `%cm workflow {state.name} --new`, or workflow.start()."
-    gone = [id for id in old if id not in new]
-    for id in gone:
-        if state.steps[id].attempts:
-            raise WorkflowError(f"step {id!r} has run and is no longer in the workflow. {hint}")
-    kept, wanted = [id for id in old if id in new], [id for id in new if id in old]
-    for here, there in zip(kept, wanted, strict=True):
-        if here != there:
-            raise WorkflowError(f"step {here!r} stands elsewhere now. {hint}")
+    check_order(state, workflow)
+    kept = {item.id for item in workflow.executable}
+    gone = [step.id for step in state.order if step.id not in kept]
     events = [*_redefinition(state, workflow, inputs), *(event for id in gone for event in removal(state, id))]
     made = workflow.model_copy(update={"inputs": inputs})  # which are known by then
     before: str | None = None

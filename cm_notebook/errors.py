@@ -6,7 +6,7 @@ surfaces is a bug of ours. A message is one line: what happened (with the value)
     CodeMachineError
     ├─ WorkflowError         the workflow as written is wrong; raised before anything ran
     ├─ EngineError           an agent's turn failed            .engine .step .attempt .retry_after_s
-    │  ├─ EngineNotFound     no engine, or no program, of that name
+    │  ├─ EngineNotFound     no engine, program or model of that name
     │  ├─ EngineAuthError    no key, or a key that was refused
     │  ├─ EngineRateLimited  try again later (the only kind retried unasked, with EngineUnavailable)
     │  ├─ EngineUnavailable  overload or a dropped connection
@@ -74,7 +74,7 @@ class EngineError(CodeMachineError):
 
 
 class EngineNotFound(EngineError):
-    """There is no engine, or no program, of that name."""
+    """There is no engine, program or model of that name."""
 
 
 class EngineAuthError(EngineError):
@@ -138,14 +138,14 @@ class AlreadyDecided(TransitionError):
 
 
 class GatePending(CodeMachineError):
-    """The result asked for waits for a decision at ``gate`` (None: the step has not run yet)."""
+    """The result asked for waits for a decision at ``gate``, or (None) for ``step``, which has not run yet."""
 
     show: Callable[[GatePending], list[str]] | None = None
     """Set by the notebook: shows the gate's bar again and gives the lines that stand for a traceback."""
 
-    def __init__(self, message: str, *, gate: Any = None, run: Any = None) -> None:
+    def __init__(self, message: str, *, gate: Any = None, run: Any = None, step: str | None = None) -> None:
         super().__init__(message)
-        self.gate, self.run = gate, run
+        self.gate, self.run, self.step = gate, run, step
 
     def _render_traceback_(self) -> list[str]:
         """IPython's hook: one sentence instead of a traceback."""

@@ -36,6 +36,8 @@ ACTIONS: dict[GateKind, tuple[Action, ...]] = {
 
 EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted")
 """Where approving may carry an edited text."""
+OTHER_WORDS = "your words reached no model"
+"""So ends the note of a turn whose answer was recorded for another prompt."""
 
 
 class Ref(NamedTuple):
@@ -177,10 +179,14 @@ class RunPaused(BaseEvent):
 
 
 class RunUnpaused(BaseEvent):
-    """The run goes on, up to and including the step ``until`` when that is given."""
+    """The run goes on, up to and including the step ``until`` when that is given.
+
+    ``once``: as far as that step has run once, even if it is a module that sends the run back.
+    """
 
     type: Literal["RunUnpaused"] = Field(default="RunUnpaused", exclude=True)
     until: str | None = None
+    once: bool = False
 
 
 class ModeChanged(BaseEvent):
@@ -267,6 +273,17 @@ class TurnStarted(BaseEvent):
     digest: str
     session_id: str | None = None
     engine: str
+
+
+class SessionOpened(BaseEvent):
+    """The agent said by which id its conversation can be continued, whatever becomes of the turn."""
+
+    type: Literal["SessionOpened"] = Field(default="SessionOpened", exclude=True)
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    session_id: str
 
 
 class TurnFinished(BaseEvent):
@@ -407,6 +424,7 @@ AnyEvent = (
     | StepRemoved
     | StepSkipped
     | TurnStarted
+    | SessionOpened
     | TurnFinished
     | TurnFailed
     | TurnCutShort

@@ -6,7 +6,8 @@ wants to know about a run is read out of them.
 
 Several processes may write. Whoever wants to takes the write lock first (``begin``), and gets what others have
 recorded meanwhile; so the check "is this legal now?" is always made on all there is. While another program writes,
-``begin`` says so at once (``JournalBusy``) and holds nothing: when to try again is the caller's. Who *drives* a run
+``begin`` says so at once (``JournalBusy``) and holds nothing: when to try again is the caller's. A file that was
+deleted or replaced could still be written, but nobody would find it: ``begin`` sees that too. Who *drives* a run
 holds a lock on a file of its own, which the operating system lets go of when the process dies, however it dies.
 
 ``MemoryJournal`` is the same without a disk: a list.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 MAGIC = b"SQLite format 3\0"
+_HEADER = ((16, 18), (28, 32), (24, 28), (92, 96))
 APPLICATION_ID = 0x434D4E42  # "CMNB", so that another program's database is not taken for a journal
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -48,6 +50,7 @@ _RUNS = (
 )
 _SELECT = "SELECT id, at, type, body FROM events WHERE id > ? AND id < ? ORDER BY id"
 
+MOVE_IT = "Move it away, and the next run makes a new one; the runs in it cannot be read."
 OWN_FOLDER = ".cm_notebook"
 BUSY_S = 5.0
 """Seconds to wait for another process while a journal is opened or read."""
@@ -153,10 +156,13 @@ class Journal:
         with self._translated():
             _make(Path(self.path))
             self._check_owner()
+            self._place = Path(self.path)
+            self._file = self._place.stat()
             self._writer = self._connect()
             self._migrate()
             self._writer.execute(f"PRAGMA busy_timeout={round(BEGIN_S * 1000)}")
             self._reader = self._connect()
+        self._check_place()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
@@ -182,14 +188,35 @@ class Journal:
         with contextlib.suppress(Exception):
             self.close()
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the file that is open here is still the one of this name."""
+        try:
+            return os.path.samestat(self._file, self._place.stat())
+        except OSError:
+            return False
+
+    def _check_place(self) -> None:
+        if not self.in_place:
+            raise JournalError(
+                f"the journal {self.path} was deleted or replaced while it was in use, so nothing can be recorded in "
+                "it any more. Put the file back with those beside it (-wal, -shm) and resume, or start a new run.",
+                path=self.path,
+            )
+
     def _check_owner(self) -> None:
         """Leave files of others alone: opening one as a journal would already change it."""
+        pending = _is_filled(self.path + "-wal")
         with Path(self.path).open("rb") as file:
-            header = file.read(100)
+            header, size = file.read(100), os.fstat(file.fileno()).st_size
         if len(header) < 100 and header.startswith(MAGIC[: len(header)]):
             raise JournalError(_cut_off(self.path), path=self.path)
         if header.startswith(MAGIC) and int.from_bytes(header[68:72], "big") != APPLICATION_ID:
             raise JournalError(f"{self.path} is a database of another program. Name another file.", path=self.path)
+        # SQLite sees a missing page, not a missing byte. What is still in the log need not be in the file yet; and the
+        # log is looked at on both sides, as another process may be bringing its pages over just now.
+        if size < _size_by(header) and not pending and not _is_filled(self.path + "-wal"):
+            raise JournalError(_cut_off(self.path), path=self.path)
 
     def _migrate(self) -> None:
         execute = self._writer.execute
@@ -250,6 +277,7 @@ class Journal:
         self._write.acquire()
         try:
             with self._translated():
+                self._check_place()
                 execute = self._writer.execute
                 execute("BEGIN IMMEDIATE")
                 version = execute("PRAGMA data_version").fetchone()[0]
@@ -407,15 +435,14 @@ class Journal:
 
 
 AnyJournal = Journal | MemoryJournal
-_opened: dict[str, AnyJournal] = {}
+_opened: dict[str, Journal] = {}
 _opening = threading.Lock()
 
 
 @atexit.register
 def _close_all() -> None:
     for journal in _opened.values():
-        if isinstance(journal, Journal):
-            journal.close()
+        journal.close()
 
 
 def open_journal(where: str | os.PathLike[str] | AnyJournal, *, make: bool = True) -> AnyJournal:
@@ -436,9 +463,10 @@ def open_journal(where: str | os.PathLike[str] | AnyJournal, *, make: bool = Tru
         raise JournalError(f"there is no journal {name}. Start a run first, or name the right file.", path=name)
     key = f"{os.getpid()}:{os.path.realpath(name)}"
     with _opening:
-        if key not in _opened or not Path(name).exists():
-            _opened[key] = Journal(name)
-        return _opened[key]
+        found = _opened.get(key)
+        if found is None or not found.in_place:
+            found = _opened[key] = Journal(name)
+        return found
 
 
 def _read_rows(rows: sqlite3.Cursor, path: str) -> Iterator[AnyEvent]:
@@ -480,9 +508,7 @@ def _make(path: Path) -> None:
         if path.is_dir():
             raise JournalError(f"{path} is a folder. Name a file for the journal.", path=str(path))
         if path.stat().st_size == 0:
-            raise JournalError(
-                f"{path} is empty: it was cut off, or is no journal. Move it away to begin a new one.", path=str(path)
-            )
+            raise JournalError(f"{path} is empty: it was cut off, or is no journal. {MOVE_IT}", path=str(path))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent.absolute() == Path(OWN_FOLDER).absolute():
@@ -505,8 +531,25 @@ def _make(path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
+def _size_by(header: bytes) -> int:
+    """The size in bytes that a database's header says it has; 0 when it does not say.
+
+    The fields are those of https://sqlite.org/fileformat2.html#the_database_header: page size, pages, and the two
+    counters that agree when the number of pages is right.
+    """
+    page, pages, changes, valid_for = (int.from_bytes(header[at:end], "big") for at, end in _HEADER)
+    return (65536 if page == 1 else page) * pages if header.startswith(MAGIC) and changes == valid_for else 0
+
+
+def _is_filled(path: str) -> bool:
+    try:
+        return Path(path).stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 def _cut_off(path: str) -> str:
-    return f"{path} is damaged: it was cut off, and only its beginning is there. Move it away to begin a new one."
+    return f"{path} is damaged: it was cut off, and only its beginning is there. {MOVE_IT}"
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
@@ -530,10 +573,7 @@ def _explain(path: str, error: sqlite3.Error) -> str:
             "What is recorded is safe; make room and resume."
         )
     if "not a database" in said or "malformed" in said or "no such table" in said or "no such column" in said:
-        return (
-            f"the journal {path} is damaged or no journal ({said}). "
-            "It was left as it is; move it away to begin a new one."
-        )
+        return f"the journal {path} is damaged or no journal ({said}). It was left as it is. {MOVE_IT}"
     if "unable to open" in said:
         return f"the journal {path} cannot be opened: is its folder there and writable?"
     return f"the journal {path} cannot be used: {said}."

@@ -37,6 +37,8 @@ class Option:
         A value, for the help and for the message about a missing one.
     own
         It has no parameter in Python; the notebook deals with it.
+    above
+        For a number: what it must be more than.
     """
 
     parameter: str
@@ -47,6 +49,7 @@ class Option:
     choices: tuple[str, ...] = ()
     example: str = ""
     own: bool = False
+    above: int | None = None
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -113,8 +116,8 @@ _STEP_OPTIONS = (
     Option("agent", "who does it, if not the agent of the step's name", example="planner"),
     Option("interactive", "pause for a person, or not", "switch", off="--auto"),
     Option("gate", "where the pause falls", "choice", choices=("before", "after", "both")),
-    Option("timeout_s", "seconds a turn may take", "number", ("--timeout",), example="300"),
-    Option("retries", "how often a dropped connection is tried again", "count", example="2"),
+    Option("timeout_s", "seconds a turn may take", "number", ("--timeout",), example="300", above=0),
+    Option("retries", "how often a dropped connection is tried again", "count", example="2", above=-1),
     Option("context", "which outputs it sees: previous, all, none, or names of steps", "context", example="previous"),
     _ENGINE,
     Option("model", "the engine's model", example="MODEL"),
@@ -197,8 +200,8 @@ COMMANDS: dict[str, Command] = {
             "run.add(cm.module(…))",
             (Argument("id", "its name"),),
             (
-                Option("loop_steps", "how many steps to go back", "count", example="1"),
-                Option("loop_max_iterations", "how often at most", "count", example="5"),
+                Option("loop_steps", "how many steps to go back", "count", example="1", above=0),
+                Option("loop_max_iterations", "how often at most", "count", example="5", above=0),
                 Option("loop_skip", "steps left out while it loops", "list", example="a,b"),
                 Option("on_exhausted", "when the loops are used up", "choice", choices=("pause", "continue", "fail")),
                 *_STEP_OPTIONS,
@@ -279,7 +282,7 @@ COMMANDS: dict[str, Command] = {
             "Try again what failed or is stale, or loop once more.",
             "run.retry(…)",
             (_STEP,),
-            (Option("count", "how many more loops", "count", example="2"),),
+            (Option("count", "how many more loops", "count", example="2", above=0),),
             ("line", "cell"),
             "the prompt to try with, in place of the one that was sent",
             examples=("%cm retry", "%cm retry quality-gate --count 2", "%%cm retry planner\nPlan it in three steps."),
@@ -455,7 +458,7 @@ def _read_options(command: Command, words: Sequence[str]) -> tuple[dict[str, Any
         many: dict[str, Any] = {"nargs": argument.many} if argument.many else {}
         parser.add_argument(
             argument.name,
-            type=_converter(argument.kind, argument.choices, argument.name.upper()),
+            type=_converter(argument, argument.name.upper()),
             metavar=argument.shown,
             **many,
         )
@@ -476,7 +479,7 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> N
             action: dict[str, Any] = {"action": _AddPair} if option.kind == "pairs" else {}
             parser.add_argument(
                 *option.flags,
-                type=_converter(option.kind, option.choices, option.usual),
+                type=_converter(option, option.usual),
                 metavar=option.example or option.parameter.upper(),
                 **action,
                 **rules,
@@ -540,14 +543,16 @@ class _AddPair(argparse.Action):
         setattr(namespace, self.dest, {**pairs, values[0]: values[1]})
 
 
-def _converter(kind: Kind, choices: tuple[str, ...], where: str) -> Callable[[str], Any]:
+def _converter(given: Option | Argument, where: str) -> Callable[[str], Any]:
+    kind, choices = given.kind, given.choices
+
     def convert(text: str) -> Any:
         if kind == "choice":
             if text not in choices:
                 raise WorkflowError(f"{where} {text!r} is not known. {did_you_mean(text, choices, 'Possible')}")
             return {"true": True, "false": False}.get(text, text)
         if kind in ("number", "count"):
-            return _number(text, where, whole=kind == "count")
+            return _number(text, where, given)
         if kind == "context" and text in ("previous", "all", "none"):
             return text
         if kind in ("list", "context"):
@@ -557,11 +562,21 @@ def _converter(kind: Kind, choices: tuple[str, ...], where: str) -> Callable[[st
     return convert
 
 
-def _number(text: str, where: str, *, whole: bool) -> int | float:
+def _number(text: str, where: str, given: Option | Argument) -> int | float:
+    whole = given.kind == "count"
+    above, example = (given.above, given.example) if isinstance(given, Option) else (None, "")
+    right = f" For instance: {where} {example}" if example else ""
     try:
-        return int(text) if whole else float(text)
+        number = int(text) if whole else float(text)
     except ValueError:
-        raise WorkflowError(f"{where} {text!r} is not a {'whole ' if whole else ''}number.") from None
+        raise WorkflowError(f"{where} {text!r} is not a {'whole ' if whole else ''}number.{right}") from None
+    if above is not None and not number > above:
+        least = f"{above + 1} or more" if whole else f"more than {above}"
+        raise WorkflowError(f"{where} {text} is too little: it takes {least}{_UNIT.get(where, '')}.{right}")
+    return number
+
+
+_UNIT = {"--timeout": " seconds"}
 
 
 def pair(text: str) -> tuple[str, Any]:

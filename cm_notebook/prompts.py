@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _HOLE = re.compile(rf"\{{\{{\s*({NAME})(?:\.({NAME}))?\s*\}}\}}")
 LOOP_FIELDS = ("reason", "iteration")
+EDITED = "output"
+"""The name of an answer that is a decision's text (``Ref.name``)."""
 
 
 class Hole(NamedTuple):
@@ -245,7 +247,8 @@ def compose(state: RunState, step: StepState, *, continues: bool) -> tuple[tuple
 
     In this order of precedence: an edited prompt as it is; after a rejection the feedback alone, where the agent's own
     session is continued, else the last prompt, the last answer and the feedback; else the template, with what the
-    module said that sent the run back, and with earlier outputs as ``context`` when the template names none.
+    module said that sent the run back, and with earlier outputs as ``context`` when the template names none. Of chained
+    prompts each stands for itself; in its own session the agent is told of a last answer that a person has edited.
     """
     redo = step.redo
     if redo is not None and redo.prompt is not None:
@@ -287,7 +290,7 @@ def _step_prompt(
     if names:
         parts = tuple(_filled(state, step, part, feedback) if isinstance(part, Hole) else part for part in parsed)
     if step.turn > 1:
-        return parts, None
+        return parts + (_edit_block(step) if continues else ()), None
     if step.looped_by is not None and "loop" not in names:
         parts += _loop_block(state, step.looped_by, step.iteration)
     context = None if _names_a_step(state, templates, step.step.raw) else _context(state, step)
@@ -413,6 +416,14 @@ def _all(state: RunState, step: StepState) -> tuple[Part, ...] | None:
 
 def _headed(name: str, output: Ref | None) -> tuple[Part, ...]:
     return (f"\n\n## Output of {name}\n\n", output) if output is not None else ()
+
+
+def _edit_block(step: StepState) -> tuple[Part, ...]:
+    """The answer to the chained prompt before, if it is a person's; without a session the history has it."""
+    _asked, answer = step.said[step.turn - 2]
+    if answer is None or answer.name != EDITED:
+        return ()
+    return ("\n\n## Your last answer, changed by a person to this\n\n", answer)
 
 
 def _loop_block(state: RunState, module_id: str, iteration: int) -> tuple[Part, ...]:

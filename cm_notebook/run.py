@@ -38,7 +38,7 @@ from typing import Any, Literal, cast
 from . import edits
 from . import state as meaning
 from .config import setting
-from .engines.base import AgentRequest, Engine, find_engine
+from .engines.base import AgentRequest, Engine, configured_engine, find_engine, is_engine
 from .engines.functions import FunctionEngine
 from .errors import (
     AlreadyDecided,
@@ -69,6 +69,7 @@ from .events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    SessionOpened,
     StepFailed,
     TurnCutShort,
     TurnFailed,
@@ -79,7 +80,7 @@ from .events import (
     sound,
 )
 from .feed import Feed, LiveText
-from .journal import AnyJournal, open_journal, own_folder
+from .journal import OWN_FOLDER, AnyJournal, open_journal, own_folder
 from .loops import SLICE_S, engine_loop, run_sync, running_loop, wait_detached
 from .prompts import check_read, check_templates, digest, missing_field, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
@@ -173,7 +174,7 @@ class Run:
         workspace
             Folder the agents work in; by default an empty one below ``.cm_notebook/work``.
         until
-            Id of a step: pause when it is done.
+            Id of a step: pause when it is done; a module is when it sends the run back no more.
         max_concurrency
             How many agents that others called, or of a parallel step, may work at the same time; by default as the
             workflow says, else 4.
@@ -190,17 +191,21 @@ class Run:
 
         Raises
         ------
-        WorkflowError     A template names what is not there, an input cannot be kept, `until` is no step.
+        WorkflowError     A template names what is not there, an input cannot be kept, `until` is no step, `workspace`
+                          cannot be made.
         EngineNotFound    A step's engine is not there.
         JournalError      The journal cannot be used.
         """
-        values = {**workflow.inputs, **edits.checked_inputs(inputs or {})}
+        values = {**edits.checked_inputs(workflow.inputs), **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
         check_read(workflow, inputs or {}, workflow.inputs)
         tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
         _check_places("max_concurrency", max_concurrency)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
             raise WorkflowError(f"until={until!r} is not a step. {did_you_mean(until, known, 'Steps')}")
+        if workspace is not None:
+            with _making(workspace, WorkflowError):
+                Path(workspace).mkdir(parents=True, exist_ok=True)
         run = cls(f"r-{secrets.token_hex(4)}", open_journal(journal if journal is not None else setting("journal")))
         run.notebook = notebook
         run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, loop=loop)
@@ -209,17 +214,17 @@ class Run:
             run._engine_for(item)
         run._journal.create(run.id, workflow.name, notebook)
         run._drive()
-        started = RunStarted(
-            run_id=run.id,
-            workflow=sound(workflow.to_dict()),
-            inputs=values,
-            fingerprints=edits.fingerprints(workflow, values),
-            until=until,
-            workspace=str(Path(workspace).absolute()) if workspace is not None else None,
-            recorded=run._tape.run_name if run._tape is not None else None,
-            max_concurrency=max_concurrency,
-        )
         try:
+            started = RunStarted(
+                run_id=run.id,
+                workflow=sound(workflow.to_dict()),
+                inputs=values,
+                fingerprints=edits.fingerprints(workflow, values),
+                until=until,
+                workspace=str(Path(workspace).absolute()) if workspace is not None else None,
+                recorded=run._tape.run_name if run._tape is not None else None,
+                max_concurrency=max_concurrency,
+            )
             run._propose(lambda: [started])
         except BaseException:
             run._let_go()
@@ -583,6 +588,7 @@ class Run:
 
         Raises
         ------
+        AlreadyDecided     The last one has its answer, or was closed as the run ended.
         TransitionError    There is none, or more than one and no step was named.
         """
         with self.reading() as state:
@@ -593,6 +599,8 @@ class Run:
                 if not opened:
                     if self._lost is not None:
                         raise TransitionError(f"run {self.id!r} was given up here, so no gate is open: {self._lost}")
+                    if state.last_gate is not None:
+                        self._check_answered(state, state.last_gate)
                     raise TransitionError(f"no gate is open: run {self.id!r} is {state.status}.")
                 raise TransitionError(
                     f"several gates are open; name the step: {', '.join(gate.path for gate in opened)}."
@@ -610,7 +618,18 @@ class Run:
             last = found.last
             if last is not None and last.decision is not None:
                 raise AlreadyDecided(f"{found.path!r} was {meaning.already(last.decision)}")
-            raise TransitionError(f"{found.path!r} has no open gate: it is {meaning.STATUS_WORDS[found.status]}.")
+            if state.last_gate is not None and state.last_gate.path == found.path:
+                self._check_answered(state, state.last_gate)
+            raise TransitionError(f"{found.path!r} has no open gate: it is {meaning.status_word(state, found)}.")
+
+    def _check_answered(self, state: RunState, gate: Gate) -> None:
+        """Say what became of a gate that is open no more."""
+        answer = state.decisions.get(gate.id)
+        step = state.steps.get(gate.path) or state.members.get(gate.path)
+        if answer is not None:
+            raise AlreadyDecided(f"{gate.path!r} was {meaning.already(answer)}")
+        if state.ended in ("stopped", "failed") and step is not None:
+            raise AlreadyDecided(meaning.closed(state, step))
 
     # -- steering -----------------------------------------------------------------------------------------------------
 
@@ -637,7 +656,7 @@ class Run:
             step = self._state.current
             if step is None:
                 raise TransitionError(f"run {self.id!r} has no step left.")
-            return [RunUnpaused(until=step.id)]
+            return [RunUnpaused(until=step.id, once=True)]
 
         self._go_on(propose)
         return self
@@ -659,6 +678,8 @@ class Run:
         modes = ("step-by-step", "gates", "unattended")
         if mode not in modes:
             raise WorkflowError(f"there is no mode {mode!r}. {did_you_mean(str(mode), modes, 'Modes')}")
+        with self.reading() as state:
+            meaning.check_switch(state)  # said also of a run that is over: starting it again would change nothing
         self._propose(lambda: [ModeChanged(mode=mode)])
         return self
 
@@ -741,8 +762,9 @@ class Run:
 
         Raises
         ------
-        WorkflowError    A step that has run is renamed, deleted or stands elsewhere; nothing was changed.
+        WorkflowError    A step that has run is renamed or deleted, or a step stands elsewhere; nothing was changed.
         """
+        edits.check_order(self.state, workflow)
         values = edits.inputs_of(self.state, workflow, inputs)
         check_templates(workflow, values)
         with self._lock:
@@ -759,6 +781,7 @@ class Run:
         inputs: Mapping[str, Any] | None = None,
         *,
         until: str | None = None,
+        once: bool = False,
         again: str | None = None,
         later: bool = False,
     ) -> Run:
@@ -768,8 +791,8 @@ class Run:
         ----------
         workflow, inputs
             The definition as it is now, as for :meth:`revise`.
-        until
-            Id of a step: pause when it is done. ``None``: no limit.
+        until, once
+            Id of a step: pause when it is done, or (``once``) has run once. ``None``: no limit.
         again, later
             A step to run again, as for :meth:`rerun`.
 
@@ -779,6 +802,8 @@ class Run:
         """
         if inputs and workflow is None:
             workflow = self.workflow
+        if workflow is not None:
+            edits.check_order(self.state, workflow)
         values = edits.inputs_of(self.state, workflow, inputs)
         if workflow is not None:
             check_templates(workflow, values)
@@ -795,9 +820,9 @@ class Run:
                     meaning.check_rewind(state, again)  # before anything is cut short for it
                 events += _more(different, meaning.cut_all(state, f"{again} runs again"))
                 events.append(Rewound(to=again, later=later))
-            held = state.paused or state.until_reached or state.until != until
+            held = state.paused or state.until_reached or (state.until, state.until_once) != (until, once)
             if held if state.ended is None else until is not None:  # resuming lifts every limit
-                events.append(RunUnpaused(until=until))
+                events.append(RunUnpaused(until=until, once=once))
             return events
 
         self._go_on(propose)
@@ -965,7 +990,10 @@ class Run:
                 while self._inbox:
                     proposal, reply = self._inbox.popleft()
                     replies.append(reply)
-                    refusals.append(self._record_all(proposal))
+                    refused = self._record_all(proposal)
+                    if reply is None and refused is not None and not isinstance(refused, CodeMachineError):
+                        raise refused  # nobody else would hear of it
+                    refusals.append(refused)
                 if self._driving:
                     self._act(starts, prompts)
                 begun = False
@@ -1157,9 +1185,7 @@ class Run:
         self.error = error
         try:
             self._reload()
-        except (
-            Exception
-        ):  # it cannot be read either, or there is a bug in reading it: who waits is told the first error
+        except Exception:  # it cannot be read either, or there is a bug in reading; who waits is told the first error
             self._state = RunState()
         if self._driving:
             self._lose(error)
@@ -1256,8 +1282,9 @@ class Run:
             return _FUNCTIONS
         if self._engine is not None and not isinstance(self._engine, str):
             return self._engine
-        name = step.engine or agent.engine or self._engine or self._state.engine or setting("engine")
-        return find_engine(name)
+        if name := step.engine or agent.engine or self._engine or self._state.engine:
+            return find_engine(name)
+        return configured_engine()
 
     def _engine_name(self, step: Step) -> str:
         try:
@@ -1282,25 +1309,35 @@ class Run:
                 for feed in self._feeds:
                     feed.put_text(turn.started.path, turn.started.attempt, text)
 
+        def opened(session_id: str) -> None:
+            self._propose(lambda: self._session_opened(turn, session_id), wait=False)
+
         turn.run_clock()
         try:
-            engine = self._engine_for(turn.step)
-            request = self._request(turn, prompt, write)
+            engine, request = self._engine_for(turn.step), self._request(turn, prompt, write)
+            ending = await take_turn(turn, engine, request, write, opened)
+        except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
+            ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
+            self._propose(lambda: self._turn_ended(turn, ending), wait=False)
+            raise
         except EngineError as error:
             ending = failed(turn, error, None)
-        else:
-            try:
-                ending = await take_turn(turn, engine, request, write)
-            except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
-                ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
-                self._propose(lambda: self._turn_ended(turn, ending), wait=False)
-                raise
+        except Exception as error:  # a bug: whatever happens, the turn has an end
+            ending = failed(turn, error, None, fatal=True)
         turn.stop_clock()
         self._propose(lambda: self._turn_ended(turn, ending), wait=False)
 
     def _too_late(self, turn: LiveTurn) -> None:
         self._propose(lambda: self._turn_ended(turn, too_late(turn)), wait=False)
         turn.cancel()
+
+    def _session_opened(self, turn: LiveTurn, session_id: str) -> list[AnyEvent]:
+        """That its agent's conversation has this id, as an event; none when the turn was cut short meanwhile."""
+        started = turn.started
+        if self._turns.get(started.path) is not turn:
+            return []
+        where = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
+        return [SessionOpened(**where, session_id=session_id)]
 
     def _turn_ended(self, turn: LiveTurn, ending: Ending) -> list[AnyEvent]:
         """The end of a turn as events; none when the turn was cut short meanwhile."""
@@ -1348,6 +1385,7 @@ class Run:
                 model=step.step.model or agent.model,
                 reasoning_effort=step.step.reasoning_effort or agent.reasoning_effort,
                 session_id=started.session_id,
+                history=[(state.text(asked), state.text(got)) for asked, got in step.said[: started.turn - 1]],
                 feedback=said or None,
                 inputs=MappingProxyType(state.inputs),
                 outputs=_Outputs(self),
@@ -1363,8 +1401,10 @@ class Run:
         """The folder to work in; made when the first turn needs it."""
         if self._folder is None:
             given = self._state.workspace
-            self._folder = Path(given) if given is not None else own_folder().joinpath("work", self.id).absolute()
-            self._folder.mkdir(parents=True, exist_ok=True)
+            with _making(given or Path(OWN_FOLDER, "work", self.id), EngineError):
+                folder = Path(given) if given is not None else own_folder().joinpath("work", self.id).absolute()
+                folder.mkdir(parents=True, exist_ok=True)
+            self._folder = folder
         return self._folder
 
     async def _ask_human(self, turn: LiveTurn, question: str) -> str:
@@ -1550,7 +1590,8 @@ def resume(
     Parameters
     ----------
     workflow
-        Its definition as it is now: steps that changed are stale. Needed for the Python functions among its agents,
+        Its definition as it is now: steps that changed are stale. One that has run keeps its name and is not deleted;
+        one that has not may be; those that stay keep their order. Needed for the Python functions among its agents,
         unless `agents` has them.
     inputs
         Values of template names, over those the run has.
@@ -1577,9 +1618,10 @@ def resume(
             raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")
         given = {agent.id: agent for agent in (*agents, *(workflow.agents if workflow is not None else ()))}
         for agent in state.agents.values():
-            if agent.implementation is not None and getattr(given.get(agent.id), "function", None) is None:
+            missing = (given.get(agent.id) or agent).missing
+            if missing is not None:
                 raise WorkflowError(
-                    f"agent {agent.id!r} is a Python function, which a journal cannot keep. "
+                    f"agent {agent.id!r} {missing}, which a journal cannot keep. "
                     f"Pass it: cm.resume({run_id!r}, agents=[{agent.id.replace('-', '_')}]), or workflow=."
                 )
     run._prepare(given.values(), **options)
@@ -1589,19 +1631,21 @@ def resume(
 
     def propose() -> list[AnyEvent]:
         why = reason or ("" if run._state.ended is not None else "the process that drove it had ended")
-        cut = _more(different, meaning.cut_all(run._state, why))
-        return [RunResumed(reason=why, until=until), *cut, *different]
+        cut = meaning.cut_all(run._state, why)
+        changes = [event for event in different if not isinstance(event, TurnCutShort)]  # it was not the edit that cut
+        return [RunResumed(reason=why, until=until), *cut, *changes]
 
     try:
         run._read_on()  # what the one who drove it before wrote until the last moment
         if inputs and workflow is None:
             workflow = run.workflow
         if workflow is not None:
+            edits.check_order(run.state, workflow)
             values = edits.inputs_of(run.state, workflow, inputs)
             check_templates(workflow, values)
             different = edits.revision(run._state, workflow, values)
         run._propose(propose)
-    except CodeMachineError:
+    except BaseException:
         run._let_go()
         raise
     return run._become_current()
@@ -1621,7 +1665,7 @@ def check_options(
     WorkflowError     One of them is none of its kind, or the tape cannot be read.
     EngineNotFound    There is no engine of that name.
     """
-    if engine is not None and not isinstance(engine, (str, Engine)):
+    if engine is not None and not isinstance(engine, str) and not is_engine(engine):
         raise WorkflowError(f"engine={engine!r} is neither a name nor an engine (name, stream).")
     if isinstance(engine, str):
         find_engine(engine)
@@ -1701,6 +1745,19 @@ def _nobody_there(gate: Gate) -> str:
         f'Stopped at the gate "{gate.path}": nobody can answer here. Play a tape with a decision (`--tape`), '
         "or pass `--on-gate approve` if that is what you want."
     )
+
+
+@contextlib.contextmanager
+def _making(folder: str | os.PathLike[str], kind: type[CodeMachineError]) -> Iterator[None]:
+    """What goes wrong while `folder` is made to work in, as an error of this kind."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        why = "it is a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or error
+        raise kind(
+            f"the workspace {os.fspath(folder)!r} cannot be used: {why}. Name a folder that can be made, for instance "
+            "workspace='site'."
+        ) from error
 
 
 @contextlib.contextmanager

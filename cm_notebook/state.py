@@ -61,6 +61,7 @@ from .events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    SessionOpened,
     StepAdded,
     StepChanged,
     StepFailed,
@@ -73,7 +74,7 @@ from .events import (
     Usage,
     WorkflowChanged,
 )
-from .prompts import compose, digest, missing_field, pieces, text_of
+from .prompts import EDITED, compose, digest, missing_field, pieces, text_of
 from .team import CAP, MOST_DEPTH, AgentResult, Groups, last_lines
 from .workflow import Agent, AutonomousMode, Module, Parallel, Separator, Step, Verdict, Workflow, as_step
 
@@ -101,8 +102,14 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "StepSkipped": ("skipped",),
         "Rewound": ("ready",),
     },
-    "ready": {"TurnStarted": ("running",), "AgentsCalled": ("calling",), "Rewound": ("ready",)},
+    "ready": {
+        "TurnStarted": ("running",),
+        "AgentsCalled": ("calling",),
+        "GateOpened": ("waiting",),  # start, of a chained prompt
+        "Rewound": ("ready",),
+    },
     "running": {
+        "SessionOpened": ("running",),
         "TurnFinished": ("ready", "due", "looping", "finished"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
@@ -110,12 +117,14 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "AgentsCalled": ("calling",),
     },
     "calling": {
+        "SessionOpened": ("calling",),
         "AgentsReturned": ("running", "due", "finished"),
         "TurnFinished": ("ready", "due", "looping", "finished"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
     },
     "asking": {
+        "SessionOpened": ("asking",),
         "GateDecided": ("running", "asking"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
@@ -140,9 +149,9 @@ _ENDED: tuple[StepStatus, ...] = (*_SETTLED, "failed")
 _AT_REST: tuple[StepStatus, ...] = ("pending", "ready", "retrying", "due", "waiting", "looping", *_SETTLED)
 SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
     "LoopedBack": dict.fromkeys(_SETTLED, ("pending",)),
-    "Rewound": dict.fromkeys(_AT_REST, ("pending", "finished")),
-    "RunFinished": {"waiting": ("due", "finished", "pending")},
-    "StepChanged": dict.fromkeys(_AT_REST, ("pending", "finished")),
+    "Rewound": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
+    "RunFinished": {"waiting": ("due", "finished", "pending", "ready")},
+    "StepChanged": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
     "AgentsCalled": {"failed": ("ready",)},
     # a member whose caller waits for it no more
     "AgentsReturned": {"waiting": ("due",)},
@@ -166,7 +175,16 @@ STATUS_WORDS: dict[StepStatus, str] = {
     "skipped": "skipped",
     "failed": "failed",
 }
-"""A step's status in words for people."""
+"""A step's status in words for people; :func:`status_word` knows of the run's end too."""
+
+
+def status_word(state: RunState, step: StepState) -> str:
+    """How `step` stands, in words: once the run has ended nothing waits any more."""
+    if state.ended is None or step.status != "due":
+        return STATUS_WORDS[step.status]
+    kind = step.due.kind if step.due is not None else None
+    ended_it = kind == "exhausted" and isinstance(step.step, Module) and step.step.on_exhausted == "fail"
+    return "failed" if kind == "failed" or ended_it else "not decided"
 
 
 NO_FIELDS = "The edited text is not the JSON of the output any more, so it has no fields."
@@ -261,6 +279,8 @@ class Redo:
     """An edited prompt, sent instead of the template."""
     answered: bool = False
     """A person asked for it: its prompt needs no ``start`` gate of its own."""
+    goes_on: bool = False
+    """No next attempt at all: the one there is goes on with a chained prompt that was asked about."""
 
 
 @dataclass(slots=True)
@@ -294,9 +314,11 @@ class StepState:
     """The agent's own conversation, to be continued; a step that begins anew begins a new one."""
     session_engine: str = ""
     """The engine that it was had with, the only one that knows it."""
+    said: list[tuple[Ref, Ref | None]] = field(default_factory=list)
+    """The prompts of the turns before this one, and their answers: what an engine without sessions is told again."""
     retry_at: float | None = None
     looped_by: str | None = None
-    """The module that sent the run back to this step."""
+    """The module that sent the run back, at the first repeated step that runs."""
     answers: list[tuple[str, str]] = field(default_factory=list)
     """Questions of this attempt and their answers."""
     resent: list[tuple[str, str]] = field(default_factory=list)
@@ -438,6 +460,8 @@ class RunState:
     running: dict[str, StepState] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
     """The open ones, by id, oldest first."""
+    last_gate: Gate | None = None
+    """The one that opened last, open or not."""
     decisions: dict[str, Decision] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -453,6 +477,8 @@ class RunState:
     paused: bool = False
     pause_reason: str = ""
     until: str | None = None
+    until_once: bool = False
+    """A module is gone as far as when it has spoken, even where it sends the run back."""
     until_reached: bool = False
     ending: tuple[RunEnd, str] | None = None
     """The end that has been decided on and is to be recorded."""
@@ -604,7 +630,9 @@ def _met(state: RunState, path: str, kind: str) -> StepState:
     return step
 
 
-def _turn_met(state: RunState, event: TurnFinished | TurnFailed | TurnCutShort) -> tuple[StepState, Attempt]:
+def _turn_met(
+    state: RunState, event: SessionOpened | TurnFinished | TurnFailed | TurnCutShort
+) -> tuple[StepState, Attempt]:
     step = _met(state, event.path, event.type)
     last = step.attempts[-1] if step.attempts else None
     if last is None or last.number != event.attempt or step.turn != event.turn:
@@ -646,25 +674,30 @@ def _run_paused(state: RunState, event: RunPaused) -> None:
     if state.paused:
         raise TransitionError("the run is paused already.")
     state.paused, state.pause_reason = True, event.reason
-    state.until, state.until_reached = None, False
+    state.until, state.until_once, state.until_reached = None, False, False
 
 
 def _run_unpaused(state: RunState, event: RunUnpaused) -> None:
     state.paused, state.pause_reason = False, ""
-    _go_until(state, event.until)
+    _go_until(state, event.until, once=event.once)
 
 
-def _go_until(state: RunState, until: str | None) -> None:
-    state.until = until
+def _go_until(state: RunState, until: str | None, *, once: bool = False) -> None:
+    state.until, state.until_once = until, once
     state.until_reached = until is not None and until in state.steps and state.steps[until].index < state.cursor
 
 
-def _mode_changed(state: RunState, event: ModeChanged) -> None:
+def check_switch(state: RunState) -> None:
+    """Refuse to switch the mode of a locked workflow."""
     if state.locked is not None:
         raise TransitionError(
             f"workflow {state.name!r} is locked to autonomous_mode={state.locked!r}; its mode cannot be switched. "
             "Define it with autonomous_mode=True to switch while it runs."
         )
+
+
+def _mode_changed(state: RunState, event: ModeChanged) -> None:
+    check_switch(state)
     state.mode = event.mode
 
 
@@ -817,6 +850,8 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         step.attempts.append(Attempt(state.texts, number, event.iteration, engine=event.engine, started_at=event.at))
         step.answers = []
     last = step.attempts[-1]
+    if step.redo is not None:
+        step.redo.goes_on = False  # cut short, it is the next attempt
     if step.status == "retrying":
         last.turns.pop()
         last.started_at = event.at  # waiting between two tries is not work
@@ -839,6 +874,12 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
     last.ordinal = state.ordinals.setdefault(step.step.agent, Ordinals()).take()
     step.status, step.retry_at, step.note = "running", None, None
     state.running[step.path] = step
+
+
+def _session_opened(state: RunState, event: SessionOpened) -> None:
+    step, last = _turn_met(state, event)
+    last.session_id = event.session_id
+    step.session, step.session_engine = last.session_id, last.engine
 
 
 def _turn_finished(state: RunState, event: TurnFinished) -> None:
@@ -877,17 +918,28 @@ def _judge(state: RunState, step: StepState, last: Attempt) -> None:
     if not more and (problem := _verdict_problem(step, last)) is not None:
         _owe(step, Due("verdict", {"reason": problem}, answer))
     elif asks:
-        payload: dict[str, Any] = {}
-        if state.mode == "step-by-step" and step.step.interactive is False:
-            payload["note"] = "This step asks for no pause, but in step-by-step mode every step pauses."
+        payload = _note(state, step)
         if more:
             payload["next_prompt"] = step.turn + 1
         _owe(step, Due("review", payload, answer))
     elif more:
-        step.turn += 1
-        step.status, step.redo = "ready", None
+        _next_prompt(step, last)
     else:
         _conclude(state, step, last)
+
+
+def _note(state: RunState, step: StepState) -> dict[str, Any]:
+    """What a gate says beside, where the mode asks and not the step."""
+    if state.mode == "step-by-step" and step.step.interactive is False:
+        return {"note": "This step asks for no pause, but in step-by-step mode every step pauses."}
+    return {}
+
+
+def _next_prompt(step: StepState, last: Attempt) -> None:
+    """The next of the chained prompts is sent."""
+    step.said = [*step.said[: step.turn - 1], (Ref(last.turns[-1], "prompt"), last.answer)]
+    step.turn += 1
+    step.status, step.redo = "ready", None
 
 
 def _verdict_problem(step: StepState, last: Attempt) -> str | None:
@@ -1002,13 +1054,18 @@ def _stop_running(state: RunState, step: StepState, at: float) -> None:
 def _gate_opened(state: RunState, event: GateOpened) -> None:
     gate = event.gate
     step = _met(state, gate.path, event.type)
-    fits = {"pending": "start", "running": "question", "due": step.due and step.due.kind}
-    without = {
-        "stale": not step.stale,
-        "start": event.prompt is None or bool(step.caller) or isinstance(step.step, Parallel),
+    chained = step.turn > 1 and step.redo is None
+    fits = {
+        "pending": "start",
+        "ready": "start" if chained else None,
+        "running": "question",
+        "due": step.due and step.due.kind,
     }
+    without = {"stale": not step.stale, "start": bool(step.caller) or isinstance(step.step, Parallel)}
     if gate.kind != fits.get(step.status, "stale") or without.get(gate.kind):
         raise TransitionError(f"a {gate.kind!r} gate cannot open while step {step.id!r} is {step.status}.")
+    if gate.kind == "start" and event.prompt is None:
+        raise TransitionError(f"a 'start' gate of step {step.id!r} asks about a prompt, and none is there.")
     gate.opened_at = event.at
     state.owed.pop(step.path, None)
     step.status = "asking" if gate.kind == "question" else "waiting"
@@ -1017,8 +1074,8 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
     if event.prompt is not None:
         state.texts[Ref(event.seq, "prompt")] = event.prompt + (event.context or ())
     if gate.kind == "start":
-        step.redo = Redo(prompt=Ref(event.seq, "prompt"))
-    state.gates[gate.id] = gate
+        step.redo = Redo(prompt=Ref(event.seq, "prompt"), goes_on=chained)
+    state.gates[gate.id] = state.last_gate = gate
 
 
 def gate_of(state: RunState, gate_id: str) -> Gate:
@@ -1039,9 +1096,20 @@ def gate_of(state: RunState, gate_id: str) -> Gate:
     path = "/".join(place[1:-2])
     earlier = state.steps.get(path) or state.members.get(path)
     if earlier is not None and place[-1] in map(str, range(1, earlier.gates + 1)):
+        if place[-1] == str(earlier.gates) and state.ended in ("stopped", "failed"):
+            raise AlreadyDecided(closed(state, earlier))
         raise AlreadyDecided(f"that gate of {earlier.id!r} is closed: its turn is over. Nothing was changed.")
     opened = ", ".join(state.gates) or "none"
     raise TransitionError(f"there is no gate {gate_id!r}. Open: {opened}.")
+
+
+def closed(state: RunState, step: StepState) -> str:
+    """That the gate of `step` was closed without an answer, as the run ended."""
+    why = f": {state.reason}" if state.reason else ""
+    return (
+        f"the gate of {step.id!r} is closed: run {state.run_id!r} is {state.ended}{why}. Nothing was changed. "
+        f"Go on with it, and it asks again: cm.resume({state.run_id!r})."
+    )
 
 
 def already(decision: Decision) -> str:
@@ -1104,17 +1172,20 @@ def _stop_at(state: RunState, step: StepState, gate: Gate, due: Due | None, deci
     elif gate.kind == "stale":
         step.status, step.stale = "finished", True
     elif gate.kind == "start":
-        step.status, step.redo = "pending", None
+        _ask_again(step)
     else:
         step.status, step.due = "due", due
+
+
+def _ask_again(step: StepState) -> None:
+    """The prompt of `step` is put to a person again when the run goes on."""
+    step.status, step.redo = "pending" if step.turn == 1 else "ready", None
 
 
 def _approve_review(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
     last = _edited(state, step, decision, seq)
     if step.turn < step.step.turns:
-        step.turn += 1
-        step.status = "ready"
-        step.redo = None
+        _next_prompt(step, last)
     else:
         _conclude(state, step, last)
 
@@ -1126,7 +1197,7 @@ def _edited(state: RunState, step: StepState, decision: Decision, seq: int) -> A
         return last
     made = Attempt(state.texts, last.number + 1, last.iteration, engine=last.engine, edited=True)
     made.started_at = made.ended_at = decision.at
-    made.turns, made.answer, made.decision = list(last.turns), Ref(seq, "output"), decision
+    made.turns, made.answer, made.decision = list(last.turns), Ref(seq, EDITED), decision
     made.verdict = last.verdict if last.verdict is None else Verdict.from_text(decision.output) or last.verdict
     made.session_id, made.members = last.session_id, last.members
     if last.output is not None:
@@ -1156,9 +1227,9 @@ def _skip(state: RunState, step: StepState, gate: Gate, decision: Decision, seq:
 
 
 def _approve_start(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
-    shown = step.redo.prompt if step.redo is not None else None
-    edited = Ref(seq, "output") if decision.output is not None else shown
-    step.status, step.redo = "ready", Redo(prompt=edited, answered=True)
+    shown = cast("Redo", step.redo)
+    edited = Ref(seq, "output") if decision.output is not None else shown.prompt
+    step.status, step.redo = "ready", Redo(prompt=edited, answered=True, goes_on=shown.goes_on)
 
 
 def _approve_verdict(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
@@ -1253,7 +1324,7 @@ def _looped_back(state: RunState, event: LoopedBack) -> None:
     target.looped_by = step.id
     state.epoch += 1
     state.cursor = target.index
-    if state.until == step.id:
+    if state.until == step.id and state.until_once:
         state.until_reached = True
 
 
@@ -1299,6 +1370,7 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "StepRemoved": _step_removed,
     "StepSkipped": _step_skipped,
     "TurnStarted": _turn_started,
+    "SessionOpened": _session_opened,
     "TurnFinished": _turn_finished,
     "TurnFailed": _turn_failed,
     "TurnCutShort": _turn_cut_short,
@@ -1314,6 +1386,8 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
 
 def _settle(state: RunState, step: StepState, status: Literal["finished", "skipped"], output: Ref | None) -> None:
     """The run may go past `step`, whose output is `output`; what was made from an earlier one is stale."""
+    if step.looped_by is not None and status == "skipped":
+        _hand_on(state, step)
     step.status, step.approved = status, output
     _trust(step)
     step.due, step.redo, step.looped_by, step.resent = None, None, None, []
@@ -1333,6 +1407,14 @@ def _settle(state: RunState, step: StepState, status: Literal["finished", "skipp
     if state.until == step.id:
         state.until_reached = True
     _advance(state)
+
+
+def _hand_on(state: RunState, step: StepState) -> None:
+    """What the module said that sent the run back is for the first repeated step that runs: `step` is passed over."""
+    module, after = state.steps.get(cast("str", step.looped_by)), state.after(step)
+    ran = step.last is not None and step.last.iteration == step.iteration
+    if module is not None and after is not None and after.index <= module.index and not ran:
+        after.looped_by = step.looped_by
 
 
 def _doubt_later(state: RunState, step: StepState) -> None:
@@ -1355,17 +1437,32 @@ def _advance(state: RunState) -> None:
 
 
 def _begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
-    """The step runs anew, from its first prompt."""
-    step.status, step.turn = status, 1
-    _trust(step)
-    step.redo, step.due, step.retry_at, step.session = None, None, None, None
+    """The step runs anew, from its first prompt: ``ready`` as a person asks for it, ``pending`` in the run's course.
+
+    One that may have run does not in the run's course: its gate asks first.
+    """
+    step.turn, step.redo, step.retry_at, step.session = 1, None, None, None
     step.team, step.recall = [], {}
+    if status == "pending" and _may_have_run(step):
+        step.status = "due"
+        return
+    step.status, step.due = status, None
+    _trust(step)
+
+
+def _may_have_run(step: StepState) -> bool:
+    """Whether a person still has to say if a turn that was cut short had its effect."""
+    return step.status in ("due", "waiting") and step.due is not None and step.due.kind == "may_have_run"
 
 
 def _next_attempt(step: StepState) -> int:
-    """The number of the attempt that the next turn belongs to: a chained prompt and a second try stay in theirs."""
-    same = step.status == "retrying" or (step.turn > 1 and step.redo is None and step.attempts)
-    return step.attempt if same else step.attempt + 1
+    """The number of the attempt that the next turn belongs to: a chained prompt and a second try stay in theirs.
+
+    After a person's own text comes another one, so that theirs stays what it was.
+    """
+    asked = step.redo is not None and not step.redo.goes_on
+    goes_on = step.turn > 1 and not asked and step.last is not None and not step.last.edited
+    return step.attempt if goes_on or step.status == "retrying" else step.attempt + 1
 
 
 def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
@@ -1380,7 +1477,7 @@ def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
     if kind == "stale":
         step.status, step.stale = "finished", True
     elif kind == "start":
-        step.status, step.redo = "pending", None
+        _ask_again(step)
     elif kind != "question":
         step.status = "due"
         _owe_member(state, step)
@@ -1516,7 +1613,7 @@ def _open(
     whole = hashlib.sha256()
     for piece in pieces(due.text, state.texts):
         whole.update(piece.encode("utf-8", "surrogatepass"))
-    attempt = step.attempt + 1 if due.kind == "start" else step.attempt
+    attempt = _next_attempt(step) if due.kind == "start" else step.attempt
     gate = Gate(
         id=f"{state.run_id}/{step.path}/{attempt}/{step.gates + 1}",
         kind=due.kind,
@@ -1560,11 +1657,8 @@ def _start(state: RunState, step: StepState, engine_of: Callable[[Step], str] | 
     if session is not None and engine_of is not None and engine_of(step.step) != step.session_engine:
         session = None  # another engine would not know it
     prompt, context = compose(state, step, continues=session is not None)
-    first = step.status == "pending" and step.turn == 1
-    asked = step.redo is not None and step.redo.answered
-    shows = step.step.gate != "after" and state.pauses(step.step)
-    if first and not asked and shows and missing_field(state, step) is None:  # else it fails as a turn
-        return Record(_open(state, step, Due("start", {}, prompt + (context or ())), prompt, context))
+    if _asks_first(state, step) and missing_field(state, step) is None:  # else it fails as a turn
+        return Record(_open(state, step, Due("start", _note(state, step), prompt + (context or ())), prompt, context))
     return StartTurn(
         step=step,
         attempt=_next_attempt(step),
@@ -1574,6 +1668,15 @@ def _start(state: RunState, step: StepState, engine_of: Callable[[Step], str] | 
         session_id=session,
         not_before=step.retry_at,
     )
+
+
+def _asks_first(state: RunState, step: StepState) -> bool:
+    """Whether the next prompt of `step` is put to a person; of chained prompts each in a manual run, else the first."""
+    if step.step.gate == "after" or not state.pauses(step.step):
+        return False
+    if step.turn > 1:
+        return step.status == "ready" and step.redo is None and state.mode == "step-by-step"
+    return step.status == "pending" and (step.redo is None or not step.redo.answered)
 
 
 # -- members ----------------------------------------------------------------------------------------------------------

@@ -40,9 +40,12 @@ class StepView:
 
     @property
     def status(self) -> str:
-        """``pending, queued, running, asks you, tries again, waiting, done`` or ``skipped``."""
-        with self.run.reading():
-            return meaning.STATUS_WORDS[self._step.status]
+        """``pending, queued, running, asks you, tries again, waiting, done`` or ``skipped``.
+
+        Where the run has ended at it also ``failed`` or ``not decided``.
+        """
+        with self.run.reading() as state:
+            return meaning.status_word(state, self._step)
 
     @property
     def stale(self) -> bool:
@@ -103,9 +106,22 @@ class StepView:
                     f"Go on with it: `%cm run`, or cm.resume({self.run.id!r}).",
                     run=self.run,
                 )
-            word = meaning.STATUS_WORDS[step.status]
-            raise GatePending(f'"{step.id}" is {word}: it has no result yet. Wait for it: `await run`.', run=self.run)
+            raise GatePending(self._not_yet(step), run=self.run, step=step.id)
         return step
+
+    def _not_yet(self, step: StepState) -> str:
+        """Why there is no result, no gate being open, and what to do about it; true in a cell and in a script."""
+        state = self.run._state
+        at_work = [f'"{other.id}"' for other in state.running.values() if other.id != step.id]
+        word, then = meaning.STATUS_WORDS[step.status], "When it has one, run this cell again"
+        if at_work and step.status == "pending":
+            why = f"has no result yet: {', '.join(at_work)} {'is' if len(at_work) == 1 else 'are'} running"
+            then = "Decide there, then run this cell again"
+        elif state.paused and step.status == "pending":
+            why, then = "has no result yet: the run is paused", "Go on (`%cm run`), then run this cell again"
+        else:
+            why = f"has no result yet: it is {word}"
+        return f'"{step.id}" {why}. {then}; a script waits first: `run.wait()`.'
 
     @property
     def prompt(self) -> str:

@@ -176,7 +176,7 @@ class Tape:
             data = Path(source).read_bytes()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            near = [str(other) for other in Path(source).parent.glob("*.jsonl")] if "\0" not in source else []
+            near = sorted(map(str, Path(source).parent.glob("*.jsonl"))) if "\0" not in source else []
             hint = f" {did_you_mean(source, near, 'Here')}" if near else ""
             raise WorkflowError(f"tape {source!r} cannot be read: {reason}.{hint}") from None
         return cls.parse(data, source)

@@ -8,21 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
+import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from .engines.base import AgentRequest, Delta, Engine, SessionStarted, TurnDone, UsageReported
-from .errors import CodeMachineError, EngineError, EngineTimeout
+from .engines.base import (
+    AgentRequest,
+    Delta,
+    Engine,
+    SessionStarted,
+    ToolCalled,
+    ToolReturned,
+    TurnDone,
+    UsageReported,
+)
+from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
 from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
-from .workflow import Module, Step, Verdict
+from .workflow import Module, Step, Verdict, not_json
 
 YIELD_EVERY = 64
 """After so many pieces of text other turns get their chance."""
 MOST_PIECES = 4096
 """So many pieces of text are kept apart; joined, they take a tenth of the memory."""
 LONGEST_BACKOFF_S = 60
+LONGEST_LINE = 200
+"""Characters that are shown of a tool's arguments and result."""
 
 
 class Ending(NamedTuple):
@@ -45,6 +58,7 @@ class LiveTurn:
     """
 
     __slots__ = (
+        "_heard_at",
         "_late",
         "_left_s",
         "_parts",
@@ -69,9 +83,11 @@ class LiveTurn:
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._parts: list[str] = []
+        self._heard_at: float | None = None
 
     def write(self, text: str) -> None:
         """Append to what it has written."""
+        self._heard_at = time.monotonic()
         self._parts.append(text)
         if len(self._parts) > MOST_PIECES:
             self._parts = ["".join(self._parts)]
@@ -79,6 +95,13 @@ class LiveTurn:
     def text(self) -> str:
         """All that it has written; from any thread."""
         return "".join(self._parts[:])
+
+    def silence(self) -> str:
+        """How long nothing has come of it, in words."""
+        if self._heard_at is None:
+            return "without any output"
+        silent_s = time.monotonic() - self._heard_at
+        return f"{silent_s:.0f} s without output" if silent_s >= 1 else "it was still writing"
 
     def run_clock(self) -> None:
         """Let its time run, from where it stood."""
@@ -101,13 +124,21 @@ class LiveTurn:
             self.task.cancel()
 
 
-async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write: Callable[[str], None]) -> Ending:
+async def take_turn(
+    turn: LiveTurn,
+    engine: Engine,
+    request: AgentRequest,
+    write: Callable[[str], None],
+    opened: Callable[[str], None],
+) -> Ending:
     """Do `turn`: send the request to the engine and pass on what it writes.
 
     Parameters
     ----------
     write
         Gets the live text.
+    opened
+        Gets the id of the agent's conversation as soon as it is known.
 
     Raises
     ------
@@ -119,10 +150,16 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
     session_id: str | None = None
     pieces = 0
     try:
-        async with contextlib.aclosing(cast("Any", engine.stream(request))) as stream:
+        async with contextlib.aclosing(_stream(engine, request)) as stream:
             async for told in stream:
+                if isinstance(told, (Delta, TurnDone)) and not isinstance(told.text, str):
+                    raise EngineProtocolError(
+                        f"the engine {engine.name!r} gave {type(told).__name__}({told.text!r}), whose text is none.",
+                        engine=engine.name,
+                    )
                 if isinstance(told, Delta):
-                    write(told.text)
+                    if told.kind == "text":
+                        write(told.text)
                     pieces += 1
                     if pieces % YIELD_EVERY == 0:
                         await asyncio.sleep(0)
@@ -130,18 +167,35 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
                     done = told
                 elif isinstance(told, UsageReported):
                     usage = told
+                elif isinstance(told, (ToolCalled, ToolReturned)):
+                    write(_tool_line(told))
                 elif isinstance(told, SessionStarted):
+                    if told.session_id not in (session_id, started.session_id):
+                        opened(told.session_id)
                     session_id = told.session_id
+                else:
+                    raise EngineProtocolError(
+                        f"the engine {engine.name!r} gave {told!r}, which is no event. It yields cm.Delta(…) and at "
+                        "the end cm.TurnDone(…).",
+                        engine=engine.name,
+                    )
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
+        output, verdict = sound(done.output), _verdict(step, done)
+        for what, value in (("output", output), ("score", verdict.score if verdict is not None else None)):
+            if value is not None and (wrong := not_json(value)) is not None:
+                problem = (
+                    f"{started.step}: its {what} holds {wrong}, a number that JSON does not have. Give null instead."
+                )
+                raise EngineProtocolError(problem, engine=started.engine, step=started.step)
         event = TurnFinished(
             step=started.step,
             path=started.path,
             attempt=started.attempt,
             turn=started.turn,
             text=sound(done.text),
-            output=sound(done.output),
-            verdict=_verdict(step, done),
+            output=output,
+            verdict=verdict,
             usage=usage.usage if usage is not None else None,
             cost_usd=usage.cost_usd if usage is not None else None,
             session_id=session_id,
@@ -160,9 +214,44 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, write
     return Ending(event)
 
 
+def _stream(engine: Engine, request: AgentRequest) -> Any:
+    """What the engine tells, one by one.
+
+    Raises
+    ------
+    EngineProtocolError    It gives something else.
+    """
+    stream: Any = engine.stream(request)
+    if hasattr(stream, "__aiter__") and hasattr(stream, "aclose"):
+        return stream
+    if asyncio.iscoroutine(stream):
+        stream.close()
+    raise EngineProtocolError(
+        f"the stream of the engine {engine.name!r} gave a {type(stream).__name__}, not events one by one: "
+        "write `async def stream(self, request)` with `yield cm.TurnDone(…)` in it.",
+        engine=engine.name,
+    )
+
+
+def _tool_line(told: ToolCalled | ToolReturned) -> str:
+    """What is shown of a tool while the turn runs: a line as a block of code, so that nothing in it is Markdown."""
+    if isinstance(told, ToolCalled):
+        said = told.arguments if isinstance(told.arguments, str) else json.dumps(told.arguments, ensure_ascii=False)
+        line = f"→ {told.name} {said}"
+    else:
+        line = f"{'✗' if told.failed else '←'} {told.text}"
+    line = " ".join(line.split())
+    return f"\n\n    {line[:LONGEST_LINE]}{'…' if len(line) > LONGEST_LINE else ''}\n\n"
+
+
 def too_late(turn: LiveTurn) -> Ending:
     """The ending of a turn whose time is over."""
-    text = f"{turn.started.step} did not finish within {turn.step.timeout_s:g} s. Retry, or give it more: timeout_s=…"
+    id, limit_s = turn.started.step, turn.step.timeout_s or 0.0
+    more = f"{2.5 * limit_s:g}"
+    text = (
+        f"{id} did not finish within {limit_s:g} s ({turn.silence()}). "
+        f"Retry, or give it more time: `%cm step {id} --timeout {more}`, in Python timeout_s={more}."
+    )
     return failed(turn, EngineTimeout(text), None)
 
 

@@ -5,16 +5,24 @@ A workflow is a list of steps; each step names the agent that does the work. The
 ``planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?`` is a second spelling of that list.
 """
 
-import hashlib
-import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StrictBool,
+    ValidationError,
+)
 
 from .errors import WorkflowError, by_name, did_you_mean
+from .tools import Tool, as_tool, implementation_of
 
 if TYPE_CHECKING:
     from .run import Run
@@ -47,7 +55,7 @@ def _one_line(model: type[BaseModel], data: Mapping[str, Any], error: Validation
     owner = data.get("id") or data.get("agent") or data.get("name")
     subject = f"{model.__name__.lower()} {owner!r}" if owner else model.__name__.lower()
     if problem["type"] == "extra_forbidden":
-        known = [name for name in model.model_fields if not name.startswith("_")]
+        known = [name for name, field in model.model_fields.items() if field.repr]  # the others are not for people
         return f"{subject}: there is no option {where!r}. {did_you_mean(where, known, 'Options')}"
     if problem["type"] == "missing":
         return f"{subject}: {where!r} is missing."
@@ -93,6 +101,27 @@ class Verdict(Model):
             return None  # the last word was meant as a verdict and is malformed: never guess an earlier one
 
 
+def _tools(given: Any) -> tuple[Tool, ...]:
+    if isinstance(given, (Tool, str)) or not isinstance(given, Iterable):
+        raise WorkflowError(f"tools={given!r} is not a list of tools. Write tools=[…].")
+    tools = tuple(as_tool(each) for each in given)
+    names = [each.name for each in tools]
+    for name in names:
+        if names.count(name) > 1:
+            raise WorkflowError(f"tools: two of them are called {name!r}. Give one another: @cm.tool(name=…).")
+    return tools
+
+
+def _output(given: Any) -> Any:
+    if given is None or isinstance(given, Mapping) or (isinstance(given, type) and issubclass(given, BaseModel)):
+        return given
+    raise WorkflowError(f"output={given!r} is not a pydantic class. Define one: class Plan(pydantic.BaseModel): …")
+
+
+def _output_schema(given: Any) -> Any:
+    return cast("type[BaseModel]", given).model_json_schema() if isinstance(given, type) else given
+
+
 class Agent(Model):
     """Who does the work: an engine's model with a prompt, or a Python function.
 
@@ -107,6 +136,10 @@ class Agent(Model):
         System prompt, sent as it is.
     engine, model, reasoning_effort
         Which engine runs it and how; ``None`` leaves the choice to step, workflow and configuration.
+    tools
+        Functions made with :func:`~cm_notebook.tools.tool` that its model may call; for HTTP engines.
+    output
+        A pydantic class that the answer must fit; for HTTP engines. A journal keeps its schema.
     """
 
     id: str
@@ -115,7 +148,9 @@ class Agent(Model):
     engine: str | None = None
     model: str | None = None
     reasoning_effort: str | None = None
-    implementation: str | None = None
+    tools: Annotated[tuple[Tool, ...], BeforeValidator(_tools)] = ()
+    output: Annotated[Any, BeforeValidator(_output), PlainSerializer(_output_schema)] = None
+    implementation: str | None = Field(default=None, repr=False)
     """For a function: its name and a digest of its source, so that a change is noticed."""
     function: Callable[..., Any] | None = Field(default=None, exclude=True, repr=False)
 
@@ -123,6 +158,18 @@ class Agent(Model):
     def __init__(self, id: str, prompt: str = "", **options: Any) -> None:
         super().__init__(id=id, prompt=prompt, **options)
         _check_name("agent", self.id)
+
+    @property
+    def missing(self) -> str | None:
+        """What of it is Python and was not kept by the journal it comes from; ``None``: nothing."""
+        if self.implementation is not None and self.function is None:
+            return f"is a Python function ({self.implementation.split(':')[0]})"
+        for each in self.tools:
+            if each.function is None:
+                return f"has a tool that is a Python function ({each.name})"
+        if isinstance(self.output, Mapping):
+            return f"has an output that is a Python class ({self.output.get('title', 'output')})"
+        return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function behind a function agent, as if it had not been decorated."""
@@ -143,20 +190,11 @@ def agent(id: str, **options: Any) -> Callable[[_Function], Agent]:
         raise WorkflowError('@cm.agent needs a name: write @cm.agent("quality-gate") above the function.')
 
     def decorate(function: _Function) -> Agent:
-        made = Agent(id=id, function=function, implementation=_implementation(function), **options)
+        made = Agent(id=id, function=function, implementation=implementation_of(function), **options)
         made.__doc__ = function.__doc__
         return made
 
     return decorate
-
-
-def _implementation(function: Callable[..., Any]) -> str:
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        source = repr(getattr(getattr(function, "__code__", None), "co_code", ""))
-    digest = hashlib.sha256(source.encode("utf-8", "replace")).hexdigest()[:16]
-    return f"{getattr(function, '__qualname__', type(function).__name__)}:{digest}"
 
 
 class Step(Model):
@@ -165,18 +203,18 @@ class Step(Model):
     kind: Literal["step"] = "step"
     agent: str
     id: str = ""
-    interactive: bool | None = None
+    interactive: StrictBool | None = None
     prompt: str | list[str] | None = None
     engine: str | None = None
     model: str | None = None
     reasoning_effort: str | None = None
-    execute_once: bool = False
+    execute_once: StrictBool = False
     context: Literal["previous", "all", "none"] | list[str] = "previous"
     gate: GatePlace = "after"
     timeout_s: float | None = Field(default=None, gt=0)
     retries: int = Field(default=2, ge=0)
-    idempotent: bool = True
-    raw: bool = False
+    idempotent: StrictBool = True
+    raw: StrictBool = False
 
     def model_post_init(self, context: Any, /) -> None:
         """The id defaults to the agent's name."""
@@ -297,7 +335,8 @@ def step(
         Which approved outputs are appended to a prompt that names no earlier step: the ``"previous"`` one, ``"all"``,
         ``"none"``, or those of the named steps.
     gate
-        Where a pause falls: ``"after"`` the turn, ``"before"`` it (the prompt is approved), or ``"both"``.
+        Where the pause of a step that pauses (see `interactive`) falls: ``"after"`` the turn, ``"before"`` it (the
+        prompt is approved), or ``"both"``.
     timeout_s
         Seconds a turn may take, waiting for a person not counted; ``None`` waits for ever.
     retries
@@ -343,7 +382,9 @@ def module(
     **options
         As for :func:`step`.
     """
-    skipped = [loop_skip] if isinstance(loop_skip, str) else list(loop_skip)
+    skipped: Any = [loop_skip] if isinstance(loop_skip, str) else loop_skip
+    if isinstance(skipped, Iterable):
+        skipped = list(skipped)
     return Module(
         agent=agent,
         loop_steps=loop_steps,
@@ -428,7 +469,7 @@ class Workflow(Model):
         elif isinstance(steps, (list, tuple)):
             data["steps"] = [as_step(number, item) for number, item in enumerate(steps, 1)]
         mode = data.get("autonomous_mode", True)
-        if mode not in ("never", "always", True, False):
+        if mode not in ("never", "always") and not isinstance(mode, bool):
             raise WorkflowError(
                 f"workflow {name!r}: autonomous_mode={mode!r} is not known. Use 'never', 'always', True or False."
             )
@@ -518,11 +559,12 @@ class Workflow(Model):
             raise WorkflowError(f"workflow {data['name']!r}: agents={described!r} is not a list of agents.")
         for item in described:
             made = item if isinstance(item, Agent) else Agent(**{"id": "", **item})
-            if made.implementation and made.function is None:
+            if made.missing is not None:
                 if made.id not in given:
                     raise WorkflowError(
-                        f"agent {made.id!r} is a Python function ({made.implementation.split(':')[0]}), which cannot "
-                        f"be restored from data. Pass it: agents=[{made.id.replace('-', '_')}], or workflow=."
+                        f"agent {made.id!r} {made.missing}, which cannot be restored from data. "
+                        "Run the .py file that defines it, or pass it in Python: "
+                        f"cm.Workflow.from_dict(data, agents=[{made.id.replace('-', '_')}])."
                     )
                 made = given[made.id]
             merged.append(made)
@@ -555,11 +597,7 @@ def check(workflow: Workflow) -> None:
         if defined.id in agents:
             raise WorkflowError(f"agent {defined.id!r} is defined twice. Keep one of them, or give one another id.")
         agents[defined.id] = defined
-    for name in workflow.inputs:
-        if name in RESERVED:
-            raise WorkflowError(
-                f"input {name!r}: the name is taken ({', '.join(RESERVED)} have a meaning of their own)."
-            )
+    check_inputs(workflow.inputs)
     for number, name in enumerate(workflow.sub_agents):
         if name not in agents:
             raise WorkflowError(f"sub_agents: {_no_agent(name, workflow.agents)}")
@@ -600,6 +638,43 @@ def check(workflow: Workflow) -> None:
                     raise WorkflowError(f"{where}: context names {name!r}. {did_you_mean(name, seen, 'Earlier steps')}")
         seen.update(dict.fromkeys((item.id, *item.members) if isinstance(item, Parallel) else (item.id,), number))
         executable.append(item)
+
+
+def check_inputs(inputs: Any) -> None:
+    """Refuse inputs that a journal cannot keep, by name."""
+    if not isinstance(inputs, Mapping):
+        raise WorkflowError(
+            f"inputs={inputs!r} is not a dict of names and values, for instance {{'goal': 'a todo CLI'}}."
+        )
+    for name, value in inputs.items():
+        if not isinstance(name, str) or name in RESERVED:
+            raise WorkflowError(f"input {name!r}: an input has a name of its own; {', '.join(RESERVED)} are taken.")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError):
+            raise WorkflowError(
+                f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
+                f"Pass its text: str({name})."
+            ) from None
+        if (wrong := not_json(value)) is not None:
+            raise WorkflowError(f"input {name!r} holds {wrong}, a number that JSON does not have. Pass text, or None.")
+
+
+def not_json(value: Any) -> str | None:
+    """``nan``, ``inf`` or ``-inf``, if it stands anywhere in `value`: JSON has no word for it."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        stack = [value]
+        while stack:
+            one = stack.pop()
+            if isinstance(one, float) and not math.isfinite(one):
+                return repr(float(one))
+            if isinstance(one, dict):
+                stack += [*one, *one.values()]
+            elif isinstance(one, (list, tuple)):
+                stack += one
+    return None
 
 
 def _check_loop(where: str, item: Module, before: list[Step]) -> None:

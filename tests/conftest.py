@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from cm_notebook.config import SETTINGS
+
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test works in a folder of its own, with no settings from outside and somebody there to answer."""
-    for name in ("ENGINE", "JOURNAL", "ON_GATE", "VIEW"):
-        monkeypatch.delenv(f"CM_{name}", raising=False)
+    for name, setting in SETTINGS.items():
+        service = name.removesuffix("_base_url")
+        key = f"{service.upper()}_API_KEY" if service != name else None
+        for variable in filter(None, (f"CM_{name.upper()}", setting.also, key)):
+            monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("CM_HEADLESS", "0")
     monkeypatch.chdir(tmp_path)
 

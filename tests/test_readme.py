@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import until
 from tests.notebooks.execute import kernel_environment
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,27 @@ def test_python(number: int, tmp_path: Path) -> None:
     done = python("example.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
+
+
+def test_one_may_follow_the_page(tmp_path: Path) -> None:
+    """What an example leaves behind is in no later one's way."""
+    for number, block in enumerate(blocks("python")):
+        named = re.match(r"# (\w+\.py)\n", block)
+        file = tmp_path / (named[1] if named else f"example{number}.py")
+        file.write_text(block, encoding="utf-8")
+        done = python(file.name, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_gate_before_a_step_approves_its_prompt(tmp_path: Path) -> None:
+    import cm_notebook as cm
+
+    [written] = re.findall(r"`(cm\.step\([^`]*gate=\"before\"[^`]*\))`", TEXT)
+    workflow = cm.Workflow("w", agents=[cm.Agent("deployer", "Deploy.")], steps=[eval(written, {"cm": cm})])
+    run = workflow.start(journal=":memory:")
+    until(lambda: run.gates or run.status == "completed", "the run to pause or to end")
+    assert [gate.kind for gate in run.gates] == ["start"]
+    run.stop()
 
 
 def test_the_shortest_example_says_that_no_model_was_called(tmp_path: Path) -> None:

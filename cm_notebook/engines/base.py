@@ -8,14 +8,16 @@ Where a turn needs something of its run (to ask a person), it calls what the req
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
-from ..errors import EngineNotFound, did_you_mean
+from .. import config
+from ..errors import EngineNotFound, WorkflowError, did_you_mean
 from ..events import Usage
 from ..team import AgentResult
+from ..tools import Permission
 from ..workflow import Agent, Verdict
 
 
@@ -26,7 +28,7 @@ class AgentRequest:
     Attributes
     ----------
     agent
-        Who is asked; of a function agent, the function with it.
+        Who is asked; with its function, its tools, and the class that its output must fit.
     prompt
         The exact text, templates filled in.
     step, path, attempt, turn, iteration
@@ -42,6 +44,9 @@ class AgentRequest:
         Folder to work in; absolute.
     session_id
         The agent's own conversation to continue.
+    history
+        The prompts and answers of this attempt's earlier turns (chained prompts), for engines that keep no
+        conversation of their own. After a rejection the prompt itself holds what an engine without sessions needs.
     timeout_s
         Seconds the turn may take. The run enforces it; an engine may pass it on.
     emit
@@ -54,6 +59,9 @@ class AgentRequest:
         Has other agents work and returns what came of each; waiting is not counted. What is asked is a list of groups
         or a line, as for :func:`~cm_notebook.team.checked_calls`; then how many may work at the same time, or ``None``.
         Raises ``WorkflowError`` if it cannot be: an engine tells its model so.
+    ask_permission
+        Asks a person whether a tool may be called with these arguments. ``None``: nobody can be asked, so a tool that
+        needs permission is refused.
     """
 
     agent: Agent
@@ -68,6 +76,7 @@ class AgentRequest:
     model: str | None = None
     reasoning_effort: str | None = None
     session_id: str | None = None
+    history: Sequence[tuple[str, str]] = ()
     feedback: str | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     outputs: Mapping[str, str] = field(default_factory=dict)
@@ -77,13 +86,15 @@ class AgentRequest:
     ask_human: Callable[[str], Awaitable[str]] | None = None
     sub_agents: tuple[str, ...] = ()
     run_agents: Callable[..., Awaitable[list[AgentResult]]] | None = None
+    ask_permission: Callable[[str, Mapping[str, Any]], Awaitable[Permission]] | None = None
 
 
 @dataclass(slots=True)
 class Delta:
-    """A piece of the answer as it is written. Live only, never journaled."""
+    """A piece of what is written: of the answer, or of the thinking before it. Live only, never journaled."""
 
     text: str
+    kind: Literal["text", "thinking"] = "text"
 
 
 @dataclass(slots=True)
@@ -91,6 +102,25 @@ class SessionStarted:
     """The agent's conversation has this id and can be continued."""
 
     session_id: str
+
+
+@dataclass(slots=True)
+class ToolCalled:
+    """The agent calls a tool. ``arguments`` is the text it wrote when that cannot be read as a JSON object."""
+
+    call_id: str
+    name: str
+    arguments: dict[str, Any] | str
+
+
+@dataclass(slots=True)
+class ToolReturned:
+    """What the agent was told of that call; ``failed``: the tool raised, was refused, or could not be called."""
+
+    call_id: str
+    name: str
+    text: str
+    failed: bool = False
 
 
 @dataclass(slots=True)
@@ -117,7 +147,7 @@ class TurnDone:
     note: str | None = None
 
 
-AgentEvent = Delta | SessionStarted | UsageReported | TurnDone
+AgentEvent = Delta | SessionStarted | ToolCalled | ToolReturned | UsageReported | TurnDone
 
 
 @runtime_checkable
@@ -132,7 +162,8 @@ class Engine(Protocol):
         Yields
         ------
         AgentEvent
-            Any number of ``Delta``, ``SessionStarted``, ``UsageReported``, then one ``TurnDone``.
+            Any number of ``Delta``, ``SessionStarted``, ``ToolCalled``, ``ToolReturned``, ``UsageReported``, then one
+            ``TurnDone``.
 
         Raises
         ------
@@ -145,8 +176,23 @@ _engines: dict[str, Engine] = {}
 
 
 def register_engine(engine: Engine) -> None:
-    """Make `engine` known under its ``name``; one of the same name is replaced."""
+    """Make `engine` known under its ``name``; one of the same name is replaced.
+
+    Raises
+    ------
+    WorkflowError    It is no engine.
+    """
+    if not is_engine(engine):
+        raise WorkflowError(
+            f"cm.register_engine: {engine!r} is no engine: an object with a name and a method stream, for instance "
+            "cm.register_engine(Echo())."
+        )
     _engines[engine.name] = engine
+
+
+def is_engine(thing: object) -> TypeGuard[Engine]:
+    """Whether it is one; the class of one is not."""
+    return isinstance(thing, Engine) and not isinstance(thing, type) and isinstance(thing.name, str)
 
 
 def engine_names() -> list[str]:
@@ -155,13 +201,26 @@ def engine_names() -> list[str]:
     return sorted({*_engines, *(point.name for point in offered)})
 
 
+class _WithModel:
+    """An engine with the model that was named along with it, for requests that name none."""
+
+    def __init__(self, engine: Engine, model: str) -> None:
+        self.name, self._engine, self._model = engine.name, engine, model
+
+    def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
+        return self._engine.stream(request if request.model else replace(request, model=self._model))
+
+
 def find_engine(name: str) -> Engine:
-    """The engine of that name.
+    """The engine of that name; ``"openai:gpt-5-mini"`` is the engine and the model of those who name none.
 
     Raises
     ------
     EngineNotFound    Nobody offers it; the message lists who is there.
     """
+    name, _, model = name.partition(":")
+    if model:
+        return _WithModel(find_engine(name), model)
     if name not in _engines:
         for point in importlib.metadata.entry_points(group="cm_notebook.engines", name=name):
             register_engine(point.load()())
@@ -173,3 +232,17 @@ def find_engine(name: str) -> Engine:
                 engine=name,
             )
     return _engines[name]
+
+
+def configured_engine() -> Engine:
+    """The engine of those who name none.
+
+    Raises
+    ------
+    EngineNotFound    Nobody offers it; the message says also where that name was written.
+    """
+    name, where = config.lookup("engine")
+    try:
+        return find_engine(name)
+    except EngineNotFound as error:
+        raise EngineNotFound(f"{where}={name!r}: {error}", engine=error.engine) from None

@@ -117,7 +117,7 @@ class Turn:
         return line.call(line.run, asked, max_concurrency)
 
 
-class _Raised(Exception):
+class Raised(Exception):
     """Carries what a sync function raised out of its thread, whatever it is."""
 
     def __init__(self, error: BaseException) -> None:
@@ -208,7 +208,7 @@ class FunctionEngine:
             value = await _call(function, _turn(request, line))
         except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
             raise
-        except _Raised as raised:
+        except Raised as raised:
             raise _translated(request, raised.error) from raised.error
         except BaseException as error:  # SystemExit too: raised in a task it would end the loop
             raise _translated(request, error) from error
@@ -238,13 +238,18 @@ _is_async = functools.lru_cache(maxsize=1024)(inspect.iscoroutinefunction)
 async def _call(function: Callable[[Turn], Any], turn: Turn) -> Any:
     if _is_async(function):
         return await function(turn)
-    value = await _in_thread(function, turn)
+    value = await in_thread(functools.partial(function, turn), f"cm {turn.path}")
     # a decorated async function often looks like a sync one that returns a coroutine
     return await value if inspect.isawaitable(value) else value
 
 
-async def _in_thread(function: Callable[[Turn], Any], turn: Turn) -> Any:
-    """Run the function in a thread that delays neither loop nor interpreter when it never ends."""
+async def in_thread(function: Callable[[], Any], name: str) -> Any:
+    """Run the function in a thread that delays neither loop nor interpreter when it never ends.
+
+    Raises
+    ------
+    Raised    It carries what the function raised.
+    """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
     context = contextvars.copy_context()
@@ -257,16 +262,16 @@ async def _in_thread(function: Callable[[Turn], Any], turn: Turn) -> Any:
         value: Any = None
         failure: BaseException | None = None
         try:
-            value = context.run(function, turn)
+            value = context.run(function)
         except BaseException as error:
             failure = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: the turn was over long ago
             loop.call_soon_threadsafe(settle, value, failure)
 
-    threading.Thread(target=work, name=f"cm {turn.path}", daemon=True).start()
+    threading.Thread(target=work, name=name, daemon=True).start()
     value, failure = await ended
     if failure is not None:
-        raise _Raised(failure)
+        raise Raised(failure)
     return value
 
 

@@ -13,15 +13,15 @@ import os
 from collections.abc import AsyncIterator
 
 from ..errors import ReplayMismatch
-from ..events import Usage
+from ..events import OTHER_WORDS, Usage
 from ..tape import Tape, TapedTurn
 from ..workflow import Verdict
 from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
 from .scripted import use_tools, words
 
 NOT_CALLED = "offline: no model was called"
-BESIDE = "recorded answer: your words reached no model"
-REPEATED = "recorded answer again, as the tape has none for this attempt: your words reached no model"
+BESIDE = f"recorded answer: {OTHER_WORDS}"
+REPEATED = f"recorded answer again, as the tape has none for this attempt: {OTHER_WORDS}"
 
 _WORD_S = 0.02
 _TICK_S = 0.01
@@ -42,6 +42,8 @@ class OfflineEngine:
     """
 
     name = "offline"
+    about = "no model is called: plays tapes"
+    """For ``cm.doctor()``."""
 
     def __init__(
         self, tape: Tape | str | os.PathLike[str] | None = None, *, strict: bool = False, delay: float = 1.0

@@ -102,6 +102,11 @@ class ScriptedEngine:
     name = "scripted"
 
     def __init__(self, script: Mapping[str, str | Reply | Iterable[str | Reply]]) -> None:
+        if not isinstance(script, Mapping):
+            raise WorkflowError(
+                f"cm.ScriptedEngine: {script!r} is not a dict of agents and their replies, for instance "
+                "{'planner': ['1. Write it.']}."
+            )
         self.script = {agent: _turns(_replies(agent, said)) for agent, said in script.items()}
         self._ended: dict[str, int] = {}
 
@@ -189,6 +194,10 @@ async def use_tools(request: AgentRequest, calls: Iterable[ToolCall | Any]) -> l
 
 
 def _replies(agent: str, said: str | Reply | Iterable[str | Reply]) -> list[Reply]:
+    if not isinstance(said, Iterable) and not isinstance(said, Reply):
+        raise WorkflowError(
+            f"script of {agent!r}: {said!r} is not a list of replies. Write for instance ['1. Write it.']."
+        )
     listed = [said] if isinstance(said, (str, Reply)) else list(said)
     for number, reply in enumerate(listed, 1):
         if not isinstance(reply, (str, Reply)):

@@ -11,6 +11,7 @@ import contextlib
 from typing import Any
 
 from .. import config
+from ..engines.base import configured_engine
 from ..errors import CodeMachineError, GatePending
 
 
@@ -78,6 +79,8 @@ def _greeting() -> str:
         number = ""
     try:
         engine, where = config.lookup("engine")
+        if where != "default":
+            configured_engine()
         why = (
             "no model is called; %config CM.engine names another"
             if (engine, where) == ("offline", "default")

@@ -1,17 +1,20 @@
-"""Completion of ``%cm`` lines: subcommands, options, their values, steps, agents, runs, engines.
+"""Completion of ``%cm`` lines: subcommands, options, their values, steps, agents, runs, engines, files.
 
-Strategy: the table in ``options.py`` says what may stand where; the notebook says which names there are.
+Strategy: the table in ``options.py`` says what may stand where; the notebook says which names there are. In the body of
+a cell it is the names that a prompt may use, and in a workflow's line of arrows the agents.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from ..engines.base import engine_names
 from ..errors import CodeMachineError
 from ..options import COMMANDS, Command, Option
+from ..workflow import RESERVED
 from .notebook import Notebook
 
 _LINE = re.compile(r"^\s*(?:[A-Za-z_]\w*\s*=\s*)?%%?cm(?:\s+(?P<rest>.*))?$")
@@ -40,10 +43,12 @@ def candidates(notebook: Notebook, line: str) -> list[str] | None:
     command = COMMANDS.get(words[0])
     if command is None:
         return []
-    flag, equals, _value = last.partition("=")
+    flag, equals, value = last.partition("=")
     option = _named(command, flag if equals else words[-1])
     if option is not None and option.kind != "switch":
         prefix = f"{flag}=" if equals else ""
+        if option.parameter in _FILES:
+            return [prefix + name for name in _files(value if equals else last, _FILES[option.parameter])]
         return _fitting([prefix + name for name in _values(notebook, option.parameter, option.choices)], last)
     if last.startswith("-"):
         return _fitting(_flags(command), last)
@@ -55,6 +60,46 @@ def candidates(notebook: Notebook, line: str) -> list[str] | None:
         argument = command.arguments[place]
         named = _values(notebook, _NAMES.get((command.name, argument.name), argument.name), argument.choices)
     return _fitting([*named, *_flags(command)], last)
+
+
+def in_body(notebook: Notebook, head: str, line: str) -> list[str] | None:
+    """What may stand at the end of `line`, in the body of the cell that begins with `head`; ``None``: anything."""
+    found = _LINE.match(head)
+    if found is None or not head.lstrip().startswith("%%") or not found["rest"]:
+        return None
+    start = _fragment(line)
+    if found["rest"].split()[0] == "workflow":
+        return _fitting(sorted(notebook.agents), start)
+    if not re.search(r"\{\{\s*$", line[: len(line) - len(start)]):
+        return None
+    inputs = notebook.plan.inputs if notebook.plan is not None else {}
+    texts = [name for name, value in notebook.variables().items() if isinstance(value, (str, int, float))]
+    names = [*_steps(notebook), *inputs, *(name for name in texts if name[0] != "_"), *RESERVED]
+    return _fitting(dict.fromkeys(names), start)
+
+
+def _fragment(line: str) -> str:
+    """The name that is being written at the end of `line`."""
+    return re.search(r"[\w-]*$", line)[0]  # type: ignore[index]
+
+
+_FILES = {"tape": ".jsonl", "workspace": ""}
+"""Options that name a file, and how its name ends; ``""``: a folder."""
+
+
+def _files(start: str, ending: str) -> list[str]:
+    """The files and folders there are whose path begins like that."""
+    folder, slash, name = start.rpartition("/")
+    try:
+        found = sorted(Path(folder + slash or ".").iterdir())
+    except OSError:
+        return []
+    shown = [path for path in found if path.name.startswith(name) and (name or path.name[0] != ".")]
+    return [
+        f"{folder}{slash}{path.name}{'/' if path.is_dir() else ''}"
+        for path in shown
+        if path.is_dir() or (ending and path.name.endswith(ending))
+    ]
 
 
 _NAMES = {("step", "id"): "agent", ("module", "id"): "agent", ("workflow", "name"): ""}
@@ -108,11 +153,13 @@ def make_matcher(notebook: Notebook) -> Any:
     @context_matcher()  # type: ignore[untyped-decorator]
     def cm_matcher(context: Any) -> dict[str, Any]:
         line = context.line_with_cursor[: context.cursor_position]
-        words = candidates(notebook, line)
+        if context.cursor_line:
+            words, word = in_body(notebook, context.full_text.partition("\n")[0], line), _fragment(line)
+        else:
+            words, word = candidates(notebook, line), line.rsplit(" ", 1)[-1]
         if words is None:
             return {"completions": [], "suppress": False}
         # IPython replaces its own token, which may begin inside our word.
-        word = line.rsplit(" ", 1)[-1]
         cut = len(word) - len(context.token) if word.endswith(context.token) else 0
         made = [SimpleCompletion(text=found[cut:], type="cm") for found in words]
         return {"completions": made, "suppress": True, "matched_fragment": context.token}

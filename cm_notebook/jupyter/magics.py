@@ -158,7 +158,7 @@ class CMMagics(Magics):
     # -- building ------------------------------------------------------------------------------------------------------
 
     def _workflow(self, values: Values, body: str | None) -> Workflow | None:
-        new = values.pop("new", False)
+        new, unsaid = values.pop("new", False), "autonomous_mode" not in values
         plan = Plan(**values, body=parse_steps(body) if body is not None else None)
         kept = self._notebook.define(plan, new=new)
         state = self._notebook.sketch()
@@ -166,10 +166,12 @@ class CMMagics(Magics):
             self._display(svg.graph(state, "text"), svg.graph_img(state))
         if kept:
             print(" ".join(kept))
-        elif state is None:
-            print(f"{plan.name} has no steps yet. Next: %%cm step NAME, and its prompt in the lines below.")
         else:
-            print(f"{plan.name}: {text.steps(len(state.order))}. Next: %cm run")
+            drives = " It runs by itself; with `--autonomous never` it asks you after each step." if unsaid else ""
+            if state is None:
+                print(f"{plan.name} has no steps yet.{drives} Next: %%cm step NAME, and its prompt in the lines below.")
+            else:
+                print(f"{plan.name}: {text.steps(len(state.order))}.{drives} Next: %cm run")
         if left := self._notebook.left_words():
             print(left)
         return self._notebook.draft()
@@ -200,8 +202,7 @@ class CMMagics(Magics):
             self._notebook.check_agent(agent, values["id"])
         step = make(agent, prompt=body, **values)
         if only_add or body is None:
-            self._notebook.place(step, after)
-            print(f"{step.id} is added. Next: %cm run, or %cm next")
+            print(f"{step.id} {_PLACED[self._notebook.place(step, after)]} Next: %cm run, or %cm next")
             return None
         run = self._notebook.run_step(step, after)
         self._present(run, [step.id])
@@ -241,7 +242,11 @@ class CMMagics(Magics):
 
     def _mode(self, values: Values, body: str | None) -> Run:
         run = self._notebook.current().set_mode(values["mode"])
-        print(f"{run.state.name} goes on in mode {run.mode}. A gate that is open stays open.")
+        name, gates = run.state.name, " A gate that is open stays open." if run.gates else ""
+        if run.status == "paused":
+            print(f"{name} stays paused; its mode is {run.mode} from `%cm run` on.{gates}")
+        else:
+            print(f"{name} goes on in mode {run.mode}.{gates}")
         return run
 
     # -- deciding ------------------------------------------------------------------------------------------------------
@@ -311,7 +316,7 @@ class CMMagics(Magics):
         with run.reading() as state:
             shown = state.find(step)
             attempt = html.find_attempt(shown, number) if number is not None else None
-            self._display(text.show_text(state, shown, attempt), html.show_html(state, shown, number, full))
+            self._display(text.show_text(state, shown, attempt, full), html.show_html(state, shown, number, full))
         return seen if number is None else seen.attempt(number)
 
     def _diff(self, values: Values, body: str | None) -> Text:
@@ -367,8 +372,11 @@ class CMMagics(Magics):
     def _config(self, values: Values, body: str | None) -> None:
         rows = [["Setting", "Value", "From", "Meaning"]]
         for name, setting in config.SETTINGS.items():
-            value, where = config.lookup(name)
-            rows.append([f"CM.{name}", repr(value), where, setting.meaning])
+            try:
+                value, where = config.lookup(name)
+                rows.append([f"CM.{name}", repr(value), where, setting.meaning])
+            except CodeMachineError as error:
+                rows.append([f"CM.{name}", "(wrong)", "", str(error)])
         print("\n".join([*text.table(rows), "", "To change one: %config CM.engine = 'offline'"]))
 
     def _doctor(self, values: Values, body: str | None) -> Any:
@@ -422,6 +430,11 @@ class CMMagics(Magics):
         self._shell.display_pub.publish(data={"text/plain": str(plain), "text/html": rich})
 
 
+_PLACED = {
+    "added": "is added.",
+    "kept": "is there already, the same as now; nothing was changed.",
+    "replaced": "was there already; it is replaced, and keeps its place.",
+}
 _QUESTION = re.compile(r"%cm\s+(?:reject|answer)\s.*\?\s*$")
 
 
@@ -450,9 +463,9 @@ def show_pending(error: GatePending) -> list[str]:
     run = error.run
     shown = vars(error).get("shown", False)
     vars(error)["shown"] = True  # IPython asks for the lines more than once
-    if run is not None and run.gates and bridge.somebody() and not shown:
+    if run is not None and (run.gates or run.status == "running") and bridge.somebody() and not shown:
         from . import pending
 
         with contextlib.suppress(CodeMachineError):
-            pending.show_bar(run, error.gate)
+            pending.show_bar(run, error.gate, error.step)
     return [str(error)]

@@ -21,10 +21,10 @@ import contextlib
 import difflib
 import numbers
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .. import edits
 from .. import run as runs
@@ -60,13 +60,10 @@ class Plan:
         made = list(self.body) if self.body is not None else list(before)
         for item, after in self.placed.values():
             place = _place(made, item.id)
+            behind = _place(made, after) if after is not None else None  # it may have been taken out since
             if place is not None:
                 made[place] = item
-            elif after is not None:
-                behind = _place(made, after)
-                if behind is None:
-                    known = [other.id for other in made if not isinstance(other, Separator)]
-                    raise WorkflowError(f"--after {after!r} is not a step. {did_you_mean(after, known, 'Steps')}")
+            elif behind is not None:
                 made.insert(behind + 1, item)
             else:
                 made.append(item)
@@ -144,11 +141,10 @@ class Notebook:
                 self.found = self._last_run(self.plan.name if self.plan is not None else None)
             if self.found is not None:
                 return self.found
-            if self.plan is None or not self.left:
-                raise
-            raise TransitionError(
-                f"{self.plan.name} has no run yet; `%cm run` starts it. {self.left_words()}"
-            ) from None
+            if self.plan is None:
+                raise TransitionError("there is no run yet. Begin with `%cm workflow NAME`.") from None
+            start = "`%cm run` starts it." if self.items() else "Add a step: `%%cm step NAME`, its prompt below."
+            raise TransitionError(f"{self.plan.name} has no run yet. {start} {self.left_words()}".strip()) from None
 
     def deciding(self, step: str | None) -> Run:
         """The run in which `step` is decided: the current one, or one that was left if only that has a gate there."""
@@ -166,8 +162,12 @@ class Notebook:
         return others[0] if len(others) == 1 and not known else run
 
     def left_words(self) -> str:
-        """Which other runs are unfinished, and how to get back to each."""
-        return " ".join(left.words() for left in self.left.values() if left.run.state.ended is None)
+        """Which other run is unfinished and how to get back to it; of several, the last one that was left."""
+        unfinished = [left for left in self.left.values() if left.run.state.ended is None]
+        if not unfinished:
+            return ""
+        more = f" And {len(unfinished) - 1} more: `%cm runs`." if len(unfinished) > 1 else ""
+        return unfinished[-1].words() + more
 
     def run_ids(self) -> list[str]:
         """The ids of the journal's runs, newest first."""
@@ -218,6 +218,8 @@ class Notebook:
             self._go_back(plan.name)
         before = self.plan
         fixed: list[str] = []
+        if plan.body is not None:
+            _drawn(plan, plan.body)
         if new:
             self._forget(looked=True)
         elif self.run is None:
@@ -297,9 +299,43 @@ class Notebook:
 
     # -- step cells ----------------------------------------------------------------------------------------------------
 
-    def place(self, item: Step, after: str | None = None) -> None:
-        """Add a step, or define it anew, without running it: it counts when something runs next."""
-        self._planned().placed[item.id] = (item, after)
+    def place(self, item: Step, after: str | None = None) -> Literal["added", "replaced", "kept"]:
+        """Add a step, or define it anew, without running it: it counts when something runs next.
+
+        Returns
+        -------
+        str
+            What happened: there may have been such a step, and it may have been the same.
+
+        Raises
+        ------
+        WorkflowError    It cannot stand there; nothing was changed.
+        """
+        plan, items = self._planned(), self.items()
+        there = next((other for other in items if not isinstance(other, Separator) and other.id == item.id), None)
+        known = [other.id for other in items if not isinstance(other, Separator) and other is not there]
+        if after is not None and after not in known:
+            raise WorkflowError(f"--after {after!r} is not a step. {did_you_mean(after, known, 'Steps')}")
+        with self._kept_plan(plan):
+            plan.placed[item.id] = (item, after)
+            _drawn(plan, self.items())
+        return "added" if there is None else "kept" if there == item else "replaced"
+
+    def items(self) -> list[AnyStep]:
+        """The steps as cells say them now, with those of the run if there is one; whatever they are, this works."""
+        run = self._last()
+        return self._planned().steps(run.state.items if run is not None else ())
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _kept_plan(plan: Plan) -> Iterator[None]:
+        """What is said about the steps counts only if nothing is wrong with it."""
+        placed, body = dict(plan.placed), plan.body
+        try:
+            yield
+        except CodeMachineError:
+            plan.placed, plan.body = placed, body
+            raise
 
     def run_step(self, item: Step, after: str | None = None) -> Run:
         """Run a step as its cell says it now, or whatever UX.md §1a says instead.
@@ -313,17 +349,9 @@ class Notebook:
         ------
         CodeMachineError    It cannot run like this; nothing was changed.
         """
-        plan = self._planned()
-        before = plan.placed.get(item.id)
-        self.place(item, after)
-        try:
+        with self._kept_plan(self._planned()):
+            self.place(item, after)
             run = self._run_to([item.id], [item], cell=item)
-        except CodeMachineError:
-            if before is None:
-                del plan.placed[item.id]
-            else:
-                plan.placed[item.id] = before
-            raise
         self._seen.add(item.id)
         return run
 
@@ -336,14 +364,18 @@ class Notebook:
                 f"run {run.id!r} is not taken up yet. Run a cell of one of its steps, or `%cm run`, "
                 f"and remove {step!r} then."
             )
-        known = [item.id for item in plan.steps(run.state.items if run else ()) if not isinstance(item, Separator)]
+        items = self.items()
+        known = [item.id for item in items if not isinstance(item, Separator)]
         if step not in known:
             raise WorkflowError(f"there is no step {step!r}. {did_you_mean(step, known, 'Steps')}")
-        if run is not None and step in run.state.steps:
-            run.remove(step)
-        plan.placed.pop(step, None)
-        if plan.body is not None:
-            plan.body = [item for item in plan.body if isinstance(item, Separator) or item.id != step]
+        with self._kept_plan(plan):
+            plan.placed.pop(step, None)
+            if plan.body is not None:
+                plan.body = [item for item in plan.body if isinstance(item, Separator) or item.id != step]
+            if run is not None and step in run.state.steps:
+                run.remove(step)
+            else:
+                _drawn(plan, self.items())
         for names in (self._seen, self._allowed):
             names.discard(step)
         return run
@@ -406,8 +438,7 @@ class Notebook:
         ------
         TransitionError    There is no step left.
         """
-        run = self._last()
-        items = self._planned().steps(run.state.items if run is not None else ())
+        run, items = self._last(), self.items()
         ids = [item.id for item in items if not isinstance(item, Separator)]
         current = run.state.current if run is not None else None
         done = run.state.steps if run is not None else {}
@@ -416,7 +447,7 @@ class Notebook:
         id = current.id if current is not None else next((id for id in ids if id not in done), None)
         if id is None:
             raise TransitionError(f"{self._planned().name} has no step left. Add one, or start anew: `%cm run`.")
-        return self._run_to(ids[: ids.index(id) + 1], items, exactly=True), id
+        return self._run_to(ids[: ids.index(id) + 1], items, exactly=True, once=True), id
 
     def take_up(self, run_id: str) -> Run:
         """Go on with a run of the journal, by its id."""
@@ -489,12 +520,13 @@ class Notebook:
         touched: list[AnyStep],
         *,
         exactly: bool = False,
+        once: bool = False,
         cell: Step | None = None,
         again: str | None = None,
         given: Iterable[str] = (),
         **options: Any,
     ) -> Run:
-        """Let the run go as far as `reach`, no further if `exactly`.
+        """Let the run go as far as `reach`, no further if `exactly`, and if `once` not even back in a loop.
 
         The notebook's variables are read for the steps that are `touched`; `cell` is the step whose cell is run;
         `given` names the inputs of this very call.
@@ -516,10 +548,10 @@ class Notebook:
                 again = self._again(run.state, cell, workflow)
             if run is self.found:
                 run = self._resume(run, workflow, limit, options)
-                if again is not None:
-                    run.go_on(until=limit, again=again, later=later)
+                if again is not None or once:
+                    run.go_on(until=limit, once=once, again=again, later=later)
             else:
-                run.go_on(workflow, until=limit, again=again, later=later)
+                run.go_on(workflow, until=limit, once=once, again=again, later=later)
         self.run, self.found, self._allowed = run, None, allowed
         return run
 
@@ -635,20 +667,16 @@ class Notebook:
         """The steps, to draw them: agents that are not defined yet are stood in for."""
         plan = self._planned()
         items = plan.steps(())
-        named = {agent for item in items if not isinstance(item, Separator) for agent in item.agents}
-        stand_ins = [Agent(id=name, prompt="…") for name in named]
-        if not items:
-            return None
-        return RunState.of(Workflow(plan.name, steps=items, agents=stand_ins, autonomous_mode=plan.autonomous_mode))
+        return RunState.of(_drawn(plan, items)) if items else None
 
     def _check_functions(self, state: RunState) -> None:
         """A function that no cell has defined in this kernel cannot run."""
         agents, used = self.agents, {*state.sub_agents, *(agent for step in state.order for agent in step.step.agents)}
         for agent in state.agents.values():
-            given = agents.get(agent.id)
-            if agent.implementation is not None and agent.id in used and (given is None or given.function is None):
+            missing = (agents.get(agent.id) or agent).missing
+            if missing is not None and agent.id in used:
                 raise WorkflowError(
-                    f"agent {agent.id!r} is a Python function, which no journal can keep. Run the cell that defines it "
+                    f"agent {agent.id!r} {missing}, which no journal can keep. Run the cell that defines it "
                     "first, then this one."
                 )
 
@@ -685,20 +713,28 @@ class Notebook:
         if hole.name in variables and not hole.name.startswith("_"):
             kind = type(variables[hole.name]).__name__
             return (
-                f"{item.id}: {written} is a {kind}, and only a text or a number can stand in a prompt. "
+                f"Step {item.id!r}: {written} is a {kind}, and only a text or a number can stand in a prompt. "
                 f"Make one of it first, for instance {hole.name}_text = str({hole.name})."
             )
         if hole.name in self.agents:
             return (
-                f"{item.id} builds on {written}, and no step of that name has run. Run the cell of {hole.name} first."
+                f"Step {item.id!r} builds on {written}, and no step of that name has run. "
+                f"Run the cell of {hole.name} first."
             )
         texts = {name for name, value in variables.items() if isinstance(value, (str, int, float)) and name[0] != "_"}
         near = difflib.get_close_matches(hole.name, sorted(known | texts | set(RESERVED)), n=1)
-        similar = f"Similar: {near[0]}. " if near else ""
+        similar = f"Similar: `{near[0]}`. " if near else ""
         return (
-            f"{item.id}: the prompt uses {written}, which is not defined. {similar}"
-            "If it is a step, run its cell first; if it is a variable, set it. For literal braces add --raw."
+            f"The prompt of step {item.id!r} uses `{written}`, which is not defined. {similar}"
+            "If it is a step, run its cell first; if it is a variable, set it. For literal braces add `--raw`."
         )
+
+
+def _drawn(plan: Plan, items: list[AnyStep]) -> Workflow:
+    """The steps as a workflow that can be looked at, its agents stood in for; refused if they do not fit together."""
+    named = dict.fromkeys(name for item in items if not isinstance(item, Separator) for name in item.agents)
+    stand_ins = [Agent(id=name, prompt="…") for name in named]
+    return Workflow(plan.name, steps=items, agents=stand_ins, autonomous_mode=plan.autonomous_mode)
 
 
 def _empty(plan: Plan) -> str:

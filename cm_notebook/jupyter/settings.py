@@ -12,7 +12,8 @@ import traitlets
 from traitlets.config import Configurable
 
 from .. import config
-from ..errors import CodeMachineError
+from ..engines.base import configured_engine
+from ..errors import CodeMachineError, did_you_mean
 from . import bridge
 
 
@@ -20,12 +21,19 @@ class _Base(Configurable):
     def _load_config(self, cfg: Any, section_names: Any = None, traits: Any = None) -> None:
         """Take what was configured: by ``%config``, or in IPython's own configuration file.
 
-        A trait tells only of a change, and choosing the default is no change to it: so not by observing.
+        A trait tells only of a change, and choosing the default is no change to it: so not by observing. What is
+        refused here IPython says as one line under the cell, and nothing is changed.
         """
-        super()._load_config(cfg, section_names=section_names, traits=traits)
-        for name, value in self._find_my_config(cfg).items():
+        mine = self._find_my_config(cfg)
+        for name in mine:
+            if name not in config.SETTINGS and name[:1].islower():  # with a capital it is a section
+                raise traitlets.TraitError(
+                    f"There is no setting CM.{name}. {did_you_mean(name, config.SETTINGS, 'Settings')}"
+                )
+        for name, value in mine.items():
             if name in config.SETTINGS:
                 _choose(name, value)
+        super()._load_config(cfg, section_names=section_names, traits=traits)
 
 
 def _choose(name: str, value: Any) -> None:
@@ -33,6 +41,8 @@ def _choose(name: str, value: Any) -> None:
     config.chosen[name] = value
     try:
         fitting = config.setting(name)
+        if name == "engine":
+            configured_engine()
     except CodeMachineError as error:
         config.chosen.clear()
         config.chosen.update(before)

@@ -261,22 +261,12 @@ def _team_rev(step: StepState) -> str:
     return f".{hash(tuple((one.attempt, one.status, one.gates) for one in members))}" if members else ""
 
 
-_DONE = {"approve": "approved", "reject": "rejected", "retry": "retried", "skip": "skipped", "stop": "stopped"}
-
-
 def _attempt_record(state: RunState, step: StepState, attempt: Attempt) -> dict[str, Any]:
-    if attempt.edited:
-        word = "edited"
-    elif attempt.decision is not None:
-        word = _DONE.get(attempt.decision.action, "")
-    elif attempt.verdict is not None:
-        score = f" {attempt.verdict.score:g}" if attempt.verdict.score is not None else ""
-        word = f"{attempt.verdict.action}{score}"
-    elif attempt.cut_short:
-        word = "cut short"
-    else:
-        word = "failed" if attempt.errors and attempt.answer is None else ""
-    return {"number": attempt.number, "word": word, "hint": say.one_line(say.outcome(state, step, attempt), 300)}
+    return {
+        "number": attempt.number,
+        "word": say.attempt_word(state, step, attempt),
+        "hint": say.one_line(say.outcome(state, step, attempt), 300),
+    }
 
 
 _ASKS: dict[str, dict[str, Any]] = {
@@ -475,7 +465,10 @@ class Display:
     def _widget_bundle(self) -> tuple[dict[str, Any], dict[str, Any]]:
         made = self.widget._repr_mimebundle_()
         bundle, metadata = made if isinstance(made, tuple) else (made, {})
-        return {**bundle, "text/plain": f"{self.run.state.name}: live view"}, metadata
+        # Seen where the widget is not: in a file that is not trusted, and in tools that read text. It is not renewed,
+        # so it says nothing about the state; the snapshot below does.
+        name = ", ".join([self.run.state.name, *(self.steps or ())])
+        return {**bundle, "text/plain": f"{name}, as saved below. Run this cell again to go on here."}, metadata
 
     def _snapshot(self) -> dict[str, str]:
         bundle = _static(self.run, self.steps)
@@ -607,7 +600,7 @@ class Hub:
         """Keep `display` right from now on."""
         with self._lock:
             self.displays.append(display)
-        self._call(self._begin)
+        self._call(self._begin, display)
 
     def follow(self, run: Run) -> None:
         """The same run goes on as another object (it was resumed)."""
@@ -616,6 +609,7 @@ class Hub:
         self.run, self._feed = run, None
         for display in self.displays:
             display.run = run
+        self._call(self._begin)
 
     def makes_room(self, steps: list[str] | None, mode: ViewMode | None) -> bool:
         """Whether such a display is to be added to the present cell; without a `mode`, any that it has will do.
@@ -646,14 +640,20 @@ class Hub:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the kernel shuts down
             self.loop.call_soon_threadsafe(function, *args)
 
-    def _begin(self) -> None:
-        """On the run's loop nothing happens between the two: no text is lost and none comes twice."""
+    def _begin(self, added: Display | None = None) -> None:
+        """Watch the run; a page that said hello before we did, or before its display was ours, begins again."""
+        begun = [added] if added is not None else []
         if self._feed is None:
-            self._writings.clear()
-            self._feed = self.run.watch(lambda: self._call(self._soon))
-            for path, step in self.run.state.running.items():
-                writing = self._writings[path] = Writing(step.attempt)
-                writing.add(self.run.draft(path))
+            with self._lock:
+                begun = list(self.displays)
+            with self.run.reading() as state:  # nobody writes meanwhile: no text is lost and none comes twice
+                self._feed = self.run.watch(lambda: self._call(self._soon))
+                self._writings = {path: Writing(step.attempt) for path, step in state.running.items()}
+                for path, writing in self._writings.items():
+                    writing.add(self.run.draft(path))
+        for display in begun:
+            for page in display.pages:
+                self._tell_all(display, page)
         self._dirty = True
         self._soon()
 
@@ -788,6 +788,9 @@ class Hub:
             self._dirty = True  # what is over may be frozen now
             self._soon()
         display.pages.add(page)
+        self._tell_all(display, page)
+
+    def _tell_all(self, display: Display, page: str) -> None:
         texts = {path: writing.whole() for path, writing in self._writings.items() if display.covers(path)}
         if display.widget is not None:
             display.widget.send_state(["head", "graph", "cards", "gates", "final"])

@@ -119,9 +119,8 @@ def _shown(text: str, limit: int, more: str, *, plain: bool = False) -> str:
     cut = clip(text, limit)
     made = [_pre(cut.head) if plain else _markdown(cut.head)]
     if cut.tail:
-        said = f"{cut.omitted_chars:,} characters left out. Show all {say.size(cut.total_bytes)}: `{more}`"
         made += [
-            _line(said, f"border-left:3px solid {RULE};padding:0 0 0 8px"),
+            _line(say.left_out(cut, more), f"border-left:3px solid {RULE};padding:0 0 0 8px"),
             _pre(cut.tail) if plain else _markdown(cut.tail),
         ]
     return "".join(made)
@@ -197,7 +196,7 @@ def _summary(state: RunState, step: StepState, seen: Look, now: float | None, *,
         words.append(f"pass {step.iteration}")
     if step.status == "retrying" and state.ended is None:
         words.append(say.retry_words(state, step, now))
-    words += [say.waits_for(state, step), say.note(step)]
+    words += [say.waits_for(state, step), say.note(step), "" if open else say.beside(step)]
     told = one_line(say.story(state, step), 400) if step.settled and not open else ""
     line = ""
     if loop := say.loop_words(step):
@@ -271,7 +270,7 @@ def _earlier(state: RunState, step: StepState, limit: int) -> list[str]:
         parts.append(_line(f"{hidden} earlier attempts are not shown: `%cm show {step.path} --attempt 1`"))
     each = min(OLD_LIMIT, max(limit // 4 // ATTEMPTS_SHOWN, 400)) if limit < STEP_LIMIT else OLD_LIMIT
     for attempt in before[-ATTEMPTS_SHOWN:]:
-        more = _show(step, attempt)
+        more = say.show_command(step, attempt)
         ended = say.outcome(state, step, attempt)
         body = _shown(attempt.text, each, more) if attempt.text else ""
         body = body + _errors(step, attempt) or _line("It gave no output.")
@@ -302,7 +301,7 @@ def _result(state: RunState, step: StepState, attempt: Attempt, limit: int) -> l
     """What an attempt gave, what is to be said about it, and how it ended."""
     parts = []
     if attempt.text:
-        parts.append(_shown(attempt.text, limit, _show(step, attempt)))
+        parts.append(_shown(attempt.text, limit, say.show_command(step, attempt)))
     elif attempt is step.last and step.status == "running":
         parts.append(_line("It is at work; nothing to show yet."))
     elif attempt.answer is not None:
@@ -316,12 +315,6 @@ def _result(state: RunState, step: StepState, attempt: Attempt, limit: int) -> l
     if ended and not (attempt.error is not None and attempt.decision is None and attempt.answer is None):
         parts.append(_line(_capital(ended) + ("" if ended[-1] in ".”" else ".")))
     return parts
-
-
-def _show(step: StepState, attempt: Attempt) -> str:
-    """The command that shows all of an attempt."""
-    which = "" if attempt is step.last else f" --attempt {attempt.number}"
-    return f"%cm show {step.path}{which} --full"
 
 
 def _bounded_diff(step: StepState, old: Attempt, new: Attempt, limit: int) -> str:
@@ -342,7 +335,7 @@ def _errors(step: StepState, attempt: Attempt) -> str:
         inner = f"<div><b>{_esc(one_line(error.kind, 60))}</b>: {_esc(one_line(error.message, 600))}</div>\n"
         if error.detail:
             name = "Traceback" if error.detail.startswith("Traceback") else "Details"
-            inner += _fold(name, _shown(error.detail, 8_000, _show(step, attempt), plain=True))
+            inner += _fold(name, _shown(error.detail, 8_000, say.show_command(step, attempt), plain=True))
         parts.append(inner if whole else _quote(inner, "failed"))
     return "".join(parts)
 
@@ -549,6 +542,8 @@ def fold_summary(state: RunState, group: list[StepState]) -> str:
     words = [names, *say.total(state, (attempt for step in group for attempt in step.attempts)).words()]
     again = [f"{step.id} took {len(step.attempts)} attempts" for step in group if len(step.attempts) > 1]
     words += [f"{skipped} skipped"] if skipped else []
+    other = [step.id for step in group if say.beside(step)]
+    words += [f"{', '.join(other) if len(other) <= 3 else len(other)} recorded for other words"] if other else []
     words += again if len(again) <= 3 else [f"{len(again)} took several attempts"]
     decided = [(step.id, step.last.decision) for step in group if step.last is not None and step.last.decision]
     told = [f"{id} {say.decided(state, decision)}" for id, decision in decided]
@@ -696,7 +691,7 @@ def show_html(state: RunState, step: StepState, attempt: int | None = None, full
         say.outcome(state, step, chosen),
     ]
     head = f"<div><b>{_esc(step.id)}</b> {faint(*words)}</div>\n"
-    more = _show(step, chosen)
+    more = say.show_command(step, chosen)
     output = _shown(chosen.text, limit, more) if chosen.text else _line("It gave no output.")
     prompt = chosen.prompt
     sent = _fold("Prompt", _shown(prompt, limit, more, plain=True)) if prompt else ""

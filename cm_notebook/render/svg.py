@@ -269,7 +269,7 @@ def _rows(state: RunState, nodes: dict[str, _Node], fits: int) -> list[_Row]:
 
 def _loop(state: RunState, nodes: dict[str, _Node], module: StepState) -> _Loop:
     loop = state.loops.get(module.id)
-    label = f"again, {loop_limit(cast('Module', module.step))}"
+    label = f"again, {loop_limit(module)}"
     return _Loop(nodes[module.id], nodes[_back_to(state, module).id], label, loop is not None and loop.active)
 
 
@@ -370,7 +370,7 @@ def describe(state: RunState) -> str:
     text = f"Workflow {one_line(state.name, 80)}: {'; '.join(parts) or 'no steps'}."
     for step in state.order:
         if isinstance(step.step, Module):
-            text += f" {step.id} may go back to {_back_to(state, step).id}, {loop_limit(step.step)}."
+            text += f" {step.id} may go back to {_back_to(state, step).id}, {loop_limit(step)}."
     return _xml_text(text)
 
 
@@ -559,9 +559,7 @@ def _mermaid(state: RunState) -> str:
     lines += [f"  {names[a.id]} --> {names[b.id]}" for a, b in pairs]
     for step in state.order:
         if isinstance(step.step, Module):
-            lines.append(
-                f'  {names[step.id]} -. "again, {loop_limit(step.step)}" .-> {names[_back_to(state, step).id]}'
-            )
+            lines.append(f'  {names[step.id]} -. "again, {loop_limit(step)}" .-> {names[_back_to(state, step).id]}')
     return "\n".join(lines)
 
 
@@ -579,7 +577,7 @@ def _text(state: RunState) -> str:
         if isinstance(item, Parallel):
             part += f" [{' | '.join(f'{name} ({seen.word})' for name, seen in _members(state, step))}]"
         if isinstance(item, Module):
-            part += f" [again from {_back_to(state, step).id}, {loop_limit(item)}]"
+            part += f" [again from {_back_to(state, step).id}, {loop_limit(step)}]"
         arrow = "-> " if step.index else ""
         if line.strip() and len(line) + len(arrow) + len(part) > 100:
             lines.append(line)

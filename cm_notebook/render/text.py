@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..events import (
     EDITABLE,
+    OTHER_WORDS,
     Action,
     AgentsCalled,
     BaseEvent,
@@ -44,9 +45,9 @@ from ..events import (
     Usage,
     WorkflowChanged,
 )
-from ..state import STATUS_WORDS, Attempt, RunState, StepState, why_stale
+from ..state import STATUS_WORDS, Attempt, RunState, StepState, status_word, why_stale
 from ..workflow import Module, Parallel, Separator
-from .markdown import clean
+from .markdown import Clipped, clean, clip
 
 Tone = Literal["done", "waiting", "running", "failed", "pending", "skipped"]
 
@@ -116,6 +117,23 @@ def one_line(text: object, limit: int = 160) -> str:
 def quoted(text: object, limit: int = 160) -> str:
     """The text on one line, in quotation marks."""
     return f"“{one_line(text, limit)}”"
+
+
+def left_out(cut: Clipped, more: str) -> str:
+    """What was left out of a text, and the command that shows all of it."""
+    return f"{cut.omitted_chars:,} characters left out. Show all {size(cut.total_bytes)}: `{more}`"
+
+
+def bounded(text: str, more: str) -> str:
+    """The text cleaned; of a long one, as in HTML, its two ends and between them a line that says how to see all."""
+    cut = clip(clean(text))
+    return f"{cut.head.rstrip()}\n… {left_out(cut, more)} …\n{cut.tail}" if cut.tail else cut.head
+
+
+def show_command(step: StepState, attempt: Attempt) -> str:
+    """The command that shows all of an attempt."""
+    which = "" if attempt is step.last else f" --attempt {attempt.number}"
+    return f"%cm show {step.path}{which} --full"
 
 
 def _capital(text: str) -> str:
@@ -243,8 +261,8 @@ def look(state: RunState, step: StepState) -> Look:
     if step.status in ("due", "waiting") and kind == "failed":
         return Look("failed", "failed")
     if state.ended is not None:
-        if step.status in ("due", "waiting"):
-            return Look("not decided", "waiting")
+        if step.status == "due":
+            return Look(said := status_word(state, step), "failed" if said == "failed" else "waiting")
         if step.last is not None and step.last.cut_short and step.status in ("ready", "asking", "running"):
             return Look("cut short", "failed")
         if step.status == "retrying":
@@ -353,9 +371,9 @@ def ways(state: RunState, gate: Gate) -> list[Way]:
 
 
 def following(state: RunState, step: StepState) -> str:
-    """What comes after `step`: ``Next: deployer.``, or that none does yet: a notebook may add one."""
+    """What comes after `step`: ``Next: deployer.``, or that none does so far: a notebook's next cell may add one."""
     after = state.after(step)
-    return f"Next: {after.id}." if after is not None else "It is the last step so far."
+    return f"Next: {after.id}." if after is not None else "No step follows so far: add one, or it ends the run."
 
 
 def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
@@ -387,7 +405,8 @@ def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
             return f"{step.id} failed{times}{what} Retry those that failed, skip it, or stop."
         return f"{step.id} failed{times}{what} Retry, edit its prompt, skip it, or stop."
     if gate.kind == "stale":
-        return f"{step.id} is stale: {stale_words(state, step)}. Keep it, or run from here."
+        ways_on = "Keep it, run this step again, or run from here: it and all after it."
+        return f"{step.id} is stale: {stale_words(state, step)}. {ways_on}"
     if gate.kind == "question" and beside:
         return f"{step.id} is waiting for your answer."
     if gate.kind == "question":
@@ -486,6 +505,12 @@ def waits_for(state: RunState, step: StepState) -> str:
     return "the run is paused" if state.paused and step is state.current else ""
 
 
+def beside(step: StepState) -> str:
+    """That an answer was recorded for other words, which a closed card must not hide; else ``""``."""
+    noted = step.last.note if step.last is not None else None
+    return "recorded for other words" if noted is not None and noted.endswith(OTHER_WORDS) else ""
+
+
 def note(step: StepState) -> str:
     """What is to be said beside a step, unless its story says it."""
     decision = step.last.decision if step.last is not None else None
@@ -503,11 +528,13 @@ def clock_of(state: RunState, decision: Decision) -> str:
     return clock(decision.at) if decision.at and decision.by != "tape" and state.recorded is None else ""
 
 
-def decided(state: RunState, decision: Decision) -> str:
-    """The decision in words: ``rejected by you, 12:31: “name the tests”``."""
+def decided(state: RunState, decision: Decision, *, used_up: bool = False) -> str:
+    """The decision in words: ``rejected by you, 12:31: “name the tests”``; `used_up`: it ended a loop at its limit."""
     by = "(recorded)" if decision.by == "tape" else f"by {one_line(decision.by, 60)}"
     at = clock_of(state, decision)
     done = "edited and approved" if decision.output is not None else _DONE.get(decision.action, "stopped")
+    if used_up and done == "approved":
+        done = "the last output accepted"
     why = f": {quoted(decision.feedback)}" if decision.feedback else ""
     return f"{done} {by}{f', {at}' if at else ''}{why}"
 
@@ -524,13 +551,50 @@ def outcome(state: RunState, step: StepState, attempt: Attempt) -> str:
         parts.append(f"failed: {quoted(attempt.error.message)}")
     if attempt.cut_short:
         parts.append(f"cut short: {one_line(attempt.cut_short)}")
-    decision = attempt.decision
-    if decision is not None:
-        replaced = decision.output is not None and not attempt.edited
-        parts.append("replaced by an edited text" if replaced else decided(state, decision))
+    if used_up := _used_up(step, attempt):
+        parts.append("the limit was reached")
+    if (decision := attempt.decision) is not None:
+        parts.append("replaced by an edited text" if replaced(attempt) else decided(state, decision, used_up=used_up))
     if sent_back := _sent_back(state, step, attempt):
         parts.append(sent_back)
+    if not parts and (later := _later(step, attempt)) is not None:
+        parts.append(f"replaced by attempt {later.number}")  # its cell was changed, or it ran again
     return "; ".join(parts)
+
+
+def _later(step: StepState, attempt: Attempt) -> Attempt | None:
+    return next((one for one in step.attempts if one.number > attempt.number), None)
+
+
+def replaced(attempt: Attempt) -> bool:
+    """Whether a person's text counts in place of this attempt's."""
+    return attempt.decision is not None and attempt.decision.output is not None and not attempt.edited
+
+
+def attempt_word(state: RunState, step: StepState, attempt: Attempt) -> str:
+    """How an attempt ended in a word or two, the shortest form of its outcome: ``loop 0.52``, ``rejected``."""
+    if attempt.edited:
+        return "edited"
+    if replaced(attempt):
+        return "replaced"
+    if attempt.decision is not None:
+        return _DONE.get(attempt.decision.action, "stopped")
+    if (verdict := attempt.verdict) is not None:
+        return verdict.action + (f" {verdict.score:g}" if verdict.score is not None else "")
+    if attempt.cut_short:
+        return "cut short"
+    if attempt.errors and attempt.answer is None:
+        return "failed"
+    words = _sent_back(state, step, attempt)
+    if words:
+        return "sent back" if words.startswith("sent back") else "accepted"
+    return "replaced" if _later(step, attempt) is not None else ""
+
+
+def _used_up(step: StepState, attempt: Attempt) -> bool:
+    """Whether a module would have gone back after this attempt, had its repeats not been used up."""
+    said = attempt.verdict.action if attempt.verdict is not None else None
+    return isinstance(step.step, Module) and said == "loop" and attempt is step.last and step.status == "finished"
 
 
 def _sent_back(state: RunState, step: StepState, attempt: Attempt) -> str:
@@ -540,7 +604,14 @@ def _sent_back(state: RunState, step: StepState, attempt: Attempt) -> str:
         return ""
     if any(later.iteration == attempt.iteration for later in step.attempts if later.number > attempt.number):
         return ""
-    for judged in reversed(state.steps[module.id].attempts):
+    judge = state.steps[module.id]
+    if judge.status != "looping" and step.iteration == attempt.iteration:
+        # The run has not gone back: the judge has not spoken, or waits at its limit, or had reached it.
+        last = judge.last
+        if last is None or last.iteration != attempt.iteration or not _used_up(judge, last):
+            return ""
+        return f"accepted at the limit of {module.id}"
+    for judged in reversed(judge.attempts):
         if judged.iteration != attempt.iteration:
             continue
         verdict, decision = judged.verdict, judged.decision
@@ -563,8 +634,7 @@ def story(state: RunState, step: StepState) -> str:
 
 def loop_words(step: StepState) -> str:
     """A module's passes: ``1 loop 0.52 · 2 loop 0.71 · 3 continue 0.9 (max 5)``; ``""`` for other steps."""
-    module = step.step
-    if not isinstance(module, Module) or not step.attempts:
+    if not isinstance(step.step, Module) or not step.attempts:
         return ""
     chips = []
     for attempt in step.attempts[-12:]:
@@ -573,7 +643,7 @@ def loop_words(step: StepState) -> str:
         chips.append(f"{attempt.number} {verdict.action if verdict is not None else _unjudged(attempt)}{score}")
     if len(step.attempts) > 12:
         chips.insert(0, "…")
-    return f"{' · '.join(chips)} ({loop_limit(module)})"
+    return f"{' · '.join(chips)} ({loop_limit(step)})"
 
 
 def _unjudged(attempt: Attempt) -> str:
@@ -582,9 +652,13 @@ def _unjudged(attempt: Attempt) -> str:
     return "failed" if attempt.error is not None else "cut short" if attempt.cut_short else "running"
 
 
-def loop_limit(module: Module) -> str:
-    """``max 5``, or ``no limit``."""
-    return "no limit" if module.loop_max_iterations is None else f"max {module.loop_max_iterations}"
+def loop_limit(step: StepState) -> str:
+    """``max 5``, with what a person has allowed beyond the limit, or ``no limit``."""
+    most = step.step.loop_max_iterations if isinstance(step.step, Module) else None
+    # From the attempts: the state forgets it when the loop has ended.
+    judged = [one.decision for one in step.attempts if one.verdict is not None and one.verdict.action == "loop"]
+    allowed = sum(decision.count for decision in judged if decision is not None and decision.action == "retry")
+    return "no limit" if most is None else f"max {most + allowed}"
 
 
 # -- lines and tables -------------------------------------------------------------------------------------------------
@@ -647,8 +721,8 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
     if isinstance(event, StepFailed):
         return f"{event.path} is given up: nobody was there to decide"
     if isinstance(event, LoopedBack):
-        module = state.steps[event.module].step if event.module in state.steps else None
-        limit = f", {loop_limit(module)}" if isinstance(module, Module) else ""
+        module = state.steps.get(event.module)
+        limit = f", {loop_limit(module)}" if module is not None else ""
         reason = event.reason if isinstance(event.reason, str) else state.text(event.reason)
         return f"{event.module} goes back to {event.to} (pass {event.iteration}{limit})" + (
             f": {one_line(reason)}" if reason else ""
@@ -809,8 +883,8 @@ def run_text(state: RunState, now: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def show_text(state: RunState, step: StepState, attempt: Attempt | None = None) -> str:
-    """One step as ``text/plain``: a line about it, then its whole output."""
+def show_text(state: RunState, step: StepState, attempt: Attempt | None = None, full: bool = False) -> str:
+    """One step as ``text/plain``: a line about it, then its output; `full`: all of it, however long."""
     shown = attempt if attempt is not None else step.last
     words = [f"{step.path}: {look(state, step).word}"]
     if shown is not None:
@@ -820,7 +894,9 @@ def show_text(state: RunState, step: StepState, attempt: Attempt | None = None) 
             words.append(one_line(shown.note))
     head = " · ".join(filter(None, words))
     head = "\n".join([head, *member_lines(state, step)])
-    text = clean(shown.text) if shown is not None else ""
+    text = ""
+    if shown is not None:
+        text = clean(shown.text) if full else bounded(shown.text, show_command(step, shown))
     return f"{head}\n\n{text}" if text else head
 
 

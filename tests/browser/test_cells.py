@@ -98,7 +98,7 @@ def test_an_approve_cell_in_a_run_all_decides_nothing(open_notebook, kernel):
     nb.page.evaluate("([i, text]) => cmTest.cell(i).model.sharedModel.setSource(text)", [BUILD, "%cm approve"])
     nb.run_all()
     nb.wait_text(PLAN, "planner is waiting for you")
-    nb.wait_text(BUILD, "nothing was decided")
+    nb.wait_text(BUILD, "Nothing was decided")
     assert "('planner', 'waiting', 1)" in page.known()
     page.run(BUILD)  # now it has been seen
     nb.wait_text(PLAN, "Approved by you")

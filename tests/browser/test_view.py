@@ -655,6 +655,39 @@ show(run)
 """
 
 
+TWO_RUNS = """
+import threading
+import cm_notebook as cm
+from cm_notebook.jupyter.view import show
+go = threading.Event()
+@cm.agent("planner")
+def planner(turn):
+    turn.emit("written before the end")
+    go.wait()
+    return "The plan."
+flow = cm.Workflow("flow", agents=[planner], steps="planner?")
+"""
+
+
+def test_two_runs_write_at_the_same_time_also_below_the_window(open_notebook):
+    runs = [
+        "run = flow.start(journal=':memory:')\nshow(run)" + "\n" * 40,
+        "run = flow.start(journal=':memory:')\nshow(run)",
+    ]
+    nb = open_notebook([TWO_RUNS, *runs, "go.set()"])
+    for cell in range(3):
+        nb.run_cell(cell)
+        nb.wait_done(cell)
+    for cell in (1, 2):
+        nb.wait_text(cell, "written before the end")
+        # as high as its line, in sight or not: what is below does not jump when it comes into sight
+        assert nb.output(cell).locator(".cm-body").bounding_box()["height"] < 60
+    nb.run_cell(3)
+    for cell in (1, 2):
+        nb.wait_text(cell, "The plan.")
+    assert nb.console_errors == []
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_many_steps_fold(open_notebook, picture, theme):
     nb = start(open_notebook, MANY, theme=theme)

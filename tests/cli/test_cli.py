@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -249,6 +250,7 @@ def test_a_failed_run_ends_with_1_and_one_line() -> None:
     [
         ("import cm_notebook as cm\n\nx = nothing\n", "flow.py, line 3: NameError: name 'nothing' is not defined"),
         ("x = (\n", "flow.py, line 1: SyntaxError: '(' was never closed"),
+        ("x = 1\0\n", "flow.py: SyntaxError: source code string cannot contain null bytes"),
         ("import sys\nsys.exit(0)\n", "flow.py, line 2: SystemExit: 0"),
         (HEAD, "flow.py defines no workflow: workflow = cm.Workflow(…) is expected at its top level."),
         (
@@ -311,7 +313,7 @@ def test_what_is_not_understood_ends_with_2(here: Here, words: list[str], said: 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["run", "flw.py"], "there is no file 'flw.py'. Did you mean 'flow.py'? Here: flow.py, a.json."),
+        (["run", "flw.py"], "there is no file 'flw.py'. Did you mean 'flow.py'? Here: a.json, flow.py."),
         (
             ["run", "a.ipynb"],
             "'a.ipynb' is a notebook. Open it in Jupyter, or run it headless: jupyter execute a.ipynb",
@@ -325,6 +327,11 @@ def test_what_is_not_understood_ends_with_2(here: Here, words: list[str], said: 
             "workflow's own inputs.",
         ),
         (["run", "flow.py", "--tape", "x"], "tape 'x' cannot be read: No such file or directory."),
+        (
+            ["run", "flow.py", "--workspace", "a.txt"],
+            "the workspace 'a.txt' cannot be used: it is a file. Name a folder that can be made, for instance "
+            "workspace='site'.",
+        ),
     ],
 )
 def test_what_cannot_be_run_ends_with_1(here: Here, words: list[str], said: str) -> None:
@@ -387,6 +394,19 @@ def test_an_interrupt_stops_the_run_which_can_go_on(number: signal.Signals) -> N
     again = ran("run", "flow.py", "--resume", last_run().id)
     assert again.code == 0
     assert not any("first ok" in line for line in again.lines)
+
+
+def test_an_interrupt_while_the_run_begins_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = cli.Run.start
+
+    def interrupted(*args: Any, **options: Any) -> cm.Run:
+        run = begun(*args, **options)
+        signal.raise_signal(signal.SIGINT)  # the run is on disk by then, and only this frame knows it
+        return run
+
+    monkeypatch.setattr(cli.Run, "start", interrupted)
+    assert cli.main(["run", write(SLOW)]) == 4
+    assert last_run().status == "stopped"
 
 
 def test_agents_get_to_end_what_they_began() -> None:
@@ -515,6 +535,28 @@ def test_a_person_rejects_looks_at_the_difference_and_approves(terminal: Open) -
     assert "+plan 2 for a CLI: name the tests" in seen
     assert person.end() == 0
     assert last_run()["coder"].text == "code for plan 2 for a CLI: name the tests"
+
+
+def test_of_what_is_long_both_ends_are_shown(terminal: Open) -> None:
+    text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    return f'begin {\"x\" * 1_000_000} end'\n"
+    text += "\n@cm.agent('b')\ndef b(turn):\n    raise ValueError('E' * 300_000)\n"
+    person = terminal("run", write(text + "wf = cm.Workflow('w', agents=[a, b], steps='a? -> b')\n"))
+    seen = person.answer("v")
+    assert len(seen) < 70_000
+    assert re.search(
+        r"\nbegin x+\n… 936,010 characters left out. Show all 1.0 MB: `v` …\nx+ end\n---\na is waiting", seen
+    )
+    assert f"begin {'x' * 1_000_000} end" in person.answer("a")
+    seen = person.answer("t")
+    assert len(seen) < 70_000
+    assert re.search(r"E\n… [0-9,]+ characters left out. Show all \S+ kB: `v` …\nE", seen)
+    assert person.end() == 4
+
+
+def test_a_long_reason_is_cut(here: Here) -> None:
+    code, said = here("run", write("raise ValueError('E' * 300_000)"))
+    assert (code, len(said) < 70_000) == (1, True)
+    assert "characters left out. Show all 300 kB: `--debug` …" in said
 
 
 def test_nothing_is_decided_by_chance(terminal: Open) -> None:
@@ -686,6 +728,16 @@ def test_help_is_one_screen(here: Here, capsys: pytest.CaptureFixture[str]) -> N
 def test_version(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert re.fullmatch(r"cm-notebook \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_doctor_finds_something(here: Here, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / ".cm_notebook").mkdir()
+    (tmp_path / ".cm_notebook" / "journal.db").write_text("no database " * 1000)
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"look  journal .*journal\.db is damaged or no journal", said)
+    assert "Move it away, and the next run makes a new one; the runs in it cannot be read.\n" in said
+    assert said.endswith("1 to look at.\n")
 
 
 def test_doctor(here: Here, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,11 @@ def _spoil_cut_early(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
 
 
+def _spoil_cut_late(path: Path) -> None:
+    _fold_in(path)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
 def _spoil_empty(path: Path) -> None:
     _fold_in(path)
     path.write_bytes(b"")
@@ -152,6 +157,7 @@ def _fold_in(path: Path) -> None:
         (_spoil_header, "damaged or no journal"),
         (_spoil_cut, "damaged"),
         (_spoil_cut_early, "damaged: it was cut off"),
+        (_spoil_cut_late, "damaged: it was cut off"),
         (_spoil_empty, "is empty: it was cut off"),
         (_spoil_foreign, "a database of another program"),
         (_spoil_newer, "written by a newer version"),
@@ -244,6 +250,52 @@ def test_a_full_disk_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
     again = cm.resume(run.id, journal=journal, engine=big).wait(10)
     assert again.status == "completed"
     assert [event.decision.action for event in again.events if event.type == "GateDecided"] == ["approve"]
+
+
+def _gone(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _replaced(path: Path) -> None:
+    """By another process that has made a journal of that name."""
+    _gone(path)
+    script = (
+        "import sys, cm_notebook as cm\n"
+        "cm.Workflow('other', steps=[cm.step('a', prompt='x')]).start(journal=sys.argv[1]).wait(10)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+
+
+@pytest.mark.parametrize("away", [_gone, _replaced])
+def test_a_file_that_is_gone_takes_no_decision_and_no_run(tmp_path: Path, away: Callable[[Path], None]) -> None:
+    path = tmp_path / "j.db"
+    engine = cm.ScriptedEngine({"a": ["x", "y"], "b": ["z"]})
+    run = flow("a?", "b").start(engine=engine, journal=path)
+    gate(run)
+    away(path)
+    others = [] if away is _gone else [found.id for found in cm.runs(path)]
+    with pytest.raises(cm.JournalError, match=r"j\.db was deleted or replaced while it was in use.* Put the file back"):
+        run.approve()
+    assert run.status == "failed"
+    assert "deleted or replaced" in run.state.reason
+    new = flow("a").start(engine=engine, journal=path).wait(10)
+    assert [found.id for found in cm.runs(path)] == [new.id, *others]
+    script = "import sys, cm_notebook as cm; print(*[run.id for run in cm.runs(sys.argv[1])])"
+    seen = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    assert seen.stdout.split() == [new.id, *others]
+
+
+def test_a_file_that_is_put_back_is_the_same_journal(tmp_path: Path) -> None:
+    (tmp_path / "at").mkdir()
+    run = flow("a?").start(engine=cm.ScriptedEngine({"a": ["x"]}), journal=tmp_path / "at" / "j.db")
+    gate(run)
+    (tmp_path / "at").rename(tmp_path / "elsewhere")
+    with pytest.raises(cm.JournalError, match="deleted or replaced"):
+        run.approve()
+    (tmp_path / "elsewhere").rename(tmp_path / "at")
+    again = cm.resume(run.id, journal=tmp_path / "at" / "j.db").approve().wait(10)
+    assert again["a"].text == "x"
 
 
 HOLDS = """
@@ -385,6 +437,21 @@ def test_no_lock_is_left_behind(tmp_path: Path) -> None:
     gate(run)
     assert [file.stem for file in (tmp_path / "j.db-locks").iterdir()] == [run.id]
     run.stop().wait(10)
+    assert list((tmp_path / "j.db-locks").iterdir()) == []
+
+
+def test_a_start_that_fails_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    changed = flow("a")
+    changed.inputs["goal"] = object()
+    with pytest.raises(cm.WorkflowError, match="input 'goal' is a object"):
+        changed.start(journal=tmp_path / "j.db")
+    assert not (tmp_path / "j.db").exists()
+    monkeypatch.setattr("cm_notebook.edits.fingerprints", broken)
+    with pytest.raises(ZeroDivisionError):
+        flow("a").start(journal=tmp_path / "j.db")
     assert list((tmp_path / "j.db-locks").iterdir()) == []
 
 

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -145,13 +146,16 @@ def test_inputs_may_be_given_without_a_definition() -> None:
     run.stop()
 
 
-def test_what_a_crash_cut_short_says_so() -> None:
+@pytest.mark.parametrize("edited", [False, True])
+def test_what_a_crash_cut_short_says_so(edited: bool) -> None:
     run = whole()
     started = next(event.seq for event in run.events if event.type == "TurnStarted")
     journal = MemoryJournal()
     journal.create(run.id, "five", None)
     journal.commit(run.id, [event.model_copy(deep=True) for event in run.events[:started]])
-    again = cm.resume(run.id, five_steps(), journal=journal, engine=cm.ScriptedEngine(SCRIPT), on_gate=policy)
+    flow = five_steps()
+    flow.agents[0].prompt += " Be quick." if edited else ""
+    again = cm.resume(run.id, flow, journal=journal, engine=cm.ScriptedEngine(SCRIPT), on_gate=policy)
     assert again["researcher"].attempts[0].cut_short == "the process that drove it had ended"
     assert again.wait(20).status == "completed"
 
@@ -197,6 +201,34 @@ def test_what_has_run_cannot_be_deleted_or_moved(steps: str, words: str) -> None
     cm.resume(run.id, five_steps(), journal=journal, engine=cm.ScriptedEngine(SCRIPT), on_gate=policy).wait(20)
 
 
+@pytest.mark.parametrize("how", ["resume", "revise", "go_on"])
+def test_a_renamed_step_is_named_before_the_template_that_misses_it(how: str) -> None:
+    def flow(first: str, last: str) -> cm.Workflow:
+        steps = [cm.step(first, prompt="x"), cm.step("b", prompt="on {{ a }}", interactive=True)]
+        return cm.Workflow("w", steps=[*steps, cm.step(last, prompt="z")])
+
+    script = {"a": ["1"], "b": ["2", "3"], "end": ["4"]}
+    run = flow("a", "z").start(engine=cm.ScriptedEngine(script), journal=MemoryJournal())
+    gate(run)
+    if how == "resume":
+        run.stop().wait(10)
+
+    def go_on(workflow: cm.Workflow) -> cm.Run:
+        if how == "resume":
+            return cm.resume(run.id, workflow, journal=run._journal, engine=cm.ScriptedEngine(script))
+        if how == "revise":
+            run.revise(workflow)
+            return run
+        return run.go_on(workflow)
+
+    with pytest.raises(cm.WorkflowError, match="step 'a' has run and is renamed to 'plan'"):
+        go_on(flow("plan", "z"))
+    again = go_on(flow("a", "end"))
+    gate(again)
+    again.approve()
+    assert again.wait(10)["end"].text == "4", "a step that has not run may have another name"
+
+
 def test_a_new_step_stands_where_the_definition_has_it() -> None:
     run, journal = _stopped_at_deployer()
     edited = cm.Workflow(
@@ -237,6 +269,35 @@ def test_what_must_not_run_twice_asks_first() -> None:
     again.approve()
     assert again.wait(10)["a"].text == ""
     assert len(again["a"].attempts) == 1
+
+
+@pytest.mark.parametrize("edited", ["prompt", "input"])
+def test_what_must_not_run_twice_asks_first_after_an_edit_too(edited: str) -> None:
+    ran = threading.Semaphore(0)
+
+    @cm.agent("pay")
+    def pay(turn: cm.Turn) -> str:
+        ran.release()
+        if turn.attempt == 1:
+            turn.ask_human("Which?")  # never answered
+        return "paid"
+
+    def flow(words: str, amount: int) -> cm.Workflow:
+        steps = [cm.step("pay", prompt=f"{words} {{{{ amount }}}}", idempotent=False)]
+        return cm.Workflow("i", agents=[pay], steps=steps, inputs={"amount": amount})
+
+    run = flow("Pay", 1).start(journal=MemoryJournal())
+    assert gate(run).kind == "question"
+    run.stop().wait(10)
+    other = ("Transfer", 1) if edited == "prompt" else ("Pay", 2)
+    again = cm.resume(run.id, flow(*other), journal=run._journal)
+    assert gate(again).kind == "may_have_run"
+    again.revise(flow("Send", 3))
+    assert gate(again).kind == "may_have_run"
+    assert ran.acquire(blocking=False)
+    assert not ran.acquire(blocking=False), "it ran again unasked"
+    again.retry()
+    assert again.wait(10)["pay"].prompt == "Send 3"
 
 
 def test_an_answer_given_before_the_crash_is_not_asked_for_again() -> None:

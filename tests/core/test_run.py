@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +80,12 @@ def kinds(run: cm.Run) -> list[str]:
         ({"tape": "tapes/nope.jsonl"}, "tape 'tapes/nope.jsonl' cannot be read"),
         ({"tape": "on.jsonl"}, "Did you mean 'one.jsonl'?"),
         ({"workspace": 5}, "workspace=5 is not a folder. Name one"),
+        ({"workspace": "one.jsonl"}, "the workspace 'one.jsonl' cannot be used: it is a file. Name a folder"),
+        ({"workspace": "one.jsonl/x"}, "the workspace 'one.jsonl/x' cannot be used: Not a directory"),
+        ({"workspace": "a\0b"}, "cannot be used"),
         ({"journal": 5}, "journal=5 is not a file. Name one"),
         ({"engine": 5}, "engine=5 is neither a name nor an engine"),
+        ({"engine": Echo}, "is neither a name nor an engine"),
         ({"engine": "offlin"}, "Did you mean 'offline'?"),
         ({"on_gate": 5}, "on_gate=5 is not 'approve'"),
         ({"on_gate": "aprove"}, "Did you mean 'approve'?"),
@@ -110,6 +115,72 @@ def test_a_resumed_run_has_the_same_options() -> None:
 def test_the_options_of_a_start_are_all_named() -> None:
     taken = set(inspect.signature(cm.Run.start).parameters) - {"workflow", "inputs", "notebook"}
     assert set(START_OPTIONS) == taken
+
+
+def test_a_workspace_that_is_gone_is_a_failed_step(tmp_path: Path) -> None:
+    run = workflow("a? -> b").start(engine=Echo(), journal=":memory:", workspace="site")
+    gate(run)
+    run.stop()
+    (tmp_path / "site").rmdir()
+    (tmp_path / "site").touch()
+    again = cm.resume(run.id, journal=run._journal, engine=Echo()).approve()
+    assert "site' cannot be used: it is a file" in gate(again, "b").payload["error"]
+    (tmp_path / "site").unlink()
+    assert again.retry().wait(10)["b"].text == "b 2"
+
+
+def test_a_bug_of_ours_around_a_turn_ends_the_run_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(cm.Run, "_request", broken)
+    run = start("a -> b")
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        run.wait(10)
+    assert (run.status, kinds(run)[-2:]) == ("failed", ["TurnFailed", "RunFinished"])
+    monkeypatch.undo()
+    monkeypatch.setattr(cm.Run, "_turn_ended", broken)
+    run = start("a -> b")
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        run.wait(10)
+    assert run.status == "failed"
+
+
+async def _events(*told: Any) -> Any:
+    for each in told:
+        yield each
+
+
+async def _answer() -> Any:
+    return TurnDone("x")
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        (lambda request: [TurnDone("x")], "the stream of the engine 'mine' gave a list, not events one by one: write"),
+        (lambda request: _answer(), "the stream of the engine 'mine' gave a coroutine"),
+        (lambda request: _events(TurnDone(5)), r"the engine 'mine' gave TurnDone\(5\), whose text is none"),  # type: ignore[arg-type]
+        (lambda request: _events(Delta(None)), r"the engine 'mine' gave Delta\(None\)"),  # type: ignore[arg-type]
+        (lambda request: _events("x"), "the engine 'mine' gave 'x', which is no event. It yields cm.Delta"),
+    ],
+)
+def test_an_engine_that_is_wrong_is_named(stream: Any, words: str) -> None:
+    class Mine:
+        name = "mine"
+
+    mine: Any = Mine()
+    mine.stream = stream
+    run = workflow("a").start(engine=mine, journal=":memory:")
+    opened = gate(run)
+    assert opened.kind == "failed"
+    assert re.search(words, opened.payload["error"])
+
+
+@pytest.mark.parametrize("engine", [5, Echo])
+def test_only_an_engine_is_registered(engine: Any) -> None:
+    with pytest.raises(cm.WorkflowError, match=r"cm\.register_engine: .* is no engine: an object with a name"):
+        cm.register_engine(engine)
 
 
 def test_waiting_takes_seconds() -> None:
@@ -223,6 +294,25 @@ def test_skip_goes_on_without_output() -> None:
     assert run["planner"].status == "skipped"
 
 
+@pytest.mark.parametrize(("on_exhausted", "word"), [("fail", "failed"), ("pause", "not decided")])
+def test_nothing_waits_in_a_run_that_has_ended(on_exhausted: Any, word: str) -> None:
+    judge = cm.module("judge", prompt="Judge.", loop_max_iterations=0, on_exhausted=on_exhausted)
+    script = {"a": ["1"], "judge": ['{"action": "loop"}']}
+    flow = cm.Workflow("w", steps=[cm.step("a", prompt="Work."), judge])
+    run = flow.start(engine=cm.ScriptedEngine(script), journal=":memory:")
+    if on_exhausted == "pause":
+        gate(run)
+        assert run["judge"].status == "waiting"
+        run.stop()
+    with contextlib.suppress(cm.RunFailed):
+        run.wait(10)
+    assert (run.status, run["judge"].status) == ("failed" if word == "failed" else "stopped", word)
+    assert f"judge  {word}" in repr(run._repr_mimebundle_()["text/plain"]), "the view says the same"
+    again = cm.resume(run.id, journal=run._journal)
+    assert (gate(again).kind, again["judge"].status) == ("exhausted", "waiting")
+    again.stop()
+
+
 def test_a_decision_counts_once() -> None:
     run = start("planner? -> reviewer?")
     opened = gate(run)
@@ -233,6 +323,32 @@ def test_a_decision_counts_once() -> None:
     with pytest.raises(cm.AlreadyDecided, match="already approved"):
         run.approve("planner")
     assert [event.type for event in run.events].count("GateDecided") == 1
+
+
+@pytest.mark.parametrize("place", ["a?", "a? -> b?"])
+def test_the_same_decision_twice_says_who_was_first(place: str) -> None:
+    run = start(place)
+    opened = gate(run)
+    run.stop().wait(10)
+    for late in (
+        lambda: run.decide(opened.id, cm.Decision(action="approve")),
+        lambda: run.approve(),
+        lambda: run.approve("a"),
+    ):
+        with pytest.raises(cm.AlreadyDecided, match=r"the gate of 'a' is closed: run '.*' is stopped: stopped by you"):
+            late()
+    again = cm.resume(run.id, workflow(place), journal=run._journal, engine=Echo())
+    gate(again)
+    again.approve()
+    if "b" in place:
+        gate(again, "b")
+        again.approve()
+    for late in (lambda: again.approve(), lambda: again.skip()):
+        with pytest.raises(cm.AlreadyDecided, match=r"'[ab]' was already approved by you at \d\d:\d\d"):
+            late()
+    assert again.wait(10).status == "completed"
+    with pytest.raises(cm.TransitionError, match=r"no gate is open: run '.*' is completed"):
+        start("a").wait(10).approve()
 
 
 def test_of_many_threads_one_wins() -> None:
@@ -438,6 +554,61 @@ def test_a_result_that_is_not_there_says_why() -> None:
     assert behind.value.gate == pending.value.gate
 
 
+def test_a_result_that_is_still_being_made_names_who_is_at_work_and_no_variable_of_a_notebook() -> None:
+    release = threading.Event()
+
+    @cm.agent("planner")
+    def planner(turn: cm.Turn) -> str:
+        release.wait(30)
+        return "a plan"
+
+    run = cm.Workflow("w", agents=[planner, cm.Agent("b", "Go.")], steps="planner -> b").start(journal=":memory:")
+    said = {}
+    for step in ("planner", "b"):
+        with pytest.raises(cm.GatePending) as early:
+            _ = run[step].text
+        assert early.value.step == step
+        said[step] = str(early.value)
+    release.set()
+    run.stop()
+    assert '"b" has no result yet: "planner" is running. Decide there, then run this cell again' in said["b"]
+    assert '"planner" has no result yet: it is running.' in said["planner"]
+    assert "await run" not in said["b"] + said["planner"]
+
+
+# -- what JSON cannot hold ---------------------------------------------------------------------------------------------
+
+
+class Measure(BaseModel):
+    value: float | dict[str, list[float]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1, {"deep": -float("inf")}]])
+def test_a_number_that_json_does_not_have_is_refused_as_an_input(value: Any) -> None:
+    steps = [cm.step("a", prompt="{{ v }}")]
+    with pytest.raises(cm.WorkflowError, match=r"input 'v' holds (nan|inf|-inf), a number that JSON does not have"):
+        cm.Workflow("w", steps=steps, inputs={"v": value})
+    with pytest.raises(cm.WorkflowError, match="input 'v' holds"):
+        cm.Workflow("w", steps=steps).start({"v": value}, journal=":memory:")
+
+
+@pytest.mark.parametrize("value", [float("nan"), {"deep": [1.0, -float("inf")]}, "a score"])
+def test_a_number_that_json_does_not_have_fails_the_turn_that_made_it(value: Any) -> None:
+    scored = value == "a score"
+
+    @cm.agent("a")
+    def a(turn: cm.Turn) -> Measure | cm.Verdict:
+        return cm.Verdict(action="continue", score=float("nan")) if scored else Measure(value=value)
+
+    run = cm.Workflow("w", agents=[a], steps="a").start(journal=":memory:")
+    opened = gate(run)
+    assert opened.kind == "failed"
+    what = "score" if scored else "output"
+    assert f"a: its {what} holds" in opened.payload["error"]
+    run.stop()
+    assert folded(run.events).steps["a"].last.output is run.state.steps["a"].last.output is None
+
+
 # -- steering --------------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +619,26 @@ def test_until_and_next_run_as_far_as_asked() -> None:
     assert [step.status for step in run] == ["done", "done", "done", "pending"]
     run.unpause().wait(10)
     assert run.status == "completed"
+
+
+def test_until_a_module_goes_its_loop_and_next_goes_one_step_of_it() -> None:
+    again, enough = '{"action": "loop"}', '{"action": "continue"}'
+
+    def judged(until: str) -> cm.Run:
+        script = {"a": ["1", "2", "3"], "judge": [again, again, enough], "z": ["end"]}
+        flow = workflow("a -> judge(loop 1) -> z")
+        return flow.start(engine=cm.ScriptedEngine(script), journal=":memory:", until=until).wait(10)
+
+    run = judged("judge")
+    assert (run.status, [step.status for step in run]) == ("paused", ["done", "done", "pending"])
+    assert len(run["judge"].attempts) == 3
+    run = judged("a")
+    for made in ([1, 1, 0], [2, 1, 0], [2, 2, 0]):
+        run.next().wait(10)
+        assert (run.status, [len(step.attempts) for step in run]) == ("paused", made)
+    assert run.unpause(until="judge").wait(10)["judge"].status == "done"
+    assert run["z"].status == "pending"
+    assert run.unpause().wait(10).status == "completed"
 
 
 def test_pause_lets_what_runs_finish() -> None:
@@ -752,7 +943,10 @@ def test_a_function_that_never_ends_is_given_up() -> None:
         return "late"
 
     run = cm.Workflow("h", agents=[hangs], steps=[cm.step("hangs", timeout_s=0.05)]).start(journal=":memory:")
-    assert "did not finish within 0.05 s" in gate(run).payload["error"]
+    assert gate(run).payload["error"] == (
+        "hangs did not finish within 0.05 s (without any output). "
+        "Retry, or give it more time: `%cm step hangs --timeout 0.125`, in Python timeout_s=0.125."
+    )
     release.set()
     run.skip()
     assert run.wait(10)["hangs"].text == "", "the late answer is not taken"
@@ -954,6 +1148,54 @@ class Talks:
         self.asked.append(request)
         yield SessionStarted(request.session_id or f"{self.name}-1")
         yield TurnDone(f"{self.name} {request.attempt}")
+
+
+def test_a_session_is_known_while_its_turn_runs_and_continued_after_a_cut() -> None:
+    sent: list[tuple[int, str | None]] = []
+
+    class Hangs:
+        name = "hangs"
+
+        async def stream(self, request: AgentRequest) -> Any:
+            sent.append((request.attempt, request.session_id))
+            yield SessionStarted("s")
+            yield SessionStarted("s")
+            if len(sent) == 1:
+                await asyncio.Event().wait()
+            yield TurnDone("done")
+
+    flow = cm.Workflow("w", steps=[cm.step("a", prompt="x")])
+    run = flow.start(engine=Hangs(), journal=":memory:")
+    until(lambda: "SessionOpened" in kinds(run), "the session to be written down")
+    run.stop().wait(10)
+    again = cm.resume(run.id, flow, journal=run._journal, engine=Hangs()).wait(10)
+    assert sent == [(1, None), (2, "s")]
+    assert kinds(again).count("SessionOpened") == 1, "what is known is not said again"
+
+
+@pytest.mark.parametrize("session", [None, "s"])
+def test_the_next_chained_prompt_comes_with_the_edited_answer(session: str | None) -> None:
+    requests: list[AgentRequest] = []
+
+    class Remembers:
+        name = "remembers"
+
+        async def stream(self, request: AgentRequest) -> Any:
+            requests.append(request)
+            if session is not None:
+                yield SessionStarted(session)
+            yield TurnDone(f"answer {request.turn}")
+
+    steps = [cm.step("a", prompt=["Draft it", "Translate it"])]
+    run = cm.Workflow("w", steps=steps, autonomous_mode=False).start(engine=Remembers(), journal=":memory:")
+    gate(run)
+    run.approve(output="MINE")
+    assert gate(run).attempt == 3
+    second = requests[1]
+    assert (second.attempt, second.session_id, list(second.history)) == (3, session, [("Draft it", "MINE")])
+    assert ("MINE" in second.prompt) is (session is not None)
+    assert [attempt.text for attempt in run["a"].attempts] == ["answer 1", "MINE", "answer 2"]
+    run.stop()
 
 
 def test_a_session_belongs_to_the_engine_it_came_from() -> None:

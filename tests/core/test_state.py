@@ -35,6 +35,7 @@ from cm_notebook.events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    SessionOpened,
     StepAdded,
     StepChanged,
     StepFailed,
@@ -123,14 +124,15 @@ def test_pattern_5_gives_the_coordinator_what_the_architect_said() -> None:
 
 MODES: tuple[Any, ...] = ("never", False, "always", True, "unattended")
 BEFORE, AFTER, BETWEEN = ("start", "a", 1, 1), ("review", "a", 1, 1), [("review", "a", 1, 1), ("review", "a", 1, 2)]
+SECOND = ("start", "a", 1, 2)
 GATES_OF: dict[tuple[bool, bool, str], list[tuple[str, str, int, int]]] = {
-    # (every step pauses, chained prompts, gate): the gates; in manual mode there is one after each chained prompt
+    # (every step pauses, chained prompts, gate): the gates; in manual mode chained prompts have theirs each
     (True, False, "after"): [AFTER],
     (True, False, "before"): [BEFORE],
     (True, False, "both"): [BEFORE, AFTER],
     (True, True, "after"): BETWEEN,
-    (True, True, "before"): [BEFORE],
-    (True, True, "both"): [BEFORE, *BETWEEN],
+    (True, True, "before"): [BEFORE, SECOND],
+    (True, True, "both"): [BEFORE, BETWEEN[0], SECOND, BETWEEN[1]],
     (False, False, "after"): [AFTER],
     (False, False, "before"): [BEFORE],
     (False, False, "both"): [BEFORE, AFTER],
@@ -203,8 +205,38 @@ def test_an_open_gate_stays_open_when_the_mode_changes() -> None:
 
 
 def test_manual_mode_says_why_a_step_that_asks_for_no_pause_has_one() -> None:
-    assert "every step pauses" in run(work("a", interactive=False), mode=False).gate().payload["note"]
-    assert "note" not in run(work("a"), mode=False).gate().payload
+    for kind, place in (("review", "after"), ("start", "before")):
+        driver = run(work("a", interactive=False, gate=place), mode=False)
+        assert driver.gate().kind == kind
+        assert "every step pauses" in driver.gate().payload["note"]
+        assert "note" not in run(work("a", gate=place), mode=False).gate().payload
+
+
+def test_each_chained_prompt_may_be_edited_before_it_is_sent() -> None:
+    def asked() -> Driver:
+        return run(work("a", ["one", "two", "three"], gate="before"), mode=False).decide("approve")
+
+    def prompts(driver: Driver) -> list[str]:
+        return [attempt.prompt for attempt in driver.state.steps["a"].attempts]
+
+    driver = asked()
+    gate = driver.gate()
+    assert (gate.kind, gate.attempt, driver.turns()) == ("start", 1, ["a"])
+    driver.decide("approve", output="TWO").decide("approve")
+    assert (driver.state.status, prompts(driver)) == ("completed", ["one\n\nTWO\n\nthree"])
+
+    driver = asked()
+    driver.record(RunFinished(status="stopped"))
+    driver.record(RunResumed())
+    assert (driver.go().gate().kind, driver.gate().attempt, driver.turns()) == ("start", 1, ["a"]), "it asks again"
+    driver.record(GateDecided(gate_id=driver.gate().id, decision=Decision(action="approve")))
+    driver.until_running("a").cut()
+    assert (driver.go().gate().kind, prompts(driver)) == ("start", ["one\n\ntwo", "two"])
+    assert driver.decide("approve").state.status == "completed"
+
+    driver = asked()
+    assert driver.decide("skip").state.status == "completed"
+    assert driver.text("a") == ""
 
 
 # -- decisions --------------------------------------------------------------------------------------------------------
@@ -393,13 +425,11 @@ def test_a_gate_opens_only_where_it_belongs(kind: Any, at: str) -> None:
         driver.cut()
         change(driver, work("a", "other"))
     fits = {"pending": "start", "running": "question", "due": "review", "finished": None, "stale": "stale"}[at]
-    opening = GateOpened(
-        gate=Gate(id="r/x/1/1", kind=kind, step=about, path=about, attempt=1, digest="", actions=ACTIONS[kind]),
-        prompt=("Do it.",) if kind == "start" else None,
-    )
-    if kind == "start":
-        driver.refused(opening.model_copy(update={"prompt": None}), TransitionError)
+    gate = Gate(id="r/x/1/1", kind=kind, step=about, path=about, attempt=1, digest="", actions=ACTIONS[kind])
+    opening = GateOpened(gate=gate, prompt=("work",) if kind == "start" else None)
     if kind == fits:
+        if kind == "start":
+            driver.refused(GateOpened(gate=gate), TransitionError)  # nothing to ask about
         driver.record(opening)
     else:
         driver.refused(opening, TransitionError)
@@ -454,11 +484,35 @@ def test_time_between_chained_prompts_is_a_persons() -> None:
     assert driver.state.steps["b"].last.duration_s == 2.0, "each turn took one second"
 
 
-def test_an_answer_in_mid_chain_may_be_edited() -> None:
-    driver = run(work("b", ["one", "two"]), mode=False).decide("approve", output="mine").decide("approve")
-    assert driver.state.status == "completed"
-    assert driver.text("b") == "b 2"
-    assert (driver.state.steps["b"].last.duration_s or 0.0) < 10.0
+@pytest.mark.parametrize("session", [None, "s"])
+def test_an_answer_in_mid_chain_may_be_edited(session: str | None) -> None:
+    replies = [Reply(f"answer {n}", session=session) for n in (1, 2, 3, 4)]
+    driver = run(work("b", ["one", "two", "three"]), mode=False, script={"b": replies})
+    driver.decide("approve", output="mine")
+    told = "\n\n## Your last answer, changed by a person to this\n\nmine" if session else ""
+    b = driver.state.steps["b"]
+
+    def attempts() -> list[tuple[int, str, str, bool]]:
+        return [(one.number, one.prompt, one.text, one.edited) for one in b.attempts]
+
+    first = [(1, "one", "answer 1", False), (2, "one", "mine", True)]
+    assert attempts() == [*first, (3, f"two{told}", "answer 2", False)]
+    assert [driver.state.text(answer) for _, answer in b.said] == ["mine"], "who keeps no session is told by this"
+    assert driver.gate().attempt == 3
+    assert driver.decide("approve").gate().attempt == 3
+    assert attempts() == [*first, (3, f"two{told}\n\nthree", "answer 3", False)], "and it is told once"
+    assert driver.decide("approve").state.status == "completed"
+    assert driver.text("b") == "answer 3"
+    assert (b.last.duration_s or 0.0) < 10.0
+
+
+def test_an_edited_answer_is_told_again_when_the_turn_was_cut_short() -> None:
+    driver = run(work("b", ["one", "two"]), mode=False, script={"b": [Reply("1", session="s")]})
+    driver.record(GateDecided(gate_id=driver.gate().id, decision=Decision(action="approve", output="mine")))
+    driver.until_running("b").cut().go()
+    texts = [(one.number, one.text) for one in driver.state.steps["b"].attempts]
+    assert texts == [(1, "1"), (2, "mine"), (3, ""), (4, "b 2")]
+    assert driver.prompt("b").endswith("mine")
 
 
 # -- loops ------------------------------------------------------------------------------------------------------------
@@ -531,6 +585,26 @@ def test_the_repeated_step_is_told_why() -> None:
         "write\n\n## Not accepted yet by gate (pass 2)\n\nname the tests\n\n## Output of gate\n\nthe whole report"
     )
     assert driver.prompt("b") == "check", "only the step that it goes back to is told"
+
+
+@pytest.mark.parametrize("passed_over", ["loop_skip", "execute_once", "both", "by you"])
+def test_the_first_repeated_step_that_runs_is_told_why(passed_over: str) -> None:
+    plan, draft = work("plan"), work("draft")
+    skip: tuple[str, ...] = ()
+    if passed_over == "execute_once":
+        plan = work("plan", execute_once=True)
+    elif passed_over == "by you":
+        plan = work("plan", gate="before", interactive=True)
+    else:
+        skip = ("plan",) if passed_over == "loop_skip" else ("plan", "draft")
+    script = {"gate": [loop("no tests"), go_on()]}
+    driver = run(plan, draft, work("impl"), gate(3, loop_skip=skip), work("z"), script=script)
+    if passed_over == "by you":
+        driver.decide("approve").decide("skip")
+    told, after = ("impl", "draft") if passed_over == "both" else ("draft", "impl")
+    assert driver.prompt(told) == "work\n\n## Not accepted yet by gate (pass 2)\n\nno tests"
+    assert [driver.prompt(id) for id in ("plan", after, "z")] == ["work"] * 3
+    assert driver.state.status == "completed"
 
 
 def test_a_template_may_place_the_reason_itself() -> None:
@@ -654,12 +728,57 @@ def test_a_step_that_was_cut_short_is_the_next_attempt(idempotent: bool) -> None
     assert (driver.turns(), driver.state.steps["a"].attempt, driver.state.status) == (["a", "a"], 2, "completed")
 
 
+@pytest.mark.parametrize("when", ["it runs", "its gate is open", "its gate is due"])
+@pytest.mark.parametrize("how", ["changed", "an earlier one runs again", "all runs again from an earlier one"])
+def test_what_may_have_run_is_asked_about_however_the_run_comes_to_it_again(when: str, how: str) -> None:
+    steps = [work("a"), work("pay", ["one", "two"], idempotent=False)]
+    driver = Driver(Workflow("W", steps=steps)).until_running("pay")
+    driver.end(driver.state.steps["pay"])
+    driver.until_running("pay")
+    driver.record(cut_short(driver.state.steps["pay"], "its process died"))
+    if when != "it runs":
+        driver.go()
+    if when == "its gate is due":
+        driver.record(RunFinished(status="stopped"))
+        driver.record(RunResumed())
+    if how == "changed":
+        change(driver, work("pay", ["one", "other"], idempotent=False))
+    else:
+        driver.record(Rewound(to="a", later=how.startswith("all")))
+    driver.go()
+    assert (driver.gate().step, driver.gate().kind, driver.turns().count("pay")) == ("pay", "may_have_run", 2)
+    driver.decide("retry")
+    assert (driver.turns().count("pay"), driver.state.status) == (4, "completed")
+    assert driver.prompt("pay") == ("one\n\nother" if how == "changed" else "one\n\ntwo")
+
+
+def test_who_runs_again_the_very_step_that_may_have_run_has_answered() -> None:
+    driver = Driver(Workflow("W", steps=[work("pay", idempotent=False)])).until_running("pay").cut().go()
+    driver.record(Rewound(to="pay"))
+    assert (driver.go().turns(), driver.state.status) == (["pay", "pay"], "completed")
+
+
 def test_a_cut_turn_keeps_feedback_session_and_prompt() -> None:
     driver = run(work("a", interactive=True), script={"a": [Reply("x", session="s"), Reply("y")]})
     driver.record(GateDecided(gate_id=driver.gate().id, decision=Decision(action="reject", feedback="shorter")))
     driver.until_running("a").cut().until_running("a")
     assert [attempt.prompt for attempt in driver.state.steps["a"].attempts] == ["work", "shorter", "shorter"]
     assert driver.state.steps["a"].last.session_id == "s"
+
+
+@pytest.mark.parametrize("ends", ["cut short", "failed"])
+def test_a_session_is_continued_whatever_became_of_the_turn_that_opened_it(ends: str) -> None:
+    driver = Driver(Workflow("W", steps=[work("a")])).until_running("a")
+    where: dict[str, Any] = {"step": "a", "path": "a", "attempt": 1}
+    driver.record(SessionOpened(**where, session_id="s"))
+    assert "turn 1" in driver.refused(SessionOpened(**{**where, "attempt": 2}, session_id="t"), TransitionError)
+    if ends == "failed":
+        driver.end(driver.state.steps["a"], Reply(error="dropped"))
+        driver.go().decide("retry")
+    else:
+        driver.cut().go()
+    first, second = driver.state.steps["a"].attempts
+    assert (first.session_id, second.session_id, second.prompt) == ("s", "s", "work")
 
 
 def test_a_question_waits_for_its_answer() -> None:
@@ -706,7 +825,7 @@ def test_stopping_closes_the_gate_and_resuming_opens_it_again(kind: Any) -> None
     message = driver.refused(
         GateDecided(gate_id=before.id, decision=Decision(action=before.actions[0])), TransitionError
     )
-    assert "over" in message
+    assert "is stopped. Nothing was changed" in message
     assert "resume it first" in driver.refused(RunPaused(), TransitionError)
     driver.record(RunResumed())
     after = driver.go().gate()
@@ -743,10 +862,7 @@ def test_pause_lets_finish_what_runs() -> None:
 def test_until(until: str) -> None:
     steps = [work("a"), gate(1, 3), work("b"), work("z")]
     driver = run(*steps, script={"gate": [loop(), go_on()]}, until=until)
-    turns = {"a": ["a"], "gate": ["a", "gate"]}.get(
-        until, ["a", "gate", "a", "gate", "b", "z"][: 5 if until == "b" else 6]
-    )
-    assert driver.turns() == turns
+    assert driver.turns() == ["a", "gate", "a", "gate", "b", "z"][: {"a": 1, "gate": 4, "b": 5, "z": 6}[until]]
     assert driver.state.status == ("completed" if until == "z" else "paused")
     if until != "z":
         assert f"as far as {until}" in driver.state.pause_reason

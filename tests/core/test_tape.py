@@ -1,6 +1,7 @@
 """Tapes: what may stand in them, and how they are read."""
 
 import json
+import re
 
 import pytest
 from hypothesis import example, given
@@ -247,3 +248,11 @@ def test_an_ordinal_says_which():
     assert tape.decision(gate(ordinal=2)).action == "skip"
     assert tape.decision(gate(ordinal=1)).action == "stop"
     assert tape.decision(gate(ordinal=3)) is None
+
+
+def test_a_tape_that_is_not_there_is_said_with_those_that_are_in_order(tmp_path):
+    for name in ("04", "01", "00", "03", "02"):
+        (tmp_path / f"{name}.jsonl").touch()
+    with pytest.raises(WorkflowError) as said:
+        Tape.read(tmp_path / "nope.jsonl")
+    assert re.findall(r"(\d\d)\.jsonl[,.]", str(said.value)) == ["00", "01", "02", "03", "04"]

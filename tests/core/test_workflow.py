@@ -74,6 +74,11 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: flow(autonomous_mode=[]), ("autonomous_mode=[]", "'never'")),
     (lambda: flow(autonomous_mode=None), ("autonomous_mode=None",)),
     (lambda: step("a", interactive="maybe"), ("step 'a'", "interactive='maybe'", "boolean")),  # type: ignore[arg-type]
+    (lambda: step("a", interactive="yes"), ("step 'a'", "interactive='yes'", "boolean")),  # type: ignore[arg-type]
+    (lambda: step("a", raw=1), ("step 'a'", "raw=1", "boolean")),  # type: ignore[arg-type]
+    (lambda: flow(autonomous_mode=1), ("autonomous_mode=1", "'never', 'always', True or False")),
+    (lambda: module("a", loop_skip=5), ("module 'a'", "loop_skip=5", "list")),  # type: ignore[arg-type]
+    (lambda: Agent("a", promt="x"), ("Options: id, prompt, system, engine, model, reasoning_effort, tools, output.",)),
     (lambda: step("a", context=5), ("step 'a'", "context=5", "'previous', 'all' or 'none'")),  # type: ignore[arg-type]
     (lambda: step("a", gate="befor"), ("step 'a'", "gate='befor'", "'before'")),  # type: ignore[arg-type]
     (lambda: step("a", retries=-1), ("step 'a'", "retries=-1", "0")),
@@ -102,6 +107,8 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: agent(print), ('write @cm.agent("quality-gate")',)),  # type: ignore[type-var, arg-type]
     (lambda: flow(step("coder", id="loop")), ("step 1", "'loop' is taken by templates", "another")),
     (lambda: flow(inputs={"feedback": 1}), ("input 'feedback'", "taken")),
+    (lambda: flow(inputs={"goal": {1, 2}}), ("input 'goal' is a set", "Pass its text: str(goal).")),
+    (lambda: flow(inputs={"goal": [object()]}), ("input 'goal' is a list", "Pass its text")),
     # what does not fit together
     (lambda: flow("coder", "planner", "coder"), ("step 3", "'coder' is already step 1", 'id="coder-2"')),
     (
@@ -223,7 +230,7 @@ def test_a_function_that_changes_is_another_implementation() -> None:
 def test_functions_are_given_when_a_workflow_is_read() -> None:
     made = agent("check-it")(lambda turn: "fine")
     data = json.loads(json.dumps(Workflow("W", agents=[made], steps=["check-it"]).to_dict()))
-    with pytest.raises(WorkflowError, match=r"cannot be restored from data.*agents=\[check_it\]"):
+    with pytest.raises(WorkflowError, match=r"from data\. Run the \.py file .*, or .*agents=\[check_it\]"):
         Workflow.from_dict(data)
     assert Workflow.from_dict(data, [made]).agent("check-it").function is made.function
     looked_at = Workflow.restore(data).agent("check-it")

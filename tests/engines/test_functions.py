@@ -17,9 +17,8 @@ import cm_notebook
 from cm_notebook.engines.base import TurnDone
 from cm_notebook.engines.functions import FunctionEngine, Turn, _TurnOver
 from cm_notebook.errors import EngineError, EngineProtocolError, EngineRateLimited, ReplayMismatch
+from cm_notebook.testing import PROMPT_S, answers, collect, fails, lets_go, request
 from cm_notebook.workflow import Agent, Verdict, agent
-
-from .conformance import PROMPT_S, answers, collect, fails, lets_go, request
 
 engine = FunctionEngine()
 

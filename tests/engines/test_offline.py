@@ -12,9 +12,8 @@ from cm_notebook.errors import ReplayMismatch
 from cm_notebook.events import Usage
 from cm_notebook.prompts import digest
 from cm_notebook.tape import Tape
+from cm_notebook.testing import answers, collect, lets_go, request
 from cm_notebook.workflow import Verdict
-
-from .conformance import answers, collect, lets_go, request
 
 TAPE = """{"tape": 1, "run": "careful-builder"}
 {"path": "planner", "attempt": 1, "prompt": "Plan a todo CLI.", "text": "1. Write it."}

@@ -10,9 +10,8 @@ from cm_notebook.engines.base import Delta, SessionStarted, TurnDone, UsageRepor
 from cm_notebook.engines.scripted import Reply, ScriptedEngine, words
 from cm_notebook.errors import EngineRateLimited, ReplayMismatch, WorkflowError
 from cm_notebook.events import Usage
+from cm_notebook.testing import answers, collect, fails, lets_go, request
 from cm_notebook.workflow import Verdict
-
-from .conformance import answers, collect, fails, lets_go, request
 
 
 def say(engine, agent="planner", **options):
@@ -102,6 +101,8 @@ def test_a_missing_reply_names_agent_and_turn(script, agent, message):
         (lambda: Reply("a", delay_s=-1), "delay_s=-1 is negative"),
         (lambda: Reply("a", delay_s="1"), "delay_s='1' is not a number of seconds"),
         (lambda: Reply(5), "text=5 is not a text"),
+        (lambda: ScriptedEngine(None), "cm.ScriptedEngine: None is not a dict of agents and their replies"),
+        (lambda: ScriptedEngine({"a": 5}), "script of 'a': 5 is not a list of replies"),
         (lambda: Reply(txt="a"), "cm.Reply: there is no option 'txt'. Did you mean 'text'?"),
         (
             lambda: ScriptedEngine({"planner": ["a", 2]}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -334,7 +335,7 @@ def test_a_kernel_that_dies_while_a_step_runs_and_the_step_is_changed(cells: Cel
     cm.register_engine(cm.ScriptedEngine(REPLIES))
     cells(WORKFLOW, "%%cm step planner\nPlan {{ goal }} quickly.")
     step = cells.to("planner")
-    assert [attempt.cut_short for attempt in step.attempts] == ["defined anew", None]
+    assert [attempt.cut_short for attempt in step.attempts] == ["the kernel had ended", None]
     assert step.prompt == "Plan a todo CLI quickly."
 
 
@@ -522,6 +523,48 @@ def test_lines_only_add(cells: Cells) -> None:
     gate(cells.run, "implementer")
 
 
+def test_a_wrong_place_is_refused_in_its_own_cell_and_not_kept(cells: Cells) -> None:
+    cells("%cm workflow wf --autonomous never", "%cm step alpha")
+    for wrong, words in (
+        ("%cm step b --after alpa", "--after 'alpa' is not a step. Did you mean 'alpha'? Steps: alpha."),
+        ("%cm step b --after b", "--after 'b' is not a step. Steps: alpha."),
+        ("%cm step b --context alpa", "Did you mean 'alpha'?"),
+        ("%cm module b --loop-steps 5", "goes back beyond the start"),
+    ):
+        assert words in error(cells, wrong)
+        assert "Workflow wf: 1 step, no run yet." in cells("%cm")
+    cells("%cm step c --after alpha", "%cm step b --after alpha")
+    assert "alpha" in cells("%cm graph")
+    assert [item.id for item in cells.book.items()] == ["alpha", "b", "c"]
+
+
+def test_a_workflow_whose_steps_do_not_fit_is_not_kept(cells: Cells) -> None:
+    cells("%cm workflow wf", "%cm step a")
+    assert "goes back beyond the start" in error(cells, "%%cm workflow wf\na -> b(loop 5)")
+    assert "Workflow wf: 1 step, no run yet." in cells("%cm")
+
+
+def test_the_step_behind_which_another_wants_to_stand_is_removed(cells: Cells) -> None:
+    cells("%%cm workflow wf\nfirst -> last", "%cm step a --after first", "%cm step b --after a", "%cm remove a")
+    assert "3 steps" in cells("%cm")
+    cells("%cm step c", "%cm remove b", "%cm remove c", "%cm remove first")
+    assert "1 step," in cells("%cm")
+
+
+def test_a_removal_that_leaves_a_loop_without_its_steps_is_refused(cells: Cells) -> None:
+    cells("%cm workflow wf", "%cm step a", "%cm module gate --loop-steps 1")
+    assert "goes back beyond the start" in error(cells, "%cm remove a")
+    assert "2 steps" in cells("%cm")
+
+
+def test_a_step_that_is_there_already_is_kept_or_replaced(cells: Cells) -> None:
+    cells("%cm workflow wf")
+    assert cells("%cm step a").startswith("a is added.")
+    assert "a is there already, the same as now" in cells("%cm step a")
+    assert "a was there already; it is replaced" in cells("%cm step a --interactive")
+    assert "Workflow wf: 1 step," in cells("%cm")
+
+
 def test_no_run_adds_and_a_later_cell_runs_it_on_the_way(cells: Cells) -> None:
     cells("%cm workflow w --autonomous always", "%%cm step planner --no-run\nPlan.")
     assert cells.book.run is None
@@ -616,9 +659,8 @@ def test_what_a_run_that_is_under_way_cannot_take_is_refused(cells: Cells) -> No
 def test_an_undefined_name_is_said_with_what_is_similar(cells: Cells) -> None:
     cells(WORKFLOW)
     said = error(cells, "%%cm step planner\nPlan {{ gaol }}.")
-    assert "{{ gaol }}" in said
-    assert "Similar: goal" in said
-    assert "--raw" in said
+    assert said.startswith("The prompt of step 'planner' uses `{{ gaol }}`, which is not defined. Similar: `goal`.")
+    assert said.endswith("For literal braces add `--raw`.")
     assert cells.book.run is None
     cells("%%cm step planner --raw\nPlan {{ gaol }}.")
     assert cells.to("planner").prompt == "Plan {{ gaol }}."
@@ -680,7 +722,13 @@ def test_run_takes_inputs_and_a_policy(cells: Cells) -> None:
 
 def test_nothing_to_run(cells: Cells) -> None:
     assert "has no steps yet" in error(cells, "%cm run")
-    assert "there is no run yet" in error(cells, "%cm approve")
+    assert "build has no run yet. Add a step: `%%cm step NAME`" in error(cells, "%cm approve")
+
+
+def test_no_run_yet_names_the_magic(cells: Cells) -> None:
+    assert error(cells, "%cm approve") == "there is no run yet. Begin with `%cm workflow NAME`."
+    cells("%cm workflow w", "%cm step a")
+    assert "w has no run yet. `%cm run` starts it." in error(cells, "%cm status")
 
 
 def test_stop_and_go_on(cells: Cells) -> None:
@@ -698,6 +746,22 @@ def test_pause_and_mode(cells: Cells) -> None:
     cells("%cm pause")
     cells("%cm mode unattended")
     assert cells.run.mode == "unattended"
+
+
+def test_a_mode_chosen_while_the_run_is_paused_says_that_it_stays_paused(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan.", "%%cm agent implementer\nBuild.", "%%cm workflow w\nplanner -> implementer")
+    cells("%cm run --until planner")
+    until(lambda: cells.run.status == "paused", "the pause")
+    assert "w stays paused; its mode is step-by-step from `%cm run` on." in cells("%cm mode step-by-step")
+
+
+def test_a_locked_workflow_says_so_also_when_it_is_over(cells: Cells) -> None:
+    cells(WORKFLOW, PLANNER)
+    cells.to("planner")
+    assert "is locked to autonomous_mode='never'" in error(cells, "%cm mode gates")
+    cells("%cm approve")
+    assert cells.run.wait(10).status == "completed"
+    assert "is locked to autonomous_mode='never'" in error(cells, "%cm mode gates")
 
 
 def test_resume_by_id(cells: Cells) -> None:
@@ -718,7 +782,7 @@ def test_the_current_run_is_that_of_the_current_workflow(cells: Cells) -> None:
     assert f"Run {first.id} of careful still waits at planner: `%cm resume {first.id}` goes back to it." in said
     for line in ("%cm status", "%cm show", "%cm show planner", "%cm stop", "%cm approve"):
         refused = error(cells, line)
-        assert "other has no run yet; `%cm run` starts it." in refused
+        assert "other has no run yet. Add a step: `%%cm step NAME`" in refused
         assert first.id in refused
     assert first.id in cells("%cm")
     with pytest.raises(cm.TransitionError):
@@ -743,6 +807,18 @@ def test_the_gate_of_another_workflows_run_is_decided_by_its_steps_name(cells: C
     cells("%cm reject --step implementer no tests")
     until(lambda: len(first["implementer"].attempts) == 2, "the second attempt")
     assert cells.run["deployer"].status == "waiting"
+
+
+def test_of_several_runs_that_were_left_the_last_is_named_and_the_others_counted(cells: Cells) -> None:
+    for name in ("one", "two", "three"):
+        cells(f"%cm workflow {name} --autonomous never", PLANNER)
+        cells.to("planner")
+    said = cells("%cm workflow four")
+    assert said.count("goes back to it") == 1
+    assert "of three still waits at planner" in said
+    assert "And 2 more: `%cm runs`." in said
+    for left in cells.book.left.values():
+        left.run.stop()
 
 
 @pytest.mark.parametrize("way", ["cell", "resume"])
@@ -943,7 +1019,8 @@ def test_what_is_said_begins_with_a_capital_or_a_name(cells: Cells) -> None:
     assert line("%cm run").startswith("careful has no steps yet.")
     assert line("%cm next").startswith("careful has no steps yet.")
     assert cells("%%cm agent planner\nPlan.").startswith("Agent planner is defined.")
-    assert "careful: 1 step. Next" in cells("%%cm workflow careful\nplanner")
+    assert "careful: 1 step. It runs by itself; with" in cells("%%cm workflow careful\nplanner")
+    assert "careful: 1 step. Next: %cm run" in cells("%%cm workflow careful --autonomous never\nplanner")
     assert "careful: 1 step, no run yet." in cells("%cm")
 
 
@@ -1021,6 +1098,39 @@ def test_config_shows_and_sets(cells: Cells) -> None:
     assert bridge.direct_clicks.enabled
 
 
+@pytest.mark.parametrize(("said", "words"), [
+    ("view = 'ful'", "%config CM.view='ful' is not known. Did you mean 'full'? Possible: full, html, log."),
+    ("on_gate = 'aprove'", "Did you mean 'approve'?"),
+    ("engine = 'offlin'", "Did you mean 'offline'?"),
+    ("veiw = 'full'", "There is no setting CM.veiw. Did you mean 'view'?"),
+])  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused_in_its_cell(
+    cells: Cells, said: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells(f"%config CM.{said}")
+    assert words in caplog.text  # IPython's way to say it: under the cell, where nobody has set up logging
+    assert config.chosen == {}, "nothing was changed"
+    cells("%config CM.view = 'html'", "%config CM.on_gate = None")
+    assert config.setting("view") == "html"
+
+
+def test_a_setting_from_elsewhere_that_cannot_be_is_refused_with_where_it_stands(
+    cells: Cells, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CM_VIEW", "fancy")
+    assert "CM_VIEW='fancy' is not known" in cells("%cm config")
+    monkeypatch.setenv("CM_ON_GATE", "maybe")
+    assert "CM_ON_GATE='maybe' is not known." in error(cells, "%%cm step planner\nPlan.")
+    monkeypatch.delenv("CM_ON_GATE")
+    monkeypatch.setenv("CM_ENGINE", "scriptd")
+    assert "CM_ENGINE='scriptd': there is no engine 'scriptd'. Did you mean" in cells("%reload_ext cm_notebook")
+    monkeypatch.delenv("CM_VIEW")
+    (tmp_path / "pyproject.toml").write_text("[tool.cm_notebook]\nview = 'fancy'\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cm.CodeMachineError, match=r"^pyproject.toml: view=.fancy. is not known"):
+        config.setting("view")
+
+
 def test_loading_twice_and_unloading_leaves_no_trace(cells: Cells) -> None:
     shell = cells.shell
     matchers, settings = len(shell.Completer.custom_matchers), len(shell.configurables)
@@ -1050,12 +1160,17 @@ def test_completion_through_ipython(cells: Cells) -> None:
     assert "%cm run --until" in offered("%cm run --un")
     assert "%cm approve planner" in offered("%cm approve pl")
     assert "run = %cm run" in offered("run = %cm ru")
+    assert offered("%%cm step x\nBuild {{ pla") == {"%%cm step x\nBuild {{ planner"}
+    assert offered("%%cm step x\nBuild {{ go") == {"%%cm step x\nBuild {{ goal"}
+    cells("%%cm agent quality-gate\nJudge.")
+    assert offered("%%cm workflow w\nplanner -> quality-g") == {"%%cm workflow w\nplanner -> quality-gate"}
 
 
 def test_doctor_says_what_is_missing_and_how_to_mend_it(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "engine in force" in cells("%cm doctor")
     monkeypatch.setenv("CM_ENGINE", "nobody")
     said = cells("report = %cm doctor")
-    assert "name one of: offline" in said
+    assert "name one of: anthropic, lmstudio, offline, " in said
+    assert "OPENAI_API_KEY is not set" in said
     assert cells.shell.user_ns["report"].problems
     assert isinstance(cm.doctor().html, str)

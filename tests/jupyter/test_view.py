@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 import time
 from pathlib import Path
@@ -126,6 +127,7 @@ def test_a_is_the_widget_and_b_the_snapshot_until_the_end(notebook):
     )
     assert "application/vnd.jupyter.widget-view+json" in live
     assert "text/html" not in live  # the untrusted file would show the run twice
+    assert live["text/plain"] == "flow, as saved below. Run this cell again to go on here."
     assert f'data-cm-static="{widget().place}"' in snapshot["text/html"]
     widget().says(decide=record["id"], digest=record["digest"], action="approve")
     run.wait(20)
@@ -298,6 +300,36 @@ def test_a_gate_that_is_closed_leaves_a_line(notebook):
     assert "planner approved by you" in notebook.shown[0]["text/plain"]
 
 
+def test_a_result_read_before_any_gate_is_open_shows_where_the_run_is_and_then_each_bar(notebook):
+    go = threading.Event()
+
+    @cm.agent("planner")
+    def planner(turn):
+        go.wait(30)
+        return "a plan"
+
+    @cm.agent("builder")
+    def builder(turn):
+        return "built"
+
+    run = cm.Workflow("flow", agents=[planner, builder], steps="planner? -> builder?").start(journal=":memory:")
+    until(lambda: run["planner"].status == "running", "the planner")
+    with pytest.raises(cm.GatePending, match="has no result yet") as early:
+        _ = run["builder"].text
+    pending.show_bar(run, early.value.gate, early.value.step)
+    assert widget().gates == []
+    assert "planner is running" in widget().head["place"]
+    assert "planner is running" in notebook.shown[1]["text/plain"]
+    go.set()
+    for step in ("planner", "builder"):
+        bar = waiting(step)
+        until(lambda: "%cm approve" in notebook.shown[1]["text/plain"], "the snapshot")
+        widget().says(decide=bar["id"], digest=bar["digest"], action="approve")
+    run.wait(20)
+    until(lambda: widget().closed, "the bar to be over")
+    assert len(Widget.made) == 1
+
+
 def test_a_failed_steps_prompt_is_edited_by_a_button_that_names_its_magic(notebook):
     run = begin("planner", {"planner": [cm.Reply(error=cm.EngineError("no luck")), "at last"]})
     view.show(run)
@@ -397,6 +429,77 @@ def test_a_text_arrives_whole_whenever_the_page_begins(notebook, hello_after):
     assert "<p" in plain()
     engine.go = True
     gate(run)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_page_that_says_hello_before_its_output_is_complete_misses_nothing(notebook, monkeypatch, watched):
+    """While the cell still makes the snapshot, the page has loaded the widget and the agent writes."""
+    publish, written = notebook.publish, {1: "one ", 2: "two ", 3: "three "}
+    said: queue.Queue[str] = queue.Queue()
+
+    @cm.agent("planner")
+    def planner(turn):
+        while text := said.get():
+            turn.emit(text)
+        return "done"
+
+    run = cm.Workflow("flow", agents=[planner], steps="planner?").start(journal=":memory:")
+    until(lambda: run.state.running, "the turn")
+    if watched:
+        view.show(run)
+        notebook.run("b")
+
+    def slow(data, **options):
+        publish(data, **options)
+        if "application/vnd.jupyter.widget-view+json" in data:
+            shown = widget()
+            said.put(written[1])
+            until(lambda: run.draft("planner") == written[1], "the first word")
+            shown.says(hello=True)
+            shown.hears("all")
+            said.put(written[2])
+            if watched:  # the other view has it, so this one's turn was missed
+                until(lambda: "two" in run.draft("planner"), "the second word")
+                other = Widget.made[-2]
+                other.says(hello=True)
+                until(lambda: "two" in apply_messages(other.sent).get("planner", ["", ""])[1], "the other view")
+
+    monkeypatch.setattr(notebook, "publish", slow)
+    view.show(run)
+    said.put(written[3])
+    until(lambda: "three" in apply_messages(widget().sent).get("planner", ["", ""])[1], "the last word")
+    assert apply_messages(widget().sent)["planner"] == ["", "one two three "]
+    said.put("")
+    gate(run)
+
+
+def test_two_runs_with_the_same_step_write_at_the_same_time(notebook):
+    said = {name: queue.Queue[str]() for name in ("first", "second")}
+
+    @cm.agent("planner")
+    def planner(turn):
+        while text := said[turn.inputs["name"]].get():
+            turn.emit(text)
+        return "done"
+
+    flow = cm.Workflow("flow", agents=[planner], steps="planner?")
+    shown = {}
+    for name in said:
+        run = flow.start({"name": name}, journal=":memory:")
+        view.show(run)
+        notebook.run(name)
+        shown[name] = (run, widget())
+        widget().says(hello=True)
+        widget().hears("all")
+    for word in range(3):
+        for name, queued in said.items():
+            queued.put(f"{name} {word} ")
+            sent = shown[name][1].sent
+            until(lambda sent=sent, word=word: f" {word} " in apply_messages(sent)["planner"][1], f"{name} {word}")
+    for name, (run, page) in shown.items():
+        assert apply_messages(page.sent)["planner"] == ["", f"{name} 0 {name} 1 {name} 2 "]
+        said[name].put("")
+        gate(run)
 
 
 def test_at_most_twenty_messages_a_second(notebook):

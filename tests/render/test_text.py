@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from cm_notebook.engines import offline
 from cm_notebook.events import RunPaused
-from cm_notebook.render import text
+from cm_notebook.render import html, svg, text
 from cm_notebook.workflow import Verdict, module, separator, step
 from tests.render import builder
 from tests.render.builder import HOSTILE, Story
@@ -125,7 +126,10 @@ GATES = {
         lambda: Story("a? -> b").answer("A"),
         "a is waiting for you. Next: b.",
     ),
-    "last": (lambda: Story("a?").answer("A"), "a is waiting for you. It is the last step so far."),
+    "last": (
+        lambda: Story("a?").answer("A"),
+        "a is waiting for you. No step follows so far: add one, or it ends the run.",
+    ),
     "chained": (
         lambda: Story([step("a", prompt=["One", "Two"])], autonomous_mode=False).answer("A"),
         "a is waiting for you. Next: its prompt 2 of 2.",
@@ -160,7 +164,11 @@ GATES = {
         lambda: Story("a").fail("overloaded", retry_in_s=1).go().fail("overloaded"),
         "a failed after 2 tries: overloaded. Retry, edit its prompt, skip it, or stop.",
     ),
-    "stale": (builder.stale, "implementer is stale: planner changed after this ran. Keep it, or run from here."),
+    "stale": (
+        builder.stale,
+        "implementer is stale: planner changed after this ran. "
+        "Keep it, run this step again, or run from here: it and all after it.",
+    ),
     "question": (lambda: Story("a").ask("Which\ndatabase?"), "a asks: “Which database?”"),
     "may_have_run": (
         lambda: Story([step("a", idempotent=False)]).cut("kernel stopped").go(),
@@ -216,6 +224,57 @@ def test_a_step_tells_what_became_of_its_attempts() -> None:
     )
 
 
+def test_what_a_used_up_loop_accepted_was_not_sent_back() -> None:
+    waits = builder.exhausted().state
+    back = "attempt {} sent back by quality-gate ({}): “Tests still fail.”"
+    told = f"{back.format(1, 0.52)}; {back.format(2, 0.71)}"
+    assert text.story(waits, waits.steps["implementer"]) == told
+    done = builder.exhausted().decide("approve").state
+    assert text.story(done, done.steps["implementer"]) == f"{told}; attempt 3 accepted at the limit of quality-gate"
+    gate = done.steps["quality-gate"]
+    assert text.outcome(done, gate, gate.attempts[-1]) == (
+        "said loop (0.74): “Tests still fail.”; the limit was reached; the last output accepted by you, @82s"
+    )
+    assert "sent back by quality-gate (0.74)" not in text.run_text(done)
+
+
+def test_what_is_allowed_beyond_the_limit_counts() -> None:
+    more = builder.exhausted().decide("retry", count=2).answer("Again.").says("loop", "No.", 0.8)
+    state = more.answer("And again.").says("continue", "Good.", 0.9).state
+    gate, maker = state.steps["quality-gate"], state.steps["implementer"]
+    assert text.loop_words(gate).endswith("4 loop 0.8 · 5 continue 0.9 (max 4)")
+    assert "sent back by quality-gate (0.74)" in text.outcome(state, maker, maker.attempts[2])
+    assert "(pass 4, max 4)" in "\n".join(more.lines)
+    assert "again, max 4" in svg.graph(state)
+
+
+def test_an_attempt_in_a_word() -> None:
+    def words(story: Story, id: str) -> list[str]:
+        step = story.state.steps[id]
+        return [text.attempt_word(story.state, step, attempt) for attempt in step.attempts]
+
+    assert words(builder.edited(), "planner") == ["replaced", "edited"]
+    assert words(builder.waiting(), "planner") == ["rejected", "approved"]
+    assert words(builder.exhausted(), "quality-gate") == ["loop 0.52", "loop 0.71", "loop 0.74"]
+    assert words(builder.exhausted(), "implementer") == ["sent back", "sent back", ""]
+    assert words(builder.exhausted().decide("approve"), "implementer") == ["sent back", "sent back", "accepted"]
+
+
+def test_an_attempt_that_was_run_again_says_so() -> None:
+    again = builder.stale()
+    planner = again.state.steps["planner"]
+    assert text.outcome(again.state, planner, planner.attempts[0]) == "replaced by attempt 2"
+    assert text.attempt_word(again.state, planner, planner.attempts[0]) == "replaced"
+
+
+def test_a_closed_card_and_a_fold_say_that_an_answer_was_for_other_words() -> None:
+    story = Story("a -> b -> c").answer("A").answer("B", note=offline.BESIDE).answer("C", note=offline.REPEATED)
+    assert "b, c recorded for other words" in html.fold_summary(story.state, story.state.order)
+    summary = html.summary(story.state, story.state.steps["b"])
+    assert "recorded for other words" in summary
+    assert "recorded for other words" not in html.summary(story.state, story.state.steps["a"])
+
+
 def test_a_tape_says_the_same_on_every_machine() -> None:
     machines = [(builder.NOON, 1.0, "r-1"), (builder.NOON + 86_399, 0.01, "r-2")]
     one, two = (builder.recorded(machine=machine) for machine in machines)
@@ -259,6 +318,16 @@ def test_show_text_gives_the_whole_output() -> None:
     shown = text.show_text(state, state.steps["planner"])
     assert shown.startswith("planner: approved · attempt 2 of 2 · 7.4 s · 900 tok · $0.004 · approved by you")
     assert shown.endswith(builder.PLAN_2)
+
+
+def test_show_text_gives_both_ends_of_a_long_output() -> None:
+    state = Story("a").answer(f"begin {'x' * 5_000_000} end").state
+    shown = text.show_text(state, state.steps["a"])
+    assert len(shown) < 65_000
+    assert shown.splitlines()[2].startswith("begin x")
+    assert shown.splitlines()[3] == "… 4,936,010 characters left out. Show all 5.0 MB: `%cm show a --full` …"
+    assert shown.endswith("x end")
+    assert len(text.show_text(state, state.steps["a"], full=True)) > 5_000_000
 
 
 def test_a_skipped_step_says_so_once() -> None:

@@ -1,0 +1,955 @@
+"""Models behind an HTTP API: both dialects, against a server on the loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import email.utils
+import gc
+import json
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel, Field
+
+import cm_notebook as cm
+from cm_notebook.engines import chat, http
+from cm_notebook.engines.anthropic import Anthropic
+from cm_notebook.engines.base import Delta, ToolCalled, ToolReturned, TurnDone, UsageReported, find_engine
+from cm_notebook.engines.chat import ChatEngine, closed_schema
+from cm_notebook.engines.openai import OpenAI
+from cm_notebook.testing import answers, collect, fails, lets_go, request
+from tests.helpers import gate
+
+from .model_server import Asked, ModelServer, Said, anthropic_says, error, openai_says, sse
+
+KEY = "sk-planted-0123456789abcdef"
+FILES = Path("/proc/self/fd")
+
+Dialect = Literal["openai", "anthropic"]
+DIALECTS: tuple[Dialect, ...] = ("openai", "anthropic")
+SAYS: dict[str, Any] = {"openai": openai_says, "anthropic": anthropic_says}
+MADE: dict[str, type[ChatEngine]] = {"openai": OpenAI, "anthropic": Anthropic}
+
+both = pytest.mark.parametrize("dialect", DIALECTS)
+
+
+@pytest.fixture(autouse=True)
+def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI", "ANTHROPIC"):
+        monkeypatch.setenv(f"{name}_API_KEY", KEY)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def engine(dialect: str, server: ModelServer, **options: Any) -> ChatEngine:
+    base = server.url + ("/v1" if dialect == "openai" else "")
+    return MADE[dialect](base_url=base, **options)
+
+
+def asked(agent: cm.Agent | str = "planner", prompt: str = "Say hello.", **options: Any) -> cm.AgentRequest:
+    return request(agent, prompt, **{"model": "test-model", **options})
+
+
+def messages(server: ModelServer, number: int = -1) -> list[Any]:
+    return server.asked[number].body["messages"]
+
+
+def everything(*things: Any) -> str:
+    """All text that `things` show or hold, followed into their attributes and causes."""
+    seen: set[int] = set()
+    found: list[str] = []
+
+    def look(thing: Any, depth: int) -> None:
+        if id(thing) in seen or depth > 12:
+            return
+        seen.add(id(thing))
+        if isinstance(thing, (str, bytes)):
+            found.append(thing if isinstance(thing, str) else thing.decode("latin-1"))
+            return
+        if isinstance(thing, (type, int, float, bool, type(None))) or callable(thing):
+            return
+        found.append(repr(thing))
+        if isinstance(thing, dict):
+            for key, value in thing.items():
+                look(key, depth + 1)
+                look(value, depth + 1)
+        elif isinstance(thing, (list, tuple, set)):
+            for value in thing:
+                look(value, depth + 1)
+        if isinstance(thing, BaseException):
+            look([thing.args, thing.__cause__, thing.__context__], depth + 1)
+        look(getattr(thing, "__dict__", None), depth + 1)
+
+    for thing in things:
+        look(thing, 0)
+    return "\n".join(found)
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_an_answer_is_streamed(dialect):
+    with ModelServer(SAYS[dialect](["Hel", "lo, ", "wörld 🙂 \u2028\u0085 end"], thinking="hm")) as server:
+        events = asyncio.run(collect(engine(dialect, server), asked(system="Be short.")))
+    assert [event.text for event in events if isinstance(event, Delta)] == [
+        "hm",
+        "Hel",
+        "lo, ",
+        "wörld 🙂 \u2028\u0085 end",
+    ]
+    assert events[0] == Delta("hm", "thinking")
+    assert events[-2:] == [
+        UsageReported(cm.Usage(input_tokens=100, output_tokens=20)),
+        TurnDone("Hello, wörld 🙂 \u2028\u0085 end"),
+    ]
+    sent = server.asked[0]
+    assert sent.body["stream"] is True
+    assert sent.body["model"] == "test-model"
+    assert sent.body["messages"][-1] == {"role": "user", "content": "Say hello."}
+    if dialect == "openai":
+        assert sent.path == "/v1/chat/completions"
+        assert sent.headers["authorization"] == f"Bearer {KEY}"
+        assert sent.body["messages"][0] == {"role": "system", "content": "Be short."}
+    else:
+        assert sent.path == "/v1/messages"
+        assert sent.headers["x-api-key"] == KEY
+        assert sent.headers["anthropic-version"] == "2026-10-21"
+        assert sent.body["system"] == "Be short."
+
+
+@both
+def test_conformance(dialect):
+    with ModelServer(SAYS[dialect](["Hello", "."])) as server:
+        assert answers(engine(dialect, server), asked()).text == "Hello."
+    with ModelServer(error(401, {"error": {"message": "no", "type": "authentication_error"}})) as server:
+        fails(engine(dialect, server), asked(), cm.EngineAuthError)
+    with ModelServer(SAYS[dialect]("Hello.").first(1, "hang")) as server:
+        lets_go(engine(dialect, server), asked, lambda: asyncio.to_thread(server.waiting.acquire))
+
+
+@both
+def test_zipped(dialect):
+    with ModelServer(SAYS[dialect]("Hello.").zipped()) as server:
+        assert answers(engine(dialect, server), asked()).text == "Hello."
+
+
+@both
+def test_what_was_said_in_the_turns_before_is_sent_again(dialect):
+    with ModelServer(SAYS[dialect]("Third.")) as server:
+        answers(engine(dialect, server), asked(history=[("One?", "First."), ("Two?", "Second.")]))
+    assert messages(server) == [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "First."},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "Second."},
+        {"role": "user", "content": "Say hello."},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "effort", "expected"),
+    [
+        ("openai", "low", {"reasoning_effort": "low"}),
+        ("anthropic", "high", {"thinking": {"type": "adaptive", "display": "summarized"}}),
+        ("anthropic", "high", {"output_config": {"effort": "high"}}),
+        ("anthropic", "none", {"thinking": {"type": "disabled"}}),
+        ("anthropic", "2048", {"thinking": {"type": "enabled", "budget_tokens": 2048}}),
+        ("anthropic", "2048", {"max_tokens": 34_048}),
+    ],
+)
+def test_reasoning_effort(dialect, effort, expected):
+    with ModelServer(SAYS[dialect]("Hello.")) as server:
+        answers(engine(dialect, server), asked(reasoning_effort=effort))
+    assert expected.items() <= server.asked[0].body.items()
+
+
+@both
+@pytest.mark.parametrize("stop", ["length", "max_tokens"])
+def test_an_answer_that_is_cut_off_says_so(dialect, stop):
+    if (stop == "length") is not (dialect == "openai"):
+        return
+    with ModelServer(SAYS[dialect]("Hello, wor", stop=stop)) as server:
+        assert answers(engine(dialect, server), asked()).note == chat.CUT_OFF
+    with ModelServer(SAYS[dialect](thinking="hm", stop=stop)) as server:
+        assert "used up its limit" in str(fails(engine(dialect, server), asked(), cm.EngineProtocolError))
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def complaint(kind: str, message: str = "the reason", code: Any = None) -> dict[str, Any]:
+    return {"type": "error", "error": {"type": kind, "message": message, "code": code}}
+
+
+FAILURES: list[tuple[str, Said, type[cm.EngineError], bool, str]] = [
+    ("rate limit", error(429, complaint("rate_limit_error")), cm.EngineRateLimited, True, "the reason"),
+    ("overloaded", error(529, complaint("overloaded_error")), cm.EngineUnavailable, True, "the reason"),
+    ("unavailable", error(503, "busy"), cm.EngineUnavailable, True, "HTTP status 503, busy"),
+    ("a gateway's page", error(502, "<html>Bad gateway"), cm.EngineUnavailable, True, "HTTP status 502, a web page"),
+    ("no credit", error(429, complaint("x", code="insufficient_quota")), cm.EngineError, False, "no credit left"),
+    ("wrong key", error(401, complaint("authentication_error")), cm.EngineAuthError, False, "_API_KEY"),
+    ("forbidden", error(403, complaint("permission_error")), cm.EngineAuthError, False, "does not permit"),
+    ("unknown model", error(404, complaint("not_found_error")), cm.EngineNotFound, False, "does not know this model"),
+    ("bad request", error(400, complaint("invalid_request_error")), cm.EngineError, False, "refused the request"),
+    ("too long", error(400, complaint("x", "prompt is too long: 3 > 2")), cm.EngineError, False, "Shorten it"),
+    ("context", error(400, complaint("x", code="context_length_exceeded")), cm.EngineError, False, "Shorten it"),
+    ("elsewhere", error(307, "", location="http://localhost:1/"), cm.EngineError, False, "sends us elsewhere"),
+    ("a page", error(200, "<!doctype html><p>Hi"), cm.EngineProtocolError, False, "a web page. Is it the base URL"),
+    ("nothing", error(200, ""), cm.EngineProtocolError, False, "answered with nothing"),
+    ("no stream", error(200, {"choices": []}), cm.EngineProtocolError, False, "application/json instead of a stream"),
+    ("an error, and 200", error(200, complaint("overloaded_error")), cm.EngineUnavailable, True, "the reason"),
+    ("an empty stream", Said(), cm.EngineUnavailable, True, "broke off"),
+    ("not JSON", Said([sse('{"choices": [')]), cm.EngineProtocolError, False, "not JSON"),
+    ("another shape", Said([sse([1])]), cm.EngineProtocolError, False, "a shape that is not known"),
+    ("deep", Said([sse("[" * 100_000)]), cm.EngineProtocolError, False, "not JSON"),
+    ("in mid-stream", Said([sse(complaint("overloaded_error"))]), cm.EngineUnavailable, True, "the reason"),
+    ("as a number", Said([sse({"error": {"code": 429, "message": "slow"}})]), cm.EngineRateLimited, True, "slow"),
+    ("not zipped", Said([b"xx"], headers={"content-encoding": "gzip"}), cm.EngineProtocolError, False, "unpacked"),
+]
+
+
+@both
+@pytest.mark.parametrize(("said", "kind", "again", "words"), [pytest.param(*rest, id=name) for name, *rest in FAILURES])
+def test_failures(dialect, said, kind, again, words):
+    with ModelServer(said) as server:
+        failed = fails(engine(dialect, server), asked(), kind)
+    assert type(failed) is kind
+    assert failed.retryable is again
+    assert words in str(failed)
+    assert failed.engine == dialect
+
+
+@both
+@pytest.mark.parametrize("end", ["cut", "reset"])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_dropped_connection(dialect, end, count):
+    with ModelServer(SAYS[dialect](["Hello", " you"]).first(count, end)) as server:
+        assert fails(engine(dialect, server), asked(), cm.EngineUnavailable).retryable
+
+
+@both
+def test_a_stream_that_ends_too_early(dialect):
+    with ModelServer(SAYS[dialect](["Hello", " you"]).first(3, "well")) as server:
+        assert "broke off" in str(fails(engine(dialect, server), asked(), cm.EngineUnavailable))
+
+
+def test_no_end_marker_but_a_reason_to_finish():
+    said = openai_says("Hello.")
+    with ModelServer(said.first(len(said.pieces) - 1, "well")) as server:
+        assert answers(engine("openai", server), asked()).text == "Hello."
+
+
+@both
+def test_nobody_listens(dialect):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        failed = fails(MADE[dialect](base_url=url), asked(), cm.EngineUnavailable)
+    assert "cannot be reached" in str(failed)
+    assert failed.retryable
+
+
+@both
+def test_silence(dialect):
+    with ModelServer(SAYS[dialect]("Hello.").first(1, "hang")) as server:
+        failed = fails(engine(dialect, server, silence_s=0.05), asked(), cm.EngineTimeout)
+    assert "was silent for 0.05 s" in str(failed)
+
+
+@both
+def test_a_refusal(dialect):
+    with ModelServer(SAYS[dialect](refusal="I will not.")) as server:
+        assert "refuses: I will not." in str(fails(engine(dialect, server), asked()))
+
+
+@both
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_answer(dialect, text):
+    with ModelServer(SAYS[dialect](text)) as server:
+        assert "said nothing" in str(fails(engine(dialect, server), asked(), cm.EngineProtocolError))
+
+
+@both
+def test_what_is_read_is_bounded(dialect, monkeypatch):
+    monkeypatch.setattr(http, "LONGEST_EVENT", 200_000)
+    with ModelServer(Said([b"data: ", *[b"x" * 50_000] * 8])) as server:
+        assert "an event of more" in str(fails(engine(dialect, server), asked(), cm.EngineProtocolError))
+    monkeypatch.setattr(http, "LONGEST_STREAM", 300_000)
+    with ModelServer(Said([sse({"type": "ping"}) * 1000] * 20)) as server:
+        assert "sent more than" in str(fails(engine(dialect, server), asked(), cm.EngineProtocolError))
+
+
+def _date(seconds: float) -> str:
+    return email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds), True)
+
+
+@pytest.mark.parametrize(
+    ("said", "low", "high"),
+    [
+        ("7", 7, 7),
+        ("0.5", 0.5, 0.5),
+        ("-3", 0, 0),
+        ("nan", 0, 0),
+        ("1e99", 3600, 3600),
+        (_date(1800), 1200, 1800),
+        (_date(-60), 0, 0),
+    ],
+)
+def test_how_long_to_wait(said, low, high):
+    with ModelServer(error(429, complaint("rate_limit_error"), retry_after=said)) as server:
+        failed = fails(engine("openai", server), asked(), cm.EngineRateLimited)
+    assert failed.retry_after_s is not None
+    assert low <= failed.retry_after_s <= high
+
+
+def test_how_long_to_wait_is_not_said():
+    with ModelServer(error(429, complaint("rate_limit_error"), retry_after="soon")) as server:
+        assert fails(engine("openai", server), asked()).retry_after_s is None
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["", "localhost:11434", "ftp://example.com", "http://", "http://x:y", "nonsense"])
+def test_a_base_url_that_is_none(url):
+    assert "is not an address" in str(fails(OpenAI(base_url=url), asked()))
+
+
+def test_a_password_in_a_base_url_is_not_told():
+    failed = fails(OpenAI(base_url="ftp://me:hunter2@example.com"), asked())
+    assert "hunter2" not in everything(failed)
+    with ModelServer(error(400, "no")) as server:
+        url = server.url.replace("//", "//me:hunter2@")
+        assert "hunter2" not in everything(fails(OpenAI(base_url=url), asked()))
+
+
+@both
+def test_no_key(dialect, monkeypatch):
+    monkeypatch.setenv(f"{dialect.upper()}_API_KEY", " ")
+    assert "_API_KEY is not set" in str(fails(find_engine(dialect), asked(), cm.EngineAuthError))
+    with ModelServer(SAYS[dialect]("Hello.")) as server:  # a service of one's own may need none
+        monkeypatch.setenv(f"CM_{dialect.upper()}_BASE_URL", server.url)
+        assert answers(find_engine(dialect), asked()).text == "Hello."
+    assert not {"authorization", "x-api-key"} & server.asked[0].headers.keys()
+
+
+@both
+@pytest.mark.parametrize("key", ["sk-a\nb", "sk-ä"])
+def test_a_key_that_is_none(dialect, key, monkeypatch):
+    monkeypatch.setenv(f"{dialect.upper()}_API_KEY", key)
+    failed = fails(MADE[dialect](base_url="http://localhost:1"), asked(), cm.EngineAuthError)
+    assert key not in everything(failed)
+
+
+def test_no_model():
+    failed = fails(OpenAI(base_url="http://localhost:1"), asked(model=None))
+    assert "agent 'planner' names no model" in str(failed)
+
+
+@pytest.mark.parametrize("name", ["openai", "ollama", "vllm", "lmstudio", "openrouter"])
+def test_services_are_settings(name, monkeypatch):
+    monkeypatch.setenv(f"{name.upper()}_API_KEY", "key-of-" + name)
+    with ModelServer(openai_says("Hello.")) as server:
+        monkeypatch.setenv(f"CM_{name.upper()}_BASE_URL", server.url + "/v1/")
+        made = find_engine(f"{name}:some-model:7b")
+        assert made.name == name
+        assert answers(made, asked(model=None)).text == "Hello."
+        assert answers(made, asked(model="other")).text == "Hello."
+    assert [sent.body["model"] for sent in server.asked] == ["some-model:7b", "other"]
+    assert server.asked[0].headers["authorization"] == f"Bearer key-of-{name}"
+
+
+def test_the_name_that_others_use_for_the_base_url(monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://others/v1")
+    assert OpenAI().about == "http://others/v1; OPENAI_API_KEY is set"
+    monkeypatch.setenv("CM_OPENAI_BASE_URL", "http://ours/v1")
+    assert OpenAI().about == "http://ours/v1; OPENAI_API_KEY is set"
+    assert KEY not in everything(OpenAI(), cm.doctor())
+
+
+def test_importing_loads_no_client():
+    code = "import sys, cm_notebook; print([name for name in ('httpx', 'httpx_sse') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# -- tools -------------------------------------------------------------------------------------------------------------
+
+
+@cm.tool
+def add(a: int, b: int = 1) -> int:
+    """The sum of two numbers."""
+    return a + b
+
+
+@cm.tool(name="look-up", description="Looks it up.")
+async def look_up(word: str) -> dict[str, str]:
+    await asyncio.sleep(0)
+    return {word: "found"}
+
+
+@cm.tool
+def broken() -> str:
+    raise RuntimeError("out of order")
+
+
+@cm.tool
+def exits() -> str:
+    sys.exit(3)
+
+
+@cm.tool(ask=True)
+def remove(path: str) -> str:
+    """Removes a file."""
+    return f"removed {path}"
+
+
+TOOLS = [add, look_up, broken, exits, remove]
+
+
+def with_tools(dialect: str, *calls: tuple[str, str], **options: Any) -> tuple[list[Any], ModelServer]:
+    says = SAYS[dialect]
+    listed = [(f"id{number}", name, written) for number, (name, written) in enumerate(calls)]
+    with ModelServer([says("Let me look.", thinking="hm", calls=listed), says("Done.")]) as server:
+        agent = cm.Agent("planner", "Do it.", tools=TOOLS)
+        events = asyncio.run(collect(engine(dialect, server), asked(agent, **options)))
+    return events, server
+
+
+@both
+def test_tools_are_described(dialect):
+    _, server = with_tools(dialect, ("add", '{"a": 2}'))
+    described = server.asked[0].body["tools"][0]
+    if dialect == "openai":
+        assert described["type"] == "function"
+        described = described["function"]
+    assert described["name"] == "add"
+    assert described["description"] == "The sum of two numbers."
+    assert described["parameters" if dialect == "openai" else "input_schema"] == {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "integer", "default": 1}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+
+
+@both
+def test_tools_are_called_and_the_model_is_told(dialect):
+    events, server = with_tools(dialect, ("add", '{"a": 2, "b": 3}'), ("look-up", '{"word": "x"}'))
+    tools = [event for event in events if isinstance(event, (ToolCalled, ToolReturned))]
+    assert tools == [
+        ToolCalled("id0", "add", {"a": 2, "b": 3}),
+        ToolReturned("id0", "add", "5"),
+        ToolCalled("id1", "look-up", {"word": "x"}),
+        ToolReturned("id1", "look-up", '{"x":"found"}'),
+    ]
+    assert events[-1] == TurnDone("Done.")
+    assert events[-2] == UsageReported(cm.Usage(input_tokens=200, output_tokens=40))
+    written = "".join(event.text for event in events if isinstance(event, Delta) and event.kind == "text")
+    assert written == "Let me look.\n\nDone."
+    called, *returned = messages(server)[1:]
+    if dialect == "openai":
+        assert called["content"] == "Let me look."
+        assert [json.loads(call["function"]["arguments"]) for call in called["tool_calls"]] == [
+            {"a": 2, "b": 3},
+            {"word": "x"},
+        ]
+        assert returned == [
+            {"role": "tool", "tool_call_id": "id0", "content": "5"},
+            {"role": "tool", "tool_call_id": "id1", "content": '{"x":"found"}'},
+        ]
+    else:
+        assert called["content"] == [
+            {"type": "thinking", "thinking": "hm", "signature": "c2ln"},
+            {"type": "text", "text": "Let me look."},
+            {"type": "tool_use", "id": "id0", "name": "add", "input": {"a": 2, "b": 3}},
+            {"type": "tool_use", "id": "id1", "name": "look-up", "input": {"word": "x"}},
+        ]
+        assert returned[0]["content"][0] == {
+            "type": "tool_result",
+            "tool_use_id": "id0",
+            "content": "5",
+            "is_error": False,
+        }
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "written", "told"),
+    [
+        ("broken", "{}", "RuntimeError: out of order"),
+        ("exits", "", "SystemExit: 3"),
+        ("ad", "{}", "There is no tool 'ad'. Did you mean 'add'? Tools: add, look-up, broken, exits, remove."),
+        ("add", '{"a": "two"}', "The arguments do not fit: a: Input should be a valid integer"),
+        ("add", '{"b": 1}', "The arguments do not fit: a: Field required"),
+        ("add", '{"a": 1, "c": 2}', "The arguments do not fit: c: Extra inputs are not permitted"),
+        ("add", '{"a": 1', "The arguments are not a JSON object: '{\"a\": 1'"),
+        ("add", "[1]", "The arguments are not a JSON object: '[1]'"),
+        ("remove", '{"path": "x"}', "Refused: this needs a person's permission, and nobody can be asked here."),
+    ],
+)
+def test_what_goes_wrong_with_a_tool_is_told_to_the_model(dialect, name, written, told):
+    events, server = with_tools(dialect, (name, written))
+    returned = next(event for event in events if isinstance(event, ToolReturned))
+    assert returned.failed
+    assert returned.text.startswith(told)
+    assert events[-1] == TurnDone("Done.")
+    assert told in json.dumps(messages(server)[-1], ensure_ascii=False).replace('\\"', '"')
+
+
+@both
+@pytest.mark.parametrize(
+    ("permission", "told"),
+    [
+        (cm.Permission(True), "removed a"),
+        (cm.Permission(True, {"path": "b"}), "removed b"),
+        (cm.Permission(True, {"way": "b"}), "The arguments do not fit"),
+        (cm.Permission(False, reason="not this one"), "Refused by a person: not this one"),
+        (cm.Permission(False), "Refused by a person."),
+    ],
+)
+def test_permission_is_asked(dialect, permission, told):
+    put: list[Any] = []
+
+    async def ask(name: str, arguments: Any) -> cm.Permission:
+        put.append((name, arguments))
+        return permission
+
+    events, _ = with_tools(dialect, ("add", '{"a": 1}'), ("remove", '{"path": "a"}'), ask_permission=ask)
+    assert put == [("remove", {"path": "a"})]
+    assert [event.text for event in events if isinstance(event, ToolReturned)][1].startswith(told)
+
+
+def test_a_sync_tool_has_a_thread_of_its_own():
+    where: list[Any] = []
+
+    @cm.tool
+    def here() -> str:
+        where.append(threading.current_thread())
+        return ""
+
+    with ModelServer([openai_says(calls=[("1", "here", "{}")]), openai_says("Done.")]) as server:
+        answers(engine("openai", server), asked(cm.Agent("planner", "x", tools=[here])))
+    assert where[0] is not threading.main_thread()
+    assert where[0].daemon
+
+
+@both
+def test_a_tool_that_never_ends_is_let_go(dialect):
+    begun, let_go = threading.Event(), threading.Event()
+
+    @cm.tool
+    def waits() -> str:
+        begun.set()
+        let_go.wait()
+        return ""
+
+    async def started() -> None:
+        await asyncio.to_thread(begun.wait)
+        begun.clear()
+
+    try:
+        with ModelServer(SAYS[dialect](calls=[("1", "waits", "{}")])) as server:
+            made = engine(dialect, server)
+            turn = asked(cm.Agent("planner", "x", tools=[waits]))
+
+            async def cancelled() -> None:
+                task = asyncio.create_task(collect(made, turn))
+                await started()
+                task.cancel()
+                await asyncio.wait({task})
+                assert task.cancelled()
+
+            asyncio.run(cancelled())
+    finally:
+        let_go.set()
+
+
+@both
+def test_a_model_that_calls_tools_for_ever(dialect, monkeypatch):
+    monkeypatch.setattr(chat, "MOST_ROUNDS", 3)
+    with ModelServer(SAYS[dialect](calls=[("1", "add", '{"a": 1}')])) as server:
+        failed = fails(engine(dialect, server), asked(cm.Agent("planner", "x", tools=[add])))
+    assert "went on calling tools for 3 rounds" in str(failed)
+    assert len(server.asked) == 3
+
+
+def test_calls_as_other_servers_stream_them():
+    """Whole, without index or id, with an object for arguments; two calls at one place."""
+    whole = {"function": {"name": "add", "arguments": {"a": 1}}}
+    others = [
+        {"index": 0, "id": "x", "function": {"name": "add", "arguments": '{"a": 2}'}},
+        {"index": 0, "id": "y", "function": {"name": "add", "arguments": '{"a": 3}'}},
+    ]
+    for calls, expected in ([[whole], ["2"]], [others, ["3", "4"]]):
+        choice = {"delta": {"tool_calls": calls}, "finish_reason": "tool_calls"}
+        with ModelServer([Said([sse({"choices": [choice]})]), openai_says("Done.")]) as server:
+            agent = cm.Agent("planner", "x", tools=[add])
+            events = asyncio.run(collect(engine("openai", server), asked(agent)))
+        assert [event.text for event in events if isinstance(event, ToolReturned)] == expected
+
+
+# -- answers that must fit ---------------------------------------------------------------------------------------------
+
+
+class Plan(BaseModel):
+    title: str
+    steps: list[str] = Field(min_length=1)
+
+
+GOOD, BAD = '{"title": "T", "steps": ["a"]}', '{"title": "T", "steps": []}'
+
+
+@both
+@pytest.mark.parametrize("text", [GOOD, f"```json\n{GOOD}\n```"])
+def test_an_answer_that_fits(dialect, text):
+    with ModelServer(SAYS[dialect](text)) as server:
+        done = answers(engine(dialect, server), asked(cm.Agent("planner", "x", output=Plan)))
+    assert done == TurnDone(text, output={"title": "T", "steps": ["a"]})
+    schema = {
+        "type": "object",
+        "title": "Plan",
+        "properties": {
+            "title": {"type": "string", "title": "Title"},
+            "steps": {"type": "array", "title": "Steps", "items": {"type": "string"}},
+        },
+        "required": ["title", "steps"],
+        "additionalProperties": False,
+    }
+    body = server.asked[0].body
+    if dialect == "openai":
+        wanted = {"name": "Plan", "schema": schema, "strict": True}
+        assert body["response_format"] == {"type": "json_schema", "json_schema": wanted}
+    else:
+        assert body["output_config"] == {"format": {"type": "json_schema", "schema": schema}}
+
+
+@both
+def test_an_answer_that_does_not_fit_is_told_so_once(dialect):
+    agent = cm.Agent("planner", "x", output=Plan)
+    says = SAYS[dialect]
+    with ModelServer([says(BAD), says(GOOD)]) as server:
+        assert answers(engine(dialect, server), asked(agent)).output == {"title": "T", "steps": ["a"]}
+    assert "steps: List should have at least 1 item" in messages(server)[-1]["content"]
+    assert messages(server)[-2]["role"] == "assistant"
+    with ModelServer([says(BAD), says("no JSON"), says(GOOD)]) as server:
+        failed = fails(engine(dialect, server), asked(agent), cm.EngineProtocolError)
+    assert "does not fit Plan" in str(failed)
+    assert failed.line == "no JSON"
+    assert len(server.asked) == 2
+
+
+@both
+def test_a_schema_that_no_service_can_hold_a_model_to(dialect):
+    class Table(BaseModel):
+        rows: dict[str, int]
+
+    with ModelServer(SAYS[dialect]('{"rows": {"a": 1}}')) as server:
+        done = answers(engine(dialect, server), asked(cm.Agent("planner", "x", output=Table)))
+    assert done.output == {"rows": {"a": 1}}
+    body = server.asked[0].body
+    if dialect == "openai":
+        assert body["response_format"]["json_schema"]["strict"] is False
+    else:
+        assert "Answer with JSON that fits this schema" in body["system"]
+
+
+@both
+def test_a_verdict_is_an_output(dialect):
+    with ModelServer(SAYS[dialect]('{"action": "loop", "reason": "2 failed", "score": null}')) as server:
+        done = answers(engine(dialect, server), asked(cm.Agent("planner", "x", output=cm.Verdict)))
+    assert done.output == {"action": "loop", "reason": "2 failed", "score": None}
+
+
+# -- usage and cost ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dialect", "model", "more", "expected", "tokens"),
+    [
+        ("openai", "gpt-5-mini", {}, (100 * 0.25 + 20 * 2) / 1e6, 100),
+        ("openai", "gpt-5-mini-2025-08-07", {}, (100 * 0.25 + 20 * 2) / 1e6, 100),
+        (
+            "openai",
+            "gpt-5-mini",
+            {"prompt_tokens_details": {"cached_tokens": 40}},
+            (60 * 0.25 + 40 * 0.025 + 20 * 2) / 1e6,
+            100,
+        ),
+        ("openai", "no-price", {"cost": 0.5}, 0.5, 100),
+        ("openai", "no-price", {}, None, 100),
+        ("openai", "gpt-5-mini-ultra", {}, None, 100),
+        ("anthropic", "claude-opus-5", {}, (100 * 5 + 20 * 25) / 1e6, 100),
+        (
+            "anthropic",
+            "claude-opus-5-20260724",
+            {"cache_read_input_tokens": 10, "cache_creation_input_tokens": 4},
+            (100 * 5 + 10 * 0.5 + 4 * 6.25 + 20 * 25) / 1e6,
+            114,
+        ),
+    ],
+)
+def test_cost(dialect, model, more, expected, tokens):
+    with ModelServer(SAYS[dialect]("Hello.", more=more)) as server:
+        events = asyncio.run(collect(engine(dialect, server), asked(model=model)))
+    used = events[-2]
+    assert used.usage == cm.Usage(input_tokens=tokens, output_tokens=20)
+    assert used.cost_usd == (None if expected is None else pytest.approx(expected))
+
+
+def test_tokens_that_nobody_counted_are_estimated():
+    with ModelServer(openai_says("x" * 40, used=None)) as server:
+        used = asyncio.run(collect(engine("openai", server), asked(model="gpt-5-mini")))[-2]
+    assert used.usage.estimated
+    assert used.usage.output_tokens == 10
+    assert used.usage.input_tokens > 10
+    assert used.cost_usd > 0
+
+
+def test_prices_of_ones_own(tmp_path, monkeypatch):
+    file = tmp_path / "prices.toml"
+    monkeypatch.setenv("CM_PRICES", str(file))
+    with ModelServer(openai_says("Hello.")) as server:
+        made = engine("openai", server)
+
+        def cost(model: str) -> float | None:
+            return asyncio.run(collect(made, asked(model=model)))[-2].cost_usd
+
+        file.write_text('[models]\n"gpt-5-mini" = { input = 1e6, output = 0 }\n"llama3" = { input = 0, output = 0 }\n')
+        assert cost("gpt-5-mini") == 100
+        assert cost("llama3") == 0
+        assert cost("gpt-5") == pytest.approx((100 * 1.25 + 20 * 10) / 1e6)
+        for content, words in [
+            ("[models", "cannot be read"),
+            ("date = 2026-01-01", r"there is no table \[models\]"),
+            ('[models]\n"m" = { input = 1 }', "a price has input, output"),
+            ('[models]\n"m" = { input = 1, output = -1 }', "a price that is no amount"),
+        ]:
+            file.write_text(content + "\n" * len(words))
+            with pytest.raises(cm.EngineError, match=words):
+                cost("m")
+        file.unlink()
+        asked_before = len(server.asked)
+        with pytest.raises(cm.EngineError, match=r"prices '.*' \(CM_PRICES\) cannot be read: No such file"):
+            cost("m")
+        assert len(server.asked) == asked_before == 3
+
+
+# -- in a run ----------------------------------------------------------------------------------------------------------
+
+
+def start(dialect: str, server: ModelServer, **options: Any) -> cm.Run:
+    agent = cm.Agent("planner", "Plan {{ goal }}.", model="test-model", **options.pop("agent", {}))
+    mode = options.pop("mode", "never")
+    steps = options.pop("steps", [cm.step("planner")])
+    workflow = cm.Workflow("w", agents=[agent], steps=steps, inputs={"goal": "it"}, autonomous_mode=mode)
+    return workflow.start(engine=engine(dialect, server), journal=options.pop("journal", ":memory:"), **options)
+
+
+@both
+def test_a_rejected_answer_is_made_again_with_the_feedback(dialect):
+    with ModelServer([SAYS[dialect]("First plan."), SAYS[dialect]("Second plan.")]) as server:
+        run = start(dialect, server)
+        gate(run)
+        run.reject("Name the tests.")
+        assert gate(run).attempt == 2
+        run.approve().wait(20)
+        assert run["planner"].text == "Second plan."
+    assert len(messages(server)) == 1  # what was sent is what the journal shows
+    sent = messages(server)[0]["content"]
+    assert sent == run["planner"].attempts[1].prompt
+    assert "Plan it." in sent
+    assert "First plan." in sent
+    assert "Name the tests." in sent
+
+
+@both
+def test_chained_prompts_are_one_conversation_also_in_another_process(dialect, tmp_path):
+    journal = cm.Journal(tmp_path / "journal.db")
+    says = SAYS[dialect]
+    with ModelServer([says("One."), says("Two."), says("Two, better."), says("Three.")]) as server:
+        made = engine(dialect, server)
+        run = start(dialect, server, steps=[cm.step("planner", prompt=["A", "B", "C"])], journal=journal)
+        gate(run)
+        run.approve(output="One, edited.")
+        gate(run)
+        run.stop().wait(20)
+        again = cm.resume(run.id, journal=journal, engine=made)  # all it knows is in the journal
+        gate(again)
+        again.reject("Better.")
+        gate(again)
+        again.approve()
+        gate(again)
+        again.approve().wait(20)
+        assert again["planner"].text == "Three."
+    said = [[message["content"] for message in sent.body["messages"]] for sent in server.asked]
+    assert said[0] == ["A"]
+    assert said[1] == ["A", "One, edited.", "B"]
+    assert said[2][:2] == ["A", "One, edited."]
+    assert said[2][2].startswith("B\n\n## Your last answer\n\nTwo.")
+    assert said[3] == [*said[2], "Two, better.", "C"]
+
+
+@both
+def test_tools_are_shown_while_the_turn_runs_and_thinking_is_not(dialect):
+    calls = [("1", "add", '{"a": 2, "b": 3}'), ("2", "broken", "{}")]
+
+    async def watched(run: cm.Run) -> str:
+        return "".join([thing.text async for thing in run.stream() if isinstance(thing, cm.LiveText)])
+
+    with ModelServer([SAYS[dialect]("Let me look.", thinking="hmm", calls=calls), SAYS[dialect]("Done.")]) as server:
+        run = start(dialect, server, mode="always", agent={"tools": [add, broken]}, steps=[cm.step("planner")])
+        shown = asyncio.run(watched(run))
+        assert run["planner"].text == "Done."
+    lines = [line.strip() for line in shown.splitlines() if line.strip()]
+    assert lines == [
+        "Let me look.",
+        '→ add {"a": 2, "b": 3}',
+        "← 5",
+        "→ broken {}",
+        "✗ RuntimeError: out of order",
+        "Done.",
+    ]
+
+
+def test_a_run_tries_again_what_may_help(monkeypatch):
+    limited = error(429, complaint("rate_limit_error"), retry_after="0")
+    with ModelServer([limited, openai_says("Half").first(2, "reset"), openai_says("Whole.")]) as server:
+        monkeypatch.setattr("cm_notebook.turns.LONGEST_BACKOFF_S", 0)
+        run = start("openai", server, mode="always").wait(20)
+    assert run["planner"].text == "Whole."
+    failed = [event for event in run.events if event.type == "TurnFailed"]
+    assert [event.error.kind for event in failed] == ["EngineRateLimited", "EngineUnavailable"]
+
+
+def test_a_tool_and_an_output_do_not_survive_without_their_cell(tmp_path):
+    journal = cm.Journal(tmp_path / "journal.db")
+    with ModelServer(openai_says(GOOD)) as server:
+        made = engine("openai", server)
+        for given, words in [({"tools": [add]}, "a tool that is a Python"), ({"output": Plan}, "an output that is a")]:
+            run = start("openai", server, agent=given, journal=journal)
+            gate(run)
+            run.stop().wait(20)
+            with pytest.raises(cm.WorkflowError, match=words):
+                cm.resume(run.id, journal=journal, engine=made)
+            agent = cm.Agent("planner", "Plan {{ goal }}.", model="test-model", **given)
+            again = cm.resume(run.id, journal=journal, engine=made, agents=[agent])
+            gate(again)
+            assert again.approve().wait(20)["planner"].text == GOOD
+
+
+@both
+@pytest.mark.parametrize(
+    "said",
+    [
+        error(401, complaint("authentication_error", f"wrong key {KEY}, or Bearer {KEY}")),
+        error(400, f"you sent {KEY}"),
+        error(500, f"<html>{KEY}"),
+        Said([sse(complaint("overloaded_error", KEY))]),
+        Said([sse(f"{{broken {KEY}")]),
+        Said([sse([KEY])]),
+        error(302, "", location=f"http://x/{KEY}"),
+        Said(end="reset"),
+        error(401, complaint("authentication_error", "wrong key sk-another*****key")),
+    ],
+)
+def test_no_key_is_anywhere(dialect, said, tmp_path):
+    journal = cm.Journal(tmp_path / "journal.db")
+    with ModelServer(said) as server:
+        run = start(dialect, server, steps=[cm.step("planner", retries=0)], journal=journal)
+        gate(run)
+        shown = everything(run.error, run.events, run.state, server.url, repr(run._engine), run._engine)
+        run.stop().wait(20)
+    kept = b"".join(file.read_bytes() for file in tmp_path.iterdir() if file.is_file())
+    assert server.asked[0].headers.get("x-api-key", "") + server.asked[0].headers.get("authorization", "")
+    for text in (shown, kept.decode("latin-1"), run._repr_mimebundle_()["text/html"]):
+        assert KEY not in text
+        assert "sk-another" not in text
+
+
+@both
+def test_a_thousand_turns_leave_nothing(dialect):
+    says = SAYS[dialect]
+    answers_in_turn = [says("Hello."), error(503, "busy"), says("Hello.").first(2, "reset"), says("x").first(1, "cut")]
+
+    def script(sent: Asked) -> Said:
+        return answers_in_turn[int(sent.body["messages"][0]["content"]) % 4]
+
+    async def turns(made: ChatEngine) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        async def turn(number: int) -> bool:
+            try:
+                return isinstance((await collect(made, asked(prompt=str(number))))[-1], TurnDone)
+            except cm.EngineUnavailable:
+                return False
+
+        async def settled(wanted: tuple[int, ...]) -> tuple[int, ...]:
+            """Tasks, descriptors and threads, once what is closing has closed."""
+            gc.collect()
+            for _ in range(500):
+                now = len(asyncio.all_tasks()), len(list(FILES.iterdir())) if FILES.exists() else 0
+                now += (threading.active_count(),)
+                if all(count <= most for count, most in zip(now, wanted, strict=True)):
+                    break
+                await asyncio.sleep(0.02)
+            return now
+
+        before = await settled((1000, 1000, 1000))
+        good = 0
+        for start in range(0, 1000, 10):
+            good += sum(await asyncio.gather(*(turn(number) for number in range(start, start + 10))))
+        return good, before, await settled(before)
+
+    with ModelServer(script) as server:
+        good, before, after = asyncio.run(turns(engine(dialect, server)))
+    assert good == 250
+    assert all(left <= was for left, was in zip(after, before, strict=True)), f"{before} became {after}"
+
+
+# -- schemas -----------------------------------------------------------------------------------------------------------
+
+
+def test_closed_schemas():
+    class Inner(BaseModel):
+        kind: Literal["a", "b"] = "a"
+
+    class Outer(BaseModel):
+        inner: Inner = Field(default_factory=Inner, description="inside")
+        many: list[Inner] | None = None
+        name: str = Field(pattern="x+", default="x")
+
+    assert closed_schema(Outer.model_json_schema()) == {
+        "title": "Outer",
+        "type": "object",
+        "properties": {
+            "inner": {"$ref": "#/$defs/Inner"},
+            "many": {
+                "title": "Many",
+                "anyOf": [{"type": "array", "items": {"$ref": "#/$defs/Inner"}}, {"type": "null"}],
+            },
+            "name": {"type": "string", "title": "Name"},
+        },
+        "required": ["inner", "many", "name"],
+        "additionalProperties": False,
+        "$defs": {
+            "Inner": {
+                "title": "Inner",
+                "type": "object",
+                "properties": {"kind": {"type": "string", "enum": ["a", "b"], "title": "Kind"}},
+                "required": ["kind"],
+                "additionalProperties": False,
+            }
+        },
+    }
+
+
+@pytest.mark.parametrize("hint", [dict[str, int], tuple[int, str], Any])
+def test_schemas_that_cannot_be_closed(hint):
+    made = type("Made", (BaseModel,), {"__annotations__": {"field": hint}})
+    assert closed_schema(made.model_json_schema()) is None
