@@ -56,13 +56,28 @@ from .journal import Journal, MemoryJournal
 from .run import Run, current, resume, runs
 from .state import Attempt
 from .steps import StepView
+from .team import AgentResult
 from .tools import Permission, Tool, tool
-from .workflow import Agent, Module, Separator, Step, Verdict, Workflow, agent, module, separator, step
+from .workflow import (
+    Agent,
+    Module,
+    Parallel,
+    Separator,
+    Step,
+    Verdict,
+    Workflow,
+    agent,
+    module,
+    parallel,
+    separator,
+    step,
+)
 
 __all__ = [
     "Agent",
     "AgentEvent",
     "AgentRequest",
+    "AgentResult",
     "AlreadyDecided",
     "Attempt",
     "CodeMachineError",
@@ -84,6 +99,7 @@ __all__ = [
     "LiveText",
     "MemoryJournal",
     "Module",
+    "Parallel",
     "Permission",
     "ReplayMismatch",
     "Reply",
@@ -110,6 +126,7 @@ __all__ = [
     "current",
     "doctor",
     "module",
+    "parallel",
     "register_engine",
     "resume",
     "runs",

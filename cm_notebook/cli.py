@@ -622,7 +622,7 @@ class Session:
 
     def _put(self, gate: Gate) -> None:
         """Show the gate and take answers until it is closed, here or by somebody else."""
-        step = self._state.steps[gate.step]
+        step = self._state.find(gate.path)
         self._show(gate, step)
         while self._is_open(gate):
             line = self._console.ask("answer> " if gate.kind == "question" else "> ", lambda: not self._is_open(gate))
@@ -644,7 +644,7 @@ class Session:
     def _show(self, gate: Gate, step: StepState) -> None:
         shown = self._subject(gate, step)
         if shown and not self._is_written(gate, shown):
-            self._console.say(f"--- {gate.step}{f', attempt {gate.attempt}' if gate.attempt > 1 else ''}", "dim")
+            self._console.say(f"--- {gate.path}{f', attempt {gate.attempt}' if gate.attempt > 1 else ''}", "dim")
             lines = say.bounded(shown, "v").splitlines()
             if len(lines) > _LONG:
                 left_out = len(lines) - _HEAD - _TAIL
@@ -736,7 +736,7 @@ class Session:
         return clean(self._subject(gate, step)) or "There is no text."
 
     def _diff(self, gate: Gate, step: StepState) -> str:
-        return clean(self._run[gate.step].diff()) if len(step.attempts) > 1 else "There is only one attempt."
+        return clean(self._run[gate.path].diff()) if len(step.attempts) > 1 else "There is only one attempt."
 
     def _help(self, gate: Gate, step: StepState) -> str:
         meanings = {

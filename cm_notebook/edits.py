@@ -12,7 +12,7 @@ from typing import Any
 from .errors import WorkflowError
 from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, WorkflowChanged, sound
 from .prompts import agent_facts, check_templates, fingerprint
-from .state import RunState, cut_short
+from .state import RunState, cut_all
 from .workflow import Agent, Separator, Step, Workflow, check_inputs, step_data
 
 _MISSING = object()
@@ -43,7 +43,10 @@ def fingerprints(workflow: Workflow, inputs: Mapping[str, Any]) -> dict[str, str
     """What decides about each step, as a digest, by step."""
     agents = {agent.id: (agent, agent_facts(agent)) for agent in workflow.agents}
     return {
-        item.id: fingerprint(item, agents[item.agent][0], inputs, agents[item.agent][1]) for item in workflow.executable
+        item.id: fingerprint(
+            item, [agents[name][0] for name in item.agents], inputs, [agents[name][1] for name in item.agents]
+        )
+        for item in workflow.executable
     }
 
 
@@ -65,6 +68,7 @@ def changed(
         state.name,
         steps=list(items),
         agents=list(known.values()),
+        sub_agents=state.sub_agents,
         autonomous_mode=state.autonomous_mode,
         inputs=values,
         engine=state.engine,
@@ -92,15 +96,13 @@ def replacement(state: RunState, item: Step, made: Workflow, inputs: dict[str, A
     definition = _definition(state, item, made, inputs)
     if definition["fingerprint"] == old.fingerprint:
         return []
-    cut: list[AnyEvent] = [cut_short(old, "defined anew")] if old in state.under_way else []
-    return [*cut, StepChanged(step=step_data(item), **definition)]
+    return [*cut_all(state, "defined anew", old), StepChanged(step=step_data(item), **definition)]
 
 
 def removal(state: RunState, step: str) -> list[AnyEvent]:
     """The events that take a step out."""
     gone = state.step(step)
-    cut: list[AnyEvent] = [cut_short(gone, "removed")] if gone in state.under_way else []
-    return [*cut, StepRemoved(step=gone.id)]
+    return [*cut_all(state, "removed", gone), StepRemoved(step=gone.id)]
 
 
 def check_order(state: RunState, workflow: Workflow) -> None:
@@ -153,21 +155,41 @@ def _redefinition(state: RunState, workflow: Workflow, inputs: Mapping[str, Any]
     defaults = {name: value for name, value in new.items() if sound(workflow.inputs.get(name, _MISSING)) == value}
     mode = workflow.autonomous_mode if workflow.autonomous_mode != state.autonomous_mode else None
     engine = (workflow.engine or "") if workflow.engine != state.engine else None
-    if not new and mode is None and engine is None:
+    team = workflow.sub_agents if workflow.sub_agents != state.sub_agents else None
+    agents = _others(state, (workflow.agent(name) for name in workflow.sub_agents))
+    places = workflow.max_concurrency if workflow.max_concurrency != state.max_concurrency else None
+    if not new and not agents and (mode, engine, team, places) == (None,) * 4:
         return []
     given = {name: value for name, value in new.items() if name not in defaults}
-    return [WorkflowChanged(inputs=given, defaults=defaults, autonomous_mode=mode, engine=engine)]
+    return [
+        WorkflowChanged(
+            inputs=given,
+            defaults=defaults,
+            autonomous_mode=mode,
+            engine=engine,
+            sub_agents=team,
+            agents=agents,
+            max_concurrency=places,
+        )
+    ]
+
+
+def _others(state: RunState, agents: Iterable[Agent]) -> list[dict[str, Any]]:
+    """Those of `agents` that the run does not know as they are now, as data."""
+    return [
+        agent.model_dump(mode="json", exclude_defaults=True)
+        for agent in agents
+        if (known := state.agents.get(agent.id)) is None or agent_facts(known) != agent_facts(agent)
+    ]
 
 
 def _definition(state: RunState, item: Step | Separator, made: Workflow, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What comes with a step that is added or changed: its agent if that is new, its inputs, its fingerprint."""
+    """What comes with a step that is added or changed: its agents that are new, its inputs, its fingerprint."""
     if isinstance(item, Separator):
         return {"fingerprint": ""}
-    agent = made.agent(item.agent)
-    known = state.agents.get(agent.id)
-    same = known is not None and agent_facts(known) == agent_facts(agent)
+    agents = [made.agent(name) for name in item.agents]
     return {
-        "agents": [] if same else [agent.model_dump(mode="json", exclude_defaults=True)],
+        "agents": _others(state, agents),
         "inputs": {name: value for name, value in inputs.items() if state.inputs.get(name, _MISSING) != value},
-        "fingerprint": fingerprint(item, agent, {**made.inputs, **inputs}),
+        "fingerprint": fingerprint(item, agents, {**made.inputs, **inputs}),
     }

@@ -159,6 +159,7 @@ class RunStarted(BaseEvent):
     until: str | None = None
     workspace: str | None = None
     recorded: str | None = None
+    max_concurrency: int | None = None
 
 
 class RunResumed(BaseEvent):
@@ -207,7 +208,7 @@ class WorkflowChanged(BaseEvent):
     """The workflow is defined anew, beyond its steps; what is not named here is as it was.
 
     ``defaults``: inputs whose value is another one in the definition; ``inputs``: those that were given besides.
-    ``engine``: ``""`` where the definition names none any more.
+    ``engine``: ``""`` where the definition names none any more; ``agents``: the sub-agents that are others now.
     """
 
     type: Literal["WorkflowChanged"] = Field(default="WorkflowChanged", exclude=True)
@@ -215,6 +216,9 @@ class WorkflowChanged(BaseEvent):
     defaults: dict[str, Any] = Field(default_factory=dict)
     autonomous_mode: AutonomousMode | None = None
     engine: str | None = None
+    sub_agents: list[str] | None = None
+    agents: list[dict[str, Any]] = Field(default_factory=list)
+    max_concurrency: int | None = None
 
 
 class StepAdded(BaseEvent):
@@ -340,6 +344,55 @@ class GateDecided(BaseEvent):
     decision: Decision
 
 
+class CalledAgent(Fact):
+    """One agent that another one called, or that works in a parallel step.
+
+    ``path``: its place in the run, ``caller/agent#n``; of one that was called in a turn that did not end, its old one:
+    what it did counts. ``files``: names of the texts that it is given; ``tail``: how many lines of its answer go back.
+    """
+
+    agent: str
+    path: str
+    prompt: str = ""
+    files: tuple[str, ...] = ()
+    tail: int | None = None
+
+
+class AgentsCalled(BaseEvent):
+    """The step's turn waits for other agents: groups one after the other, the members of a group side by side.
+
+    ``call``: which call of this step it is, from 1; ``files``: the input files, as they were read; ``attempt``: the one
+    it belongs to, which of a parallel step begins with it.
+    """
+
+    type: Literal["AgentsCalled"] = Field(default="AgentsCalled", exclude=True)
+    step: str
+    path: str
+    attempt: int
+    call: int
+    groups: list[list[CalledAgent]]
+    files: dict[str, str] = Field(default_factory=dict)
+    max_concurrency: int | None = None
+
+
+class AgentsReturned(BaseEvent):
+    """The agents that the step had called have all ended, or are not waited for any more."""
+
+    type: Literal["AgentsReturned"] = Field(default="AgentsReturned", exclude=True)
+    step: str
+    path: str
+    call: int
+
+
+class StepFailed(BaseEvent):
+    """A called agent has failed for good, as nobody was there to decide about it; its caller is told."""
+
+    type: Literal["StepFailed"] = Field(default="StepFailed", exclude=True)
+    step: str
+    path: str
+    reason: str
+
+
 class LoopedBack(BaseEvent):
     """A module sent the run back to the step ``to``; ``iteration`` is the pass that begins."""
 
@@ -377,6 +430,9 @@ AnyEvent = (
     | TurnCutShort
     | GateOpened
     | GateDecided
+    | AgentsCalled
+    | AgentsReturned
+    | StepFailed
     | LoopedBack
     | Rewound
 )

@@ -152,6 +152,9 @@ COMMANDS: dict[str, Command] = {
                     choices=_AUTONOMY,
                 ),
                 INPUTS,
+                Option(
+                    "sub_agents", "agents that an agent at work may call", "list", example="frontend-dev,backend-dev"
+                ),
                 _ENGINE,
                 Option("tape", "play a recorded run", example="tapes/01.jsonl"),
                 Option("workspace", "folder the agents work in", example="site"),
@@ -159,7 +162,7 @@ COMMANDS: dict[str, Command] = {
                 OUT,
             ),
             ("line", "cell"),
-            "its steps: planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?",
+            "its steps: planner -> [ui | api] -> quality-gate(loop 1, max 5) -> deployer?",
             examples=(
                 "%cm workflow careful-builder --autonomous never",
                 "%%cm workflow smart-builder --autonomous always\nresearcher -> planner -> reviewer? -> deployer",

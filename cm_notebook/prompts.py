@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import WorkflowError, did_you_mean
 from .events import Part, Ref
-from .workflow import NAME, RESERVED, Agent, Module, Separator, Step, Workflow
+from .workflow import NAME, RESERVED, Agent, Module, Parallel, Separator, Step, Workflow
 
 if TYPE_CHECKING:
     from .state import Attempt, RunState, StepState
@@ -90,21 +90,28 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def step_names(steps: Iterable[Step | Module | Separator]) -> dict[str, str]:
-    """The template names of steps: each id, and with ``_`` for ``-``."""
+def step_names(steps: Iterable[Step | Separator]) -> dict[str, str]:
+    """The template names of steps and of those who work in a parallel one: each id, and with ``_`` for ``-``."""
     names: dict[str, str] = {}
     for item in steps:
         if not isinstance(item, Separator):
-            names.setdefault(item.id.replace("-", "_"), item.id)
-            names[item.id] = item.id
+            for id in _voices(item):
+                names.setdefault(id.replace("-", "_"), id)
+                names[id] = id
     return names
+
+
+def _voices(item: Step) -> tuple[str, ...]:
+    """Under what names a step gives an output."""
+    return (item.id, *item.members) if isinstance(item, Parallel) else (item.id,)
 
 
 def check_templates(workflow: Workflow, inputs: Mapping[str, Any]) -> None:
     """Refuse a template that names what will not be there: an unknown name is an error at the start, not a hole.
 
     A step may name an earlier step, or a later one that a loop has run before; that is empty in the first pass. Which
-    fields the output of a step has is known only when it has run: see :func:`missing_field`.
+    fields the output of a step has is known only when it has run: see :func:`missing_field`. A sub-agent, which may be
+    called in any step, may name them all; those that have not run then are empty.
 
     Raises
     ------
@@ -115,14 +122,21 @@ def check_templates(workflow: Workflow, inputs: Mapping[str, Any]) -> None:
     loops: list[set[str]] = []
     for index, item in enumerate(order):
         if isinstance(item, Module):
-            loops.append({other.id for other in order[max(0, index - item.loop_steps) : index + 1]})
+            inside = order[max(0, index - item.loop_steps) : index + 1]
+            loops.append({name for other in inside for name in _voices(other)})
     agents = {agent.id: agent for agent in workflow.agents}
     earlier: set[str] = set()
     for item in order:
-        for template in item.prompts(agents.get(item.agent) or workflow.agent(item.agent)):
-            for hole in holes(template, item.raw):
-                _check_hole(item, hole, inputs, names, earlier, loops)
-        earlier.add(item.id)
+        for agent in item.agents:
+            for template in item.prompts(agents.get(agent) or workflow.agent(agent)):
+                for hole in holes(template, item.raw):
+                    _check_hole(item, hole, inputs, names, earlier, loops)
+        earlier.update(_voices(item))
+    for agent in workflow.sub_agents:
+        task = Step(agent=agent)
+        for template in task.prompts(agents[agent]):
+            for hole in holes(template):
+                _check_hole(task, hole, inputs, names, names.values(), ())
 
 
 def _check_hole(
@@ -130,8 +144,8 @@ def _check_hole(
     hole: Hole,
     given: Mapping[str, Any],
     names: dict[str, str],
-    earlier: set[str],
-    loops: list[set[str]],
+    earlier: Container[str],
+    loops: Iterable[Container[str]],
 ) -> None:
     written = hole.written
     if hole.name == "loop":
@@ -188,13 +202,13 @@ def check_read(workflow: Workflow, given: Iterable[str], declared: Iterable[str]
     """
     named = {
         hole.name
-        for item in workflow.executable
+        for item in workflow.tasks
         for template in item.prompts(workflow.agent(item.agent))
         for hole in holes(template, item.raw)
     }
     names = step_names(workflow.steps)
     known = sorted({*(name for name in named if name not in names and name not in RESERVED), *declared})
-    functions = any(workflow.agent(item.agent).implementation is not None for item in workflow.executable)
+    functions = any(workflow.agent(item.agent).implementation is not None for item in workflow.tasks)
     for name in given:
         if name in known or name in named or (functions and not difflib.get_close_matches(name, known, 1)):
             continue
@@ -207,16 +221,20 @@ def agent_facts(agent: Agent) -> str:
     return agent.model_dump_json(exclude_defaults=True)
 
 
-def fingerprint(step: Step, agent: Agent, inputs: Mapping[str, object], facts: str | None = None) -> str:
+def fingerprint(
+    step: Step, agents: Iterable[Agent], inputs: Mapping[str, object], facts: Iterable[str] | None = None
+) -> str:
     """A digest of all that decides what a step is told to do.
 
-    Its options, what decides about its agent (`facts`, where :func:`agent_facts` is at hand already), and the values of
-    the inputs that its templates name.
+    Its options, what decides about its agents (`facts`, where :func:`agent_facts` is at hand already), and the values
+    of the inputs that its templates name.
     """
-    templates, raw = step.prompts(agent), step.raw
+    agents, raw = list(agents), step.raw
+    templates = [text for agent in agents for text in step.prompts(agent)]
     used = {hole.name: inputs[hole.name] for text in templates for hole in holes(text, raw) if hole.name in inputs}
     said = json.dumps(used, sort_keys=True) if used else ""
-    return digest("\n".join((step.model_dump_json(exclude_defaults=True), facts or agent_facts(agent), said)))[:16]
+    known = facts if facts is not None else map(agent_facts, agents)
+    return digest("\n".join((step.model_dump_json(exclude_defaults=True), *known, said)))[:16]
 
 
 # -- composing --------------------------------------------------------------------------------------------------------
@@ -235,6 +253,26 @@ def compose(state: RunState, step: StepState, *, continues: bool) -> tuple[tuple
     redo = step.redo
     if redo is not None and redo.prompt is not None:
         return (redo.prompt,), None
+    if step.caller:
+        return _member_prompt(state, step)
+    return _step_prompt(state, step, continues=continues)
+
+
+def _member_prompt(state: RunState, member: StepState) -> tuple[tuple[Part, ...], tuple[Part, ...] | None]:
+    """Of an agent that was called: its own prompt, then what it is asked; what its rejected answer was, if it was."""
+    parts, context = _step_prompt(state, member, continues=False)
+    if member.request:
+        parts = (*parts, "\n\n", *member.request) if parts else member.request
+    feedback = member.redo.feedback if member.redo is not None else None
+    if feedback is not None and member.before is not None and feedback not in parts and parts:
+        parts += ("\n\n## Your last answer\n\n", member.before, "\n\n## Feedback on it\n\n", feedback)
+    return parts, context
+
+
+def _step_prompt(
+    state: RunState, step: StepState, *, continues: bool
+) -> tuple[tuple[Part, ...], tuple[Part, ...] | None]:
+    redo = step.redo
     templates = step.step.prompts(state.agents.get(step.step.agent))
     template = templates[step.turn - 1]
     if not template:
@@ -279,6 +317,8 @@ def missing_field(state: RunState, step: StepState) -> str | None:
         owner = next((other for other in state.order if other.approved == where), None)
         made = next((one for one in owner.attempts if one.answer == where), None) if owner is not None else None
         what = f"the output of {owner.id}" if owner is not None else f"the input {hole.name}"
+        if owner is None and (voice := state.voice(hole.name)) is not None and state.voices[voice] == where:
+            what = f"the output of {voice}"
         if made is not None and made.edited:
             what += ", as it was edited,"
         wrong = _no_field(hole, made.output if made is not None and made.output is not None else "", what)
@@ -321,20 +361,19 @@ def _place(state: RunState, step: StepState, hole: Hole) -> tuple[Ref | None, st
     """Where the text stands that `hole` names, and what its fields are called there."""
     if hole.name == "previous":
         return _previous(state, step), "."
-    named = _step_named(state, hole.name)
+    named = state.named(hole.name)
     if named is not None and (named.approved is not None or hole.name not in state.input_refs):
         return named.approved, "."
+    voice = state.voice(hole.name)
+    if voice is not None and (state.voices[voice] is not None or hole.name not in state.input_refs):
+        return state.voices[voice], "."
     return state.input_refs.get(hole.name), f"{hole.name}."
-
-
-def _step_named(state: RunState, name: str) -> StepState | None:
-    return state.named(name)
 
 
 def _names_a_step(state: RunState, templates: Iterable[str], raw: bool) -> bool:
     for template in templates:
         for hole in holes(template, raw):
-            if hole.name == "previous" or _step_named(state, hole.name) is not None:
+            if hole.name == "previous" or state.named(hole.name) is not None or state.voice(hole.name) is not None:
                 return True
     return False
 
@@ -357,8 +396,11 @@ def _context(state: RunState, step: StepState) -> tuple[Part, ...] | None:
         if not chosen and (where := _previous(state, step)) is not None:
             chosen = [other for other in state.order[: step.index] if other.approved == where]
     else:
-        chosen = [state.steps[name] for name in wanted if name in state.steps]
-    return tuple(part for other in chosen for part in _headed(other)) or None
+        named = (
+            (name, state.steps[name].approved if name in state.steps else state.voices.get(name)) for name in wanted
+        )
+        return tuple(part for name, approved in named for part in _headed(name, approved)) or None
+    return tuple(part for other in chosen for part in _headed(other.id, other.approved)) or None
 
 
 def _all(state: RunState, step: StepState) -> tuple[Part, ...] | None:
@@ -368,12 +410,12 @@ def _all(state: RunState, step: StepState) -> tuple[Part, ...] | None:
         where, index, epoch = state.context_all
         if epoch == state.epoch and index <= step.index:
             start, parts = index, [where]
-    new: list[Part] = [part for other in state.order[start : step.index] for part in _headed(other)]
+    new: list[Part] = [part for other in state.order[start : step.index] for part in _headed(other.id, other.approved)]
     return (*parts, *new) or None
 
 
-def _headed(step: StepState) -> tuple[Part, ...]:
-    return (f"\n\n## Output of {step.id}\n\n", step.approved) if step.approved is not None else ()
+def _headed(name: str, output: Ref | None) -> tuple[Part, ...]:
+    return (f"\n\n## Output of {name}\n\n", output) if output is not None else ()
 
 
 def _edit_block(step: StepState) -> tuple[Part, ...]:

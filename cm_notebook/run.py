@@ -55,6 +55,8 @@ from .errors import (
 )
 from .events import (
     Action,
+    AgentsCalled,
+    AgentsReturned,
     AnyEvent,
     Decision,
     Gate,
@@ -68,7 +70,10 @@ from .events import (
     RunStarted,
     RunUnpaused,
     SessionOpened,
+    StepFailed,
     TurnCutShort,
+    TurnFailed,
+    TurnFinished,
     TurnStarted,
     Usage,
     place,
@@ -80,6 +85,7 @@ from .loops import SLICE_S, engine_loop, run_sync, running_loop, wait_detached
 from .prompts import check_read, check_templates, digest, missing_field, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
+from .team import CAP, AgentResult, Call, checked_calls
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
 from .workflow import Agent, Separator, Step, Workflow, as_step
 
@@ -128,6 +134,7 @@ class Run:
         self._somebody = True
         self._turns: dict[str, LiveTurn] = {}
         self._questions: dict[str, asyncio.Future[str]] = {}
+        self._calls: dict[tuple[str, int], asyncio.Future[None]] = {}
         self._asked: set[str] = set()
         self._stuck: Gate | None = None
         self._rejected: set[str] = set()
@@ -148,6 +155,7 @@ class Run:
         journal: str | os.PathLike[str] | AnyJournal | None = None,
         workspace: str | os.PathLike[str] | None = None,
         until: str | None = None,
+        max_concurrency: int | None = None,
         on_gate: GatePolicy | None = None,
         tape: Any = None,
         loop: Literal["thread", "kernel"] = "thread",
@@ -167,6 +175,9 @@ class Run:
             Folder the agents work in; by default an empty one below ``.cm_notebook/work``.
         until
             Id of a step: pause when it is done; a module is when it sends the run back no more.
+        max_concurrency
+            How many agents that others called, or of a parallel step, may work at the same time; by default as the
+            workflow says, else 4.
         on_gate
             Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
             that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open.
@@ -189,6 +200,7 @@ class Run:
         check_templates(workflow, values)
         check_read(workflow, inputs or {}, workflow.inputs)
         tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
+        _check_places("max_concurrency", max_concurrency)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
             raise WorkflowError(f"until={until!r} is not a step. {did_you_mean(until, known, 'Steps')}")
         if workspace is not None:
@@ -198,7 +210,7 @@ class Run:
         run.notebook = notebook
         run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, loop=loop)
         run._state.engine = workflow.engine
-        for item in workflow.executable:
+        for item in workflow.tasks:
             run._engine_for(item)
         run._journal.create(run.id, workflow.name, notebook)
         run._drive()
@@ -211,6 +223,7 @@ class Run:
                 until=until,
                 workspace=str(Path(workspace).absolute()) if workspace is not None else None,
                 recorded=run._tape.run_name if run._tape is not None else None,
+                max_concurrency=max_concurrency,
             )
             run._propose(lambda: [started])
         except BaseException:
@@ -374,15 +387,17 @@ class Run:
                 state.name,
                 steps=[*state.items],
                 agents=[self._agents.get(agent.id, agent) for agent in state.agents.values()],
+                sub_agents=state.sub_agents,
+                max_concurrency=state.max_concurrency if state.max_concurrency != CAP else None,
                 autonomous_mode=state.autonomous_mode,
                 inputs=dict(state.inputs),
                 engine=state.engine,
             )
 
     def __getitem__(self, step: str) -> StepView:
-        """One step, by its id."""
+        """One step, by its id; an agent that another one called, by its path: ``run["coordinator/frontend-dev#1"]``."""
         with self.reading() as state:
-            return StepView(self, state.step(step).id)
+            return StepView(self, state.find(step).path)
 
     def __iter__(self) -> Iterator[StepView]:
         """Its steps, in order."""
@@ -568,6 +583,9 @@ class Run:
     def gate(self, step: str | None = None) -> Gate:
         """The open gate of `step`, or the only one that is open.
 
+        `step` is a step's id, the path of an agent that another one called (``coordinator/frontend-dev#1``), or that
+        agent's id where only one gate of it is open.
+
         Raises
         ------
         AlreadyDecided     The last one has its answer, or was closed as the run ended.
@@ -585,23 +603,31 @@ class Run:
                         self._check_answered(state, state.last_gate)
                     raise TransitionError(f"no gate is open: run {self.id!r} is {state.status}.")
                 raise TransitionError(
-                    f"several gates are open; name the step: {', '.join(gate.step for gate in opened)}."
+                    f"several gates are open; name the step: {', '.join(gate.path for gate in opened)}."
                 )
-            found = state.step(step)
+            if step not in state.members and state.named(step) is None:
+                meant = [gate for gate in opened if gate.step == step]
+                if len(meant) == 1:
+                    return meant[0]
+                if meant:
+                    paths = ", ".join(gate.path for gate in meant)
+                    raise TransitionError(f"several gates of {step!r} are open; name the one: {paths}.")
+            found = state.find(step)
             if found.gate is not None:
                 return found.gate
             last = found.last
             if last is not None and last.decision is not None:
-                raise AlreadyDecided(f"{found.id!r} was {meaning.already(last.decision)}")
-            if state.last_gate is not None and state.last_gate.step == found.id:
+                raise AlreadyDecided(f"{found.path!r} was {meaning.already(last.decision)}")
+            if state.last_gate is not None and state.last_gate.path == found.path:
                 self._check_answered(state, state.last_gate)
-            raise TransitionError(f"{found.id!r} has no open gate: it is {meaning.status_word(state, found)}.")
+            raise TransitionError(f"{found.path!r} has no open gate: it is {meaning.status_word(state, found)}.")
 
     def _check_answered(self, state: RunState, gate: Gate) -> None:
         """Say what became of a gate that is open no more."""
-        answer, step = state.decisions.get(gate.id), state.steps.get(gate.step)
+        answer = state.decisions.get(gate.id)
+        step = state.steps.get(gate.path) or state.members.get(gate.path)
         if answer is not None:
-            raise AlreadyDecided(f"{gate.step!r} was {meaning.already(answer)}")
+            raise AlreadyDecided(f"{gate.path!r} was {meaning.already(answer)}")
         if state.ended in ("stopped", "failed") and step is not None:
             raise AlreadyDecided(meaning.closed(state, step))
 
@@ -641,7 +667,7 @@ class Run:
         def propose() -> list[AnyEvent]:
             if self._state.ended is not None:
                 raise TransitionError(f"run {self.id!r} is {self._state.ended} already.")
-            cut = [meaning.cut_short(step, "stopped by you") for step in self._state.under_way]
+            cut = meaning.cut_all(self._state, "stopped by you")
             return [*cut, RunFinished(status="stopped", reason="stopped by you")]
 
         self._propose(propose)
@@ -662,8 +688,7 @@ class Run:
 
         def propose() -> list[AnyEvent]:
             meaning.check_rewind(self._state, step)  # before anything is cut short for it
-            cut = [meaning.cut_short(other, f"{step} runs again") for other in self._state.under_way]
-            return [*cut, Rewound(to=step, later=later)]
+            return [*meaning.cut_all(self._state, f"{step} runs again"), Rewound(to=step, later=later)]
 
         self._go_on(propose)
         return self
@@ -783,7 +808,7 @@ class Run:
         if workflow is not None:
             check_templates(workflow, values)
             self._agents.update({agent.id: agent for agent in workflow.agents})
-            for item in workflow.executable:
+            for item in workflow.tasks:
                 self._engine_for(item)
 
         def propose() -> list[AnyEvent]:
@@ -793,9 +818,7 @@ class Run:
             if again is not None:
                 if again in state.steps:
                     meaning.check_rewind(state, again)  # before anything is cut short for it
-                gone = {event.step for event in different if isinstance(event, TurnCutShort)}
-                under_way = [step for step in state.under_way if step.id not in gone]
-                events += [meaning.cut_short(step, f"{again} runs again") for step in under_way]
+                events += _more(different, meaning.cut_all(state, f"{again} runs again"))
                 events.append(Rewound(to=again, later=later))
             held = state.paused or state.until_reached or (state.until, state.until_once) != (until, once)
             if held if state.ended is None else until is not None:  # resuming lifts every limit
@@ -810,7 +833,7 @@ class Run:
         given = {**self._agents, **{agent.id: agent for agent in agents}}
         made = edits.changed(self._state, items, given, inputs)
         self._agents.update({agent.id: agent for agent in made.agents})
-        for item in made.executable:
+        for item in made.tasks:
             self._engine_for(item)
         return made
 
@@ -825,8 +848,7 @@ class Run:
             wanted = proposal()
             ended = self._state.ended
             if lost is not None:
-                gone = {event.step for event in wanted if isinstance(event, TurnCutShort)}
-                cut = [meaning.cut_short(step, str(lost)) for step in self._state.under_way if step.id not in gone]
+                cut = _more(wanted, meaning.cut_all(self._state, str(lost)))
                 return [RunResumed(reason=str(lost)), *cut, *wanted]
             return [RunResumed(), *wanted] if ended is not None and (wanted or ended != "completed") else wanted
 
@@ -860,12 +882,13 @@ class Run:
         turns = list(self._turns.values())
         self._turns.clear()
         self._questions.clear()
+        self._calls.clear()
         if self._loop is not None:
             for turn in turns:
                 _quietly(self._loop, turn.cancel)
         reason = str(error) or type(error).__name__
         if self._state.seq:  # it could be read
-            cut = [meaning.cut_short(step, reason) for step in self._state.under_way]
+            cut = meaning.cut_all(self._state, reason)
             events: list[AnyEvent] = [*cut, RunFinished(status="failed", reason=reason)]
             for event in events:
                 place(event, self._state.seq, max(time.time(), self._state.at))
@@ -1051,18 +1074,20 @@ class Run:
         """Record all that follows from the state, until only turns and people can go on."""
         progress = True
         while progress:
-            progress = False
+            progress, later = False, list[float]()
             for action in next_actions(self._state, self._engine_name):
                 if isinstance(action, Record):
                     self.record(action.event)
                     progress = True
                 elif action.not_before is not None and action.not_before > time.time():
-                    self._schedule_in(action.not_before - time.time())
+                    later.append(action.not_before)
                 else:
                     started, text = self._turn_started(action)
                     self.record(started)
                     starts.append(started)
                     prompts.append(text)
+        if later:
+            self._schedule_in(max(0.0, min(later) - time.time()))
 
     def _turn_started(self, action: StartTurn) -> tuple[TurnStarted, str]:
         step = action.step
@@ -1092,6 +1117,10 @@ class Run:
                     running.cancel()
             elif type(event) is GateDecided:
                 self._tell_turn(event)
+            elif type(event) is AgentsReturned:
+                waiting = self._calls.pop((event.path, event.call), None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(None)
             elif type(event) is RunResumed:
                 self.error, self._stuck = None, None
         for started, prompt in zip(starts, prompts, strict=True):
@@ -1099,6 +1128,8 @@ class Run:
         self._asked.intersection_update(state.gates)
         for gone in [id for id in self._questions if id not in state.gates]:
             del self._questions[gone]
+        for over in [call for call in self._calls if call[0] not in state.calls]:
+            del self._calls[over]
         for gate in list(state.gates.values()):
             if gate.id not in self._asked:
                 self._asked.add(gate.id)
@@ -1123,7 +1154,9 @@ class Run:
         state = self._state
         if self._stuck is not None and self._stuck.id not in state.gates:
             self._stuck = None
-        return state.ended is not None or self._stuck is not None or state.status == "paused"
+        if self._stuck is not None and not state.at_work and not state.backing_off:
+            return True  # else others go on beside it
+        return state.ended is not None or state.status == "paused"
 
     def _come_to_rest(self) -> None:
         """Tell those who wait that the run goes no further by itself, and how it ended."""
@@ -1174,10 +1207,10 @@ class Run:
             threading.Thread(
                 target=self._ask_policy, args=(gate, self._on_gate), daemon=True, name="cm-on-gate"
             ).start()
-        elif self._on_gate is not None and self._on_gate in gate.actions and gate.step not in self._rejected:
+        elif self._on_gate is not None and self._on_gate in gate.actions and gate.path not in self._rejected:
             feedback = None
             if self._on_gate == "reject":
-                self._rejected.add(gate.step)
+                self._rejected.add(gate.path)
                 feedback = POLICY_FEEDBACK
             self._decide_soon(gate, Decision(action=self._on_gate, feedback=feedback, by="on_gate"))
         else:
@@ -1200,7 +1233,7 @@ class Run:
             reason = f"on_gate at {gate.step}: {error}"
 
             def give_up() -> list[AnyEvent]:
-                cut = [meaning.cut_short(step, "the run failed") for step in self._state.under_way]
+                cut = meaning.cut_all(self._state, "the run failed")
                 return [*cut, RunFinished(status="failed", reason=reason)]
 
             self._propose(give_up, wait=False)
@@ -1225,7 +1258,16 @@ class Run:
     def _unanswered(self, gate: Gate) -> None:
         if self._somebody:
             return
-        if gate.kind == "failed":
+        if gate.kind == "failed" and gate.path in self._state.members:
+            why = str(gate.payload.get("error", "failed"))
+
+            def give_it_up() -> list[AnyEvent]:
+                if gate.id not in self._state.gates:
+                    return []  # its caller has ended
+                return [StepFailed(step=gate.step, path=gate.path, reason=why)]
+
+            self._propose(give_it_up, wait=False)
+        elif gate.kind == "failed":
             reason = f"{gate.step}: {gate.payload.get('error', 'failed')}"
             self._propose(lambda: [RunFinished(status="failed", reason=reason)], wait=False)
         else:
@@ -1251,7 +1293,7 @@ class Run:
             return error.engine or "unknown"
 
     def _launch(self, started: TurnStarted, prompt: str) -> None:
-        state = self._state.steps[started.step]
+        state = self._state.find(started.path)
         turn = LiveTurn(started, state.step, self._too_late)
         turn.failures = state.attempts[-1].failures
         self._turns[started.path] = turn
@@ -1305,18 +1347,21 @@ class Run:
         del self._turns[started.path]
         if ending.error is not None:
             self.error = ending.error
+        called: list[TurnCutShort] = []
+        if started.path in self._state.calls:  # a function may end without those that it has called
+            step = self._state.find(started.path)
+            cut = meaning.cut_all(self._state, "its caller has ended", step)
+            called = [one for one in cut if one.path != started.path]
         if not ending.fatal:
-            return [ending.event]
-        others = [
-            meaning.cut_short(step, "the run failed") for step in self._state.under_way if step.path != started.path
-        ]
-        return [ending.event, *others, RunFinished(status="failed", reason=f"{started.step}: {ending.error}")]
+            return [*called, ending.event]
+        others = _more([*called, ending.event], meaning.cut_all(self._state, "the run failed"))
+        return [*called, ending.event, *others, RunFinished(status="failed", reason=f"{started.step}: {ending.error}")]
 
     def _request(self, turn: LiveTurn, prompt: str, write: Callable[[str], None]) -> AgentRequest:
         started = turn.started
         with self._lock:
             state = self._state
-            step = state.steps[started.step]
+            step = state.find(started.path)
             if (wrong := missing_field(state, step)) is not None:
                 raise EngineError(wrong)
             agent = self._agents.get(step.step.agent) or state.agents[step.step.agent]
@@ -1335,7 +1380,7 @@ class Run:
                 attempt=started.attempt,
                 turn=started.turn,
                 iteration=started.iteration,
-                ordinal=state.turns_ended.get(agent.id, 0) + 1,
+                ordinal=step.attempts[-1].ordinal,
                 system=agent.system,
                 model=step.step.model or agent.model,
                 reasoning_effort=step.step.reasoning_effort or agent.reasoning_effort,
@@ -1348,6 +1393,8 @@ class Run:
                 timeout_s=step.step.timeout_s,
                 emit=write,
                 ask_human=lambda question: self._ask_human(turn, question),
+                sub_agents=meaning.may_call(state, step),
+                run_agents=lambda asked, limit=None: self._run_agents(turn, asked, limit),
             )
 
     def _workspace(self) -> Path:
@@ -1366,7 +1413,7 @@ class Run:
         if turn.asking is None:
             turn.asking = asyncio.Lock()
         async with turn.asking:
-            step = self._state.steps[turn.started.step]
+            step = self._state.find(turn.started.path)
             for place, (asked, said) in enumerate(step.resent):
                 if asked == question and place not in turn.recalled:
                     turn.recalled.add(place)
@@ -1383,6 +1430,50 @@ class Run:
             said = await answer
             turn.run_clock()
             return said
+
+    async def _run_agents(self, turn: LiveTurn, asked: object, limit: int | None = None) -> list[AgentResult]:
+        """Have other agents work for a turn and wait for them all; the turn's time stands still."""
+        groups = checked_calls(asked, self._state.sub_agents)
+        _check_places("run_agents: max_concurrency", limit)
+        if turn.asking is None:
+            turn.asking = asyncio.Lock()
+        async with turn.asking:
+            named = any(call.input_files for group in groups for call in group)
+            files = await asyncio.to_thread(_read_files, self._workspace(), groups) if named else {}
+            ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            made: list[AgentsCalled] = []
+
+            def propose() -> list[AnyEvent]:
+                step = self._state.find(turn.started.path)
+                called = meaning.call_agents(self._state, step, groups, files, limit)
+                self._calls[called.path, called.call] = ended
+                made.append(called)
+                return [called]
+
+            turn.stop_clock()
+            try:
+                self._propose(propose)
+                await ended
+            except asyncio.CancelledError:
+                self._propose(lambda: self._not_waited_for(made), wait=False)
+                raise
+            finally:
+                if self._turns.get(turn.started.path) is turn:  # else it was cut short
+                    turn.run_clock()
+            with self._lock:
+                return meaning.results(self._state, made[-1])
+
+    def _not_waited_for(self, made: list[AgentsCalled]) -> list[AnyEvent]:
+        """What becomes of a call whose turn goes on without it."""
+        call = self._state.calls.get(made[-1].path) if made else None
+        if call is None or call.number != made[-1].call:
+            return []
+        caller = self._state.find(made[-1].path)
+        cut = meaning.cut_all(self._state, "nobody waits for it", caller)
+        return [
+            *(one for one in cut if one.path != caller.path),
+            AgentsReturned(step=caller.id, path=caller.path, call=call.number),
+        ]
 
     def _tell_turn(self, event: GateDecided) -> None:
         waiting = self._questions.pop(event.gate_id, None)
@@ -1432,13 +1523,16 @@ class _Outputs(Mapping[str, str]):
     def __getitem__(self, step: str) -> str:
         with self._run.reading() as state:
             found = state.steps.get(step) or state.steps.get(step.replace("_", "-"))
+            if found is None and (voice := state.voice(step)) is not None and state.voices[voice] is not None:
+                return state.text(state.voices[voice])
             if found is None or (found.approved is None and not found.settled):
                 raise KeyError(step)
             return state.text(found.approved)  # "" of a skipped one
 
     def __iter__(self) -> Iterator[str]:
         with self._run.reading() as state:
-            return iter([step.id for step in state.order if step.approved is not None or step.settled])
+            steps = [step.id for step in state.order if step.approved is not None or step.settled]
+            return iter([*steps, *(name for name, said in state.voices.items() if said is not None)])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -1537,7 +1631,7 @@ def resume(
 
     def propose() -> list[AnyEvent]:
         why = reason or ("" if run._state.ended is not None else "the process that drove it had ended")
-        cut = [meaning.cut_short(step, why) for step in run._state.under_way]
+        cut = meaning.cut_all(run._state, why)
         changes = [event for event in different if not isinstance(event, TurnCutShort)]  # it was not the edit that cut
         return [RunResumed(reason=why, until=until), *cut, *changes]
 
@@ -1588,6 +1682,41 @@ def check_options(
     return tape if isinstance(tape, Tape) else Tape.read(tape)
 
 
+def _check_places(what: str, number: object) -> None:
+    if number is not None and (not isinstance(number, int) or number < 1):
+        raise WorkflowError(f"{what}={number!r} is not a number of agents from 1 on.")
+
+
+def _read_files(folder: Path, groups: Iterable[Iterable[Call]]) -> dict[str, str]:
+    """The input files that calls name, as they are now.
+
+    Raises
+    ------
+    WorkflowError    One cannot be read, is no text, or lies outside the workspace.
+    """
+    found: dict[str, str] = {}
+    for name in (name for group in groups for call in group for name in call.input_files):
+        if name in found:
+            continue
+        where = folder.joinpath(name).resolve()
+        if not where.is_relative_to(folder.resolve()):
+            raise WorkflowError(f"run_agents: the input file {name!r} lies outside the workspace.")
+        try:
+            found[name] = where.read_text("utf-8")
+        except OSError as error:
+            reason = error.strerror or error
+            raise WorkflowError(f"run_agents: the input file {name!r} cannot be read: {reason}.") from None
+        except ValueError:
+            raise WorkflowError(f"run_agents: the input file {name!r} is not a text in UTF-8.") from None
+    return found
+
+
+def _more(have: Iterable[AnyEvent], cut: Iterable[TurnCutShort]) -> list[TurnCutShort]:
+    """Those of `cut` whose turns do not end by what is in `have` already."""
+    known = {event.path for event in have if isinstance(event, (TurnCutShort, TurnFinished, TurnFailed))}
+    return [event for event in cut if event.path not in known]
+
+
 def somebody() -> bool:
     """Whether a person can answer a gate: ``CM_HEADLESS``, else the notebook's front end, else a terminal."""
     headless = setting("headless")
@@ -1613,7 +1742,7 @@ def _kernel_host() -> Any:
 
 def _nobody_there(gate: Gate) -> str:
     return (
-        f'Stopped at the gate "{gate.step}": nobody can answer here. Play a tape with a decision (`--tape`), '
+        f'Stopped at the gate "{gate.path}": nobody can answer here. Play a tape with a decision (`--tape`), '
         "or pass `--on-gate approve` if that is what you want."
     )
 

@@ -12,8 +12,14 @@ A step goes through these statuses (``running`` to ``finished`` is one *attempt*
        │ ▲          │  ▲ │  ▲          │              due:     its gate is to be opened
        │ └─looping◄─┤  │ │  └─ready ◄──┤              ready:   goes on, or begins its next attempt
        ▼            ▼  │ ▼             │              asking:  a question is open while the turn runs
-    waiting ◄──── due  │ asking        │              retrying: begins again by itself, at ``retry_at``
-       └───► ready, finished, skipped, looping        looping: will send the run back
+    waiting ◄──── due  │ asking,       │              calling: waits for the agents it has called
+       └───► ready,    │ calling       │              retrying: begins again by itself, at ``retry_at``
+             finished, skipped, looping               looping: will send the run back
+
+An agent that another one calls, or that works in a parallel step, is a *member*: a ``StepState`` of its own, held to
+the same table, at a path below its caller's. Members wait in line for one of the run's places (``max_concurrency``).
+One that calls others gives its place back until they have ended. All that is needed to say who is next is kept as it
+changes: see "members" below.
 
 The cursor stands on the first step that is not settled. Nothing here scans or copies what grows with the run.
 """
@@ -21,17 +27,22 @@ The cursor stands on the first step that is not settled. Nothing here scans or c
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from .errors import AlreadyDecided, TransitionError, did_you_mean
+from .errors import AlreadyDecided, TransitionError, WorkflowError, did_you_mean
 from .events import (
     ACTIONS,
     EDITABLE,
     Action,
+    AgentsCalled,
+    AgentsReturned,
     AnyEvent,
+    CalledAgent,
     Decision,
     ErrorInfo,
     Gate,
@@ -53,6 +64,7 @@ from .events import (
     SessionOpened,
     StepAdded,
     StepChanged,
+    StepFailed,
     StepRemoved,
     StepSkipped,
     TurnCutShort,
@@ -62,11 +74,23 @@ from .events import (
     Usage,
     WorkflowChanged,
 )
-from .prompts import EDITED, compose, missing_field, pieces, text_of
-from .workflow import Agent, AutonomousMode, Module, Separator, Step, Verdict, Workflow, as_step
+from .prompts import EDITED, compose, digest, missing_field, pieces, text_of
+from .team import CAP, MOST_DEPTH, AgentResult, Groups, last_lines
+from .workflow import Agent, AutonomousMode, Module, Parallel, Separator, Step, Verdict, Workflow, as_step
 
 StepStatus = Literal[
-    "pending", "ready", "running", "asking", "retrying", "due", "waiting", "looping", "finished", "skipped"
+    "pending",
+    "ready",
+    "running",
+    "asking",
+    "calling",
+    "retrying",
+    "due",
+    "waiting",
+    "looping",
+    "finished",
+    "skipped",
+    "failed",
 ]
 Status = Literal["running", "waiting", "paused", "completed", "stopped", "failed"]
 
@@ -74,11 +98,13 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
     "pending": {
         "TurnStarted": ("running",),
         "GateOpened": ("waiting",),  # start
+        "AgentsCalled": ("calling",),  # a parallel step
         "StepSkipped": ("skipped",),
         "Rewound": ("ready",),
     },
     "ready": {
         "TurnStarted": ("running",),
+        "AgentsCalled": ("calling",),
         "GateOpened": ("waiting",),  # start, of a chained prompt
         "Rewound": ("ready",),
     },
@@ -88,6 +114,14 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
         "GateOpened": ("asking",),  # question
+        "AgentsCalled": ("calling",),
+    },
+    "calling": {
+        "SessionOpened": ("calling",),
+        "AgentsReturned": ("running", "due", "finished"),
+        "TurnFinished": ("ready", "due", "looping", "finished"),
+        "TurnFailed": ("retrying", "due"),
+        "TurnCutShort": ("ready", "due"),
     },
     "asking": {
         "SessionOpened": ("asking",),
@@ -96,24 +130,34 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "TurnCutShort": ("ready", "due"),
     },
     "retrying": {"TurnStarted": ("running",), "TurnCutShort": ("ready", "due"), "Rewound": ("ready",)},
-    "due": {"GateOpened": ("waiting",), "Rewound": ("ready",)},
+    "due": {"GateOpened": ("waiting",), "StepFailed": ("failed",), "Rewound": ("ready",)},
     "waiting": {
         "GateDecided": ("ready", "finished", "skipped", "looping", "due", "pending"),
+        "StepFailed": ("failed",),
         "Rewound": ("ready",),
     },
     "looping": {"LoopedBack": ("pending",), "Rewound": ("ready",)},
     "finished": {"GateOpened": ("waiting",), "Rewound": ("ready",)},  # stale
     "skipped": {"GateOpened": ("waiting",), "Rewound": ("ready",)},  # stale
+    "failed": {},  # a member; called again, it is ready
 }
 """Which events a step may meet in each status, and what it may become by them."""
 
 _SETTLED: tuple[StepStatus, ...] = ("finished", "skipped")
+_ENDED: tuple[StepStatus, ...] = (*_SETTLED, "failed")
+"""How a member can have ended."""
 _AT_REST: tuple[StepStatus, ...] = ("pending", "ready", "retrying", "due", "waiting", "looping", *_SETTLED)
 SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
     "LoopedBack": dict.fromkeys(_SETTLED, ("pending",)),
     "Rewound": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
     "RunFinished": {"waiting": ("due", "finished", "pending", "ready")},
     "StepChanged": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
+    "AgentsCalled": {"failed": ("ready",)},
+    # a member whose caller waits for it no more
+    "AgentsReturned": {"waiting": ("due",)},
+    "TurnFinished": {"waiting": ("due",)},
+    "TurnFailed": {"waiting": ("due",)},
+    "TurnCutShort": {"waiting": ("due",)},
 }
 """What an event may make of the steps that it is not about (and ``StepChanged`` of its own), by their status."""
 
@@ -122,12 +166,14 @@ STATUS_WORDS: dict[StepStatus, str] = {
     "ready": "queued",
     "running": "running",
     "asking": "asks you",
+    "calling": "waits for its team",
     "retrying": "tries again",
     "due": "waiting",
     "waiting": "waiting",
     "looping": "goes back",
     "finished": "done",
     "skipped": "skipped",
+    "failed": "failed",
 }
 """A step's status in words for people; :func:`status_word` knows of the run's end too."""
 
@@ -176,6 +222,12 @@ class Attempt:
     """Failures of the present turn, each tried again by itself."""
     edited: bool = False
     cut_short: str | None = None
+    members: list[StepState] = field(default_factory=list)
+    """The agents that it called, in that order."""
+    ordinal: int = 0
+    """Which turn of its agent the last one is."""
+    waits_since: float | None = None
+    """Since when it waits for them."""
 
     def __repr__(self) -> str:
         return f"<Attempt {self.number}: {self.text[:60]!r}>"
@@ -188,7 +240,7 @@ class Attempt:
     @property
     def text(self) -> str:
         """The answer, or ``""`` while there is none."""
-        return cast("str", self.texts[self.answer]) if self.answer is not None else ""
+        return text_of((self.answer,), self.texts) if self.answer is not None else ""
 
     @property
     def feedback(self) -> str | None:
@@ -202,7 +254,7 @@ class Attempt:
 
     @property
     def duration_s(self) -> float | None:
-        """Seconds it took, waiting for a person not counted; of a tape, what was recorded; ``None`` until it ends."""
+        """Seconds it took, without waiting for others; of a tape, what was recorded; ``None`` until it ends."""
         if self.measured_s is not None:
             return self.measured_s
         return None if self.ended_at is None else max(0.0, self.ended_at - self.started_at - self.asked_s)
@@ -245,8 +297,8 @@ class StepState:
     """Why it is stale: the earlier step that ran again after it."""
     changed: tuple[str, ...] = ()
     """Why it is stale: what of its own definition changed after it ran."""
-    agent: Agent | None = None
-    """Its agent, as it was when the step was defined."""
+    agents: tuple[Agent, ...] = ()
+    """Who does it, as they were when the step was defined."""
     attempts: list[Attempt] = field(default_factory=list)
     turn: int = 1
     """The turn that runs, or is next."""
@@ -272,10 +324,27 @@ class StepState:
     resent: list[tuple[str, str]] = field(default_factory=list)
     """Answers given in an attempt that was cut short: they need not be asked for again."""
     note: str | None = None
+    caller: str = ""
+    """Of a member: the path of the one that called it; all that follows is of members and their callers."""
+    depth: int = 0
+    request: tuple[Part, ...] = ()
+    """What it was asked, after its agent's own prompt."""
+    tail: int | None = None
+    before: Ref | None = None
+    """What the same member of a parallel step had answered, when that was rejected."""
+    place: Literal["", "wants", "queued", "held"] = ""
+    called: int = 0
+    """Calls made so far."""
+    asked: tuple[str, str] = ("", "")
+    """Who was asked what: its agent, and a digest of request and files."""
+    team: list[StepState] = field(default_factory=list)
+    """Those that its present turn has called."""
+    recall: dict[tuple[str, str], list[StepState]] = field(default_factory=dict)
+    """Those of a turn that did not end, by what they were asked: asked the same again, they need not begin anew."""
 
     @property
     def id(self) -> str:
-        """The step's id."""
+        """The step's id; of a member, its agent's."""
         return self.step.id
 
     @property
@@ -287,6 +356,11 @@ class StepState:
     def settled(self) -> bool:
         """Whether the run may go past it."""
         return self.status in ("finished", "skipped") and not self.stale
+
+    @property
+    def members(self) -> list[StepState]:
+        """The agents that it called, over all its attempts, in that order."""
+        return list({member.path: member for attempt in self.attempts for member in attempt.members}.values())
 
     @property
     def last(self) -> Attempt | None:
@@ -303,6 +377,41 @@ class Loop:
     active: bool = False
     reason: Part = ""
     output: Ref | None = None
+
+
+@dataclass(slots=True)
+class Call:
+    """Members that are waited for: groups one after the other."""
+
+    number: int
+    groups: list[list[StepState]]
+    limit: int | None = None
+    """How many of them may work at the same time."""
+    group: int = -1
+    """The group that runs."""
+    next: int = 0
+    """The member of it that is to be put in line next."""
+    left: int = 0
+    """How many of it have not ended."""
+    busy: int = 0
+    """How many are in line or at work."""
+    again: deque[StepState] = field(default_factory=deque)
+    """Those that go on after a pause: they come first."""
+
+
+@dataclass(slots=True)
+class Ordinals:
+    """Numbers the turns of an agent; the number of one that was cut short is given again."""
+
+    last: int = 0
+    free: list[int] = field(default_factory=list)
+
+    def take(self) -> int:
+        """The next number."""
+        if self.free:
+            return heapq.heappop(self.free)
+        self.last += 1
+        return self.last
 
 
 @dataclass(slots=True)
@@ -375,8 +484,30 @@ class RunState:
     """The end that has been decided on and is to be recorded."""
     ended: RunEnd | None = None
     reason: str = ""
-    turns_ended: dict[str, int] = field(default_factory=dict)
-    """Turns of each agent that ended, by an answer or an error."""
+    ordinals: dict[str, Ordinals] = field(default_factory=dict)
+    """The turns of each agent, counted."""
+    sub_agents: list[str] = field(default_factory=list)
+    """Who may be called."""
+    max_concurrency: int = CAP
+    """How many members may work at the same time."""
+    members: dict[str, StepState] = field(default_factory=dict)
+    """Every agent that was called, by path."""
+    named_calls: dict[str, int] = field(default_factory=dict)
+    """How often each caller has called each agent: no path of a member comes twice."""
+    voices: dict[str, Ref | None] = field(default_factory=dict)
+    """The approved outputs of those who work in parallel steps, by their name."""
+    calls: dict[str, Call] = field(default_factory=dict)
+    """Members that are waited for, by the path of who waits."""
+    lines: list[OrderedDict[str, StepState]] = field(
+        default_factory=lambda: [OrderedDict() for _ in range(MOST_DEPTH + 1)]
+    )
+    """Who is in line for a place, by depth: what was begun is finished before more is begun."""
+    busy: int = 0
+    """Places taken."""
+    owed: OrderedDict[str, StepState] = field(default_factory=OrderedDict)
+    """Members whose gate is to be opened."""
+    backing_off: dict[str, StepState] = field(default_factory=dict)
+    """Members that are tried again by themselves; they keep their places."""
     usage: Usage = field(default_factory=Usage)
     cost_usd: float = 0.0
     workspace: str | None = None
@@ -401,7 +532,7 @@ class RunState:
             return self.ended
         if self.gates:
             return "waiting"
-        return "paused" if self.paused and not self.running else "running"
+        return "paused" if self.paused and not self.at_work else "running"
 
     @property
     def current(self) -> StepState | None:
@@ -412,18 +543,36 @@ class RunState:
         """The step of that id, or of that id with ``_`` for ``-``."""
         return self.steps.get(name) or self.steps.get(self.names.get(name, ""))
 
+    def voice(self, name: str) -> str | None:
+        """The id of who works in a parallel step and is called `name` in prompts."""
+        if name in self.voices:
+            return name
+        other = self.names.get(name)
+        return other if other in self.voices else None
+
+    @property
+    def at_work(self) -> bool:
+        """Whether a turn runs that waits for nobody."""
+        return any(step.status == "running" for step in self.running.values())
+
     @property
     def under_way(self) -> list[StepState]:
-        """The steps whose turn runs, or is about to be tried again."""
+        """The steps whose turn runs, or is about to be tried again; who was called before its caller."""
         current = self.current
         waits = [current] if current is not None and current.status == "retrying" else []
-        return [*self.running.values(), *waits]
+        return [*self.backing_off.values(), *reversed(self.running.values()), *waits]
+
+    def find(self, path: str) -> StepState:
+        """The step or member at `path`; a ``TransitionError`` lists the right names."""
+        return self.members.get(path) or self.step(path)
 
     def step(self, id: str) -> StepState:
         """The step named `id`; a ``TransitionError`` lists the right names."""
         found = self.steps.get(id) or self.named(id)
         if found is None:
-            raise TransitionError(f"there is no step {id!r}. {did_you_mean(id, self.steps, 'Steps')}")
+            raise TransitionError(
+                f"there is no step {id!r}. {did_you_mean(id, {**self.steps, **self.members}, 'Steps')}"
+            )
         return found
 
     def after(self, step: StepState) -> StepState | None:
@@ -470,25 +619,29 @@ def apply(state: RunState, event: AnyEvent) -> None:
     state.seq = event.seq
 
 
-def _met(state: RunState, step_id: str, kind: str) -> StepState:
+def _met(state: RunState, path: str, kind: str) -> StepState:
     """The step that an event of that kind is about, if it may meet it now."""
-    step = state.step(step_id)
+    step = state.find(path)
     if kind not in TRANSITIONS[step.status]:
         allowed = ", ".join(TRANSITIONS[step.status]) or "nothing"
-        raise TransitionError(f"{kind} is not possible while step {step.id!r} is {step.status} (possible: {allowed}).")
+        raise TransitionError(
+            f"{kind} is not possible while step {step.path!r} is {step.status} (possible: {allowed})."
+        )
     return step
 
 
 def _turn_met(
     state: RunState, event: SessionOpened | TurnFinished | TurnFailed | TurnCutShort
 ) -> tuple[StepState, Attempt]:
-    step = _met(state, event.step, event.type)
+    step = _met(state, event.path, event.type)
     last = step.attempts[-1] if step.attempts else None
     if last is None or last.number != event.attempt or step.turn != event.turn:
         raise TransitionError(
             f"{event.type} names attempt {event.attempt}, turn {event.turn} of step {step.id!r}, "
             f"which is at attempt {step.attempt}, turn {step.turn}."
         )
+    if step.path in state.calls:
+        _check_alone(state, step)
     return step, last
 
 
@@ -497,14 +650,16 @@ def _run_started(state: RunState, event: RunStarted) -> None:
     state.run_id, state.name, state.engine = event.run_id, workflow.name, workflow.engine
     state.agents = {agent.id: agent for agent in workflow.agents}
     _take_autonomy(state, workflow.autonomous_mode)
+    state.sub_agents = workflow.sub_agents
+    state.max_concurrency = event.max_concurrency or workflow.max_concurrency or CAP
     state.workspace, state.recorded, state.started_at = event.workspace, event.recorded, event.at
     state.defaults = workflow.inputs
     _take_inputs(state, event.seq, {**workflow.inputs, **event.inputs})
     for item in workflow.steps:
         _append(state, item)
-    for id, digest in event.fingerprints.items():
+    for id, known in event.fingerprints.items():
         if id in state.steps:
-            state.steps[id].fingerprint = digest
+            state.steps[id].fingerprint = known
     _go_until(state, event.until)
 
 
@@ -551,6 +706,10 @@ def _workflow_changed(state: RunState, event: WorkflowChanged) -> None:
         _take_autonomy(state, event.autonomous_mode)
     if event.engine is not None:
         state.engine = event.engine or None
+    if event.sub_agents is not None:
+        state.sub_agents = event.sub_agents
+    state.max_concurrency = event.max_concurrency or state.max_concurrency
+    _take_agents(state, event.agents)
     state.defaults = {**state.defaults, **event.defaults}
     _take_inputs(state, event.seq, {**event.defaults, **event.inputs})
 
@@ -571,7 +730,7 @@ def _run_finished(state: RunState, event: RunFinished) -> None:
     if event.status == "completed" and state.cursor < len(state.order):
         raise TransitionError(f"RunFinished(completed) while step {state.order[state.cursor].id!r} is not done.")
     for gate in list(state.gates.values()):
-        _close(state, state.steps[gate.step], reopen=True)
+        _close(state, state.find(gate.path), reopen=True)
     state.ended, state.reason, state.ended_at = event.status, event.reason, event.at
     state.ending = None
 
@@ -608,9 +767,11 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
     _take_agents(state, event.agents)
     _take_inputs(state, event.seq, event.inputs)
     place = next(number for number, other in enumerate(state.items) if other is step.step)
-    what = _what_changed(step.step, step.agent, item, state.agents.get(item.agent))
+    agents = _agents_of(state, item)
+    what = _what_changed(step.step, step.agents, item, agents)
     state.items[place] = item
-    step.step, step.fingerprint, step.agent = item, event.fingerprint, state.agents.get(item.agent)
+    _hear(state, step.step, item)
+    step.step, step.fingerprint, step.agents = item, event.fingerprint, agents
     _close(state, step, reopen=True)
     if step.status in ("finished", "skipped"):
         step.stale = True
@@ -621,21 +782,25 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
         _begin_again(step, "pending")
 
 
-def _what_changed(old: Step, was: Agent | None, new: Step, agent: Agent | None) -> tuple[str, ...]:
+def _agents_of(state: RunState, item: Step) -> tuple[Agent, ...]:
+    return tuple(state.agents[name] for name in item.agents if name in state.agents)
+
+
+def _what_changed(old: Step, were: tuple[Agent, ...], new: Step, agents: tuple[Agent, ...]) -> tuple[str, ...]:
     """Which parts of a step's definition are others now; with none of them, it is an input that its prompt names."""
 
-    def parts(step: Step, agent: Agent | None) -> dict[str, Any]:
-        named = agent if agent is not None else Agent(step.agent)
+    def parts(step: Step, agents: tuple[Agent, ...]) -> dict[str, Any]:
+        named = agents or tuple(Agent(name) for name in step.agents)
         own = {"prompt", "engine", "model", "reasoning_effort"}
         return {
-            "prompt": step.prompts(agent),
-            "agent": named.model_dump(exclude=own),
-            "engine": step.engine or named.engine,
-            "model": (step.model or named.model, step.reasoning_effort or named.reasoning_effort),
-            "options": step.model_dump(exclude={"agent", *own}),
+            "prompt": [step.prompts(agent) for agent in agents or (None,)],
+            "agent": [agent.model_dump(exclude=own) for agent in named],
+            "engine": [step.engine or agent.engine for agent in named],
+            "model": [(step.model or agent.model, step.reasoning_effort or agent.reasoning_effort) for agent in named],
+            "options": step.model_dump(exclude={"agent", "members", *own}),
         }
 
-    before, after = parts(old, was), parts(new, agent)
+    before, after = parts(old, were), parts(new, agents)
     return tuple(part for part in after if before[part] != after[part]) or ("inputs",)
 
 
@@ -655,6 +820,7 @@ def _step_removed(state: RunState, event: StepRemoved) -> None:
     state.items = [item for item in state.items if item is not step.step]
     del state.steps[step.id]
     state.loops.pop(step.id, None)
+    _hear(state, step.step, None)
     state.removed[step.id] = step.gates
     state.until_reached = state.until_reached or state.until == step.id
     if step.index < state.cursor:
@@ -665,14 +831,16 @@ def _step_removed(state: RunState, event: StepRemoved) -> None:
 
 
 def _step_skipped(state: RunState, event: StepSkipped) -> None:
-    step = _met(state, event.step, event.type)
+    step = _met(state, event.path, event.type)
     step.note = event.reason
     _settle(state, step, "skipped", step.approved)
 
 
 def _turn_started(state: RunState, event: TurnStarted) -> None:
-    step = _met(state, event.step, event.type)
+    step = _met(state, event.path, event.type)
     number, seq, context = _next_attempt(step), event.seq, event.context
+    if step.caller and step.place != "held" and (step.place != "queued" or state.busy >= state.max_concurrency):
+        raise TransitionError(f"{step.path!r} has no place to work at yet.")
     if event.attempt != number or event.turn != step.turn:
         raise TransitionError(
             f"attempt {event.attempt}, turn {event.turn} of step {step.id!r} cannot start; attempt "
@@ -698,7 +866,12 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         state.texts[here] = context
         if step.step.context == "all":
             state.context_all = (here, step.index, state.epoch)
-    _doubt_later(state, step)
+    if step.caller:
+        state.backing_off.pop(step.path, None)
+        _take_place(state, step)
+    else:
+        _doubt_later(state, step)
+    last.ordinal = state.ordinals.setdefault(step.step.agent, Ordinals()).take()
     step.status, step.retry_at, step.note = "running", None, None
     state.running[step.path] = step
 
@@ -712,7 +885,8 @@ def _session_opened(state: RunState, event: SessionOpened) -> None:
 def _turn_finished(state: RunState, event: TurnFinished) -> None:
     step, last = _turn_met(state, event)
     del state.running[step.path]
-    _count_turn(state, step)
+    _end_calls(state, step, event.at)
+    step.team, step.recall, step.resent = [], {}, []
     here = Ref(event.seq)
     state.texts[here] = event.text
     usage = event.usage
@@ -734,6 +908,9 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
 
 def _judge(state: RunState, step: StepState, last: Attempt) -> None:
     """What the end of a turn leads to: a pause, the next chained prompt, or what the verdict says."""
+    if step.caller:
+        _judge_member(state, step, last)
+        return
     more = step.turn < step.step.turns
     asks = state.mode == "step-by-step" or (step.step.interactive is True and not more)
     asks = asks and step.step.gate in ("after", "both")
@@ -832,46 +1009,51 @@ def _owe(step: StepState, due: Due) -> None:
 
 def _turn_failed(state: RunState, event: TurnFailed) -> None:
     step, last = _turn_met(state, event)
-    _stop_running(state, step)
-    _count_turn(state, step)
+    _stop_running(state, step, event.at)
     last.errors.append(event.error)
     last.failures += 1
     last.ended_at = event.at
     if event.retry_in_s is not None:
         step.status, step.retry_at = "retrying", event.at + event.retry_in_s
+        if step.caller:
+            state.backing_off[step.path] = step
     else:
         _owe(step, Due("failed", {"error": event.error.message}, (event.error.message,)))
+        _owe_member(state, step)
 
 
 def _turn_cut_short(state: RunState, event: TurnCutShort) -> None:
     step, last = _turn_met(state, event)
-    _stop_running(state, step)
+    if step.status != "retrying" and not isinstance(step.step, Parallel):
+        heapq.heappush(state.ordinals[step.step.agent].free, last.ordinal)
+    state.backing_off.pop(step.path, None)
+    _stop_running(state, step, event.at)
     last.cut_short, last.ended_at = event.reason or "stopped", event.at
     step.retry_at = None
     step.resent = [*step.resent, *step.answers]
-    if step.step.idempotent:
+    if step.step.idempotent or isinstance(step.step, Parallel):  # of that, its members say it
         step.status = "ready"
         step.redo = step.redo or Redo()
         step.redo.answered = True
+        if step.caller:
+            _want_place(state, step)
     else:
         reason = f"{step.id} was cut short ({last.cut_short}) and may have had its effect."
         _owe(step, Due("may_have_run", {"reason": reason}, (reason,)))
+        _owe_member(state, step)
 
 
-def _count_turn(state: RunState, step: StepState) -> None:
-    agent = step.step.agent
-    state.turns_ended[agent] = state.turns_ended.get(agent, 0) + 1
-
-
-def _stop_running(state: RunState, step: StepState) -> None:
-    """It runs no more; a question it had asked is void."""
+def _stop_running(state: RunState, step: StepState, at: float) -> None:
+    """It runs no more; a question it had asked is void, and so are the calls it had made."""
     state.running.pop(step.path, None)
+    _end_calls(state, step, at)
+    _keep_team(step)
     _close(state, step)
 
 
 def _gate_opened(state: RunState, event: GateOpened) -> None:
     gate = event.gate
-    step = _met(state, gate.step, event.type)
+    step = _met(state, gate.path, event.type)
     chained = step.turn > 1 and step.redo is None
     fits = {
         "pending": "start",
@@ -879,11 +1061,13 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
         "running": "question",
         "due": step.due and step.due.kind,
     }
-    if gate.kind != fits.get(step.status, "stale") or (gate.kind == "stale" and not step.stale):
+    without = {"stale": not step.stale, "start": bool(step.caller) or isinstance(step.step, Parallel)}
+    if gate.kind != fits.get(step.status, "stale") or without.get(gate.kind):
         raise TransitionError(f"a {gate.kind!r} gate cannot open while step {step.id!r} is {step.status}.")
     if gate.kind == "start" and event.prompt is None:
         raise TransitionError(f"a 'start' gate of step {step.id!r} asks about a prompt, and none is there.")
     gate.opened_at = event.at
+    state.owed.pop(step.path, None)
     step.status = "asking" if gate.kind == "question" else "waiting"
     step.gate = gate
     step.gates += 1
@@ -909,7 +1093,8 @@ def gate_of(state: RunState, gate_id: str) -> Gate:
     if before is not None:
         raise AlreadyDecided(already(before))
     place = gate_id.split("/")
-    earlier = state.steps.get("/".join(place[1:-2]))
+    path = "/".join(place[1:-2])
+    earlier = state.steps.get(path) or state.members.get(path)
     if earlier is not None and place[-1] in map(str, range(1, earlier.gates + 1)):
         if place[-1] == str(earlier.gates) and state.ended in ("stopped", "failed"):
             raise AlreadyDecided(closed(state, earlier))
@@ -961,7 +1146,9 @@ def check_decision(gate: Gate, decision: Decision) -> None:
 def _gate_decided(state: RunState, event: GateDecided) -> None:
     gate, decision = gate_of(state, event.gate_id), event.decision
     check_decision(gate, decision)
-    step = state.steps[gate.step]
+    step = state.find(gate.path)
+    if decision.prompt is not None and isinstance(step.step, Parallel):
+        raise TransitionError(f"{step.id!r} has no prompt of its own to edit: its members have theirs.")
     decision.at = event.at
     for name in ("feedback", "output", "prompt"):
         if (text := getattr(decision, name)) is not None:
@@ -1012,7 +1199,7 @@ def _edited(state: RunState, step: StepState, decision: Decision, seq: int) -> A
     made.started_at = made.ended_at = decision.at
     made.turns, made.answer, made.decision = list(last.turns), Ref(seq, EDITED), decision
     made.verdict = last.verdict if last.verdict is None else Verdict.from_text(decision.output) or last.verdict
-    made.session_id = last.session_id
+    made.session_id, made.members = last.session_id, last.members
     if last.output is not None:
         made.output = _as_before(decision.output, last.output)
         made.note = NO_FIELDS if made.output is None else None
@@ -1070,6 +1257,8 @@ def _retry(state: RunState, step: StepState, gate: Gate, decision: Decision, seq
     step.status = "ready"
     _trust(step)
     step.redo = Redo(prompt=edited, feedback=kept, answered=True)
+    if step.caller:
+        _want_place(state, step)
 
 
 def _approve_exhausted(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
@@ -1187,6 +1376,9 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "TurnCutShort": _turn_cut_short,
     "GateOpened": _gate_opened,
     "GateDecided": _gate_decided,
+    "AgentsCalled": lambda state, event: _agents_called(state, event),
+    "AgentsReturned": lambda state, event: _agents_returned(state, event),
+    "StepFailed": lambda state, event: _step_failed(state, event),
     "LoopedBack": _looped_back,
     "Rewound": _rewound,
 }
@@ -1199,6 +1391,12 @@ def _settle(state: RunState, step: StepState, status: Literal["finished", "skipp
     step.status, step.approved = status, output
     _trust(step)
     step.due, step.redo, step.looped_by, step.resent = None, None, None, []
+    if step.caller:
+        _member_ended(state, step)
+        return
+    if isinstance(step.step, Parallel) and step.last is not None:
+        for member in step.last.members:
+            state.voices[member.id] = member.approved if output is not None else None
     if step.id in state.loops:
         state.loops[step.id] = Loop()
     if step.index < state.frontier:
@@ -1244,6 +1442,7 @@ def _begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
     One that may have run does not in the run's course: its gate asks first.
     """
     step.turn, step.redo, step.retry_at, step.session = 1, None, None, None
+    step.team, step.recall = [], {}
     if status == "pending" and _may_have_run(step):
         step.status = "due"
         return
@@ -1281,12 +1480,14 @@ def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
         _ask_again(step)
     elif kind != "question":
         step.status = "due"
+        _owe_member(state, step)
 
 
 def _append(state: RunState, item: Step | Separator) -> None:
     state.items.append(item)
     if not isinstance(item, Separator):
-        made = StepState(item, item.id, len(state.order), agent=state.agents.get(item.agent))
+        _hear(state, None, item)
+        made = StepState(item, item.id, len(state.order), agents=_agents_of(state, item))
         state.order.append(made)
         state.steps[item.id] = made
         state.names.setdefault(item.id.replace("-", "_"), item.id)
@@ -1299,11 +1500,16 @@ def _reindex(state: RunState) -> None:
     state.order, state.names = [], {}
     for item in state.items:
         if not isinstance(item, Separator):
-            step = known.get(id(item)) or StepState(item, item.id, 0, agent=state.agents.get(item.agent))
+            step = known.get(id(item)) or StepState(item, item.id, 0, agents=_agents_of(state, item))
             step.index = len(state.order)
             state.order.append(step)
             state.steps[item.id] = step
             state.names.setdefault(item.id.replace("-", "_"), item.id)
+            _hear(state, None, item)
+    for path, call in state.calls.items():
+        for group in call.groups:
+            for member in group:
+                member.index = state.steps[path.split("/")[0]].index
     settled = [step.index for step in state.order if step.status in ("finished", "skipped")]
     state.frontier = max(settled, default=-1) + 1
     if cursor is not None and cursor.id in state.steps:
@@ -1353,6 +1559,8 @@ def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None
         return []
     if state.ending is not None:
         return _end(state)
+    if state.calls:
+        return _members_next(state, engine_of)
     step = state.current
     if step is None:
         return [Record(RunFinished(status="completed"))]
@@ -1375,13 +1583,24 @@ def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None
 
 def _end(state: RunState) -> list[StartTurn | Record]:
     status, reason = cast("tuple[RunEnd, str]", state.ending)
-    cut = [cut_short(step, "the run ended") for step in state.running.values()]
-    return [*(Record(event) for event in cut), Record(RunFinished(status=status, reason=reason))]
+    return [
+        *(Record(event) for event in cut_all(state, "the run ended")),
+        Record(RunFinished(status=status, reason=reason)),
+    ]
 
 
 def cut_short(step: StepState, reason: str) -> TurnCutShort:
     """The event that says that the turn of `step` did not end."""
     return TurnCutShort(step=step.id, path=step.path, attempt=step.attempt, turn=step.turn, reason=reason)
+
+
+def cut_all(state: RunState, reason: str, of: StepState | None = None) -> list[TurnCutShort]:
+    """The events that say that nothing went to its end that is under way: of that step and its members, or at all."""
+    return [
+        cut_short(step, reason)
+        for step in state.under_way
+        if of is None or step is of or step.path.startswith(f"{of.path}/")
+    ]
 
 
 def _open(
@@ -1432,6 +1651,8 @@ def _skip_reason(state: RunState, step: StepState) -> str | None:
 
 
 def _start(state: RunState, step: StepState, engine_of: Callable[[Step], str] | None) -> StartTurn | Record:
+    if isinstance(step.step, Parallel):
+        return Record(_call_members(state, step, step.step))
     session = step.session
     if session is not None and engine_of is not None and engine_of(step.step) != step.session_engine:
         session = None  # another engine would not know it
@@ -1456,3 +1677,462 @@ def _asks_first(state: RunState, step: StepState) -> bool:
     if step.turn > 1:
         return step.status == "ready" and step.redo is None and state.mode == "step-by-step"
     return step.status == "pending" and (step.redo is None or not step.redo.answered)
+
+
+# -- members ----------------------------------------------------------------------------------------------------------
+
+
+def call_agents(
+    state: RunState, caller: StepState, groups: Groups, files: Mapping[str, str], limit: int | None = None
+) -> AgentsCalled:
+    """The event with which the running turn of `caller` calls other agents.
+
+    Parameters
+    ----------
+    groups
+        Calls that were checked to be of agents that may be called.
+    files
+        The texts of the input files that they name.
+
+    Raises
+    ------
+    WorkflowError    They would call in a circle, or too deep.
+    """
+    above = _above(state, caller)
+    for group in groups:
+        for call in group:
+            if call.agent in above:
+                raise WorkflowError(
+                    f"run_agents: {call.agent!r} is at work above ({above[call.agent]}) and would wait for itself. "
+                    "Call another agent."
+                )
+    if caller.depth >= MOST_DEPTH:
+        raise WorkflowError(
+            f"run_agents: {caller.path} was called by others {caller.depth} deep, which is the limit. "
+            "Do this part yourself."
+        )
+    return _called(
+        state,
+        caller,
+        [[(call.agent, call.prompt, call.input_files, call.tail) for call in group] for group in groups],
+        files,
+        limit,
+    )
+
+
+def may_call(state: RunState, step: StepState) -> tuple[str, ...]:
+    """Whom the agent at work in `step` may call."""
+    if not state.sub_agents or step.depth >= MOST_DEPTH:
+        return ()
+    above = _above(state, step)
+    return tuple(name for name in state.sub_agents if name not in above)
+
+
+def _above(state: RunState, caller: StepState) -> dict[str, str]:
+    """The agents that wait for `caller`, and its own: where each is at work."""
+    above = {caller.step.agent: caller.path}
+    while caller.caller:
+        caller = state.find(caller.caller)
+        above[caller.step.agent] = caller.path  # of a parallel step, nobody's
+    return above
+
+
+def _call_members(state: RunState, step: StepState, parallel: Parallel) -> AgentsCalled:
+    """The event with which a parallel step begins."""
+    return _called(state, step, [[(agent, "", (), None) for agent in parallel.members]], {}, parallel.max_concurrency)
+
+
+def _called(
+    state: RunState,
+    caller: StepState,
+    groups: Iterable[Iterable[tuple[str, str, tuple[str, ...], int | None]]],
+    files: Mapping[str, str],
+    limit: int | None,
+) -> AgentsCalled:
+    known = {key: deque(members) for key, members in caller.recall.items()}
+    numbers: dict[str, int] = {}
+
+    def path(agent: str, prompt: str, named: tuple[str, ...]) -> str:
+        earlier = known.get(_key(agent, prompt, named, files)) if known else None
+        if earlier:
+            return earlier.popleft().path
+        here = f"{caller.path}/{agent}"
+        numbers[here] = numbers.get(here, state.named_calls.get(here, 0)) + 1
+        return f"{here}#{numbers[here]}"
+
+    made = [
+        [
+            CalledAgent(agent=agent, path=path(agent, prompt, named), prompt=prompt, files=named, tail=tail)
+            for agent, prompt, named, tail in group
+        ]
+        for group in groups
+    ]
+    attempt = _next_attempt(caller) if isinstance(caller.step, Parallel) else caller.attempt
+    return AgentsCalled(
+        step=caller.id,
+        path=caller.path,
+        attempt=attempt,
+        call=caller.called + 1,
+        groups=made,
+        files=dict(files),
+        max_concurrency=limit,
+    )
+
+
+def _key(agent: str, prompt: str, named: Iterable[str], files: Mapping[str, str]) -> tuple[str, str]:
+    """What tells one call from another."""
+    return agent, digest(repr((prompt, [(name, files[name]) for name in named])))
+
+
+def _agents_called(state: RunState, event: AgentsCalled) -> None:
+    caller = _met(state, event.path, event.type)
+    parallel = caller.step if isinstance(caller.step, Parallel) else None
+    number = _next_attempt(caller) if parallel is not None else caller.attempt
+    if (parallel is None) != (caller.status == "running"):
+        raise TransitionError(f"AgentsCalled is not possible while {caller.path!r} is {caller.status}.")
+    if (event.attempt, event.call) != (number, caller.called + 1):
+        raise TransitionError(
+            f"AgentsCalled names attempt {event.attempt}, call {event.call} of {caller.path!r}; attempt {number}, call "
+            f"{caller.called + 1} is next."
+        )
+    known = {member.path: member for members in caller.recall.values() for member in members}
+    state.named_calls.update(_check_called(state, caller, event, known))
+    before = _rejected_answers(caller)
+    if parallel is not None:
+        caller.attempts.append(Attempt(state.texts, number, caller.iteration, started_at=event.at))
+        state.running[caller.path] = caller
+        _doubt_later(state, caller)
+    last = caller.attempts[-1]
+    caller.status, caller.note, caller.called, last.waits_since = "calling", None, event.call, event.at
+    for name, text in event.files.items():
+        state.texts[Ref(event.seq, f"file {name}")] = text
+    # one for all members of an agent: a step is dear to make
+    tasks = {agent: _task(caller.step, agent) for agent in {one.agent for group in event.groups for one in group}}
+    mine = {member.path for member in last.members} if known else set[str]()
+    groups: list[list[StepState]] = []
+    for group in event.groups:
+        groups.append([])
+        for one in group:
+            member = known.get(one.path)
+            if member is None:
+                member = _new_member(state, event, one, len(last.members) + 1, caller, tasks[one.agent])
+                member.before = before.get(one.agent)
+                last.members.append(member)
+            else:
+                _take_again(caller, member)
+                if member.path not in mine:
+                    last.members.append(member)
+            member.tail, member.index = one.tail, caller.index
+            groups[-1].append(member)
+    caller.team += [member for group in groups for member in group]
+    if caller.caller:
+        _leave_place(state, caller)
+    call = state.calls[caller.path] = Call(event.call, groups, event.max_concurrency)
+    _next_group(state, caller, call)
+
+
+def _check_called(
+    state: RunState, caller: StepState, event: AgentsCalled, known: Mapping[str, StepState]
+) -> dict[str, int]:
+    """How often each agent has been called then; a ``TransitionError`` says what is wrong."""
+    if caller.depth >= MOST_DEPTH:
+        raise TransitionError(f"{caller.path!r} is too deep to call others.")
+    if not event.groups or not all(event.groups):
+        raise TransitionError(f"{caller.path!r} calls nobody.")
+    numbers: dict[str, int] = {}
+    taken: set[str] = set()
+    for one in (one for group in event.groups for one in group):
+        if one.path in known and known[one.path].id == one.agent and one.path not in taken:
+            taken.add(one.path)
+            continue
+        here = f"{caller.path}/{one.agent}"
+        number = numbers[here] = numbers.get(here, state.named_calls.get(here, 0)) + 1
+        if one.path != f"{here}#{number}":
+            raise TransitionError(f"{caller.path!r} calls {one.agent!r} as {one.path!r}; {here}#{number} is next.")
+        if missing := [name for name in one.files if name not in event.files]:
+            raise TransitionError(f"{one.path!r} is given {missing[0]!r}, which was not read.")
+    return numbers
+
+
+def _task(step: Step, agent: str) -> Step:
+    """What a member has to do: in a parallel step, that; called by a turn, what it is asked in the call."""
+    if isinstance(step, Parallel):
+        return step.member(agent)
+    same = {"timeout_s": step.timeout_s, "retries": step.retries, "idempotent": step.idempotent}
+    return Step(agent=agent, context="none", **same)
+
+
+def _new_member(
+    state: RunState, event: AgentsCalled, one: CalledAgent, number: int, caller: StepState, task: Step
+) -> StepState:
+    member = StepState(
+        task,
+        one.path,
+        caller.index,
+        iteration=caller.iteration,
+        caller=caller.path,
+        depth=caller.depth + 1,
+        asked=_key(one.agent, one.prompt, one.files, event.files),
+    )
+    if isinstance(caller.step, Parallel):
+        member.looped_by = caller.looped_by
+        if caller.redo is not None and caller.redo.feedback is not None:
+            member.redo = Redo(feedback=caller.redo.feedback, answered=True)
+    else:
+        here = Ref(event.seq, f"request {number}")
+        state.texts[here] = one.prompt
+        files = tuple(part for name in one.files for part in (f"## {name}\n\n", Ref(event.seq, f"file {name}"), "\n\n"))
+        member.request = (*files, "## What you are asked\n\n", here) if files else (here,)
+    state.members[member.path] = member
+    return member
+
+
+def _take_again(caller: StepState, member: StepState) -> None:
+    """A member of a turn that did not end is called again: what it has done counts; if it failed, it is tried anew."""
+    caller.recall[member.asked].remove(member)
+    if member.status == "failed":
+        member.status, member.note = "ready", None
+        member.redo = Redo(feedback=member.redo.feedback if member.redo is not None else None, answered=True)
+
+
+def _rejected_answers(caller: StepState) -> dict[str, Ref | None]:
+    """What each member of a parallel step had answered in the attempt that was rejected."""
+    if not isinstance(caller.step, Parallel) or caller.redo is None or caller.redo.feedback is None:
+        return {}
+    rejected = next((one for one in reversed(caller.attempts) if one.feedback is not None), None)
+    return {member.id: member.approved for member in rejected.members} if rejected is not None else {}
+
+
+def _next_group(state: RunState, caller: StepState, call: Call) -> None:
+    """Begin with the first or next group; past the last one, and past a failure, the caller goes on."""
+    while call.group + 1 < len(call.groups):
+        if call.group >= 0 and any(member.status == "failed" for member in call.groups[call.group]):
+            break
+        call.group, call.next = call.group + 1, 0
+        call.left = sum(member.status not in _ENDED for member in call.groups[call.group])
+        if call.left:
+            _fill(state, call)
+            return
+    if caller.caller:
+        _want_place(state, caller)
+    else:
+        state.lines[0][caller.path] = caller
+
+
+def _fill(state: RunState, call: Call) -> None:
+    """Put in line whoever of `call` may work: first who was at it before."""
+    group = call.groups[call.group]
+    while call.limit is None or call.busy < call.limit:
+        begun = bool(call.again)
+        if begun:
+            member = call.again.popleft()
+        elif call.next < len(group):
+            member = group[call.next]
+            call.next += 1
+            if member.status == "due":
+                state.owed[member.path] = member
+            if member.status == "due" or member.status in _ENDED:
+                continue
+        else:
+            return
+        call.busy += 1
+        member.place = "queued"
+        line = state.lines[member.depth]
+        line[member.path] = member
+        if begun:
+            line.move_to_end(member.path, last=False)
+
+
+def _want_place(state: RunState, member: StepState) -> None:
+    """The member goes on as soon as there is a place."""
+    _leave_place(state, member, fill=False)
+    call = state.calls.get(member.caller)
+    if call is not None:
+        member.place = "wants"
+        call.again.append(member)
+        _fill(state, call)
+
+
+def _take_place(state: RunState, member: StepState) -> None:
+    """The member is at work; it was in line, or nobody asked (its caller goes on while it waits)."""
+    call = state.calls[member.caller]
+    if member.place == "queued":
+        del state.lines[member.depth][member.path]
+    elif member.place != "held":
+        if member.place == "wants":
+            call.again.remove(member)
+        call.busy += 1
+    if member.place != "held":
+        state.busy += 1
+    member.place = "held"
+
+
+def _leave_place(state: RunState, member: StepState, *, fill: bool = True) -> None:
+    """The member is not at work any more, nor in line: others may be."""
+    was, member.place = member.place, ""
+    call = state.calls.get(member.caller)
+    if was == "held":
+        state.busy -= 1
+    elif was == "queued":
+        del state.lines[member.depth][member.path]
+    if call is None or not was:
+        return
+    if was == "wants":
+        call.again.remove(member)
+    else:
+        call.busy -= 1
+    if fill:
+        _fill(state, call)
+
+
+def _owe_member(state: RunState, step: StepState) -> None:
+    """If `step` is a member that is waited for, its gate is opened beside whatever its siblings do."""
+    if step.caller:
+        _leave_place(state, step)
+        if step.caller in state.calls:
+            state.owed[step.path] = step
+
+
+def _judge_member(state: RunState, member: StepState, last: Attempt) -> None:
+    """The end of a member's turn: what its verdict says is its caller's to read, but for an error."""
+    if last.verdict is not None and last.verdict.action == "error":
+        _conclude(state, member, last)
+        _owe_member(state, member)
+    else:
+        _settle(state, member, "finished", last.answer)
+
+
+def _member_ended(state: RunState, member: StepState) -> None:
+    """The member has ended, in whatever way: the next one's turn, the next group's, or its caller's."""
+    _leave_place(state, member)
+    state.owed.pop(member.path, None)
+    call = state.calls.get(member.caller)
+    if call is not None:
+        call.left -= 1
+        if not call.left:
+            _next_group(state, state.find(member.caller), call)
+
+
+def _step_failed(state: RunState, event: StepFailed) -> None:
+    member = _met(state, event.path, event.type)
+    if not member.caller:
+        raise TransitionError(f"{member.id!r} was called by nobody, so nobody can be told that it failed.")
+    _close(state, member)
+    member.status, member.due, member.note = "failed", None, event.reason
+    _member_ended(state, member)
+
+
+def _check_alone(state: RunState, caller: StepState) -> None:
+    """Refuse to end a turn while one that it has called is under way: that is cut short first."""
+    call = state.calls[caller.path]
+    for member in call.groups[call.group]:
+        if member.path in state.running or member.path in state.backing_off:
+            raise TransitionError(f"{member.path} is running; it is cut short first.")
+
+
+def _end_calls(state: RunState, caller: StepState, at: float) -> None:
+    """The turn waits for nobody any more; it works on or ends, so it has a place."""
+    call = state.calls.pop(caller.path, None)
+    if call is None:
+        return
+    last = caller.attempts[-1]
+    if last.waits_since is not None:
+        last.asked_s += max(0.0, at - last.waits_since)
+        last.waits_since = None
+    for member in call.groups[call.group]:
+        _leave_place(state, member)
+        state.owed.pop(member.path, None)
+        _close(state, member, reopen=True)
+    if caller.caller:
+        _take_place(state, caller)
+    else:
+        state.lines[0].pop(caller.path, None)
+
+
+def _keep_team(step: StepState) -> None:
+    """The turn did not end: whom it has called can be called again without beginning anew."""
+    for member in step.team:
+        step.recall.setdefault(member.asked, []).append(member)
+    step.team = []
+
+
+def _agents_returned(state: RunState, event: AgentsReturned) -> None:
+    caller = _met(state, event.path, event.type)
+    call = state.calls[caller.path]
+    if event.call != call.number:
+        raise TransitionError(
+            f"AgentsReturned names call {event.call} of {caller.path!r}, which waits for {call.number}."
+        )
+    _check_alone(state, caller)
+    _end_calls(state, caller, event.at)
+    if not isinstance(caller.step, Parallel):
+        caller.status = "running"
+        return
+    del state.running[caller.path]
+    last = caller.attempts[-1]
+    last.ended_at = event.at
+    members = call.groups[0]
+    wrong = [f"{member.id} failed: {member.note}" for member in members if member.status == "failed"]
+    if wrong:
+        _keep_team(caller)
+        error = ErrorInfo(kind="MemberFailed", message=" ".join(wrong))
+        last.errors.append(error)
+        _owe(caller, Due("failed", {"error": error.message}, (error.message,)))
+        return
+    caller.team, caller.recall = [], {}
+    last.answer = Ref(event.seq)
+    parts: tuple[Part, ...] = ()
+    for member in members:
+        said = member.approved if member.approved is not None else f"No output: {member.note}."
+        parts += ("\n\n" if parts else "", f"## {member.id}\n\n", said)
+    state.texts[last.answer] = parts
+    _judge(state, caller, last)
+
+
+def _hear(state: RunState, old: Step | None, new: Step | None) -> None:
+    """Who works in a parallel step has a name of its own in prompts."""
+    if isinstance(old, Parallel):
+        for name in old.members:
+            state.voices.pop(name, None)
+    if isinstance(new, Parallel):
+        for name in new.members:
+            state.voices.setdefault(name, None)
+            state.names.setdefault(name.replace("-", "_"), name)
+
+
+def _members_next(state: RunState, engine_of: Callable[[Step], str] | None) -> list[StartTurn | Record]:
+    """What to do while a turn waits for others."""
+    actions: list[StartTurn | Record] = [
+        Record(_open(state, member, cast("Due", member.due))) for member in state.owed.values()
+    ]
+    if not state.paused:
+        actions += [_start(state, member, engine_of) for member in state.backing_off.values()]
+    free = state.max_concurrency - state.busy
+    for line in reversed(state.lines):
+        for step in line.values():
+            if step.caller and free <= 0:
+                return actions
+            if step.status == "calling":
+                call = state.calls[step.path]
+                actions.append(Record(AgentsReturned(step=step.id, path=step.path, call=call.number)))
+            elif state.paused:
+                break  # who was at work stands before those that begin
+            else:
+                actions.append(_start(state, step, engine_of))
+            free -= 1
+    return actions
+
+
+def results(state: RunState, called: AgentsCalled) -> list[AgentResult]:
+    """What came of a call, in its order, for its caller."""
+    found = []
+    for one in (one for group in called.groups for one in group):
+        member = state.members[one.path]
+        text = last_lines(state.text(member.approved), one.tail)
+        status, error = member.status, None
+        if status == "failed":
+            error = member.note or "it failed"
+        elif status not in _ENDED:
+            status, error = "pending", "it was not begun, because one before it failed"
+        found.append(AgentResult(member.id, member.path, text, error, STATUS_WORDS[status]))
+    return found

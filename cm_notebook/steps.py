@@ -19,12 +19,24 @@ if TYPE_CHECKING:
 class StepView:
     """One step of a run: what it said, and how it came to that."""
 
-    def __init__(self, run: Run, id: str) -> None:
-        self.run, self.id = run, id
+    def __init__(self, run: Run, path: str) -> None:
+        self.run, self.path = run, path
+
+    @property
+    def id(self) -> str:
+        """The step's id; of an agent that another one called, that agent's."""
+        with self.run.reading():
+            return self._step.id
+
+    @property
+    def members(self) -> list[StepView]:
+        """The agents that it called, or that work in it, in that order."""
+        with self.run.reading():
+            return [StepView(self.run, member.path) for member in self._step.members]
 
     @property
     def _step(self) -> StepState:
-        return self.run._state.step(self.id)
+        return self.run._state.find(self.path)
 
     @property
     def status(self) -> str:
@@ -128,6 +140,16 @@ class StepView:
         return sum(attempt.cost_usd or 0.0 for attempt in self.attempts)
 
     @property
+    def team_usage(self) -> Usage:
+        """Tokens of all its attempts and of all agents that it called, and that those called."""
+        return sum((member.team_usage for member in self.members), self.usage)
+
+    @property
+    def team_cost_usd(self) -> float:
+        """US dollars of the same."""
+        return sum((member.team_cost_usd for member in self.members), self.cost_usd)
+
+    @property
     def duration_s(self) -> float | None:
         """Seconds that the last attempt took, waiting for a person not counted."""
         attempts = self.attempts
@@ -155,10 +177,10 @@ class StepView:
         raise TransitionError(f"step {self.id!r} has no attempt {number}. Attempts: {made}.")
 
     def __repr__(self) -> str:
-        return f"<Step {self.id}: {self.status}>"
+        return f"<Step {self.path}: {self.status}>"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         from .render import html, text
 
         with self.run.reading() as state:
-            return {"text/plain": text.show_text(state, self._step), "text/html": html.run_html(state, [self.id])}
+            return {"text/plain": text.show_text(state, self._step), "text/html": html.run_html(state, [self.path])}

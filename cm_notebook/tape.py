@@ -12,8 +12,9 @@ every other line is one turn or one decision, and says itself where in a run it 
 
 (the last three are one line). A turn needs ``path``, ``attempt`` and ``text``; ``turn`` counts chained prompts.
 ``events`` says how the text arrived, ``[ms since the start, characters]`` each, and never repeats it. Where nothing is
-said about the prompt, any will do. A reader takes the versions that it knows, and refuses by name every key that it
-does not.
+said about the prompt, any will do. ``tool_calls`` are what the agent asked of its run when it had written that; agents
+that it called have lines of their own, with paths like ``coordinator/frontend-dev#1``. A reader takes the versions that
+it knows, and refuses by name every key that it does not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .errors import TransitionError, WorkflowError, did_you_mean
 from .events import ACTIONS, Decision, Fact, Gate, GateKind, Usage
 from .prompts import digest
 from .state import check_decision
+from .team import ToolCall
 from .workflow import Verdict
 
 VERSION = 1
@@ -92,6 +94,7 @@ class TapedTurn(Fact):
     session_id: str | None = None
     events: list[tuple[Millis, Length]] = Field(default_factory=list)
     text: str
+    tool_calls: list[ToolCall] = Field(default_factory=list)
     output: Any = None
     verdict: Verdict | None = None
     usage: Usage | None = None
@@ -128,7 +131,13 @@ class TapedDecision(Fact):
     decision: Decision
 
 
-_PARTS: dict[str, type[BaseModel]] = {"gate": GatePlace, "decision": Decision, "prompt": Prompt, "usage": Usage}
+_PARTS: dict[str, type[BaseModel]] = {
+    "gate": GatePlace,
+    "decision": Decision,
+    "prompt": Prompt,
+    "usage": Usage,
+    "tool_calls": ToolCall,
+}
 _Line = TypeVar("_Line", bound=Fact)
 
 

@@ -223,6 +223,11 @@ class Step(Model):
         _check_name("step", self.id)
 
     @property
+    def agents(self) -> tuple[str, ...]:
+        """The ids of the agents that do it."""
+        return (self.agent,)
+
+    @property
     def turns(self) -> int:
         """How many prompts are sent in one attempt."""
         return len(self.prompt) if isinstance(self.prompt, list) and self.prompt else 1
@@ -246,6 +251,41 @@ class Module(Step):
     on_exhausted: Literal["pause", "continue", "fail"] = "pause"
 
 
+class Parallel(Step):
+    """A step that several agents do side by side; make it with :func:`parallel`."""
+
+    kind: Literal["parallel"] = "parallel"  # type: ignore[assignment]
+    agent: Literal[""] = ""
+    members: list[str] = Field(min_length=1)
+    max_concurrency: int | None = Field(default=None, ge=1)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """The id defaults to the members' names."""
+        self.id = self.id or "-".join(self.members)
+        super().model_post_init(context)
+        where = f"parallel step {self.id!r}"
+        for number, name in enumerate(self.members):
+            _check_name("agent", name)
+            if name in self.members[:number]:
+                raise WorkflowError(f"{where}: {name!r} is in it twice. Give the second agent another id.")
+        if len(self.members) > 1 and self.id in self.members:
+            raise WorkflowError(f"{where}: {self.id!r} is one of its agents. Give the step a name of its own: id=….")
+        if self.gate != "after":
+            raise WorkflowError(f"{where}: gate={self.gate!r} shows one prompt, and it has several. Use gate='after'.")
+        if isinstance(self.prompt, list):
+            raise WorkflowError(f"{where}: prompts cannot be chained here. Make it several steps.")
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """The ids of its members."""
+        return tuple(self.members)
+
+    def member(self, agent: str) -> Step:
+        """What the agent of that id has to do in it."""
+        own = ("prompt", "engine", "model", "reasoning_effort", "context", "timeout_s", "retries", "idempotent", "raw")
+        return Step(agent=agent, **{name: getattr(self, name) for name in own})
+
+
 class Separator(Model):
     """A line in the timeline; it is passed over and does not count in ``loop_steps``."""
 
@@ -253,7 +293,7 @@ class Separator(Model):
     text: str = ""
 
 
-AnyStep = Step | Module | Separator
+AnyStep = Step | Module | Parallel | Separator
 
 
 @by_name("cm.step")
@@ -355,12 +395,31 @@ def module(
     )
 
 
+@by_name("cm.parallel")
+def parallel(*agents: str, id: str | None = None, max_concurrency: int | None = None, **options: Any) -> Parallel:
+    """A step that several agents do side by side. Its output is theirs together, each under its name.
+
+    Parameters
+    ----------
+    agents
+        Ids of the agents. A later prompt has the output of one of them as ``{{ its-id }}``.
+    id
+        The step's own name; by default the agents' ids, joined with ``-``.
+    max_concurrency
+        How many may work at the same time; ``None``: as many as the run allows.
+    **options
+        As for :func:`step`; ``prompt``, ``engine``, ``context`` and such are for each of the agents.
+    """
+    given = {"id": id} if id is not None else {}
+    return Parallel(members=list(agents), max_concurrency=max_concurrency, **given, **options)
+
+
 def separator(text: str = "") -> Separator:
     """A line in the timeline with `text` on it."""
     return Separator(text=text)
 
 
-START_OPTIONS = ("engine", "journal", "workspace", "until", "on_gate", "tape", "loop")
+START_OPTIONS = ("engine", "journal", "workspace", "until", "max_concurrency", "on_gate", "tape", "loop")
 
 
 class Workflow(Model):
@@ -371,10 +430,14 @@ class Workflow(Model):
     name
         What people call it.
     steps
-        A list of :func:`step`, :func:`module`, :func:`separator` (a plain string is a step), or the arrow string
-        ``"planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?"``.
+        A list of :func:`step`, :func:`module`, :func:`parallel`, :func:`separator` (a plain string is a step), or the
+        arrow string ``"planner -> [frontend | backend] -> quality-gate(loop 1, max 5) -> deployer?"``.
     agents
         The agents that the steps name.
+    sub_agents
+        Ids of those agents that an agent at work may call (``run_agents``).
+    max_concurrency
+        How many agents that others called, or of a parallel step, may work at the same time; 4 if nothing is said.
     autonomous_mode
         ``"never"``: every step pauses, locked. ``"always"``: only steps with ``interactive=True`` pause, locked.
         ``True`` / ``False``: start that way, and the user may switch while it runs.
@@ -389,8 +452,10 @@ class Workflow(Model):
     """
 
     name: str
-    steps: list[Step | Module | Separator] = Field(default_factory=list)
+    steps: list[Step | Module | Parallel | Separator] = Field(default_factory=list)
     agents: list[Agent] = Field(default_factory=list)
+    sub_agents: list[str] = Field(default_factory=list)
+    max_concurrency: int | None = Field(default=None, ge=1)
     autonomous_mode: AutonomousMode = True
     inputs: dict[str, Any] = Field(default_factory=dict)
     specification: str | None = None
@@ -426,6 +491,14 @@ class Workflow(Model):
         """The steps that are run: all but the separators."""
         return [item for item in self.steps if not isinstance(item, Separator)]
 
+    @property
+    def tasks(self) -> list[Step]:
+        """What each agent has to do: in a step, as a member of a parallel one, or when it is called."""
+        found: list[Step] = []
+        for item in self.executable:
+            found += [item.member(agent) for agent in item.members] if isinstance(item, Parallel) else [item]
+        return [*found, *(Step(agent=agent) for agent in self.sub_agents)]
+
     @by_name("workflow.start", *START_OPTIONS)
     def start(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> "Run":
         """Start a run and return it at once.
@@ -435,7 +508,8 @@ class Workflow(Model):
         inputs
             Values of template names, over the workflow's own.
         **options
-            Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until, on_gate, tape, loop``.
+            Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until,
+            max_concurrency, on_gate, tape, loop``.
         """
         from .run import Run  # the run knows the workflow, not the other way round; this is only the short way to it
 
@@ -504,10 +578,13 @@ def complete_agents(agents: Iterable[Agent], steps: Iterable[AnyStep]) -> list[A
     result = list(agents)
     known = {item.id for item in result}
     for item in steps:
-        if not isinstance(item, Separator) and item.prompt and item.agent not in known:
-            first = item.prompt if isinstance(item.prompt, str) else item.prompt[0]
-            result.append(Agent(id=item.agent, prompt=first))
-            known.add(item.agent)
+        if isinstance(item, Separator) or not item.prompt:
+            continue
+        for agent in item.agents:
+            if agent not in known:
+                first = item.prompt if isinstance(item.prompt, str) else item.prompt[0]
+                result.append(Agent(id=agent, prompt=first))
+                known.add(agent)
     return result
 
 
@@ -521,36 +598,45 @@ def check(workflow: Workflow) -> None:
             raise WorkflowError(f"agent {defined.id!r} is defined twice. Keep one of them, or give one another id.")
         agents[defined.id] = defined
     check_inputs(workflow.inputs)
+    for number, name in enumerate(workflow.sub_agents):
+        if name not in agents:
+            raise WorkflowError(f"sub_agents: {_no_agent(name, workflow.agents)}")
+        if name in workflow.sub_agents[:number]:
+            raise WorkflowError(f"sub_agents: {name!r} is listed twice.")
     executable: list[Step] = []
     for number, item in enumerate(workflow.steps, 1):
         if isinstance(item, Separator):
             continue
         where = f"step {number}"
-        if item.id in seen:
-            raise WorkflowError(
-                f"{where}: the id {item.id!r} is already step {seen[item.id]}. Give one of them another: "
-                f'cm.step({item.agent!r}, id="{item.id}-2").'
-            )
-        if (other := read_as.setdefault(item.id.replace("-", "_"), item.id)) != item.id:
-            raise WorkflowError(
-                f"{where}: a prompt cannot tell {item.id!r} from {other!r} (step {seen[other]}): "
-                f"{{{{ {item.id.replace('-', '_')} }}}} names both. Give one of them another id."
-            )
-        if item.agent not in agents:
-            raise WorkflowError(f"{where}: {_no_agent(item.agent, workflow.agents)}")
-        if agents[item.agent].implementation is None:
-            for prompt in item.prompts(agents[item.agent]):
-                if not prompt.strip():
-                    raise WorkflowError(f"{where} ({item.id!r}): the prompt is empty. Write what the agent should do.")
-        if item.id in RESERVED:
-            raise WorkflowError(f"{where}: the id {item.id!r} is taken by templates. Use another.")
+        # the members of a parallel step are named in prompts as steps are
+        for name in dict.fromkeys((item.id, *(item.members if isinstance(item, Parallel) else ()))):
+            if name in seen:
+                another = "" if isinstance(item, Parallel) else f': cm.step({item.agent!r}, id="{item.id}-2")'
+                raise WorkflowError(
+                    f"{where}: the id {name!r} is already step {seen[name]}. Give one of them another{another}."
+                )
+            if (other := read_as.setdefault(name.replace("-", "_"), name)) != name:
+                raise WorkflowError(
+                    f"{where}: a prompt cannot tell {name!r} from {other!r} (step {seen.get(other, number)}): "
+                    f"{{{{ {name.replace('-', '_')} }}}} names both. Give one of them another id."
+                )
+            if name in RESERVED:
+                raise WorkflowError(f"{where}: the id {name!r} is taken by templates. Use another.")
+        for name in item.agents:
+            if name not in agents:
+                raise WorkflowError(f"{where}: {_no_agent(name, workflow.agents)}")
+            if agents[name].implementation is None:
+                for prompt in item.prompts(agents[name]):
+                    if not prompt.strip():
+                        said = item.id if name == item.agent else name
+                        raise WorkflowError(f"{where} ({said!r}): the prompt is empty. Write what the agent should do.")
         if isinstance(item, Module):
             _check_loop(where, item, executable)
         if isinstance(item.context, list):
             for name in item.context:
                 if name not in seen:
                     raise WorkflowError(f"{where}: context names {name!r}. {did_you_mean(name, seen, 'Earlier steps')}")
-        seen[item.id] = number
+        seen.update(dict.fromkeys((item.id, *item.members) if isinstance(item, Parallel) else (item.id,), number))
         executable.append(item)
 
 
@@ -617,7 +703,7 @@ def _check_name(what: str, name: str) -> None:
         )
 
 
-_KINDS: dict[str, type[AnyStep]] = {"step": Step, "module": Module, "separator": Separator}
+_KINDS: dict[str, type[AnyStep]] = {"step": Step, "module": Module, "parallel": Parallel, "separator": Separator}
 
 
 def as_step(number: int, item: Any) -> AnyStep:
@@ -633,7 +719,8 @@ def as_step(number: int, item: Any) -> AnyStep:
     if isinstance(item, str):
         return Step(agent=item)
     raise WorkflowError(
-        f"step {number}: {item!r} is not a step. Use cm.step(…), cm.module(…), cm.separator(…) or a name."
+        f"step {number}: {item!r} is not a step. "
+        "Use cm.step(…), cm.module(…), cm.parallel(…), cm.separator(…) or a name."
     )
 
 
@@ -642,13 +729,18 @@ def step_data(item: AnyStep) -> dict[str, Any]:
     return {"kind": item.kind, **item.model_dump(mode="json", exclude_defaults=True)}
 
 
-_TOKEN = re.compile(rf"\s*(?:(?P<arrow>->|→)|(?P<name>{NAME})(?P<rest>\s*\((?P<options>[^()]*)\))?\s*(?P<ask>\?)?)")
+_TOKEN = re.compile(
+    rf"\s*(?:(?P<arrow>->|→)"
+    rf"|(?:(?P<name>{NAME})(?P<rest>\s*\((?P<options>[^()]*)\))?|\[(?P<members>\s*{NAME}(?:\s*\|\s*{NAME})*\s*)\])"
+    rf"\s*(?P<ask>\?)?)"
+)
 
 
 def parse_steps(text: str) -> list[AnyStep]:
     """The steps of an arrow string.
 
-    ``a -> b? -> gate(loop 1, max 5, skip a) -> c``: ``?`` pauses for a person, ``(…)`` makes a module.
+    ``a -> b? -> gate(loop 1, max 5, skip a) -> [c | d]``: ``?`` pauses for a person, ``(…)`` makes a module, ``[…]`` a
+    parallel step.
 
     Raises
     ------
@@ -666,7 +758,7 @@ def parse_steps(text: str) -> list[AnyStep]:
                 f"steps, column {start + 1}: {wanted} is expected at {here!r}. "
                 "Write for instance: planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?"
             )
-        if found["name"]:
+        if not found["arrow"]:
             steps.append(_arrow_step(found, start))
         want_name = bool(found["arrow"])
         position = found.end()
@@ -679,6 +771,8 @@ def parse_steps(text: str) -> list[AnyStep]:
 
 def _arrow_step(found: re.Match[str], start: int) -> AnyStep:
     interactive = True if found["ask"] else None
+    if found["members"] is not None:
+        return Parallel(members=[name.strip() for name in found["members"].split("|")], interactive=interactive)
     if found["rest"] is None:
         return Step(agent=found["name"], interactive=interactive)
     options: dict[str, Any] = {}

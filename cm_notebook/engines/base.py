@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 from .. import config
 from ..errors import EngineNotFound, WorkflowError, did_you_mean
 from ..events import Usage
+from ..team import AgentResult
 from ..tools import Permission
 from ..workflow import Agent, Verdict
 
@@ -52,6 +53,12 @@ class AgentRequest:
         Shows text now, from any thread; for agents that speak beside their stream.
     ask_human
         Asks a person and returns the answer; waiting is not counted in `timeout_s`.
+    sub_agents
+        Ids of the agents that this turn may call; where there are none, its agent needs no tool for it.
+    run_agents
+        Has other agents work and returns what came of each; waiting is not counted. What is asked is a list of groups
+        or a line, as for :func:`~cm_notebook.team.checked_calls`; then how many may work at the same time, or ``None``.
+        Raises ``WorkflowError`` if it cannot be: an engine tells its model so.
     ask_permission
         Asks a person whether a tool may be called with these arguments. ``None``: nobody can be asked, so a tool that
         needs permission is refused.
@@ -77,6 +84,8 @@ class AgentRequest:
     timeout_s: float | None = None
     emit: Callable[[str], None] | None = None
     ask_human: Callable[[str], Awaitable[str]] | None = None
+    sub_agents: tuple[str, ...] = ()
+    run_agents: Callable[..., Awaitable[list[AgentResult]]] | None = None
     ask_permission: Callable[[str, Mapping[str, Any]], Awaitable[Permission]] | None = None
 
 

@@ -16,7 +16,7 @@ import functools
 import inspect
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,36 @@ class Turn:
         line = self._line
         if line is None or line.ask is None:
             raise EngineError(f"{self.step!r} asks {question!r}, but there is nobody to answer here.", step=self.step)
-        line.check()
-        return line.ask(question) if threading.get_ident() == line.thread else line.ask_and_wait(question)
+        return line.call(line.ask, question)
+
+    def run_agents(self, *groups: Any, max_concurrency: int | None = None) -> Any:
+        """Have other agents of the workflow work, and get what came of each: a list of ``AgentResult``.
+
+        As :meth:`ask_human`, it is awaited in an async function, and waits by itself in a sync one.
+
+        Parameters
+        ----------
+        groups
+            Lists of calls ``{"agent": …, "prompt": …, "input_files": [files of the workspace], "tail": lines}``: one
+            list after the other, the calls of a list side by side. Or one line in this spelling:
+            ``frontend-dev 'the UI' & backend-dev 'the API' && qa-engineer 'test both'``.
+        max_concurrency
+            How many of them may work at the same time; ``None``: as many as the run allows.
+
+        Raises
+        ------
+        WorkflowError    One of them cannot be called (``Workflow(sub_agents=[…])`` lists who can) or is asked nothing.
+
+        Notes
+        -----
+        An agent that fails is said in its result (``error``); what was asked beside it goes on, later lists do not
+        begin.
+        """
+        line = self._line
+        if line is None or line.run is None:
+            raise EngineError(f"{self.step!r} calls agents, but it is no part of a run here.", step=self.step)
+        asked = groups[0] if len(groups) == 1 else list(groups)
+        return line.call(line.run, asked, max_concurrency)
 
 
 class Raised(Exception):
@@ -100,14 +128,14 @@ class Raised(Exception):
 class _Line:
     """Joins a function to its run, as long as somebody listens: text one way, answers the other."""
 
-    __slots__ = ("ask", "asked", "loop", "open", "show", "thread")
+    __slots__ = ("ask", "asked", "loop", "open", "run", "show", "thread")
 
     def __init__(self, request: AgentRequest) -> None:
-        self.show, self.ask = request.emit, request.ask_human
+        self.show, self.ask, self.run = request.emit, request.ask_human, request.run_agents
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
         self.open = True
-        self.asked: set[concurrent.futures.Future[str]] | None = None
+        self.asked: set[concurrent.futures.Future[Any]] | None = None
 
     def check(self) -> None:
         """Raise ``_TurnOver`` when nobody listens any more."""
@@ -120,12 +148,16 @@ class _Line:
         if self.show is not None:
             self.show(text)
 
-    def ask_and_wait(self, question: str) -> str:
+    def call(self, ask: Callable[..., Awaitable[Any]], *what: Any) -> Any:
+        """What `ask` returns: on the loop's thread to be awaited, on another one when it is there."""
+        self.check()
+        return ask(*what) if threading.get_ident() == self.thread else self._wait_for(ask, what)
+
+    def _wait_for(self, ask: Callable[..., Awaitable[Any]], what: tuple[Any, ...]) -> Any:
         """Ask from another thread, and block it until the answer is there or the turn is over."""
 
-        async def put() -> str:
-            assert self.ask is not None  # checked by Turn
-            return await self.ask(question)
+        async def put() -> Any:
+            return await ask(*what)
 
         answer = asyncio.run_coroutine_threadsafe(put(), self.loop)
         if self.asked is None:

@@ -17,7 +17,7 @@ from ..events import OTHER_WORDS, Usage
 from ..tape import Tape, TapedTurn
 from ..workflow import Verdict
 from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
-from .scripted import words
+from .scripted import use_tools, words
 
 NOT_CALLED = "offline: no model was called"
 BESIDE = f"recorded answer: {OTHER_WORDS}"
@@ -73,6 +73,9 @@ class OfflineEngine:
             if wait_s > _TICK_S:
                 await asyncio.sleep(wait_s)
             yield Delta(piece)
+        wrong = await use_tools(request, taped.tool_calls)
+        if wrong:
+            note = " ".join(filter(None, (note, *wrong)))
         if taped.usage is not None or taped.cost_usd is not None:
             yield UsageReported(taped.usage or Usage(), taped.cost_usd)
         yield TurnDone(taped.text, output=taped.output, verdict=taped.verdict, duration_s=taped.duration_s, note=note)

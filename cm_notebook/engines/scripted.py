@@ -3,6 +3,9 @@
 Strategy: which reply a turn gets is decided by counting, and the run does the counting (``AgentRequest.ordinal``), from
 its events: a turn that ended, by an answer or an error, has used up its reply; one that was cut short has not. So a run
 that is resumed, by a new engine in a new process, goes on in the script where it was.
+
+A reply with tool calls is not the end of its turn: when they are answered, the turn goes on with the next reply. So the
+replies of a turn are those up to the first one without.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ReplayMismatch, WorkflowError, by_name, did_you_mean
+from ..errors import EngineError, ReplayMismatch, WorkflowError, by_name, did_you_mean
 from ..events import Usage
+from ..team import ToolCall
 from ..workflow import Verdict
 from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
 
@@ -40,6 +44,10 @@ class Reply:
         The conversation that the agent says it has begun.
     verdict, output
         As an engine may give them beside the text.
+    tool_calls
+        What the agent asks of its run after this text: ``{"name": "run_agents", "arguments": {"groups": […]}}`` (or
+        ``{"script": "a 'x' & b 'y'"}``), ``{"name": "ask_human", "arguments": {"question": "…"}}``. When they are
+        answered the turn goes on with the next reply, and the last one is the answer.
     """
 
     text: str = ""
@@ -51,8 +59,11 @@ class Reply:
     session_id: str | None = None
     verdict: Verdict | None = None
     output: Any = None
+    tool_calls: Sequence[ToolCall | Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
+        made = tuple(call if isinstance(call, ToolCall) else ToolCall(**dict(call)) for call in self.tool_calls)
+        object.__setattr__(self, "tool_calls", made)
         if not isinstance(self.text, str):
             raise WorkflowError(f"cm.Reply: text={self.text!r} is not a text.")
         if not isinstance(self.delay_s, (int, float)):
@@ -96,7 +107,7 @@ class ScriptedEngine:
                 f"cm.ScriptedEngine: {script!r} is not a dict of agents and their replies, for instance "
                 "{'planner': ['1. Write it.']}."
             )
-        self.script = {agent: _replies(agent, said) for agent, said in script.items()}
+        self.script = {agent: _turns(_replies(agent, said)) for agent, said in script.items()}
         self._ended: dict[str, int] = {}
 
     async def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
@@ -109,34 +120,77 @@ class ScriptedEngine:
         """
         agent = request.agent.id
         number = request.ordinal or self._ended.get(agent, 0) + 1
-        reply = self._reply(agent, number)
-        if reply.session_id is not None:
-            yield SessionStarted(reply.session_id)
-        pieces = words(reply.text) if reply.deltas is None else reply.deltas
-        pause_s = reply.delay_s / max(1, len(pieces))
-        for piece in pieces or ("",):
-            if pause_s:
-                await asyncio.sleep(pause_s)
-            if piece:
-                yield Delta(piece)
-        if reply.usage is not None or reply.cost_usd is not None:
-            yield UsageReported(reply.usage or Usage(), reply.cost_usd)
+        replies = self._turn(agent, number)
+        if replies[0].session_id is not None:
+            yield SessionStarted(replies[0].session_id)
+        spent, cost_usd, wrong = None, None, list[str]()
+        for reply in replies:
+            pieces = words(reply.text) if reply.deltas is None else reply.deltas
+            pause_s = reply.delay_s / max(1, len(pieces))
+            for piece in pieces or ("",):
+                if pause_s:
+                    await asyncio.sleep(pause_s)
+                if piece:
+                    yield Delta(piece)
+            if reply.usage is not None:
+                spent = reply.usage if spent is None else spent + reply.usage
+            if reply.cost_usd is not None:
+                cost_usd = (cost_usd or 0.0) + reply.cost_usd
+            if spent is not None or cost_usd is not None:
+                yield UsageReported(spent or Usage(), cost_usd)
+            wrong += await use_tools(request, reply.tool_calls)
         self._ended[agent] = number
         if reply.error is not None:
             raise reply.error
-        yield TurnDone(reply.text, output=reply.output, verdict=reply.verdict)
+        if reply.tool_calls:
+            raise ReplayMismatch(
+                f"turn {number} of agent {agent!r} ends with a tool call. Add the reply with which it goes on to "
+                f"ScriptedEngine({{{agent!r}: […]}})."
+            )
+        yield TurnDone(reply.text, output=reply.output, verdict=reply.verdict, note=" ".join(wrong) or None)
 
-    def _reply(self, agent: str, number: int) -> Reply:
+    def _turn(self, agent: str, number: int) -> list[Reply]:
         if agent not in self.script:
             known = did_you_mean(agent, self.script, "In the script")
             raise ReplayMismatch(f"the script has no replies for agent {agent!r} (turn {number}). {known}")
-        replies = self.script[agent]
-        if number > len(replies):
+        turns = self.script[agent]
+        if number > len(turns):
             raise ReplayMismatch(
-                f"the script has no reply for turn {number} of agent {agent!r}; it has {len(replies)}. "
+                f"the script has no reply for turn {number} of agent {agent!r}; it has {len(turns)}. "
                 f"Add one to ScriptedEngine({{{agent!r}: […]}})."
             )
-        return replies[number - 1]
+        return turns[number - 1]
+
+
+def _turns(replies: Iterable[Reply]) -> list[list[Reply]]:
+    """The replies of each turn."""
+    turns: list[list[Reply]] = []
+    goes_on = False
+    for reply in replies:
+        if goes_on:
+            turns[-1].append(reply)
+        else:
+            turns.append([reply])
+        goes_on = bool(reply.tool_calls) and reply.error is None
+    return turns
+
+
+async def use_tools(request: AgentRequest, calls: Iterable[ToolCall | Any]) -> list[str]:
+    """Have `calls` (of :class:`~cm_notebook.team.ToolCall`) done, one after the other; returns what was refused."""
+    wrong = []
+    for call in calls:
+        try:
+            if call.name == "ask_human" and request.ask_human is not None:
+                await request.ask_human(str(call.asked))
+            elif call.name == "run_agents" and request.run_agents is not None:
+                await request.run_agents(call.asked, call.arguments.get("max_concurrency"))
+            else:
+                raise EngineError(
+                    f"{request.step!r} uses {call.name}, but is no part of a run here.", step=request.step
+                )
+        except WorkflowError as refused:
+            wrong.append(str(refused))
+    return wrong
 
 
 def _replies(agent: str, said: str | Reply | Iterable[str | Reply]) -> list[Reply]:

@@ -272,15 +272,15 @@ class CMMagics(Magics):
         run = self._notebook.deciding(values.get("step"))
         gate = run.gate(values.get("step"))
         with run.reading() as state:
-            step = state.steps[gate.step]
+            step = state.find(gate.path)
             if gate.kind in EDITABLE:
                 sent = step.redo.prompt if gate.kind == "start" and step.redo is not None else None
                 written = state.text(sent) if sent is not None else step.last.text if step.last is not None else ""
-                head, then = f"%%cm edit {gate.step}", "goes on with it"
+                head, then = f"%%cm edit {gate.path}", "goes on with it"
             elif "retry" in gate.actions:
                 turns = step.last.turns if step.last is not None else []
                 written = state.text(Ref(turns[-1], "prompt")) if turns else ""
-                head, then = f"%%cm retry {gate.step}", "is tried again with this prompt"
+                head, then = f"%%cm retry {gate.path}", "is tried again with this prompt"
             else:
                 magics = " or ".join(f"`{way.magic}`" for way in text.ways(state, gate))
                 raise TransitionError(f"{gate.step} has no text to edit: it asks a question. Use {magics}.")
@@ -300,7 +300,7 @@ class CMMagics(Magics):
         except ValueError as error:  # pydantic's
             raise WorkflowError(f"this is no decision: {decision}. {error}".splitlines()[0]) from error
         with run.reading() as state:
-            print(f"{gate.step}: {text.decided(state, state.decisions[gate.id])}.")
+            print(f"{gate.path}: {text.decided(state, state.decisions[gate.id])}.")
         return run
 
     # -- looking -------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ class CMMagics(Magics):
         seen = run[step]
         # Static even while it runs: the live card belongs under the cell of its step and would move here.
         with run.reading() as state:
-            shown = state.step(step)
+            shown = state.find(step)
             attempt = html.find_attempt(shown, number) if number is not None else None
             self._display(text.show_text(state, shown, attempt, full), html.show_html(state, shown, number, full))
         return seen if number is None else seen.attempt(number)
@@ -333,7 +333,7 @@ class CMMagics(Magics):
         old, new = step.attempt(a), step.attempt(b)
         with run.reading() as state:
             made = Text(diff.text(old.text, new.text))
-            self._display(made, html.diff_html(state, state.step(step.id), a, b))
+            self._display(made, html.diff_html(state, state.find(step.path), a, b))
         return made
 
     def _graph(self, values: Values, body: str | None) -> Text:

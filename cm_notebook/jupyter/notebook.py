@@ -46,6 +46,7 @@ class Plan:
     name: str
     autonomous_mode: AutonomousMode = True
     inputs: dict[str, Any] = field(default_factory=dict)
+    sub_agents: list[str] = field(default_factory=list)
     engine: str | None = None
     tape: str | None = None
     workspace: str | None = None
@@ -147,14 +148,18 @@ class Notebook:
 
     def deciding(self, step: str | None) -> Run:
         """The run in which `step` is decided: the current one, or one that was left if only that has a gate there."""
-        others = [left.run for left in self.left.values() if any(gate.step == step for gate in left.run.gates)]
+        others = [
+            left.run for left in self.left.values() if any(step in (gate.step, gate.path) for gate in left.run.gates)
+        ]
         try:
             run = self.current()
         except TransitionError:
             if len(others) != 1:
                 raise
             return others[0]
-        return others[0] if len(others) == 1 and step not in run.state.steps else run
+        with run.reading() as state:
+            known = step in {*state.steps, *state.members, *(gate.step for gate in state.gates.values())}
+        return others[0] if len(others) == 1 and not known else run
 
     def left_words(self) -> str:
         """Which other run is unfinished and how to get back to it; of several, the last one that was left."""
@@ -567,7 +572,7 @@ class Notebook:
 
     def _check_inputs(self, plan: Plan, workflow: Workflow, given: Iterable[str]) -> None:
         """Refuse an input that nothing reads; where steps are still to come, and functions are, only a `given` one."""
-        functions = any(workflow.agent(item.agent).implementation is not None for item in workflow.executable)
+        functions = any(workflow.agent(item.agent).implementation is not None for item in workflow.tasks)
         meant = plan.inputs if functions or plan.body is None else {}
         check_read(workflow, plan.inputs if not meant else given, [name for name in meant if name not in given])
 
@@ -588,7 +593,7 @@ class Notebook:
         WorkflowError    With those that are defined.
         """
         run, plan = self._last(), self._planned()
-        made = [item.agent for item, _ in plan.placed.values() if item.prompt]
+        made = [agent for item, _ in plan.placed.values() if item.prompt for agent in item.agents]
         known = [*(run.state.agents if run is not None else ()), *self.agents, *made]
         if agent != step and agent not in known:
             hint = did_you_mean(agent, dict.fromkeys(known), "Defined")
@@ -610,20 +615,23 @@ class Notebook:
             agents = {**state.agents, **self.agents}
             inputs = {**plan.inputs, **self._read(touched, items, agents, {**state.inputs, **plan.inputs})}
             made = edits.changed(state, items, agents, inputs)
-        return made.model_copy(update={"autonomous_mode": plan.autonomous_mode})
+        for name in plan.sub_agents:
+            made.agent(name)  # refused by name, if nobody has defined it
+        return made.model_copy(update={"autonomous_mode": plan.autonomous_mode, "sub_agents": plan.sub_agents})
 
     def _fresh(self, touched: list[AnyStep]) -> Workflow:
         """The workflow of a run that is to start."""
         plan, agents = self._planned(), self.agents
         items = plan.steps(())
         inputs = {**plan.inputs, **self._read(items, items, agents, plan.inputs)}
-        used = {item.agent for item in items if not isinstance(item, Separator)}
+        used = {*plan.sub_agents, *(name for item in items if not isinstance(item, Separator) for name in item.agents)}
         complete = all(name in agents for name in used)
         made = Workflow(
             plan.name,
             steps=items,
             # With one missing, all: the message says who there is.
             agents=[agent for agent in agents.values() if agent.id in used or not complete],
+            sub_agents=plan.sub_agents,
             autonomous_mode=plan.autonomous_mode,
             inputs=inputs,
             engine=plan.engine,
@@ -638,12 +646,16 @@ class Notebook:
         try:
             items = plan.steps(run.state.items if run is not None else ())
             agents = {**(run.state.agents if run is not None else {}), **self.agents}
-            used = {item.agent for item in items if not isinstance(item, Separator)}
+            used = {
+                *plan.sub_agents,
+                *(name for item in items if not isinstance(item, Separator) for name in item.agents),
+            }
             known = [agent for agent in agents.values() if agent.id in used]
             return Workflow(
                 plan.name,
                 steps=items,
                 agents=known,
+                sub_agents=plan.sub_agents,
                 autonomous_mode=plan.autonomous_mode,
                 inputs=plan.inputs,
                 engine=plan.engine,
@@ -659,7 +671,7 @@ class Notebook:
 
     def _check_functions(self, state: RunState) -> None:
         """A function that no cell has defined in this kernel cannot run."""
-        agents, used = self.agents, {step.step.agent for step in state.order}
+        agents, used = self.agents, {*state.sub_agents, *(agent for step in state.order for agent in step.step.agents)}
         for agent in state.agents.values():
             missing = (agents.get(agent.id) or agent).missing
             if missing is not None and agent.id in used:
@@ -682,8 +694,8 @@ class Notebook:
         for item in touched:
             if isinstance(item, Separator):
                 continue
-            found = [hole for template in item.prompts(agents.get(item.agent)) for hole in holes(template, item.raw)]
-            for hole in found:
+            templates = [template for agent in item.agents for template in item.prompts(agents.get(agent))]
+            for hole in (hole for template in templates for hole in holes(template, item.raw)):
                 if hole.name in RESERVED or hole.name in names or hole.name in explicit:
                     continue
                 value = variables.get(hole.name)
@@ -720,7 +732,7 @@ class Notebook:
 
 def _drawn(plan: Plan, items: list[AnyStep]) -> Workflow:
     """The steps as a workflow that can be looked at, its agents stood in for; refused if they do not fit together."""
-    named = dict.fromkeys(item.agent for item in items if not isinstance(item, Separator))
+    named = dict.fromkeys(name for item in items if not isinstance(item, Separator) for name in item.agents)
     stand_ins = [Agent(id=name, prompt="…") for name in named]
     return Workflow(plan.name, steps=items, agents=stand_ins, autonomous_mode=plan.autonomous_mode)
 

@@ -250,9 +250,15 @@ def _row_record(state: RunState, row: html.Row, place: int, now: float | None) -
         "writing": step.attempt if writing else -1,
         "again": step.stale and step.gate is None and state.ended is None,
         # Another one: bodies that a page has of this step are old.
-        "rev": f"{step.attempt}.{step.turn}.{step.status}.{step.gates}.{step.stale}"
+        "rev": f"{step.attempt}.{step.turn}.{step.status}.{step.gates}.{step.stale}{_team_rev(step)}"
         f".{len(step.last.errors) if step.last is not None else 0}.{state.ended}",
     }
+
+
+def _team_rev(step: StepState) -> str:
+    """Another one whenever the agents that it called stand elsewhere."""
+    members = [member for _depth, member in say.team(step)]
+    return f".{hash(tuple((one.attempt, one.status, one.gates) for one in members))}" if members else ""
 
 
 def _attempt_record(state: RunState, step: StepState, attempt: Attempt) -> dict[str, Any]:
@@ -313,12 +319,12 @@ def gate_record(state: RunState, gate: Gate, *, beside: bool = True) -> dict[str
 def gate_records(state: RunState, steps: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The open gates: of the run, or those that the steps wait for."""
     gates = html.gates_of(state, steps)
-    return [gate_record(state, gate, beside=steps is None or gate.step in steps) for gate in gates]
+    return [gate_record(state, gate, beside=html.beside(gate, steps)) for gate in gates]
 
 
 def body_record(state: RunState, path: str, attempt: int, tab: str) -> dict[str, Any]:
     """What a page asks for: an attempt's ``output``, ``diff`` or ``prompt`` as HTML; or, to be edited, a text."""
-    step = state.step(path)
+    step = state.find(path)
     found = next((one for one in step.attempts if one.number == attempt), step.last)
     if tab == "edit-output":
         waits = step.gate is not None and step.gate.kind == "start" and step.redo is not None
@@ -447,7 +453,7 @@ class Display:
 
     def covers(self, path: str) -> bool:
         """Whether the step there is shown here."""
-        return self.steps is None or path in self.steps
+        return "/" not in path and (self.steps is None or path in self.steps)
 
     def _make_widget(self) -> None:
         with self.run.reading() as state:
@@ -553,7 +559,7 @@ class Display:
 
 def _moves(state: RunState, step: StepState) -> bool:
     """Whether its seconds count."""
-    return state.ended is None and step.status in ("running", "retrying")
+    return state.ended is None and step.status in ("running", "calling", "retrying")
 
 
 def _settled_for_good(state: RunState, id: str) -> bool:
@@ -732,7 +738,7 @@ class Hub:
         self._counted_at, now = time.monotonic(), time.time()
         with self.run.reading() as state:
             steps: list[StepState | None] = [*state.running.values()] or [state.current]
-            moving = [step for step in steps if step is not None and _moves(state, step)]
+            moving = [step for step in steps if step is not None and not step.caller and _moves(state, step)]
             lines: list[list[Any]] = [["line", step.path, html.summary(state, step, now)] for step in moving[:32]]
             lines.append(["words", "", html.faint(*say.run_total(state, now).words())])
             lines.append(["said", "", _said(state, now)])

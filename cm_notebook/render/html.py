@@ -147,6 +147,7 @@ def card(
     now: float | None = None,
     limit: int = STEP_LIMIT,
     full: bool = False,
+    alone: bool = False,
 ) -> str:
     """One step as HTML: a line that opens to its attempts, output, changes and prompt.
 
@@ -160,9 +161,13 @@ def card(
         Bytes of text to show.
     full
         Show everything, whatever its size.
+    alone
+        Without the agents that it called.
     """
     seen = look(state, step)
     body = _body(state, step, 1 << 40 if full else limit)
+    if not alone and step.attempts:
+        body += _members(state, step, 1 << 40 if full else limit)
     is_open = bool(body) and (wants_attention(seen) if open is None else open)
     line = _summary(state, step, seen, now, open=is_open)
     dash = "dashed" if step.stale else "solid"
@@ -183,7 +188,8 @@ def wants_attention(seen: Look) -> bool:
 
 def _summary(state: RunState, step: StepState, seen: Look, now: float | None, *, open: bool) -> str:
     """The line of a card; what became of its attempts is on it unless it is open and shows them itself."""
-    words = say.total(state, step.attempts, now).words()
+    words = [say.team_words(step)] if step.status in ("calling", "failed", "due", "waiting") else []
+    words += say.taken(state, step, now).words()
     if len(step.attempts) > 1:
         words.append(f"{len(step.attempts)} attempts")
     if step.iteration > 1:
@@ -199,7 +205,18 @@ def _summary(state: RunState, step: StepState, seen: Look, now: float | None, *,
         line = f'\n<span style="display:block;{_SMALL}">{inline(_capital(told))}</span>'
     else:
         words.append(told)
-    return f"<b>{_esc(step.id)}</b> {pill(seen)} {faint(*words)}{line}"
+    return f"<b>{_esc(step.path.rpartition('/')[2])}</b> {pill(seen)} {faint(*words)}{line}"
+
+
+def _members(state: RunState, step: StepState, limit: int) -> str:
+    """Cards of the agents that a step called; each holds those of its own."""
+    chosen, rest = say.shown_members(state, step)
+    share = max(limit // 4 // max(1, len(chosen)), 400) if limit < 1 << 40 else limit
+    if rest:
+        parts = [card(state, member, limit=share, alone=True) for _depth, member in chosen]
+    else:
+        parts = [card(state, member, limit=share) for member in step.members]
+    return "".join(parts) + (_line(f"{rest}.") if rest else "")
 
 
 _CHIP_TONES: dict[str, Tone] = {"continue": "done", "running": "running", "failed": "failed", "error": "failed"}
@@ -240,7 +257,7 @@ def _asked(state: RunState, step: StepState) -> list[str]:
         parts.append(_quote(_markdown(str(step.gate.payload.get("question", ""))[:8000]), "waiting"))
     if step.gate is not None and step.gate.kind == "start" and step.redo is not None:
         parts.append(_line("The prompt that would be sent:"))
-        parts.append(_shown(state.text(step.redo.prompt), PROMPT_LIMIT, f"%cm show {step.id} --full", plain=True))
+        parts.append(_shown(state.text(step.redo.prompt), PROMPT_LIMIT, f"%cm show {step.path} --full", plain=True))
     return parts
 
 
@@ -250,7 +267,7 @@ def _earlier(state: RunState, step: StepState, limit: int) -> list[str]:
     parts = []
     if len(before) > ATTEMPTS_SHOWN:
         hidden = len(before) - ATTEMPTS_SHOWN
-        parts.append(_line(f"{hidden} earlier attempts are not shown: `%cm show {step.id} --attempt 1`"))
+        parts.append(_line(f"{hidden} earlier attempts are not shown: `%cm show {step.path} --attempt 1`"))
     each = min(OLD_LIMIT, max(limit // 4 // ATTEMPTS_SHOWN, 400)) if limit < STEP_LIMIT else OLD_LIMIT
     for attempt in before[-ATTEMPTS_SHOWN:]:
         more = say.show_command(step, attempt)
@@ -274,7 +291,7 @@ def _last(state: RunState, step: StepState, attempt: Attempt, limit: int) -> lis
         changed = _bounded_diff(step, previous, attempt, limit)
         parts.append(_fold(f"What changed since attempt {previous.number}", changed))
     if prompt := attempt.prompt:
-        shown = _shown(prompt, min(PROMPT_LIMIT, limit), f"%cm show {step.id} --full", plain=True)
+        shown = _shown(prompt, min(PROMPT_LIMIT, limit), f"%cm show {step.path} --full", plain=True)
         engine = f" sent to {attempt.engine}" if attempt.engine not in ("", "offline") else ""
         parts.append(_fold(f"Prompt{engine}", shown))
     return parts
@@ -411,7 +428,7 @@ def run_html(
     full
         Show everything, whatever its size.
     """
-    chosen = state.order if steps is None else [state.step(id) for id in steps]
+    chosen = state.order if steps is None else [state.find(id) for id in steps]
     limit = min(STEP_LIMIT, max(2_000, RUN_LIMIT // 4 // max(1, len(chosen))))  # Markdown grows, lists fivefold
     while True:
         cards = _cards(state, steps, now, limit, full)
@@ -423,7 +440,7 @@ def run_html(
     else:
         parts = [cards]
     gates = gates_of(state, steps)
-    parts += [gate_bar(state, gate, beside=steps is None or gate.step in steps) for gate in gates]
+    parts += [gate_bar(state, gate, beside=beside(gate, steps)) for gate in gates]
     if steps is None and not gates:
         parts.append(_line(say.sentence(state, now), f"margin:8px 0 0;{_FAINT}"))
     if steps is not None:
@@ -435,8 +452,13 @@ def gates_of(state: RunState, steps: Sequence[str] | None = None) -> list[Gate]:
     """The open gates; with `steps` those that concern them: their own, and what they wait for."""
     if steps is None:
         return list(state.gates.values())
-    held = any(say.waits_for(state, state.step(id)) for id in steps)
-    return [gate for gate in state.gates.values() if gate.step in steps or held]
+    held = any(say.waits_for(state, state.find(id)) for id in steps)
+    return [gate for gate in state.gates.values() if held or gate.path in steps or gate.path.split("/")[0] in steps]
+
+
+def beside(gate: Gate, steps: Sequence[str] | None) -> bool:
+    """Whether a card above shows what `gate` is about: one of those `steps`, or any step of the workflow."""
+    return gate.path in steps if steps is not None else "/" not in gate.path
 
 
 def place_words(state: RunState, chosen: Sequence[StepState]) -> str:
@@ -542,7 +564,7 @@ class Row(NamedTuple):
 
 def rows(state: RunState, steps: Sequence[str] | None = None) -> Iterable[Row]:
     """What ``run_html`` shows, from top to bottom."""
-    chosen = state.order if steps is None else [state.step(id) for id in steps]
+    chosen = state.order if steps is None else [state.find(id) for id in steps]
     focus = _focus(state, chosen)
     told = [step for step in chosen if len(step.attempts) > 1 or step.status == "skipped"]
     alone = chosen if steps is not None else focus + (told if len(chosen) <= STORIES else [])
@@ -561,7 +583,7 @@ def summary(state: RunState, step: StepState, now: float | None = None) -> str:
 
 def group_html(state: RunState, steps: Iterable[str]) -> str:
     """Closed cards: what opens below the line of a fold."""
-    return "".join(card(state, state.step(id), open=False, limit=OLD_LIMIT) for id in steps)
+    return "".join(card(state, state.find(id), open=False, limit=OLD_LIMIT) for id in steps)
 
 
 def output_html(state: RunState, step: StepState, attempt: Attempt | None) -> str:
@@ -572,6 +594,8 @@ def output_html(state: RunState, step: StepState, attempt: Attempt | None) -> st
         parts.append(_line(f"Stale: {say.stale_words(state, step)}."))
     if attempt is not None:
         parts += _result(state, step, attempt, STEP_LIMIT)
+    if newest:
+        parts += [_line(line.strip()) for line in say.member_lines(state, step)]
     return "".join([*parts, *(_asked(state, step) if newest else ())])
 
 
@@ -587,7 +611,7 @@ def changes_html(step: StepState, attempt: Attempt) -> str:
 def prompt_html(step: StepState, attempt: Attempt) -> str:
     """The exact prompt of an attempt, and to whom it was sent."""
     sent = f"Sent to {attempt.engine}:" if attempt.engine not in ("", "offline") else "No model was called. The prompt:"
-    return _line(sent) + _shown(attempt.prompt, STEP_LIMIT, f"%cm show {step.id} --full", plain=True)
+    return _line(sent) + _shown(attempt.prompt, STEP_LIMIT, f"%cm show {step.path} --full", plain=True)
 
 
 def plain_html(text: str) -> str:

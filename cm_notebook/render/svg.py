@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
 from ..state import RunState, StepState
-from ..workflow import Module, Separator
-from .text import Look, Tone, look, loop_limit, one_line, will_stop
+from ..workflow import Module, Parallel, Separator
+from .text import Look, Tone, look, loop_limit, one_line, team_words, will_stop
 
 PLATE = "#f6f8fa"
 INK = "#1f2328"
@@ -77,6 +77,8 @@ WIDTH = 764
 _PAD, _GAP, _HEIGHT, _RADIUS = 12, 22, 42, 7
 _TEXT_X, _NODE_MIN, _NODE_MAX = 29, 124, 200
 _LANE, _ROW_GAP, _CAPTION, _CHIP = 16, 20, 20, 10
+_MEMBER, _MEMBERS = 16, 6
+"""Height of a line for who works in a parallel step, and how many there are at most."""
 _NAME_PX, _WORD_PX, _SMALL_PX = 12.5, 10.5, 10
 _FONT = 'font-family="system-ui,sans-serif"'
 
@@ -123,9 +125,16 @@ class _Node:
     step: StepState
     look: Look
     words: str
+    members: list[tuple[str, Look]] = field(default_factory=list)
+    """Of a parallel step: who works in it, and how that stands."""
     row: int = 0
     x: float = 0.0
     y: float = 0.0
+
+    @property
+    def height(self) -> int:
+        """By the number of names alone."""
+        return _HEIGHT + (_MEMBER * len(self.members) + 4 if self.members else 0)
 
 
 @dataclass(slots=True)
@@ -136,6 +145,11 @@ class _Row:
     taken: list[tuple[int, float, float]] = field(default_factory=list)
     """Stretches of the lanes below it that loops run through: lane, from, to."""
     y: float = 0.0
+
+    @property
+    def height(self) -> int:
+        """Of its highest node."""
+        return max((node.height for node in self.nodes), default=0)
 
     def lane(self, start: float, end: float) -> int:
         """The first lane that is free between `start` and `end`; it is taken from now on."""
@@ -179,7 +193,8 @@ class _Plan:
 def _place(state: RunState) -> _Plan:
     nodes = {step.id: _node(state, step) for step in state.order}
     # By the names alone: words of state come and go, and the picture must not jump.
-    needed = max((text_width(id, _NAME_PX, bold=True) for id in nodes), default=0) + _TEXT_X + 8
+    names = [*nodes, *(name for node in nodes.values() for name, _look in node.members)]
+    needed = max((text_width(name, _NAME_PX, bold=True) for name in names), default=0) + _TEXT_X + 8
     node_width = round(min(max(needed, _NODE_MIN), _NODE_MAX))
     one_row = int((WIDTH - 2 * _PAD + _GAP) // (node_width + _GAP))
     fits = max(1, int((WIDTH - 2 * _PAD - 26 + _GAP) // (node_width + _GAP)))
@@ -209,7 +224,22 @@ def _place(state: RunState) -> _Plan:
 def _node(state: RunState, step: StepState) -> _Node:
     seen = look(state, step)
     again = f", pass {step.iteration}" if step.iteration > 1 and not step.settled else ""
-    return _Node(step, seen, seen.word + again)
+    team = f", {team_words(step)}" if step.status == "calling" else ""
+    return _Node(step, seen, seen.word + again + team, _members(state, step))
+
+
+def _members(state: RunState, step: StepState) -> list[tuple[str, Look]]:
+    if not isinstance(step.step, Parallel):
+        return []
+    called = {member.id: look(state, member) for member in step.last.members} if step.last is not None else {}
+    names = step.step.members
+    few = names if len(names) <= _MEMBERS else names[: _MEMBERS - 1]
+    found = [(name, called.get(name, Look("pending", "pending"))) for name in few]
+    if more := names[len(few) :]:
+        tones = {called[name].tone if name in called else "pending" for name in more}
+        tone: Tone = next((one for one in ("failed", "waiting", "running", "pending") if one in tones), "done")
+        found.append((f"{len(more)} more", Look("", tone)))
+    return found
 
 
 def _has_captions(state: RunState) -> bool:
@@ -285,7 +315,7 @@ def _stack(rows: list[_Row]) -> float:
             row.y = y
             for node in row.nodes:
                 node.y = y
-            y += _HEIGHT + (row.lanes * _LANE + 6 if row.lanes else 0)
+            y += row.height + (row.lanes * _LANE + 6 if row.lanes else 0)
         if number + 1 < len(rows):
             y += _ROW_GAP if any(later.nodes for later in rows[number + 1 :]) and row.nodes else 4
     return y + _PAD
@@ -335,7 +365,8 @@ def describe(state: RunState) -> str:
     for step in state.order:
         node = _node(state, step)
         stops = ", gate" if _chips(state, step) else ""
-        parts.append(f"{step.id} {node.words}{stops}")
+        inside = ", ".join(f"{name} {seen.word}".rstrip() for name, seen in node.members)
+        parts.append(f"{step.id} {node.words}{stops}" + (f" ({inside})" if inside else ""))
     text = f"Workflow {one_line(state.name, 80)}: {'; '.join(parts) or 'no steps'}."
     for step in state.order:
         if isinstance(step.step, Module):
@@ -422,7 +453,7 @@ def _arrow(a: _Node, b: _Node, plan: _Plan) -> str:
 def _turn(a: _Node, b: _Node, plan: _Plan) -> float:
     """The y between two rows, below the loops of the upper one and above the caption of the lower one."""
     row, lower = plan.rows[a.row], plan.rows[b.row]
-    bottom = a.y + _HEIGHT + (row.lanes * _LANE + 6 if row.lanes else 0)
+    bottom = a.y + row.height + (row.lanes * _LANE + 6 if row.lanes else 0)
     top = lower.y - _CHIP - (_CAPTION if lower.caption is not None else 0)
     return (bottom + top) / 2 + (0 if lower.caption is not None else 2)
 
@@ -430,19 +461,18 @@ def _turn(a: _Node, b: _Node, plan: _Plan) -> float:
 def _arc(loop: _Loop, plan: _Plan) -> list[str]:
     """Back from a module to where it repeats from, below the nodes, with what it may do written on it."""
     out, into = _ports(loop, plan.node_width)
-    low = loop.source.y + _HEIGHT
-    y = low + 12 + loop.lanes[0] * _LANE
+    low, ends = loop.source.y + loop.source.height, loop.target.y + loop.target.height
+    y = loop.source.y + plan.rows[loop.source.row].height + 12 + loop.lanes[0] * _LANE
     colour = AMBER if loop.active else FAINT
     if loop.source.row == loop.target.row:
-        path = f"M{out:g} {low + 1:g}V{y - 6:g}q0 6 -6 6H{into + 6:g}q-6 0 -6 -6V{low + 3:g}"
+        path = f"M{out:g} {low + 1:g}V{y - 6:g}q0 6 -6 6H{into + 6:g}q-6 0 -6 -6V{ends + 3:g}"
         start = into
     else:
         start = plan.left - 24 - 7 * loop.margin
-        upper = loop.target.y + _HEIGHT
-        y2 = upper + 12 + loop.lanes[1] * _LANE
+        y2 = loop.target.y + plan.rows[loop.target.row].height + 12 + loop.lanes[1] * _LANE
         path = (
             f"M{out:g} {low + 1:g}V{y - 6:g}q0 6 -6 6H{start + 6:g}q-6 0 -6 -6V{y2 + 6:g}q0 -6 6 -6"
-            f"H{into - 6:g}q6 0 6 -6V{upper + 3:g}"
+            f"H{into - 6:g}q6 0 6 -6V{ends + 3:g}"
         )
     wide = text_width(loop.label, _SMALL_PX) + 8
     line = f'<path d="{path}m-4 6l4 -6l4 6" fill="none" stroke="{colour}" stroke-width="1.4"/>'
@@ -469,12 +499,19 @@ def _box(state: RunState, node: _Node, plan: _Plan, live: bool) -> list[str]:
     if name != node.step.id or words != node.words:
         lines.append(f"<title>{_esc(f'{node.step.id}: {node.words}')}</title>")
     lines += [
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{_HEIGHT}" rx="{_RADIUS}" fill="{fill}" stroke="{line}" '
-        f'stroke-width="{2.4 if current else 1.3}"{dashes}/>',
+        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{node.height}" rx="{_RADIUS}" fill="{fill}" '
+        f'stroke="{line}" stroke-width="{2.4 if current else 1.3}"{dashes}/>',
         f'<g transform="translate({x + 10:g},{y + _HEIGHT / 2 - 6:g})">{_ICONS[node.look.tone].format(line)}</g>',
         _label(x + _TEXT_X, y + 18.5, name, _NAME_PX, INK, ' font-weight="600"' if current else ""),
         _label(x + _TEXT_X, y + 32.5, words, _WORD_PX, line),
     ]
+    for number, (member, seen) in enumerate(node.members):
+        below = y + _HEIGHT + number * _MEMBER
+        colour = PAINTS[seen.tone].line
+        icon = f"translate({x + _TEXT_X:g},{below + 1:g}) scale(0.8)"
+        lines.append(f'<g transform="{icon}">{_ICONS[seen.tone].format(colour)}</g>')
+        shown = shorten(member, width - _TEXT_X - 22, _WORD_PX)
+        lines.append(_label(x + _TEXT_X + 14, below + 9.5, shown, _WORD_PX, INK))
     for place, is_open in chips:
         lines += _chip(x + 8 if place == "before" else x + width - 40, y - 10, is_open)
     return [*lines, "</g>"]
@@ -511,6 +548,12 @@ def _mermaid(state: RunState) -> str:
         node = _node(state, step)
         stops = ", gate" if _chips(state, step) else ""
         shape = ("{{", "}}") if isinstance(step.step, Module) else ("[", "]")
+        if node.members:
+            lines.append(f'  subgraph {names[step.id]}["{step.id}: {node.words}{stops}"]')
+            for number, (name, seen) in enumerate(node.members, 1):
+                lines.append(f'    {names[step.id]}m{number}["{name}<br/>{seen.word}"]')
+            lines.append("  end")
+            continue
         lines.append(f'  {names[step.id]}{shape[0]}"{step.id}<br/>{node.words}{stops}"{shape[1]}')
     pairs = zip(state.order, state.order[1:], strict=False)
     lines += [f"  {names[a.id]} --> {names[b.id]}" for a, b in pairs]
@@ -531,6 +574,8 @@ def _text(state: RunState) -> str:
         step = state.steps[item.id]
         stops = "?" if _chips(state, step) else ""
         part = f"{step.id}{stops} ({_node(state, step).words})"
+        if isinstance(item, Parallel):
+            part += f" [{' | '.join(f'{name} ({seen.word})' for name, seen in _members(state, step))}]"
         if isinstance(item, Module):
             part += f" [again from {_back_to(state, step).id}, {loop_limit(step)}]"
         arrow = "-> " if step.index else ""

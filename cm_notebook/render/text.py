@@ -20,6 +20,7 @@ from ..events import (
     EDITABLE,
     OTHER_WORDS,
     Action,
+    AgentsCalled,
     BaseEvent,
     Decision,
     Gate,
@@ -35,6 +36,7 @@ from ..events import (
     RunUnpaused,
     StepAdded,
     StepChanged,
+    StepFailed,
     StepRemoved,
     StepSkipped,
     TurnCutShort,
@@ -44,7 +46,7 @@ from ..events import (
     WorkflowChanged,
 )
 from ..state import STATUS_WORDS, Attempt, RunState, StepState, status_word, why_stale
-from ..workflow import Module, Separator
+from ..workflow import Module, Parallel, Separator
 from .markdown import Clipped, clean, clip
 
 Tone = Literal["done", "waiting", "running", "failed", "pending", "skipped"]
@@ -131,7 +133,7 @@ def bounded(text: str, more: str) -> str:
 def show_command(step: StepState, attempt: Attempt) -> str:
     """The command that shows all of an attempt."""
     which = "" if attempt is step.last else f" --attempt {attempt.number}"
-    return f"%cm show {step.id}{which} --full"
+    return f"%cm show {step.path}{which} --full"
 
 
 def _capital(text: str) -> str:
@@ -154,7 +156,8 @@ def spent(state: RunState, attempt: Attempt, now: float | None = None) -> float 
     if state.recorded is not None or attempt.engine == "offline":
         return attempt.measured_s
     if attempt.ended_at is None and now is not None and not attempt.edited:
-        return max(0.0, now - attempt.started_at - attempt.asked_s)
+        until = now if attempt.waits_since is None else attempt.waits_since
+        return max(0.0, until - attempt.started_at - attempt.asked_s)
     return attempt.duration_s
 
 
@@ -189,9 +192,25 @@ def total(state: RunState, attempts: Iterable[Attempt], now: float | None = None
     return Spent(seconds, usage, paid)
 
 
+def taken(state: RunState, step: StepState, now: float | None = None) -> Spent:
+    """The sum over all attempts of `step`, and of the agents that it called: each one's work counts."""
+    attempts = list(step.attempts)
+    for _depth, member in team(step):
+        attempts += member.attempts
+    return total(state, attempts, now)
+
+
+def team(step: StepState, depth: int = 1) -> Iterator[tuple[int, StepState]]:
+    """The agents that `step` called, each followed by those that it called; and how deep."""
+    for member in step.members:
+        yield depth, member
+        yield from team(member, depth + 1)
+
+
 def run_total(state: RunState, now: float | None = None) -> Spent:
     """What the whole run took: seconds of work (not of waiting), tokens, cost."""
-    seconds = total(state, (attempt for step in state.order for attempt in step.attempts), now).seconds
+    everybody = (*state.order, *state.members.values())
+    seconds = total(state, (attempt for step in everybody for attempt in step.attempts), now).seconds
     usage = state.usage if state.usage.input_tokens + state.usage.output_tokens else None
     return Spent(seconds, usage, state.cost_usd)
 
@@ -206,7 +225,8 @@ def source(state: RunState) -> str:
 
 
 def _first_offline(state: RunState) -> Attempt | None:
-    return next((one for step in state.order for one in step.attempts if one.engine == "offline"), None)
+    everybody = (*state.order, *state.members.values())
+    return next((one for step in everybody for one in step.attempts if one.engine == "offline"), None)
 
 
 # -- a step and the run in a word -------------------------------------------------------------------------------------
@@ -224,12 +244,14 @@ _TONES: dict[str, Tone] = {
     "ready": "pending",
     "running": "running",
     "asking": "waiting",
+    "calling": "running",
     "retrying": "running",
     "due": "waiting",
     "waiting": "waiting",
     "looping": "running",
     "finished": "done",
     "skipped": "skipped",
+    "failed": "failed",
 }
 
 
@@ -247,6 +269,8 @@ def look(state: RunState, step: StepState) -> Look:
             return Look("failed", "failed")
     if step.stale:
         return Look("stale", _TONES[step.status])
+    if step.status == "calling" and isinstance(step.step, Parallel):
+        return Look("running", "running")  # its members are what it does
     last = step.last
     if step.status == "finished" and last is not None and last.decision is not None:
         return Look("edited" if last.edited else "approved", "done")
@@ -316,24 +340,31 @@ _MAGICS = {"reject": "%%cm reject", "answer": "%%cm answer"}
 """Those with words of the person's: as a cell, because a line that ends in ``?`` opens IPython's help."""
 
 
+_MEMBER_LABELS = {"retry": "Retry this one", "skip": "Continue without it"}
+
+
 def ways(state: RunState, gate: Gate) -> list[Way]:
     """How `gate` can be answered, in the order of the buttons; the step is named when several gates are open."""
     several = len(state.gates) > 1
+    failed_member = gate.kind == "failed" and gate.path in state.members
     found: list[Way] = []
     for action in gate.actions:
-        if action == "reject" and not isinstance(state.steps[gate.step].step, Module) and gate.kind == "verdict":
+        if action == "reject" and not isinstance(state.find(gate.path).step, Module) and gate.kind == "verdict":
             label = "Reject…"
+        elif failed_member and action in _MEMBER_LABELS:
+            label = _MEMBER_LABELS[action]
         else:
             label = _LABELS.get((gate.kind, action)) or action.capitalize() + ("…" if action in _MAGICS else "")
         magic = _MAGICS.get(action, f"%cm {action}")
         if several:
-            magic += f" --step {gate.step}" if action in _MAGICS else f" {gate.step}" if action != "stop" else ""
+            magic += f" --step {gate.path}" if action in _MAGICS else f" {gate.path}" if action != "stop" else ""
         more = 2 if (gate.kind, action) == ("exhausted", "retry") else 1
         found.append(Way(action, label, magic if more == 1 else f"{magic} --count {more}", more))
     place = next((index for index, way in enumerate(found) if way.action in ("skip", "stop")), len(found))
-    if gate.kind in EDITABLE or gate.kind == "failed":
+    no_prompt = isinstance(state.find(gate.path).step, Parallel)  # its members have theirs
+    if (gate.kind in EDITABLE or gate.kind == "failed") and not (gate.kind == "failed" and no_prompt):
         edit = Way("prompt", "Edit prompt", "%cm edit") if gate.kind == "failed" else Way("edit", "Edit", "%cm edit")
-        found.insert(place, edit._replace(magic=f"%cm edit {gate.step}") if several else edit)
+        found.insert(place, edit._replace(magic=f"%cm edit {gate.path}") if several else edit)
     elif gate.kind == "stale":
         found.insert(place, Way("rerun", "Run from here", f"%cm run --from {gate.step}"))
     return found
@@ -347,7 +378,7 @@ def following(state: RunState, step: StepState) -> str:
 
 def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
     """What the run waits for at `gate`, why, and what the answers mean; without what a card `beside` it shows."""
-    step = state.steps[gate.step]
+    step = state.find(gate.path)
     said = gate.payload
     reason = _ended(one_line(said.get("reason", ""), 300))
     if gate.kind == "review":
@@ -367,6 +398,11 @@ def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
         tries = len(step.last.errors) if step.last is not None else 1
         times = f" after {tries} tries" if tries > 1 else f" (attempt {gate.attempt})" if gate.attempt > 1 else ""
         what = "." if beside else f": {error}"
+        if step.caller:
+            others = f"{caller_words(state, step)} goes on when all that it has called have ended."
+            return f"{step.id} failed{times}{what} Retry this one, continue without it, or stop. {others}"
+        if isinstance(step.step, Parallel):
+            return f"{step.id} failed{times}{what} Retry those that failed, skip it, or stop."
         return f"{step.id} failed{times}{what} Retry, edit its prompt, skip it, or stop."
     if gate.kind == "stale":
         ways_on = "Keep it, run this step again, or run from here: it and all after it."
@@ -376,6 +412,21 @@ def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
     if gate.kind == "question":
         return f"{step.id} asks: {quoted(said.get('question', ''), 600)}"
     return f"{reason or f'{step.id} may have run.'} Did it? If not, run it again."
+
+
+def caller_words(state: RunState, member: StepState) -> str:
+    """The name of who called `member`."""
+    return state.find(member.caller).id
+
+
+def team_words(step: StepState) -> str:
+    """How far those are that `step` has called: ``2 of 3 finished``; ``""`` when it has called nobody."""
+    members = step.last.members if step.last is not None else []
+    if not members:
+        return ""
+    over = [member.status for member in members if member.status in ("finished", "skipped", "failed")]
+    failed = over.count("failed")
+    return f"{len(over) - failed} of {len(members)} finished" + (f", {failed} failed" if failed else "")
 
 
 def stale_words(state: RunState, step: StepState) -> str:
@@ -401,7 +452,7 @@ def sentence(state: RunState, now: float | None = None) -> str:
     if state.gates:
         return " ".join(gate_sentence(state, gate) for gate in state.gates.values())
     if state.running:
-        return " ".join(_running(state, step) for step in state.running.values())
+        return " ".join(_running(state, step) for step in state.running.values() if not step.caller)
     step = state.current
     if state.paused:
         why = f" ({one_line(state.pause_reason, 120)})" if state.pause_reason else ""
@@ -415,6 +466,9 @@ def sentence(state: RunState, now: float | None = None) -> str:
 
 def _running(state: RunState, step: StepState) -> str:
     details = attempt_words(step)
+    if step.status == "calling":
+        does = "is running" if isinstance(step.step, Parallel) else "waits for its team"
+        return f"{step.id} {does}: {team_words(step)}. {following(state, step)}"
     return f"{step.id} is running{f' ({details})' if details else ''}. {following(state, step)}"
 
 
@@ -445,7 +499,7 @@ def waits_for(state: RunState, step: StepState) -> str:
     if state.ended is not None or step.status not in ("pending", "ready"):
         return ""
     for gate in state.gates.values():
-        other = state.steps[gate.step]
+        other = state.find(gate.path)
         if other.index < step.index:
             return f"starts when {other.id} is {'approved' if gate.kind == 'review' else 'decided'}"
     return "the run is paused" if state.paused and step is state.current else ""
@@ -648,19 +702,24 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
     if isinstance(event, TurnFinished):
         return _turn_line(state, event)
     if isinstance(event, TurnFailed):
-        step = state.steps.get(event.step)
+        step = state.members.get(event.path) or state.steps.get(event.path)
         again = (
             f"; {_again(state, step, event.retry_in_s)}" if step is not None and event.retry_in_s is not None else ""
         )
-        return f"{event.step} failed: {one_line(event.error.message, 300)}{again}{_attempt(event.attempt)}"
+        return f"{event.path} failed: {one_line(event.error.message, 300)}{again}{_attempt(event.attempt)}"
     if isinstance(event, TurnCutShort):
-        return f"{event.step} cut short: {one_line(event.reason or 'stopped')}{_attempt(event.attempt)}"
+        return f"{event.path} cut short: {one_line(event.reason or 'stopped')}{_attempt(event.attempt)}"
     if isinstance(event, GateOpened):
         if event.gate.kind == "failed":  # what failed was the line before
-            return f"{event.gate.step} waits: {' · '.join(way.magic for way in ways(state, event.gate))}"
+            return f"{event.gate.path} waits: {' · '.join(way.magic for way in ways(state, event.gate))}"
         return f"gate: {gate_sentence(state, event.gate)}"
     if isinstance(event, GateDecided):
         return f"{gate_step(event.gate_id)} {decided(state, event.decision)}"
+    if isinstance(event, AgentsCalled):
+        groups = (", ".join(one.agent for one in group[:8]) + _left_out(len(group) - 8) for group in event.groups)
+        return f"{event.path} calls {', then '.join(groups)}"
+    if isinstance(event, StepFailed):
+        return f"{event.path} is given up: nobody was there to decide"
     if isinstance(event, LoopedBack):
         module = state.steps.get(event.module)
         limit = f", {loop_limit(module)}" if module is not None else ""
@@ -673,10 +732,19 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
     return None
 
 
+def _left_out(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""
+
+
 def _redefined(event: WorkflowChanged) -> Iterator[str]:
     yield from (f"input {one_line(name, 80)}" for name in {**event.defaults, **event.inputs})
     if event.autonomous_mode is not None:
         yield f"autonomous mode {str(event.autonomous_mode).lower()}"
+    if event.sub_agents is not None:
+        yield f"sub-agents {', '.join(event.sub_agents) or 'none'}"
+    yield from (f"agent {one_line(agent.get('id', ''), 80)}" for agent in event.agents)
+    if event.max_concurrency is not None:
+        yield f"at most {event.max_concurrency} at work"
     if event.engine is not None:
         yield f"engine {one_line(event.engine, 80) or 'as configured'}"
 
@@ -696,14 +764,14 @@ def _short(words: Iterable[str]) -> list[str]:
 
 
 def _turn_line(state: RunState, event: TurnFinished) -> str:
-    step = state.steps.get(event.step)
+    step = state.members.get(event.path) or state.steps.get(event.path)
     attempt = next((a for a in step.attempts if a.number == event.attempt), None) if step is not None else None
     action = event.verdict.action if event.verdict is not None else "continue"
     word: str = "ok" if action == "continue" else action
     if event.verdict is not None and event.verdict.score is not None:
         word += f" ({event.verdict.score:g})"
     took = spent(state, attempt) if attempt is not None else None
-    words = [event.step, word, *_short(Spent(took, event.usage, event.cost_usd or 0.0).words())]
+    words = [event.path, word, *_short(Spent(took, event.usage, event.cost_usd or 0.0).words())]
     if event.turn > 1:
         words.append(f"prompt {event.turn}")
     why = f": {one_line(event.verdict.reason)}" if event.verdict is not None and event.verdict.reason else ""
@@ -733,7 +801,7 @@ def status_rows(state: RunState, now: float | None = None) -> list[list[str]]:
     rows = []
     for step in state.order:
         count = str(len(step.attempts) or "")
-        rows.append([step.id, look(state, step).word, *_sums(total(state, step.attempts, now)), count])
+        rows.append([step.id, look(state, step).word, *_sums(taken(state, step, now)), count])
     attempts = sum(len(step.attempts) for step in state.order)
     rows.append(["total", run_look(state).word, *_sums(run_total(state, now)), str(attempts or "")])
     return rows
@@ -760,13 +828,50 @@ def step_lines(state: RunState, now: float | None = None) -> list[str]:
     """A line per step, with what became of it."""
     rows = []
     for step in state.order:
-        taken = " ".join(total(state, step.attempts, now).words())
-        said = "; ".join(filter(None, (story(state, step), note(step), waits_for(state, step))))
-        rows.append([step.id, look(state, step).word, f"{taken}{f'  ({said})' if said and taken else said}"])
+        rows.append(_step_row(state, step, taken(state, step, now), waits_for(state, step)))
     made, lines = iter(table(rows)), list[str]()
     for item in state.items:
-        lines.append(f"  -- {one_line(item.text, 80)}".rstrip() if isinstance(item, Separator) else f"  {next(made)}")
+        if isinstance(item, Separator):
+            lines.append(f"  -- {one_line(item.text, 80)}".rstrip())
+        else:
+            lines += [f"  {next(made)}", *member_lines(state, state.steps[item.id], now)]
     return lines
+
+
+def _step_row(state: RunState, step: StepState, took: Spent, waits: str = "") -> list[str]:
+    spent_words = " ".join(took.words())
+    said = "; ".join(filter(None, (story(state, step), note(step), waits)))
+    name = step.path.rpartition("/")[2]
+    return [name, look(state, step).word, f"{spent_words}{f'  ({said})' if said and spent_words else said}"]
+
+
+MEMBERS = 20
+"""So many of the agents that a step called are shown; of more, first those that want attention."""
+
+
+def shown_members(state: RunState, step: StepState) -> tuple[list[tuple[int, StepState]], str]:
+    """Those of a step's team to be shown, with their depth, and what is to be said about the rest."""
+    everybody = list(team(step))
+    if len(everybody) <= MEMBERS:
+        return everybody, ""
+    calm = {"done", "pending", "skipped"}
+    chosen = [one for one in everybody if look(state, one[1]).tone not in calm][:MEMBERS]
+    paths = {member.path for _depth, member in chosen}
+    words: dict[str, int] = {}
+    for _depth, member in everybody:
+        if member.path not in paths:
+            word = look(state, member).word
+            words[word] = words.get(word, 0) + 1
+    rest = ", ".join(f"{count} {word}" for word, count in words.items())
+    return chosen, f"{len(everybody) - len(chosen)} more: {rest}"
+
+
+def member_lines(state: RunState, step: StepState, now: float | None = None) -> list[str]:
+    """A line for each agent that `step` called, indented."""
+    chosen, rest = shown_members(state, step)
+    rows = [_step_row(state, member, total(state, member.attempts, now)) for _depth, member in chosen]
+    lines = [f"  {'  ' * depth}{line}" for (depth, _member), line in zip(chosen, table(rows), strict=True)]
+    return [*lines, f"    {rest}"] if rest else lines
 
 
 def run_text(state: RunState, now: float | None = None) -> str:
@@ -781,13 +886,14 @@ def run_text(state: RunState, now: float | None = None) -> str:
 def show_text(state: RunState, step: StepState, attempt: Attempt | None = None, full: bool = False) -> str:
     """One step as ``text/plain``: a line about it, then its output; `full`: all of it, however long."""
     shown = attempt if attempt is not None else step.last
-    words = [f"{step.id}: {look(state, step).word}"]
+    words = [f"{step.path}: {look(state, step).word}"]
     if shown is not None:
         words += [f"attempt {shown.number} of {step.attempt}"] if step.attempt > 1 else []
         words += [*total(state, [shown]).words(), outcome(state, step, shown)]
         if shown.note:
             words.append(one_line(shown.note))
     head = " · ".join(filter(None, words))
+    head = "\n".join([head, *member_lines(state, step)])
     text = ""
     if shown is not None:
         text = clean(shown.text) if full else bounded(shown.text, show_command(step, shown))

@@ -38,15 +38,17 @@ from cm_notebook.state import (
     StepState,
     apply,
     ask,
-    cut_short,
+    call_agents,
+    cut_all,
     next_actions,
 )
+from cm_notebook.team import checked_calls
 from cm_notebook.workflow import AnyStep, Module, Verdict, Workflow
 
 
 @dataclass
 class Reply:
-    """What a turn comes to. ``ask``: questions it asks first; ``error``: it fails instead."""
+    """What a turn comes to. ``calls``: whom it calls first; ``ask``: questions it asks then; ``error``: it fails."""
 
     text: str = ""
     verdict: Verdict | None = None
@@ -55,6 +57,7 @@ class Reply:
     error: str | None = None
     retry_in_s: float | None = None
     session: str | None = None
+    calls: tuple[str, ...] = ()
 
 
 Script = Mapping[str, Sequence[str | Reply]] | Callable[["Driver", StepState], str | Reply]
@@ -116,33 +119,34 @@ class Driver:
         kind = type(event).__name__
         kept = read(kind, seq, 1000.0 + seq, body(event))
         subject = self._subject(kept)
-        before = {id: step.status for id, step in self.state.steps.items()}
-        undecided = [step for step in self.state.steps.values() if step.status in ("due", "waiting")]
+        everybody = {**self.state.steps, **self.state.members}
+        before = {path: step.status for path, step in everybody.items()}
+        undecided = [step for step in everybody.values() if step.status in ("due", "waiting")]
         apply(self.state, kept)
         self.events.append(kept)
         for step in undecided:
-            decided = kind == "GateDecided" and step.id == subject
-            assert decided or not step.settled, f"{step.id} went past its gate by {kind}"
+            decided = kind == "GateDecided" and step.path == subject
+            assert decided or not step.settled, f"{step.path} went past its gate by {kind}"
         for id, was in before.items():
-            now = self.state.steps[id].status if id in self.state.steps else was
+            now = everybody[id].status
             if id == subject and kind != "StepChanged":
                 assert now in TRANSITIONS[was].get(kind, ()), f"{id}: {was} -> {now} by {kind} is not in TRANSITIONS"
             elif now != was:
                 assert now in SWEPT.get(kind, {}).get(was, ()), f"{id}: {was} -> {now} by {kind} is not in SWEPT"
         if kept.type == "GateOpened":
-            step = self.state.steps[kept.gate.step]
+            step = self.state.find(kept.gate.path)
             self.opened.append((kept.gate.kind, step.id, kept.gate.attempt, step.turn))
         return kept
 
     def _subject(self, event: AnyEvent) -> str | None:
         if event.type == "GateOpened":
-            return event.gate.step
+            return event.gate.path
         if event.type == "GateDecided":
             gate = self.state.gates.get(event.gate_id)
-            return gate.step if gate is not None else None
+            return gate.path if gate is not None else None
         if event.type in ("LoopedBack", "Rewound"):
             return event.module if event.type == "LoopedBack" else event.to
-        return event.step if event.type.startswith("Turn") or event.type == "StepSkipped" else None
+        return getattr(event, "path", None)
 
     def refused(self, event: AnyEvent, error: type[Exception]) -> str:
         """The message with which `event` is refused; the state is as deeply the same as before."""
@@ -215,7 +219,9 @@ class Driver:
 
     def said_by(self, agent: str) -> int:
         """How many turns of `agent` have come to an end, good or bad."""
-        mine = {id for id, step in self.state.steps.items() if step.step.agent == agent}
+        mine = {
+            step.id for step in (*self.state.steps.values(), *self.state.members.values()) if step.step.agent == agent
+        }
         return sum(event.type in ("TurnFinished", "TurnFailed") and event.step in mine for event in self.events)
 
     def reply(self, step: StepState) -> Reply:
@@ -235,6 +241,10 @@ class Driver:
         """The turn asks its next question, or ends."""
         reply = self.reply(step) if reply is None else reply
         where: dict[str, Any] = {"step": step.id, "path": step.path, "attempt": step.attempt, "turn": step.turn}
+        if (calls := self.calls_of(step)) < len(reply.calls):
+            groups = checked_calls(reply.calls[calls], self.state.sub_agents)
+            self.record(call_agents(self.state, step, groups, {}))
+            return
         known = {question for question, _ in [*step.resent, *step.answers]}
         for question in reply.ask:
             if question not in known:
@@ -248,10 +258,20 @@ class Driver:
             TurnFinished(**where, text=reply.text, verdict=reply.verdict, output=reply.output, session_id=reply.session)
         )
 
+    def calls_of(self, step: StepState) -> int:
+        """How many calls the present turn of `step` has made."""
+        calls = 0
+        for event in reversed(self.events):
+            if getattr(event, "path", "") == step.path:
+                if event.type == "TurnStarted":
+                    break
+                calls += event.type == "AgentsCalled"
+        return calls
+
     # -- what people do
 
     def gate(self, step: str | None = None) -> Gate:
-        gates = [gate for gate in self.state.gates.values() if step in (None, gate.step)]
+        gates = [gate for gate in self.state.gates.values() if step in (None, gate.step, gate.path)]
         assert len(gates) == 1, f"{len(gates)} gates are open: {list(self.state.gates)}"
         return gates[0]
 
@@ -268,8 +288,8 @@ class Driver:
 
     def cut(self, reason: str = "its process died") -> Driver:
         """What whoever resumes writes down: the turns that ran are over, and the run goes on."""
-        for step in list(self.state.running.values()):
-            self.record(cut_short(step, reason))
+        for event in cut_all(self.state, reason):
+            self.record(event)
         self.record(RunResumed())
         return self
 

@@ -321,6 +321,29 @@ def test_an_answer_given_before_the_crash_is_not_asked_for_again() -> None:
     assert asked == [1, 2]
 
 
+def test_an_answer_given_before_the_crash_is_asked_for_again_after_a_rejection() -> None:
+    @cm.agent("asker")
+    async def asker(turn: cm.Turn) -> str:
+        port = await turn.ask_human("Which port?")
+        if turn.attempt == 1:
+            await asyncio.sleep(60)
+        return f"port {port}"
+
+    flow = cm.Workflow("ask", agents=[asker], steps="asker?")
+    run = flow.start(journal=MemoryJournal())
+    gate(run)
+    run.answer("8080")
+    run.stop().wait(10)
+    again = cm.resume(run.id, flow, journal=run._journal)
+    assert gate(again).kind == "review"
+    again.reject("another one")
+    until(lambda: again.gates and again.gates[0].kind == "question", "the question")
+    again.answer("9090")
+    until(lambda: again.gates and again.gates[0].kind == "review", "the review")
+    assert again["asker"].attempts[-1].text == "port 9090"
+    again.stop()
+
+
 # -- killed ----------------------------------------------------------------------------------------------------------
 
 CHILD = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from cm_notebook.errors import AlreadyDecided, TransitionError
 from cm_notebook.events import (
     ACTIONS,
     EDITABLE,
+    AgentsCalled,
+    AgentsReturned,
     AnyEvent,
+    CalledAgent,
     Decision,
     ErrorInfo,
     Gate,
@@ -34,6 +38,7 @@ from cm_notebook.events import (
     SessionOpened,
     StepAdded,
     StepChanged,
+    StepFailed,
     StepRemoved,
     StepSkipped,
     TurnCutShort,
@@ -44,8 +49,9 @@ from cm_notebook.events import (
     WorkflowChanged,
 )
 from cm_notebook.prompts import text_of
-from cm_notebook.state import SWEPT, TRANSITIONS, RunState, StartTurn, cut_short, next_actions, why_stale
-from cm_notebook.workflow import Agent, Module, Step, Verdict, Workflow, module, separator, step
+from cm_notebook.state import SWEPT, TRANSITIONS, RunState, StartTurn, cut_all, cut_short, next_actions, why_stale
+from cm_notebook.team import MOST_DEPTH
+from cm_notebook.workflow import Agent, Module, Parallel, Step, Verdict, Workflow, module, separator, step
 from tests.core.driver import Driver, Reply, approve, folded, go_on, loop, said
 
 PATTERNS_STEPS = ("researcher", "planner", "implementer", "reviewer", "deployer")
@@ -1221,7 +1227,7 @@ def test_usage_and_cost_add_up() -> None:
 
 def test_what_sweeps_others_leaves_no_turn_running() -> None:
     for event, swept in SWEPT.items():
-        assert not {"running", "asking"} & {*swept, *itertools.chain(*swept.values())}, event
+        assert not {"running", "asking", "calling"} & {*swept, *itertools.chain(*swept.values())}, event
 
 
 def test_every_status_has_a_row_and_leads_on() -> None:
@@ -1237,6 +1243,7 @@ def test_the_workflow_may_be_looked_at_before_it_runs() -> None:
 
 # -- at random --------------------------------------------------------------------------------------------------------
 
+TEAM = ["m0", "m1", "m2"]
 CONTEXTS = ("previous", "all", "none", "list")
 COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
@@ -1267,6 +1274,11 @@ def some_steps(draw: st.DrawFn, index: int, ids: list[str]) -> Step:
             "on_exhausted": draw(st.sampled_from(("pause", "continue", "fail"))),
         }
         return Module(**options)
+    if draw(st.integers(0, 4)) == 0 and isinstance(prompt, str):
+        del options["agent"]
+        several = [f"{me}x", f"{me}y", f"{me}z"][: draw(st.integers(1, 3))]
+        places = draw(st.sampled_from((None, 1, 2)))
+        return Parallel(**{**options, "gate": "after"}, id=me, members=several, max_concurrency=places)
     return Step(**options)
 
 
@@ -1279,7 +1291,14 @@ def workflows(draw: st.DrawFn) -> Workflow:
             chosen.append(separator(f"line {index}"))
         chosen.append(draw(some_steps(index, ids)))
         ids.append(f"s{index}")
-    return Workflow("W", steps=chosen, autonomous_mode=draw(st.sampled_from(("never", "always", True, False))))
+    return Workflow(
+        "W",
+        steps=chosen,
+        autonomous_mode=draw(st.sampled_from(("never", "always", True, False))),
+        agents=[Agent(name, f"{name} knows {{{{ previous }}}}") for name in TEAM],
+        sub_agents=TEAM,
+        max_concurrency=draw(st.sampled_from((None, 1, 2))),
+    )
 
 
 OUTCOMES = st.sampled_from(
@@ -1300,6 +1319,9 @@ OUTCOMES = st.sampled_from(
         Reply("asked", ask=("which?",)),
         Reply("asked twice", Verdict(action="continue"), ask=("which?", "where?")),
         Reply("session", session="z"),
+        Reply("called", calls=("m0 'a' & m1 'b' && m2 'c'",)),
+        Reply("called twice", Verdict(action="continue"), calls=("m1 'x' & m1 'x' & m2 'y'", "m0 'z'"), ask=("why?",)),
+        Reply(error="too much", calls=("m2 'x' & m0 'y'",), retry_in_s=1.0),
     ]
 )
 SCRIPTS = st.lists(st.lists(OUTCOMES, max_size=5), min_size=9, max_size=9)
@@ -1310,6 +1332,8 @@ def script_of(outcomes: list[list[str | Reply]]) -> Any:
     """Agents that give these outcomes in turn, then go on."""
 
     def script(driver: Driver, step: Any) -> Reply:
+        if step.caller:
+            return member_reply(driver, step, outcomes)
         own = outcomes[int(step.id[1:]) % 9]
         n = driver.said_by(step.step.agent)
         if n < len(own):
@@ -1318,6 +1342,20 @@ def script_of(outcomes: list[list[str | Reply]]) -> Any:
         return Reply(f"{step.id}: done {n}", Verdict(action="continue") if isinstance(step.step, Module) else None)
 
     return script
+
+
+def member_reply(driver: Driver, member: Any, outcomes: list[list[str | Reply]]) -> Reply:
+    """What an agent says that was called: it depends on what happened at its own path, as siblings have no order."""
+    place = sum(map(ord, member.path))
+    own = outcomes[place % 9]
+    n = sum(event.type in ("TurnFinished", "TurnFailed") and event.path == member.path for event in driver.events)
+    found = own[n] if n < min(len(own), 2) else "done"
+    reply = found if isinstance(found, Reply) else Reply(f"{member.path}: {found} {n}")
+    others = [name for name in TEAM if name > member.id and member.depth < MOST_DEPTH]
+    if reply.calls:
+        calls = tuple(f"{name} 'from {member.id}'" for name in others) if member.id in TEAM else reply.calls
+        reply = replace(reply, calls=calls)
+    return reply
 
 
 def decision_of(gate: Gate, choice: int, n: int) -> Decision:
@@ -1338,7 +1376,18 @@ def policy_of(choices: list[int]) -> Any:
     def policy(driver: Checked, gate: Gate) -> Decision:
         if gate.kind == "may_have_run":
             return Decision(action="retry")
-        n = sum(e.type == "GateDecided" and driver.kind_of[e.gate_id] != "may_have_run" for e in driver.events)
+        if gate.path in driver.state.members:  # siblings have no order, so these count by themselves
+            if gate.kind == "failed":
+                before = [e for e in driver.events if e.type == "GateDecided" and f"/{gate.path}/" in e.gate_id]
+                failures = [e for e in before if driver.kind_of[e.gate_id] == "failed"]
+                return Decision(action="skip" if len(failures) % 2 == choices[0] % 2 else "retry")
+            return approve(driver, gate)
+        own = [
+            e
+            for e in driver.events
+            if e.type == "GateDecided" and driver.kind_of[e.gate_id] != "may_have_run" and e.gate_id.count("/") == 3
+        ]
+        n = len(own)
         return decision_of(gate, choices[n], n) if n < len(choices) else approve(driver, gate)
 
     return policy
@@ -1360,20 +1409,47 @@ class Checked(Driver):
         for index, one in enumerate(state.order):
             assert one.index == index
             assert state.steps[one.id] is one
+            assert one.settled or index >= state.cursor
+        everybody = [*state.order, *state.members.values()]
+        for one in everybody:
             assert (one.gate is not None) is (one.status in ("waiting", "asking")) or one.path in state.running
             assert one.gate is None or state.gates[one.gate.id] is one.gate
-            assert (one.path in state.running) == (one.status in ("running", "asking"))
-            assert one.settled or index >= state.cursor
+            assert (one.path in state.running) == (one.status in ("running", "asking", "calling"))
+            assert (one.path in state.calls) == (one.status == "calling")
             assert one.status != "due" or one.due is not None
-        assert len(state.gates) == sum(one.gate is not None for one in state.order)
+        assert len(state.gates) == sum(one.gate is not None for one in everybody)
+        self.hold_places()
         assert state.current is None or not state.current.settled
-        assert len(state.running) <= 1, "two turns at a time"
+        assert sum(not one.caller for one in state.running.values()) <= 1, "two turns at a time"
         if state.ended == "completed":
             assert all(one.settled for one in state.order)
         if state.ended:
             assert not state.gates
             assert not state.running
+            assert not state.calls
         return kept
+
+    def hold_places(self) -> None:
+        """The counters say what a look at everybody would say."""
+        state = self.state
+        held = [one for one in state.members.values() if one.place == "held"]
+        assert {one.path for one in held} == {
+            one.path
+            for one in state.members.values()
+            if one.status in ("running", "asking") or one.path in state.backing_off
+        }
+        assert state.busy == len(held) <= state.max_concurrency
+        queued = {path: one for line in state.lines for path, one in line.items() if one.caller}
+        assert queued == {one.path: one for one in state.members.values() if one.place == "queued"}
+        for path, call in state.calls.items():
+            group = call.groups[call.group]
+            assert call.left == sum(one.status not in ("finished", "skipped", "failed") for one in group)
+            assert call.busy == sum(one.place in ("held", "queued") for one in group)
+            assert call.limit is None or call.busy <= call.limit
+            assert call.left or path in queued or path in state.lines[0] or state.members[path].place == "wants"
+        for one in state.owed.values():
+            assert one.status == "due"
+            assert one.caller in state.calls
 
     def begin(self, action: StartTurn) -> None:
         step = action.step
@@ -1409,10 +1485,10 @@ def told(driver: Driver) -> list[tuple[str, int, str, str]]:
     result = []
     for event in driver.events:
         if event.type == "TurnStarted":
-            sent[event.step] = driver.state.text(Ref(event.seq, "prompt"))
+            sent[event.path] = driver.state.text(Ref(event.seq, "prompt"))
         elif event.type == "TurnFinished":
-            result.append((event.step, event.turn, sent[event.step], event.text))
-    return result
+            result.append((event.path, event.turn, sent[event.path], event.text))
+    return sorted(result, key=lambda one: (1, *one) if "/" in one[0] else (0,))  # siblings have no order
 
 
 @settings(COMMON, max_examples=60)
@@ -1438,9 +1514,9 @@ MOVES = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 20), st.integers(0
 
 def mostly_illegal(driver: Checked, kind: int, a: int, b: int) -> AnyEvent:
     """Some event that names real and unreal things."""
-    ids = [*driver.state.steps, "nobody"]
+    ids = [*driver.state.steps, *driver.state.members, "nobody"]
     name = ids[a % len(ids)]
-    known = driver.state.steps.get(name)
+    known = driver.state.steps.get(name) or driver.state.members.get(name)
     attempt = (known.attempt if known else 0) + b % 4 - 1
     where: dict[str, Any] = {"step": name, "path": name, "attempt": attempt, "turn": b % 3}
     gate_ids = [*driver.kind_of, f"r/{name}/1/9", "x", f"r/{name}/1/zz", "r//1/²"]
@@ -1462,7 +1538,16 @@ def mostly_illegal(driver: Checked, kind: int, a: int, b: int) -> AnyEvent:
         RunFinished(status="completed" if b % 2 else "stopped"),
         RunStarted(run_id="q", workflow={"name": "x"}),
         Rewound(to=name),
-    ][kind % 11]
+        AgentsCalled(
+            step=name,
+            path=name,
+            attempt=attempt,
+            call=b % 3,
+            groups=[[CalledAgent(agent="m0", path=f"{name}/m0#{b % 4}", prompt="p")]],
+        ),
+        AgentsReturned(step=name, path=name, call=b % 3),
+        StepFailed(step=name, path=name, reason="r"),
+    ][kind % 14]
 
 
 def propose(driver: Driver, event: AnyEvent) -> None:
@@ -1491,8 +1576,8 @@ def move(driver: Checked, what: int, a: int, b: int) -> None:
         case 14:
             propose(driver, RunUnpaused(until=some))
         case 15:
-            for running in list(state.running.values()):
-                propose(driver, cut_short(running, "stop"))
+            for event in cut_all(state, "stop"):
+                propose(driver, event)
             propose(driver, RunFinished(status="stopped"))
         case 16:
             driver.cut()

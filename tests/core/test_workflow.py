@@ -60,7 +60,10 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: flow().start(engin="x"), ("workflow.start: ", "no option 'engin'", "Did you mean 'engine'?")),
     (lambda: Workflow("W", stepps=[]), ("workflow 'W'", "no option 'stepps'", "'steps'")),
     (lambda: flow({"agent": "coder", "kind": "modul"}), ("step 1", "kind='modul'", "Did you mean 'module'?")),
-    (lambda: flow({"agent": "coder", "kind": ["x"]}), ("step 1", "kind=['x']", "Kinds: step, module, separator.")),
+    (
+        lambda: flow({"agent": "coder", "kind": ["x"]}),
+        ("step 1", "kind=['x']", "Kinds: step, module, parallel, separator."),
+    ),
     (
         lambda: flow(Step(agent="coder", context=["planer"])),
         ("step 1", "context names 'planer'", "Earlier steps: (none)"),

@@ -157,6 +157,46 @@ def start(cells: Cells) -> cm.Run:
     return cells.run
 
 
+def test_pattern_5_a_team(cells: Cells) -> None:
+    """An agent calls two others; one of them fails, and is tried again by its name."""
+    cells(
+        "import cm_notebook as cm",
+        "%%cm agent planner\nPlan {{ goal }}.",
+        '@cm.agent("coordinator")\n'
+        "async def coordinator(turn):\n"
+        """    results = await turn.run_agents("ui-dev 'the page' & api-dev 'the calls'")\n"""
+        '    return "; ".join(f"{one.agent}: {one.text}" for one in results)',
+        '@cm.agent("api-dev")\n'
+        "def api_dev(turn):\n"
+        "    if turn.attempt == 1:\n"
+        '        raise ValueError("no disk")\n'
+        '    return "calls"',
+        "%%cm agent ui-dev\nYou build pages.",
+    )
+    cm.register_engine(cm.ScriptedEngine({**REPLIES, "ui-dev": ["page"]}))
+    cells("%%cm workflow team-builder --sub-agents ui-dev,api-dev\nplanner -> coordinator", "%cm run")
+    opened = gate(cells.run)
+    assert opened.path == "coordinator/api-dev#1"
+    shown = cells("%cm show coordinator/api-dev#1")
+    assert "no disk" in shown
+    assert "Retry this one" in cells.shown[-1]["text/html"]
+    cells("%cm retry coordinator/api-dev#1")
+    assert cells.run.wait(20)["coordinator"].text == "ui-dev: page; api-dev: calls"
+    assert cells.run["coordinator/ui-dev#1"].prompt == "You build pages.\n\nthe page"
+    cells("%%cm workflow other --sub-agents apidev\nplanner")
+    assert "'apidev' is not defined. Did you mean 'api-dev'?" in error(cells, "%cm run")
+
+
+def test_pattern_5_agents_side_by_side(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan {{ goal }}.", "%%cm agent implementer\nBuild.", "%%cm agent reviewer\nReview.")
+    cells("%%cm workflow sides\nplanner -> [implementer | reviewer]", "%cm run")
+    assert (
+        cells.run.wait(20)["implementer-reviewer"].text
+        == "## implementer\n\nimplementer 1\n\n## reviewer\n\nreviewer 1"
+    )
+    assert "[implementer (done) | reviewer (done)]" in cells("%cm graph --format text")
+
+
 def test_workflow_unchanged_keeps_its_unfinished_run(cells: Cells) -> None:
     run = start(cells)
     assert run.id in cells(WORKFLOW)

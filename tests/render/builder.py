@@ -103,7 +103,7 @@ class Story:
 
     @property
     def _turn(self) -> dict[str, Any]:
-        running = next(iter(self.state.running.values()))
+        running = next(step for step in self.state.running.values() if step.status in ("running", "asking"))
         return {"step": running.id, "path": running.path, "attempt": running.attempt, "turn": running.turn}
 
     def after(self, seconds: float) -> Story:
@@ -156,7 +156,7 @@ class Story:
 
 def _agents(steps: Any) -> list[Agent]:
     items = parse_steps(steps) if isinstance(steps, str) else [as_step(1, item) for item in steps]
-    names = dict.fromkeys(item.agent for item in items if not isinstance(item, Separator))
+    names = dict.fromkeys(agent for item in items if not isinstance(item, Separator) for agent in item.agents)
     return [Agent(id=name, prompt=f"Do the work of {name}.") for name in names]
 
 
@@ -253,7 +253,14 @@ def hostile() -> Story:
     return story.ask(HOSTILE)
 
 
+def team() -> Story:
+    """Of three side by side one is done, one has failed, and one is at work."""
+    story = Story("architect -> [frontend-dev | backend-dev | qa-engineer]? -> deployer", name="team-builder")
+    return story.answer(PLAN_1).answer("Drew the page.").fail("No key for anthropic.", detail=TRACE).after(3)
+
+
 SITUATIONS = {
+    "team": team,
     "waiting": waiting,
     "finished": finished,
     "recorded": recorded,

@@ -135,7 +135,7 @@ def test_text_takes_the_colour_of_the_page(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["waiting", "recorded", "looping", "exhausted", "failed", "stale", "edited", "hostile"]
+    "name", ["waiting", "recorded", "looping", "exhausted", "failed", "stale", "edited", "hostile", "team"]
 )
 def test_golden(name: str) -> None:
     story = SITUATIONS[name]()

@@ -12,7 +12,7 @@ import pytest
 
 from cm_notebook.render import svg
 from cm_notebook.state import RunState
-from cm_notebook.workflow import Workflow, module, separator, step
+from cm_notebook.workflow import Workflow, module, parallel, separator, step
 from tests.render import builder
 from tests.render.builder import SITUATIONS, Story
 from tests.render.test_html import contrast
@@ -113,6 +113,22 @@ def test_words_fit_their_boxes(name: str) -> None:
                     element.text or "", float(element.get("font-size", 0))
                 )
                 assert end <= float(frame.get("x", 0)) + float(frame.get("width", 0))  # type: ignore[union-attr]
+
+
+def test_who_works_in_a_parallel_step_stands_in_its_box() -> None:
+    state = builder.team().state
+    root = drawn(state)
+    names = ["frontend-dev", "backend-dev", "qa-engineer"]
+    heights = {e.get("height") for e in root.iter() if local(e) == "rect"}
+    assert str(42 + 3 * 16 + 4) in heights
+    assert [text for text in texts(root) if text in names] == names
+    assert "(frontend-dev done, backend-dev failed, qa-engineer running)" in svg.describe(state)
+    assert "[frontend-dev (done) | backend-dev (failed) | qa-engineer (running)]" in svg.graph(state, "text")
+    assert 'subgraph s2["' in svg.graph(state, "mermaid")
+    many = of([parallel(*(f"m{n}" for n in range(9)), id="many"), "after"])
+    assert [text for text in texts(drawn(many)) if text[0] == "m" or "more" in text] == [
+        "many", "m0", "m1", "m2", "m3", "m4", "4 more",
+    ]  # fmt: skip
 
 
 def test_a_long_name_is_shortened_and_kept_in_the_title() -> None:
