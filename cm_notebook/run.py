@@ -77,7 +77,6 @@ from .events import (
     TurnStarted,
     Usage,
     place,
-    sound,
 )
 from .feed import Feed, LiveText
 from .journal import OWN_FOLDER, AnyJournal, open_journal, own_folder
@@ -87,7 +86,7 @@ from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
 from .team import CAP, AgentResult, Call, checked_calls
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
-from .workflow import Agent, Separator, Step, Workflow, as_step
+from .workflow import Agent, Separator, Step, Workflow, as_step, sound
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
 Proposal = Callable[[], Iterable[AnyEvent]]
@@ -217,7 +216,7 @@ class Run:
         try:
             started = RunStarted(
                 run_id=run.id,
-                workflow=sound(workflow.to_dict()),
+                workflow=workflow.kept(),
                 inputs=values,
                 fingerprints=edits.fingerprints(workflow, values),
                 until=until,
