@@ -973,10 +973,8 @@ class Run:
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
-        replies: list[concurrent.futures.Future[None] | None] = []
-        refusals: list[Exception | None] = []
-        starts: list[TurnStarted] = []
-        prompts: list[str] = []
+        answers: list[tuple[concurrent.futures.Future[None], Exception | None]] = []
+        starts: list[tuple[TurnStarted, str]] = []
         begun = False
         with self._lock:
             batch = self._batch = []
@@ -987,14 +985,15 @@ class Run:
                 for event in seen:
                     apply(self._state, event)
                 while self._inbox:
-                    proposal, reply = self._inbox.popleft()
-                    replies.append(reply)
+                    proposal, reply = self._inbox[0]  # it stays there until then, so that its proposer hears of a bug
                     refused = self._record_all(proposal)
-                    if reply is None and refused is not None and not isinstance(refused, CodeMachineError):
+                    if reply is not None:
+                        answers.append((reply, refused))
+                    elif refused is not None and not isinstance(refused, CodeMachineError):
                         raise refused  # nobody else would hear of it
-                    refusals.append(refused)
+                    self._inbox.popleft()
                 if self._driving:
-                    self._act(starts, prompts)
+                    self._act(starts)
                 begun = False
                 if batch:
                     self._journal.commit(self.id, batch)
@@ -1005,19 +1004,18 @@ class Run:
                     self._journal.rollback()
                 elif isinstance(error, JournalBusy) and (delay := self._try_again_in()) is not None:
                     return delay
-                self._pass_failed(error, replies)
+                self._pass_failed(error, [reply for reply, _refused in answers])
                 return 0.0
             finally:
                 self._batch = []
-            shown = [*seen, *batch]
+            shown = [*seen, *batch] if seen else batch
             self._show(shown)  # before the proposers go on: they may wait for the run next
         try:
             if self._driving:
-                self._follow(shown, starts, prompts)
+                self._follow(shown, starts)
         finally:  # last, so that who proposed finds the run as it is now
-            for reply, refused in zip(replies, refusals, strict=True):
-                if reply is not None:
-                    reply.set_exception(refused) if refused is not None else reply.set_result(None)
+            for reply, refused in answers:
+                reply.set_exception(refused) if refused is not None else reply.set_result(None)
         return 0.0
 
     def _try_again_in(self) -> float | None:
@@ -1055,11 +1053,11 @@ class Run:
         ------
         TransitionError    One is not legal now; nothing was changed.
         """
-        kept = len(self._batch)
+        state, kept = self._state, len(self._batch)
         try:
             for event in events:
-                place(event, self._state.seq + 1, max(time.time(), self._state.at))
-                apply(self._state, event)
+                place(event, state.seq + 1, max(time.time(), state.at))
+                apply(state, event)
                 self._batch.append(event)
         except CodeMachineError:
             if len(self._batch) > kept:  # a state cannot go back: it is made anew, without these
@@ -1069,7 +1067,7 @@ class Run:
                     apply(self._state, event)
             raise
 
-    def _act(self, starts: list[TurnStarted], prompts: list[str]) -> None:
+    def _act(self, starts: list[tuple[TurnStarted, str]]) -> None:
         """Record all that follows from the state, until only turns and people can go on."""
         progress = True
         while progress:
@@ -1081,10 +1079,9 @@ class Run:
                 elif action.not_before is not None and action.not_before > time.time():
                     later.append(action.not_before)
                 else:
-                    started, text = self._turn_started(action)
-                    self.record(started)
-                    starts.append(started)
-                    prompts.append(text)
+                    start = self._turn_started(action)
+                    self.record(start[0])
+                    starts.append(start)
         if later:
             self._schedule_in(max(0.0, min(later) - time.time()))
 
@@ -1106,39 +1103,43 @@ class Run:
         )
         return started, text
 
-    def _follow(self, events: list[AnyEvent], starts: list[TurnStarted], prompts: list[str]) -> None:
+    def _follow(self, events: list[AnyEvent], starts: list[tuple[TurnStarted, str]]) -> None:
         """What is on disk now has its effect outside: turns start and stop, gates are put to whoever may answer."""
-        state = self._state
         for event in events:
-            if type(event) is TurnCutShort:
-                running = self._turns.pop(event.path, None)
-                if running is not None:
-                    running.cancel()
-            elif type(event) is GateDecided:
-                self._tell_turn(event)
-            elif type(event) is AgentsReturned:
-                waiting = self._calls.pop((event.path, event.call), None)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(None)
-            elif type(event) is RunResumed:
-                self.error, self._stuck = None, None
-        for started, prompt in zip(starts, prompts, strict=True):
+            if event.type in _EFFECTS:
+                _EFFECTS[event.type](self, event)
+        for started, prompt in starts:
             self._launch(started, prompt)
-        self._asked.intersection_update(state.gates)
-        for gone in [id for id in self._questions if id not in state.gates]:
+        state = self._state
+        if self._asked or state.gates:
+            self._asked.intersection_update(state.gates)
+            for gate in list(state.gates.values()):
+                if gate.id not in self._asked:
+                    self._asked.add(gate.id)
+                    self._put_to(gate)
+        for gone in [id for id in self._questions if id not in state.gates] if self._questions else ():
             del self._questions[gone]
-        for over in [call for call in self._calls if call[0] not in state.calls]:
+        for over in [call for call in self._calls if call[0] not in state.calls] if self._calls else ():
             del self._calls[over]
-        for gate in list(state.gates.values()):
-            if gate.id not in self._asked:
-                self._asked.add(gate.id)
-                self._put_to(gate)
         self._look_out()
         self._come_to_rest()
 
+    def _cancel_turn(self, event: TurnCutShort) -> None:
+        running = self._turns.pop(event.path, None)
+        if running is not None:
+            running.cancel()
+
+    def _tell_caller(self, event: AgentsReturned) -> None:
+        waiting = self._calls.pop((event.path, event.call), None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    def _forget_troubles(self, event: RunResumed) -> None:
+        self.error, self._stuck = None, None
+
     def _look_out(self) -> None:
         """Look now and then whether another process has decided something."""
-        if self._driving and self._journal.durable and self._lookout is None:
+        if self._lookout is None and self._journal.durable and self._driving:
             self._lookout = cast("asyncio.AbstractEventLoop", self._loop).call_later(POLL_S, self._look)
 
     def _look(self) -> None:
@@ -1155,7 +1156,7 @@ class Run:
             self._stuck = None
         if self._stuck is not None and not state.at_work and not state.backing_off:
             return True  # else others go on beside it
-        return state.ended is not None or state.status == "paused"
+        return state.ended is not None or (state.paused and state.status == "paused")
 
     def _come_to_rest(self) -> None:
         """Tell those who wait that the run goes no further by itself, and how it ended."""
@@ -1177,7 +1178,7 @@ class Run:
         else:
             self._rest.set_result(None)
 
-    def _pass_failed(self, error: BaseException, replies: list[concurrent.futures.Future[None] | None]) -> None:
+    def _pass_failed(self, error: BaseException, replies: list[concurrent.futures.Future[None]]) -> None:
         """Nothing of this pass was kept: go back to what is on disk, and tell everybody who waits."""
         waiting = [*replies, *(reply for _proposal, reply in self._inbox)]
         self._inbox.clear()
@@ -1292,10 +1293,9 @@ class Run:
             return error.engine or "unknown"
 
     def _launch(self, started: TurnStarted, prompt: str) -> None:
-        state = self._state.find(started.path)
-        turn = LiveTurn(started, state.step, self._too_late)
-        turn.failures = state.attempts[-1].failures
-        self._turns[started.path] = turn
+        step = self._state.find(started.path)
+        turn = self._turns[started.path] = LiveTurn(started, step.step, self._too_late)
+        turn.failures = step.attempts[-1].failures
         turn.task = cast("asyncio.AbstractEventLoop", self._loop).create_task(self._turn(turn, prompt))
 
     async def _turn(self, turn: LiveTurn, prompt: str) -> None:
@@ -1361,16 +1361,11 @@ class Run:
         with self._lock:
             state = self._state
             step = state.find(started.path)
-            if (wrong := missing_field(state, step)) is not None:
+            if started.prompt and (wrong := missing_field(state, step)) is not None:
                 raise EngineError(wrong)
-            agent = self._agents.get(step.step.agent) or state.agents[step.step.agent]
-            feedback = step.redo.feedback if step.redo is not None else None
-            loop = state.loops.get(step.looped_by) if step.looped_by is not None else None
-            if feedback is None and loop is not None:
-                reason = loop.reason
-                said: str | None = reason if isinstance(reason, str) else state.text(reason)
-            else:
-                said = state.text(feedback) if feedback is not None else None
+            task = step.step
+            agent = self._agents.get(task.agent) or state.agents[task.agent]
+            history = step.said[: started.turn - 1]
             return AgentRequest(
                 agent=agent,
                 prompt=prompt,
@@ -1381,15 +1376,15 @@ class Run:
                 iteration=started.iteration,
                 ordinal=step.attempts[-1].ordinal,
                 system=agent.system,
-                model=step.step.model or agent.model,
-                reasoning_effort=step.step.reasoning_effort or agent.reasoning_effort,
+                model=task.model or agent.model,
+                reasoning_effort=task.reasoning_effort or agent.reasoning_effort,
                 session_id=started.session_id,
-                history=[(state.text(asked), state.text(got)) for asked, got in step.said[: started.turn - 1]],
-                feedback=said or None,
+                history=[(state.text(asked), state.text(got)) for asked, got in history] if history else (),
+                feedback=meaning.feedback_on(state, step) or None,
                 inputs=MappingProxyType(state.inputs),
                 outputs=_Outputs(self),
                 workspace=self._workspace(),
-                timeout_s=step.step.timeout_s,
+                timeout_s=task.timeout_s,
                 emit=write,
                 ask_human=lambda question: self._ask_human(turn, question),
                 sub_agents=meaning.may_call(state, step),
@@ -1511,6 +1506,15 @@ class Run:
 
         with self.reading() as state:
             return svg.graph(state, format)
+
+
+_EFFECTS: dict[str, Callable[[Run, Any], None]] = {
+    "TurnCutShort": Run._cancel_turn,
+    "GateDecided": Run._tell_turn,
+    "AgentsReturned": Run._tell_caller,
+    "RunResumed": Run._forget_troubles,
+}
+"""What an event does outside the state, once it is on disk."""
 
 
 class _Outputs(Mapping[str, str]):

@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..errors import EngineError, EngineProtocolError, ReplayMismatch
+from ..plain import Plain
 from ..workflow import Verdict
 from .base import AgentEvent, AgentRequest, TurnDone
 
@@ -32,8 +33,8 @@ class _TurnOver(BaseException):
     """Ends a function whose turn nobody waits for. Not an ``Exception``: ``except Exception`` must not swallow it."""
 
 
-@dataclass(slots=True)
-class Turn:
+@dataclass(slots=True, eq=False, repr=False)
+class Turn(Plain):
     """What a function agent is told, and how it speaks while it works.
 
     A plain object: make one by hand to test a function, ``quality_gate(cm.Turn(step="quality-gate"))``.
@@ -205,7 +206,10 @@ class FunctionEngine:
             )
         line = _Line(request)
         try:
-            value = await _call(function, _turn(request, line))
+            if _is_async(function):
+                value = await function(_turn(request, line))
+            else:
+                value = await _call_in_thread(function, _turn(request, line))
         except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
             raise
         except Raised as raised:
@@ -235,9 +239,7 @@ def _turn(request: AgentRequest, line: _Line) -> Turn:
 _is_async = functools.lru_cache(maxsize=1024)(inspect.iscoroutinefunction)
 
 
-async def _call(function: Callable[[Turn], Any], turn: Turn) -> Any:
-    if _is_async(function):
-        return await function(turn)
+async def _call_in_thread(function: Callable[[Turn], Any], turn: Turn) -> Any:
     value = await in_thread(functools.partial(function, turn), f"cm {turn.path}")
     # a decorated async function often looks like a sync one that returns a coroutine
     return await value if inspect.isawaitable(value) else value
