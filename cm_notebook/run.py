@@ -1034,38 +1034,37 @@ class Run:
         return delay
 
     def _record_all(self, proposal: Proposal) -> Exception | None:
+        """Record what is proposed, all of it or nothing; returns why not."""
         try:
             events = list(proposal())
         except Exception as error:  # nothing was changed: it is between the proposer and us
             return error
-        try:
-            self.record(*events)
-        except CodeMachineError as error:
-            return error
-        return None
-
-    def record(self, *events: AnyEvent) -> None:
-        """Give `events` their place and time, check them, apply them: the only way anything happens in a run.
-
-        They are made durable, and only then shown, at the end of the pass that records them.
-
-        Raises
-        ------
-        TransitionError    One is not legal now; nothing was changed.
-        """
-        state, kept = self._state, len(self._batch)
+        kept = len(self._batch)
         try:
             for event in events:
-                place(event, state.seq + 1, max(time.time(), state.at))
-                apply(state, event)
-                self._batch.append(event)
-        except CodeMachineError:
+                self.record(event)
+        except CodeMachineError as error:
             if len(self._batch) > kept:  # a state cannot go back: it is made anew, without these
                 del self._batch[kept:]
                 self._reload()
                 for event in self._batch:
                     apply(self._state, event)
-            raise
+            return error
+        return None
+
+    def record(self, event: AnyEvent) -> None:
+        """Give `event` its place and time, check it, apply it: the only way anything happens in a run.
+
+        It is made durable, and only then shown, at the end of the pass that records it.
+
+        Raises
+        ------
+        TransitionError    It is not legal now; nothing was changed.
+        """
+        state = self._state
+        place(event, state.seq + 1, max(time.time(), state.at))
+        apply(state, event)
+        self._batch.append(event)
 
     def _act(self, starts: list[tuple[TurnStarted, str]]) -> None:
         """Record all that follows from the state, until only turns and people can go on."""

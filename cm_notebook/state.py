@@ -787,7 +787,7 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
 
 
 def _agents_of(state: RunState, item: Step) -> tuple[Agent, ...]:
-    return tuple(state.agents[name] for name in item.agents if name in state.agents)
+    return tuple([state.agents[name] for name in item.agents if name in state.agents])
 
 
 def _what_changed(old: Step, were: tuple[Agent, ...], new: Step, agents: tuple[Agent, ...]) -> tuple[str, ...]:
@@ -864,7 +864,7 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
     last.ended_at, last.engine = None, event.engine
     last.turns.append(seq)
     last.session_id = event.session_id
-    state.texts[Ref(seq, "prompt")] = event.prompt + (context or ())
+    state.texts[Ref(seq, "prompt")] = event.prompt if context is None else event.prompt + context
     if context is not None:
         here = Ref(seq, "context")
         state.texts[here] = context
@@ -875,7 +875,9 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         _take_place(state, step)
     else:
         _doubt_later(state, step)
-    last.ordinal = state.ordinals.setdefault(step.step.agent, Ordinals()).take()
+    if step.step.agent not in state.ordinals:
+        state.ordinals[step.step.agent] = Ordinals()
+    last.ordinal = state.ordinals[step.step.agent].take()
     step.status, step.retry_at, step.note = "running", None, None
     state.running[step.path] = step
 
@@ -889,7 +891,8 @@ def _session_opened(state: RunState, event: SessionOpened) -> None:
 def _turn_finished(state: RunState, event: TurnFinished) -> None:
     step, last = _turn_met(state, event)
     del state.running[step.path]
-    _end_calls(state, step, event.at)
+    if step.path in state.calls:
+        _end_calls(state, step, event.at)
     step.team, step.recall, step.resent = (), None, ()
     here = Ref(event.seq)
     state.texts[here] = event.text
@@ -898,7 +901,8 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
     last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
     step.session, step.session_engine = last.session_id, last.engine
-    _take_fields(state, event.seq, event.output)
+    if event.output is not None:
+        _take_fields(state, event.seq, event.output)
     if event.duration_s is not None:
         last.measured_s = (last.measured_s or 0.0) + event.duration_s
     if usage is not None:
@@ -1423,7 +1427,7 @@ def _hand_on(state: RunState, step: StepState) -> None:
 
 def _doubt_later(state: RunState, step: StepState) -> None:
     """What was made after `step` is stale: from now on the output that it builds on is another."""
-    for later in state.order[step.index + 1 : state.frontier]:
+    for later in state.order[step.index + 1 : state.frontier] if step.index < state.frontier else ():
         if later.status in ("finished", "skipped"):
             later.stale, later.outdated_by = True, step.id
 
@@ -1464,9 +1468,13 @@ def _next_attempt(step: StepState) -> int:
 
     After a person's own text comes another one, so that theirs stays what it was.
     """
+    if not step.attempts:
+        return 1
+    last = step.attempts[-1]
+    if step.status == "retrying":
+        return last.number
     asked = step.redo is not None and not step.redo.goes_on
-    goes_on = step.turn > 1 and not asked and step.last is not None and not step.last.edited
-    return step.attempt if goes_on or step.status == "retrying" else step.attempt + 1
+    return last.number if step.turn > 1 and not asked and not last.edited else last.number + 1
 
 
 def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
@@ -1490,11 +1498,13 @@ def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
 def _append(state: RunState, item: Step | Separator) -> None:
     state.items.append(item)
     if not isinstance(item, Separator):
-        _hear(state, None, item)
-        made = StepState(item, item.id, len(state.order), agents=_agents_of(state, item))
+        if isinstance(item, Parallel):
+            _hear(state, None, item)
+        id = item.id
+        made = state.steps[id] = StepState(item, id, len(state.order), agents=_agents_of(state, item))
         state.order.append(made)
-        state.steps[item.id] = made
-        state.names.setdefault(item.id.replace("-", "_"), item.id)
+        if "-" in id:
+            state.names.setdefault(id.replace("-", "_"), id)
 
 
 def _reindex(state: RunState) -> None:
