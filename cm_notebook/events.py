@@ -10,6 +10,7 @@ Annotations are evaluated here, as in ``workflow.py``: from text, pydantic would
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic_core import to_json
 
 from .errors import CodeMachineError
 from .workflow import AutonomousMode, Model, Verdict, Workflow
@@ -428,7 +429,7 @@ TYPES: dict[str, type[BaseEvent]] = {kind.__name__: kind for kind in get_args(An
 
 def body(event: BaseEvent) -> str:
     """The event as JSON, without what the journal keeps in columns."""
-    return event.model_dump_json(exclude_none=True)
+    return to_json(event, exclude_none=True).decode()
 
 
 def place(event: BaseEvent, seq: int, at: float) -> None:

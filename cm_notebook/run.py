@@ -255,7 +255,7 @@ class Run:
             self._read_on()
 
     def _read_on(self) -> list[AnyEvent]:
-        """Bring the state up to what the journal holds; returns what was new."""
+        """Bring the state up to what the journal holds; returns what was new, for those who watch."""
         found = []
         for event in self._journal.read(self.id, self._state.seq):
             try:
@@ -265,7 +265,8 @@ class Run:
                     f"run {self.id!r} in {self._journal.path} does not make sense at event {event.seq}: {error}",
                     path=self._journal.path,
                 ) from error
-            found.append(event)
+            if self._feeds:  # else it need not be kept: a long run is read in half the memory
+                found.append(event)
         return found
 
     def _catch_up(self) -> None:
@@ -279,16 +280,22 @@ class Run:
                     if self._journal.events(self.id, self._state.seq):
                         self._find_again()  # somebody else goes on with it
                 return
+            known = self._state.seq
             self._show(self._read_on())
+            if self._state.seq > known:
+                self._wait_anew()
             if self._state.ended is not None:
                 self._come_to_rest()
 
     def _show(self, events: list[AnyEvent]) -> None:
-        """Tell those who watch what is on disk now, and let those who wait from now on wait for what comes."""
+        """Tell those who watch what is on disk now."""
         for feed in self._feeds:
             for event in events:
                 feed.put(event)
-        if events and self._rest.done():
+
+    def _wait_anew(self) -> None:
+        """The run went on: those who wait from now on wait for what comes."""
+        if self._rest.done():
             self._rest = concurrent.futures.Future()
 
     def _prepare(
@@ -979,7 +986,8 @@ class Run:
         with self._lock:
             batch = self._batch = []
             try:
-                self._find_again()
+                if self._lost is not None:
+                    self._find_again()
                 seen = self._journal.begin(self.id, self._state.seq)
                 begun, self._busy_since = True, None
                 for event in seen:
@@ -1009,7 +1017,9 @@ class Run:
             finally:
                 self._batch = []
             shown = [*seen, *batch] if seen else batch
-            self._show(shown)  # before the proposers go on: they may wait for the run next
+            if shown:  # before the proposers go on: they may wait for the run next
+                self._show(shown)
+                self._wait_anew()
         try:
             if self._driving:
                 self._follow(shown, starts)

@@ -188,7 +188,7 @@ class FunctionEngine:
 
     name = "function"
 
-    async def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
+    def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
         """Call the function and yield what it returns; what it emits goes to ``request.emit`` meanwhile.
 
         Raises
@@ -197,6 +197,24 @@ class FunctionEngine:
                                it is, so that ``EngineRateLimited`` is tried again.
         EngineProtocolError    It returned something else than ``str``, ``Verdict`` or a pydantic model.
         """
+        return _Answer(request)
+
+
+class _Answer:
+    """The stream of a function: one event. No async generator, as the loop would enter each of them in its books."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: AgentRequest) -> None:
+        self._request: AgentRequest | None = request
+
+    def __aiter__(self) -> _Answer:
+        return self
+
+    async def __anext__(self) -> AgentEvent:
+        request, self._request = self._request, None
+        if request is None:
+            raise StopAsyncIteration
         function = request.agent.function
         if function is None:
             raise EngineError(
@@ -218,7 +236,10 @@ class FunctionEngine:
             raise _translated(request, error) from error
         finally:
             line.close()
-        yield _done(request, value)
+        return _done(request, value)
+
+    async def aclose(self) -> None:
+        """Nothing is open between two events."""
 
 
 def _turn(request: AgentRequest, line: _Line) -> Turn:
