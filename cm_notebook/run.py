@@ -1393,6 +1393,7 @@ class Run:
                 timeout_s=step.step.timeout_s,
                 emit=write,
                 ask_human=lambda question: self._ask_human(turn, question),
+                may_ask=meaning.may_ask(state, step),
                 sub_agents=meaning.may_call(state, step),
                 run_agents=lambda asked, limit=None: self._run_agents(turn, asked, limit),
             )

@@ -1728,6 +1728,15 @@ def may_call(state: RunState, step: StepState) -> tuple[str, ...]:
     return tuple(name for name in state.sub_agents if name not in above)
 
 
+def may_ask(state: RunState, step: StepState) -> bool:
+    """Whether the model at work in `step` is told that it can ask a person.
+
+    Not where nobody wants to be asked: in unattended mode, and in a workflow that is locked to run by itself, but for
+    the steps that pause there anyway.
+    """
+    return step.step.interactive is True or (state.mode != "unattended" and state.locked != "always")
+
+
 def _above(state: RunState, caller: StepState) -> dict[str, str]:
     """The agents that wait for `caller`, and its own: where each is at work."""
     above = {caller.step.agent: caller.path}

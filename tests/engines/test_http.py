@@ -24,7 +24,7 @@ from cm_notebook.engines.base import Delta, ToolCalled, ToolReturned, TurnDone, 
 from cm_notebook.engines.chat import ChatEngine, closed_schema
 from cm_notebook.engines.openai import OpenAI
 from cm_notebook.testing import answers, collect, fails, lets_go, request
-from tests.helpers import gate
+from tests.helpers import gate, until
 
 from .model_server import Asked, ModelServer, Said, anthropic_says, error, openai_says, sse
 
@@ -819,6 +819,217 @@ def test_tools_are_shown_while_the_turn_runs_and_thinking_is_not(dialect):
         "✗ RuntimeError: out of order",
         "Done.",
     ]
+
+
+# -- other agents, and people ------------------------------------------------------------------------------------------
+
+WORKERS = ["frontend-dev", "backend-dev", "qa-engineer"]
+
+
+def prompt_of(sent: Asked) -> str:
+    """What the agent was asked: the first message that is not the system's."""
+    first = next(one for one in sent.body["messages"] if one["role"] == "user")
+    return str(first["content"])
+
+
+def told(sent: Asked) -> list[str]:
+    """What the model was told that its tools returned, last round only."""
+    found: list[str] = []
+    for message in sent.body["messages"]:
+        if message["role"] == "assistant":
+            found = []
+        elif message["role"] == "tool":
+            found.append(message["content"])
+        elif isinstance(message["content"], list):
+            found += [part["content"] for part in message["content"] if part["type"] == "tool_result"]
+    return found
+
+
+def offered(sent: Asked) -> dict[str, Any]:
+    """The tools that the model was offered, with the schema of each."""
+    listed = [one.get("function", one) for one in sent.body.get("tools", ())]
+    return {one["name"]: one.get("parameters", one.get("input_schema")) for one in listed}
+
+
+def call(name: str, **arguments: Any) -> tuple[str, str, str]:
+    return ("id1", name, json.dumps(arguments))
+
+
+def team_of(dialect: str, server: ModelServer, **options: Any) -> cm.Run:
+    agents = [cm.Agent("coordinator", "Build it.", model="m")]
+    agents += [cm.Agent(name, f"I am {name}.", model="m") for name in WORKERS]
+    workflow = cm.Workflow("team", agents=agents, steps=options.pop("steps", "coordinator"), sub_agents=WORKERS)
+    return workflow.start(engine=engine(dialect, server), journal=options.pop("journal", ":memory:"), **options)
+
+
+@both
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {
+            "groups": [
+                [{"agent": "frontend-dev", "prompt": "UI"}, {"agent": "backend-dev", "prompt": "API"}],
+                [{"agent": "qa-engineer", "prompt": "test"}],
+            ]
+        },
+        {"script": "frontend-dev 'UI' & backend-dev 'API' && qa-engineer 'test'", "groups": None},
+    ],
+    ids=["groups", "script"],
+)
+def test_a_model_calls_other_agents(dialect, arguments):
+    says = SAYS[dialect]
+
+    def script(sent: Asked) -> Said:
+        if not prompt_of(sent).startswith("Build it."):
+            return says(f"{prompt_of(sent)} Done.")
+        return says("All done.") if told(sent) else says("I delegate.", calls=[call("run_agents", **arguments)])
+
+    with ModelServer(script) as server:
+        run = team_of(dialect, server).wait(20)
+    assert run["coordinator"].text == "All done."
+    assert [member.path for member in run["coordinator"].members] == [f"coordinator/{name}#1" for name in WORKERS]
+    assert told(server.asked[-1]) == [
+        "## frontend-dev\n\nI am frontend-dev.\n\nUI Done.\n\n## backend-dev\n\nI am backend-dev.\n\nAPI Done.\n\n"
+        "## qa-engineer\n\nI am qa-engineer.\n\ntest Done."
+    ]
+    schema = offered(server.asked[0])["run_agents"]
+    asks = schema["properties"]["groups"]["items"]["items"]
+    assert asks["properties"]["agent"]["enum"] == WORKERS
+    assert asks["required"] == ["agent", "prompt"]
+    one = next(sent for sent in server.asked if prompt_of(sent).startswith("I am frontend-dev."))
+    asks = offered(one)["run_agents"]["properties"]["groups"]["items"]["items"]
+    assert asks["properties"]["agent"]["enum"] == ["backend-dev", "qa-engineer"], "nobody may call itself"
+    assert run.usage.input_tokens == 100 * len(server.asked)
+
+
+@both
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"groups": [[{"agent": "frontend", "prompt": "x"}]]}, "'frontend' cannot be called here. Did you mean 'front"),
+        ({"script": "frontend-dev 'x' & "}, "run_agents, column 20: expected an agent's id, found the end."),
+        ({"script": "coordinator 'x'"}, "run_agents: 'coordinator' cannot be called here."),
+        ({"groups": [[{"agent": "qa-engineer", "prompt": " "}]]}, "it is asked nothing"),
+        ({"groups": [[{"agent": "qa-engineer"}]]}, "call 'qa-engineer': 'prompt' is missing."),
+        ({"groups": []}, "run_agents: a group without a call."),
+        ({"groups": 5}, "run_agents takes a list of groups or a line, not int."),
+        ({"groups": [[{"agent": "qa-engineer", "prompt": "x"}] * 500]}, "run_agents: 500 agents at once are too many"),
+        ({}, "run_agents takes either 'groups' or 'script', not nothing."),
+        ({"groups": [], "script": "x"}, "run_agents takes either 'groups' or 'script', not 'groups', 'script'."),
+        (
+            {"groups": [[{"agent": "qa-engineer", "prompt": "x", "input_files": ["no.md"]}]]},
+            "the input file 'no.md' cannot be read: No such file or directory.",
+        ),
+    ],
+)
+def test_a_wrong_call_of_agents_is_told_to_the_model_and_the_turn_goes_on(dialect, arguments, words):
+    says = SAYS[dialect]
+    with ModelServer([says(calls=[call("run_agents", **arguments)]), says("I do it myself.")]) as server:
+        run = team_of(dialect, server).wait(20)
+    (line,) = told(server.asked[-1])
+    assert words in line
+    assert "\n" not in line
+    assert run["coordinator"].text == "I do it myself."
+    assert run["coordinator"].members == []
+
+
+@both
+def test_a_failed_member_is_told_to_the_model(dialect, headless):
+    says = SAYS[dialect]
+
+    def script(sent: Asked) -> Said:
+        if prompt_of(sent).startswith("I am qa-engineer"):
+            return error(400, complaint("invalid_request_error", "no such thing"))
+        if not prompt_of(sent).startswith("Build it."):
+            return says("Done.")
+        line = "frontend-dev 'x' & qa-engineer 'y' && backend-dev 'z'"
+        return says("I see.") if told(sent) else says(calls=[call("run_agents", script=line)])
+
+    with ModelServer(script) as server:
+        run = team_of(dialect, server).wait(20)
+    (said,) = told(server.asked[-1])
+    assert said.startswith("## frontend-dev\n\nDone.\n\n## qa-engineer (failed)\n\n")
+    assert said.endswith("## backend-dev (pending)\n\nit was not begun, because one before it failed")
+    assert run["coordinator"].text == "I see."
+
+
+@both
+def test_a_model_asks_a_person(dialect):
+    says = SAYS[dialect]
+    replies = [says("Hm.", calls=[call("ask_human", question="Which port?")]), says("On 80.")]
+    with ModelServer(replies) as server:
+        run = start(dialect, server, mode=True, steps=[cm.step("planner", timeout_s=20)])
+        opened = gate(run)
+        assert (opened.kind, opened.payload) == ("question", {"question": "Which port?"})
+        assert run["planner"].status == "asks you"
+        run.answer("80, please").wait(20)
+        assert told(server.asked[-1]) == ["80, please"]
+        assert run["planner"].text == "On 80."
+        assert run["planner"].attempts[0].asked_s > 0
+
+
+@both
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({}, "ask_human takes 'question', not nothing."), ({"question": " "}, "ask_human: the question is empty.")],
+)
+def test_a_question_that_is_none(dialect, arguments, words):
+    with ModelServer([SAYS[dialect](calls=[call("ask_human", **arguments)]), SAYS[dialect]("Well.")]) as server:
+        run = start(dialect, server, mode=True).wait(20)
+    assert run["planner"].text == "Well."
+    assert told(server.asked[-1])[0].startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("mode", "step", "expected"),
+    [
+        (True, cm.step("planner"), True),
+        (False, cm.step("planner"), True),
+        ("never", cm.step("planner"), True),
+        ("always", cm.step("planner"), False),
+        ("always", cm.step("planner", interactive=True), True),
+    ],
+)
+def test_who_wants_no_pause_is_asked_nothing(mode, step, expected):
+    with ModelServer(openai_says("Done.")) as server:
+        run = start("openai", server, mode=mode, steps=[step])
+        until(lambda: run.gates or run.status == "completed", "the end of the turn")
+        assert ("ask_human" in offered(server.asked[0])) is expected
+        if run.status != "completed":
+            run.stop().wait(20)
+
+
+def test_a_service_that_cannot_call_tools_is_asked_without():
+    """The tool that every agent has must not be in the way of models that know none."""
+
+    def script(sent: Asked) -> Said:
+        if "tools" in sent.body:
+            return error(400, {"error": {"message": "gemma3 does not support tools"}})
+        return openai_says("Hello.")
+
+    with ModelServer(script) as server:
+        made = engine("openai", server)
+        workflow = cm.Workflow("w", agents=[cm.Agent("planner", "Plan.", model="m")], steps="planner")
+        for _ in range(2):
+            assert workflow.start(engine=made, journal=":memory:").wait(20)["planner"].text == "Hello."
+        assert ["tools" in sent.body for sent in server.asked] == [True, False, False]
+        with_tool = cm.Agent("planner", "Plan.", model="m", tools=[add])
+        run = cm.Workflow("w", agents=[with_tool], steps="planner").start(engine=made, journal=":memory:")
+        assert "does not support tools" in gate(run).payload["error"]
+        run.stop().wait(20)
+
+
+@pytest.mark.parametrize("name", ["run_agents", "ask_human"])
+def test_a_tool_of_ones_own_is_not_called_like_one_that_is_there(name):
+    with pytest.raises(cm.WorkflowError, match=rf"tools: '{name}' is the name of a tool that models have anyway"):
+        cm.Agent("planner", "x", tools=[cm.tool(name=name)(lambda: "")])
+
+    def plain() -> str:
+        return ""
+
+    plain.__name__ = name
+    with pytest.raises(cm.WorkflowError, match=name):
+        cm.Agent("planner", "x", tools=[plain])
 
 
 def test_a_run_tries_again_what_may_help(monkeypatch):
