@@ -243,7 +243,14 @@ COMMANDS: dict[str, Command] = {
         Command(
             "next", "Run exactly one step here, with its gate.", "run.next()", options=(OUT,), examples=("%cm next",)
         ),
-        Command("approve", "Go on with what the gate shows.", "run.approve(…)", (_STEP,), examples=("%cm approve",)),
+        Command(
+            "approve",
+            "Go on with what the gate shows, or allow a tool to be called.",
+            "run.approve(…)",
+            (_STEP,),
+            (Option("scope", "for how long a tool is allowed", "choice", choices=("once", "run", "always")),),
+            examples=("%cm approve", "%cm approve --scope run"),
+        ),
         Command(
             "reject",
             "Have it made again; your words go to the agent.",
@@ -334,6 +341,14 @@ COMMANDS: dict[str, Command] = {
             (Argument("run", "its id, from %cm runs"),),
             (OUT,),
             examples=("%cm resume r-1f2e3d4c",),
+        ),
+        Command(
+            "permissions",
+            "The tools that may always be called unasked; revoke NAME: ask again before that one.",
+            "cm.permissions()",
+            (Argument("what", "what to do", "choice", "?", ("revoke",)), Argument("tool", "which tool", many="?")),
+            (OUT,),
+            examples=("%cm permissions", "%cm permissions revoke write_file"),
         ),
         Command(
             "config",

@@ -214,6 +214,31 @@ def _arguments(name: str, function: Callable[..., Any]) -> tuple[TypeAdapter[Any
     return checker, schema
 
 
+def read_arguments(written: str) -> dict[str, Any]:
+    """The arguments of a call as they were written: a JSON object.
+
+    Raises
+    ------
+    ValueError    It is none.
+    """
+
+    def no_number(name: str) -> Any:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        value = json.loads(written, parse_constant=no_number) if written.strip() else {}
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
+def write_arguments(arguments: Mapping[str, Any]) -> str:
+    """The arguments of a call, for a person to read and to edit."""
+    return json.dumps(arguments, indent=2, ensure_ascii=False)
+
+
 def _plain(value: Any) -> Any:
     try:
         return json.loads(to_json(value))

@@ -29,7 +29,7 @@ from pydantic_core import PydanticSerializationError
 from ..config import SETTINGS, setting
 from ..errors import EngineAuthError, EngineError, EngineProtocolError, WorkflowError, did_you_mean
 from ..events import Usage
-from ..tools import Tool, text_of
+from ..tools import Tool, read_arguments, text_of
 from .base import AgentEvent, AgentRequest, Delta, ToolCalled, ToolReturned, TurnDone, UsageReported
 from .builtin import built_in
 from .functions import Raised, in_thread
@@ -53,14 +53,9 @@ class Call:
     def arguments(self) -> dict[str, Any] | None:
         """The arguments; ``None`` when what was written is no JSON object."""
         try:
-            value = json.loads(self.written, parse_constant=_no_constant) if self.written.strip() else {}
-        except (ValueError, RecursionError):
+            return read_arguments(self.written)
+        except ValueError:
             return None
-        return value if isinstance(value, dict) else None
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 @dataclass(slots=True)

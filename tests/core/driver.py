@@ -38,6 +38,7 @@ from cm_notebook.state import (
     StepState,
     apply,
     ask,
+    ask_permission,
     call_agents,
     cut_all,
     next_actions,
@@ -48,7 +49,8 @@ from cm_notebook.workflow import AnyStep, Module, Verdict, Workflow
 
 @dataclass
 class Reply:
-    """What a turn comes to. ``calls``: whom it calls first; ``ask``: questions it asks then; ``error``: it fails."""
+    """What a turn comes to. ``calls``: whom it calls first; ``tools``: for which it asks permission then; ``ask``:
+    questions it asks then; ``error``: it fails."""
 
     text: str = ""
     verdict: Verdict | None = None
@@ -58,6 +60,7 @@ class Reply:
     retry_in_s: float | None = None
     session: str | None = None
     calls: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
 
 
 Script = Mapping[str, Sequence[str | Reply]] | Callable[["Driver", StepState], str | Reply]
@@ -241,9 +244,12 @@ class Driver:
         """The turn asks its next question, or ends."""
         reply = self.reply(step) if reply is None else reply
         where: dict[str, Any] = {"step": step.id, "path": step.path, "attempt": step.attempt, "turn": step.turn}
-        if (calls := self.calls_of(step)) < len(reply.calls):
+        if (calls := self.count(step, "AgentsCalled")) < len(reply.calls):
             groups = checked_calls(reply.calls[calls], self.state.sub_agents)
             self.record(call_agents(self.state, step, groups, {}))
+            return
+        if (asked := self.count(step, "permission")) < len(reply.tools):
+            self.record(ask_permission(self.state, step, (reply.tools[asked], ""), {"path": "x"}))
             return
         known = {question for question, _ in [*step.resent, *step.answers]}
         for question in reply.ask:
@@ -258,15 +264,17 @@ class Driver:
             TurnFinished(**where, text=reply.text, verdict=reply.verdict, output=reply.output, session_id=reply.session)
         )
 
-    def calls_of(self, step: StepState) -> int:
-        """How many calls the present turn of `step` has made."""
-        calls = 0
+    def count(self, step: StepState, what: str) -> int:
+        """How many events of that type, or gates of that kind, the present turn of `step` has."""
+        count = 0
         for event in reversed(self.events):
-            if getattr(event, "path", "") == step.path:
+            if event.type == "GateOpened":
+                count += event.gate.path == step.path and event.gate.kind == what
+            elif getattr(event, "path", "") == step.path:
                 if event.type == "TurnStarted":
                     break
-                calls += event.type == "AgentsCalled"
-        return calls
+                count += event.type == what
+        return count
 
     # -- what people do
 

@@ -18,6 +18,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 import cm_notebook as cm
+from cm_notebook.allowed import Rule, allows, keep
 from cm_notebook.engines import chat, http
 from cm_notebook.engines.anthropic import Anthropic
 from cm_notebook.engines.base import Delta, ToolCalled, ToolReturned, TurnDone, UsageReported, find_engine
@@ -1030,6 +1031,261 @@ def test_a_tool_of_ones_own_is_not_called_like_one_that_is_there(name):
     plain.__name__ = name
     with pytest.raises(cm.WorkflowError, match=name):
         cm.Agent("planner", "x", tools=[plain])
+
+
+# -- permission --------------------------------------------------------------------------------------------------------
+
+
+def asking(dialect: str, server: ModelServer, **options: Any) -> cm.Run:
+    given = {"mode": True, "agent": {"tools": [add, remove]}, **options}
+    return start(dialect, server, **given)
+
+
+def removes(dialect: str, *paths: str) -> list[Said]:
+    """A model that removes one file after the other, and then is done."""
+    says = SAYS[dialect]
+    return [*(says(calls=[call("remove", path=path)]) for path in paths), says("Done.")]
+
+
+def kinds(run: cm.Run) -> list[str]:
+    return [event.gate.kind for event in run.events if event.type == "GateOpened"]
+
+
+@both
+def test_a_tool_is_allowed_once(dialect):
+    with ModelServer(removes(dialect, "a", "b")) as server:
+        run = asking(dialect, server, steps=[cm.step("planner", timeout_s=20)])
+        opened = gate(run)
+        assert (opened.kind, opened.actions) == ("permission", ("approve", "reject", "stop"))
+        assert (opened.payload["tool"], opened.payload["arguments"]) == ("remove", {"path": "a"})
+        assert run["planner"].status == "asks you"
+        run.approve()
+        second = until(lambda: next((one for one in run.gates if one.id != opened.id), None), "the second call")
+        assert second.digest != opened.digest, "the arguments are part of what is decided"
+        run.approve(scope="once").wait(20)
+        assert told(server.asked[1]) == ["removed a"]
+        assert told(server.asked[2]) == ["removed b"]
+        assert run["planner"].attempts[0].asked_s > 0
+        assert run["planner"].attempts[0].decision is None, "it is about the tool, not about the attempt"
+
+
+@both
+def test_a_tool_is_denied_and_the_model_is_told_why(dialect):
+    with ModelServer(removes(dialect, "a")) as server:
+        run = asking(dialect, server)
+        gate(run)
+        with pytest.raises(cm.TransitionError, match="say why"):
+            run.reject(" ")
+        run.reject("not this one, it's mine").wait(20)
+        assert told(server.asked[1]) == ["Refused by a person: not this one, it's mine"]
+        assert run["planner"].text == "Done."
+
+
+@both
+def test_arguments_are_edited_and_checked_before_they_count(dialect):
+    with ModelServer(removes(dialect, "a")) as server:
+        run = asking(dialect, server)
+        opened = gate(run)
+        for wrong, words in [
+            ('{"way": "b"}', "remove does not take these arguments: path: Field required"),
+            ('{"path": "b"', "the arguments are a JSON object"),
+            ("[]", "the arguments are a JSON object"),
+        ]:
+            with pytest.raises(cm.TransitionError, match=words):
+                run.approve(output=wrong)
+        with pytest.raises(cm.TransitionError, match="edited arguments are for this call alone"):
+            run.approve(output='{"path": "b"}', scope="run")
+        assert run.gates == [opened]
+        run.approve(output='{"path": "b"}').wait(20)
+        assert told(server.asked[1]) == ["removed b"]
+
+
+def test_arguments_that_another_process_edited_are_asked_about_again(tmp_path):
+    """It does not know the tool: what does not fit opens the gate again, and says why."""
+    with ModelServer(removes("openai", "a")) as server:
+        run = asking("openai", server, journal=tmp_path / "j.db")
+        opened = gate(run)
+        other = cm.Run(run.id, cm.Journal(tmp_path / "j.db"))
+        other.approve(output='{"way": "b"}')
+        again = until(lambda: next((one for one in run.gates if one.id != opened.id), None), "the gate again")
+        assert again.payload["note"].startswith("The edited arguments do not fit: path: Field required")
+        assert "do not fit: path: Field required" in run._repr_mimebundle_()["text/plain"]
+        other.approve(output='{"path": "b"}')
+        run.wait(20)
+        assert told(server.asked[1]) == ["removed b"]
+
+
+@both
+def test_a_tool_is_allowed_for_the_run_also_after_a_resume(dialect, tmp_path):
+    journal = cm.Journal(tmp_path / "j.db")
+    replies = removes(dialect, "a", "b")
+    with ModelServer([*replies, *replies]) as server:
+        run = asking(dialect, server, mode="never", journal=journal)
+        gate(run)
+        run.approve(scope="run")
+        until(lambda: any(one.kind == "review" for one in run.gates), "the review")
+        assert kinds(run) == ["permission", "review"]
+        run.stop().wait(20)
+        agent = cm.Agent("planner", "Plan {{ goal }}.", model="test-model", tools=[add, remove])
+        again = cm.resume(run.id, journal=journal, engine=engine(dialect, server), agents=[agent])
+        gate(again)
+        again.reject("once more")
+        until(lambda: len(again["planner"].attempts) == 2 and again.gates, "the second review")
+        assert kinds(again) == ["permission", "review", "review", "review"]
+        assert not (tmp_path / "permissions.json").exists()
+        again.approve().wait(20)
+
+
+def test_a_tool_is_always_allowed_until_that_is_taken_back(tmp_path):
+    journal = cm.Journal(tmp_path / "j.db")
+    with ModelServer([*removes("openai", "a", "b"), *removes("openai", "c"), *removes("openai", "d")]) as server:
+        run = asking("openai", server, journal=journal)
+        gate(run)
+        run.approve(scope="always").wait(20)
+        assert kinds(run) == ["permission"]
+        assert kinds(asking("openai", server, journal=journal).wait(20)) == []
+        rules = cm.permissions(journal)
+        assert [(rule.tool, rule.run, rule.step) for rule in rules] == [("remove", run.id, "planner")]
+        rules.revoke("remove")
+        third = asking("openai", server, journal=journal)
+        assert gate(third).kind == "permission"
+        third.stop().wait(20)
+
+
+def test_where_the_list_cannot_be_kept_nothing_is_decided(tmp_path):
+    journal = cm.Journal(tmp_path / "j.db")
+    (tmp_path / "permissions.json").mkdir()
+    with ModelServer(removes("openai", "a")) as server:
+        run = asking("openai", server, journal=journal)
+        opened = gate(run)
+        with pytest.raises(cm.CodeMachineError, match="cannot be kept, so nothing is decided: .*Is a directory"):
+            run.approve(scope="always")
+        assert run.gates == [opened]
+        assert run.approve(scope="run").wait(20)["planner"].text == "Done."
+
+
+def test_a_tool_that_was_changed_is_asked_about_again(tmp_path):
+    """A rule is for the function that the person saw."""
+
+    @cm.tool(name="remove", ask=True)
+    def another(path: str) -> str:
+        return f"shredded {path}"
+
+    journal = cm.Journal(tmp_path / "j.db")
+    with ModelServer([*removes("openai", "a"), *removes("openai", "a")]) as server:
+        run = asking("openai", server, journal=journal)
+        gate(run)
+        run.approve(scope="always").wait(20)
+        other = asking("openai", server, journal=journal, agent={"tools": [another]})
+        assert gate(other).payload["tool"] == "remove"
+        other.stop().wait(20)
+
+
+def test_in_unattended_mode_it_is_recorded_who_allowed_it():
+    with ModelServer(removes("openai", "a", "b")) as server:
+        run = asking("openai", server)
+        gate(run)
+        run.set_mode("unattended")
+        run.approve().wait(20)
+    assert [decision.by for decision in run.state.decisions.values()] == ["you", "unattended mode"]
+
+
+def test_with_nobody_there_a_policy_answers_or_the_run_stops(headless):
+    with ModelServer(removes("openai", "a", "b")) as server:
+        run = asking("openai", server)
+        with pytest.raises(cm.GatePending, match=r'Stopped at the gate "planner": nobody can answer here'):
+            run.wait(20)
+        run.stop()
+
+    def policy(asked: cm.Gate) -> cm.Decision:
+        if asked.payload["arguments"]["path"] == "a":
+            return cm.Decision(action="approve", output='{"path": "x"}')
+        return cm.Decision(action="reject", feedback="no")
+
+    for on_gate, expected in [
+        ("approve", ["removed a", "removed b"]),
+        ("reject", ["Refused by a person: Rejected by the policy on_gate='reject'."] * 2),
+        (policy, ["removed x", "Refused by a person: no"]),
+    ]:
+        with ModelServer(removes("openai", "a", "b")) as server:
+            asking("openai", server, on_gate=on_gate).wait(20)
+            assert [told(sent)[0] for sent in server.asked[1:]] == expected
+
+
+def test_a_policy_writes_no_list_and_its_arguments_are_checked(headless, tmp_path):
+    journal = cm.Journal(tmp_path / "j.db")
+    always = cm.Decision(action="approve", scope="always")
+    with ModelServer([*removes("openai", "a", "b"), *removes("openai", "a")]) as server:
+        run = asking("openai", server, on_gate=lambda asked: always, journal=journal).wait(20)
+        assert kinds(run) == ["permission"], "it counts for the run"
+        assert cm.permissions(journal) == []
+        wrong = cm.Decision(action="approve", output='{"way": 1}')
+        with pytest.raises(cm.TransitionError, match="remove does not take these arguments"):
+            asking("openai", server, on_gate=lambda asked: wrong).wait(20)
+
+
+def test_what_is_allowed_for_the_run_answers_all_who_wait_for_it():
+    def script(sent: Asked) -> Said:
+        if prompt_of(sent).startswith("Build it."):
+            line = "frontend-dev 'x' & backend-dev 'y' & qa-engineer 'z'"
+            return openai_says("All done.") if told(sent) else openai_says(calls=[call("run_agents", script=line)])
+        return openai_says("Done.") if told(sent) else openai_says(calls=[call("remove", path=prompt_of(sent))])
+
+    agents = [cm.Agent("coordinator", "Build it.", model="m")]
+    agents += [cm.Agent(name, f"I am {name}.", model="m", tools=[remove]) for name in WORKERS]
+    workflow = cm.Workflow("team", agents=agents, steps="coordinator", sub_agents=WORKERS)
+    with ModelServer(script) as server:
+        run = workflow.start(engine=engine("openai", server), journal=":memory:")
+        until(lambda: len(run.gates) == 3, "all three")
+        assert {one.kind for one in run.gates} == {"permission"}
+        run.approve("coordinator/backend-dev#1", scope="run").wait(20)
+    assert run["coordinator"].text == "All done."
+    assert [decision.scope for decision in run.state.decisions.values()] == ["run", None, None]
+
+
+def test_stopped_while_it_asks_it_asks_again(tmp_path):
+    journal = cm.Journal(tmp_path / "j.db")
+    with ModelServer(removes("openai", "a")[0]) as server:
+        run = asking("openai", server, journal=journal)
+        opened = gate(run)
+        run.stop().wait(20)
+        with pytest.raises(cm.AlreadyDecided, match="closed"):
+            run.decide(opened.id, cm.Decision(action="approve"))
+        agent = cm.Agent("planner", "Plan {{ goal }}.", model="test-model", tools=[add, remove])
+        again = cm.resume(run.id, journal=journal, engine=engine("openai", server), agents=[agent])
+        assert gate(again).payload == opened.payload
+        again.stop().wait(20)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cm planner remove")]
+
+
+def test_the_list_of_tools_always_allowed(tmp_path):
+    path = tmp_path / "permissions.json"
+    assert repr(cm.permissions(tmp_path / "j.db")).startswith("No tool is always allowed")
+    assert not list(tmp_path.iterdir()), "looking makes nothing"
+    journal = cm.Journal(tmp_path / "j.db")
+    for name in ("remove", "send"):
+        keep(journal, Rule(tool=name, implementation="x", run="r-1", step="planner", at=1.7e9))
+    keep(journal, Rule(tool="send", implementation="x", run="r-2"))
+    assert path.stat().st_mode & 0o777 == 0o600
+    found = cm.permissions(tmp_path / "j.db")
+    assert [(rule.tool, rule.run) for rule in found] == [("remove", "r-1"), ("send", "r-2")]
+    assert "planner (r-1)" in repr(found)
+    with pytest.raises(cm.WorkflowError, match=r"'sent' is not always allowed\. Did you mean 'send'\?"):
+        found.revoke("sent")
+    assert [rule.tool for rule in found.revoke("remove")] == ["send"]
+    assert allows(journal, "send", "x")
+    assert not allows(journal, "send", "y")
+    for spoil in (lambda: path.write_text("{"), lambda: path.write_text('{"version": 1, "more": 2}')):
+        spoil()
+        assert not allows(journal, "send", "x"), "what cannot be read allows nothing"
+        with pytest.raises(cm.CodeMachineError, match="cannot be read"):
+            cm.permissions(journal)
+    path.write_text('{"always": [{"tool": "send", "implementation": "x"}]}')
+    assert allows(journal, "send", "x")
+    path.chmod(0o666)
+    assert not allows(journal, "send", "x"), "others could have written it"
+    with pytest.raises(cm.CodeMachineError, match="others can write it"):
+        cm.permissions(journal)
 
 
 def test_a_run_tries_again_what_may_help(monkeypatch):
