@@ -1158,7 +1158,7 @@ def test_where_the_list_cannot_be_kept_nothing_is_decided(tmp_path):
     with ModelServer(removes("openai", "a")) as server:
         run = asking("openai", server, journal=journal)
         opened = gate(run)
-        with pytest.raises(cm.CodeMachineError, match="cannot be kept, so nothing is decided: .*Is a directory"):
+        with pytest.raises(cm.CodeMachineError, match=r"cannot be kept, so nothing is decided: .*Is a directory"):
             run.approve(scope="always")
         assert run.gates == [opened]
         assert run.approve(scope="run").wait(20)["planner"].text == "Done."
