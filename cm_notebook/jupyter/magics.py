@@ -252,7 +252,7 @@ class CMMagics(Magics):
     # -- deciding ------------------------------------------------------------------------------------------------------
 
     def _approve(self, values: Values, body: str | None) -> Run:
-        return self._decide(values.get("step"), action="approve")
+        return self._decide(action="approve", **{"step": None, **values})
 
     def _skip(self, values: Values, body: str | None) -> Run:
         return self._decide(values.get("step"), action="skip")

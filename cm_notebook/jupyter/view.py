@@ -281,7 +281,7 @@ _ASKS: dict[str, dict[str, Any]] = {
     "prompt": {"action": "retry", "ask": "prompt", "label": "The prompt to try with", "send": "Try this"},
     "rerun": {"do": "rerun"},
 }
-STOPS = ("exhausted", "failed")
+STOPS = ("exhausted", "failed", "budget")
 """Kinds of gates that have Stop among their buttons; the one beside the run's state is not shown meanwhile."""
 _KEYS = {"approve": "A", "reject": "R", "edit": "E", "prompt": "E", "skip": "S"}
 

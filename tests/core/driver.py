@@ -25,6 +25,7 @@ from cm_notebook.events import (
     TurnFailed,
     TurnFinished,
     TurnStarted,
+    Usage,
     body,
     read,
 )
@@ -58,6 +59,8 @@ class Reply:
     retry_in_s: float | None = None
     session: str | None = None
     calls: tuple[str, ...] = ()
+    usage: Usage | None = None
+    cost_usd: float | None = None
 
 
 Script = Mapping[str, Sequence[str | Reply]] | Callable[["Driver", StepState], str | Reply]
@@ -245,6 +248,7 @@ class Driver:
             groups = checked_calls(reply.calls[calls], self.state.sub_agents)
             self.record(call_agents(self.state, step, groups, {}))
             return
+        used: dict[str, Any] = {"usage": reply.usage, "cost_usd": reply.cost_usd}
         known = {question for question, _ in [*step.resent, *step.answers]}
         for question in reply.ask:
             if question not in known:
@@ -252,11 +256,10 @@ class Driver:
                 return
         if reply.error is not None:
             error = ErrorInfo(kind="EngineError", message=reply.error)
-            self.record(TurnFailed(**where, error=error, retry_in_s=reply.retry_in_s))
+            self.record(TurnFailed(**where, error=error, retry_in_s=reply.retry_in_s, **used))
             return
-        self.record(
-            TurnFinished(**where, text=reply.text, verdict=reply.verdict, output=reply.output, session_id=reply.session)
-        )
+        said = {"verdict": reply.verdict, "output": reply.output, "session_id": reply.session}
+        self.record(TurnFinished(**where, text=reply.text, **said, **used))
 
     def calls_of(self, step: StepState) -> int:
         """How many calls the present turn of `step` has made."""
