@@ -47,7 +47,7 @@ from .render import text as say
 from .render.markdown import clean
 from .run import Run, somebody
 from .state import RunState, StepState, apply
-from .workflow import Workflow
+from .workflow import LIMITS, Workflow
 
 DONE, FAILED, USAGE, WAITING, STOPPED = range(5)
 """Exit codes."""
@@ -58,7 +58,7 @@ ENDING_S = 5.0
 # -- what can be asked for ---------------------------------------------------------------------------------------------
 
 _DEBUG = Option("debug", "show where an error comes from", "switch", own=True)
-_SHARED = ("until", "inputs", "engine", "tape", "on_gate", "workspace")
+_SHARED = ("until", "inputs", "engine", "tape", "on_gate", "workspace", *LIMITS)
 
 RUN = Command(
     "run",
@@ -367,7 +367,7 @@ def _beginning(asked: dict[str, Any], policy: Any) -> Callable[[], tuple[Run, in
     runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
     inputs = asked.get("inputs", {})
-    given = {name: asked[name] for name in ("engine", "tape", "until") if name in asked}
+    given = {name: asked[name] for name in ("engine", "tape", "until", *LIMITS) if name in asked}
     if "resume" not in asked:
         workspace = asked.get("workspace")
         return lambda: (
@@ -687,7 +687,7 @@ class Session:
         """The text that is decided about."""
         if gate.kind == "start":
             return self._state.text(step.redo.prompt) if step.redo is not None else ""
-        if gate.kind == "question":
+        if gate.kind in ("question", "budget"):
             return ""
         if gate.kind == "permission":
             return say.requested(gate)
@@ -700,7 +700,7 @@ class Session:
         if gate.kind == "question":
             return "Type the answer. Ctrl+C stops the run."
         found = [f"[{_KEYS[way.name]}] {way.label}" for way in say.ways(self._state, gate)]
-        if len(step.attempts) > 1 and gate.kind not in ("start", "permission"):
+        if len(step.attempts) > 1 and gate.kind not in ("start", "permission", "budget"):
             found.append("[d] Diff")
         return "  ".join([*found, "[?] Help"])
 
@@ -726,6 +726,8 @@ class Session:
         if action in ("diff", "view", "help"):
             self._console.say(getattr(self, f"_{action}")(gate, step))
             return None
+        if rest and action == "approve" and gate.kind == "budget":
+            return Decision(action="approve", **options.limit_in_words(gate.payload["limit"], rest))
         if rest and action not in ("reject", "retry"):
             raise WorkflowError(f"{action} takes no words; nothing was decided.")
         if action == "rerun":
@@ -770,7 +772,9 @@ class Session:
 
     def _help(self, gate: Gate, step: StepState) -> str:
         meanings = {
-            "approve": "go on with what is shown",
+            "approve": "go on with what is shown"
+            if gate.kind != "budget"
+            else "go on with the same amount again; a 2 with two, in the limit's unit",
             "run": "the same, and do not ask about this tool again in this run",
             "always": "the same, and never ask about this tool again; cm-notebook permissions lists them",
             "reject": "send it back; r WORDS says why",

@@ -159,7 +159,12 @@ AgentEvent = Delta | SessionStarted | ToolCalled | ToolReturned | UsageReported 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Turns a prompt into a stream of agent events."""
+    """Turns a prompt into a stream of agent events.
+
+    Two more attributes count where there is a limit on cost (``max_cost_usd``), if an engine has them: ``free``, true
+    of one that never costs anything; and ``unpriced(model)``, which returns why the cost of a turn with that model
+    would not be known, or ``None``. Of any other engine, a turn that ends without a cost has one that is not known.
+    """
 
     name: str
 
@@ -208,11 +213,22 @@ def engine_names() -> list[str]:
     return sorted({*_engines, *(point.name for point in offered)})
 
 
+def unpriced(engine: Engine, model: str | None) -> str | None:
+    """Why the cost of a turn would not be known, if that is known now; else ``None``."""
+    ask = getattr(engine, "unpriced", None)
+    found: str | None = ask(model) if ask is not None else None
+    return found
+
+
 class _WithModel:
     """An engine with the model that was named along with it, for requests that name none."""
 
     def __init__(self, engine: Engine, model: str) -> None:
         self.name, self._engine, self._model = engine.name, engine, model
+        self.free = getattr(engine, "free", False)
+
+    def unpriced(self, model: str | None) -> str | None:
+        return unpriced(self._engine, model or self._model)
 
     def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
         return self._engine.stream(request if request.model else replace(request, model=self._model))

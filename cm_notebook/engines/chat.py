@@ -98,12 +98,16 @@ class ChatEngine(abc.ABC):
         In place of the setting.
     silence_s
         Seconds without a byte after which the service is given up.
+    tells_cost
+        The service says what a turn costs, so no table of prices is needed.
     """
 
     path: ClassVar[str]
 
-    def __init__(self, name: str, *, base_url: str | None = None, silence_s: float = SILENCE_S) -> None:
-        self.name, self._base_url, self._silence_s = name, base_url, silence_s
+    def __init__(
+        self, name: str, *, base_url: str | None = None, silence_s: float = SILENCE_S, tells_cost: bool = False
+    ) -> None:
+        self.name, self._base_url, self._silence_s, self._tells_cost = name, base_url, silence_s, tells_cost
         self._without_tools = set[str]()
         """Models whose service said that they cannot call tools."""
 
@@ -115,6 +119,16 @@ class ChatEngine(abc.ABC):
         """Where it is and whether there is a key, for ``cm.doctor()``."""
         variable = f"{self.name.upper()}_API_KEY"
         return f"{self._where()}; {variable} is {'set' if os.environ.get(variable, '').strip() else 'not set'}"
+
+    def unpriced(self, model: str | None) -> str | None:
+        """Why the cost of a turn with `model` would not be known; ``None``: it is, or its service says it."""
+        if model is None or self._tells_cost or price_of(model) is not None:
+            return None  # a turn without a model fails by itself
+        return (
+            f"{self.name} has no price for {model!r}. Put it into a table of yours, "
+            f"""[models] "{model}" = {{ input = 0, output = 0 }} where it costs nothing, and name that: """
+            "%config CM.prices = 'prices.toml'."
+        )
 
     # -- what a dialect says
 

@@ -101,6 +101,7 @@ class ScriptedEngine:
     """
 
     name = "scripted"
+    free = True
 
     def __init__(self, script: Mapping[str, str | Reply | Iterable[str | Reply]]) -> None:
         if not isinstance(script, Mapping):

@@ -253,7 +253,7 @@ class CMMagics(Magics):
     # -- deciding ------------------------------------------------------------------------------------------------------
 
     def _approve(self, values: Values, body: str | None) -> Run:
-        return self._decide(values.get("step"), action="approve", scope=values.get("scope"))
+        return self._decide(action="approve", **{"step": None, **values})
 
     def _skip(self, values: Values, body: str | None) -> Run:
         return self._decide(values.get("step"), action="skip")

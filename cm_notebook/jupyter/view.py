@@ -290,7 +290,7 @@ _ASKS_AT: dict[tuple[str, str], dict[str, Any]] = {
         "empty": "Say why not: the agent is told, and may do better.",
     },
 }
-STOPS = ("exhausted", "failed")
+STOPS = ("exhausted", "failed", "budget")
 """Kinds of gates that have Stop among their buttons; the one beside the run's state is not shown meanwhile."""
 _KEYS = {"approve": "A", "reject": "R", "edit": "E", "prompt": "E", "skip": "S"}
 

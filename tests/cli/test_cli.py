@@ -200,6 +200,16 @@ def test_until_pauses_and_is_a_success() -> None:
     assert last_run().status == "paused"
 
 
+def test_a_limit_holds_where_nobody_is_and_the_run_goes_on_with_more() -> None:
+    done = ran("run", write(TWO_STEPS.replace("planner? ->", "planner ->")), "--max-turns", "1")
+    assert done.code == 3
+    assert (
+        "cm-notebook: Paused: 1 turn limit reached after planner. Nobody can answer here. Go on with more" in done.err
+    )
+    assert "(`--max-turns`)" in done.err
+    assert ran("run", "flow.py", "--resume", last_run().id, "--max-turns", "2").code == 0
+
+
 def test_a_tape_decides_where_nobody_is() -> None:
     agent = "planner = cm.Agent('planner', 'Plan it.')\nwf = cm.Workflow('taped', agents=[planner], steps='planner?')\n"
     tape = [
@@ -687,6 +697,18 @@ def test_an_exhausted_loop_gets_two_more(terminal: Open) -> None:
     assert "[y] 2 more" in person.answer("y 2")
     assert person.end() == 0
     assert len(last_run()["gate"].attempts) == 4
+
+
+def test_where_a_limit_is_reached_a_person_may_permit_more(terminal: Open) -> None:
+    text = HEAD + "\nwf = cm.Workflow('w', agents=[cm.Agent(x, 'Do it.') for x in 'abcd'], steps='a -> b -> c -> d')\n"
+    person = terminal("run", write(text), "--max-turns", "1")
+    seen = person.answer("a x")
+    assert "Paused: 1 turn limit reached after a. Continue with +1 turn?" in seen
+    assert "[a] Continue with +1 turn  [t] Stop  [?] Help" in seen
+    person.see("--max-turns 'x' is not a whole number")
+    person.answer("a 2")
+    assert "1 turn limit" not in person.answer("a")
+    assert person.end() == 0
 
 
 def test_ctrl_c_at_the_question_stops_and_the_gate_comes_again(terminal: Open) -> None:

@@ -25,6 +25,7 @@ from cm_notebook.events import (
     TurnFailed,
     TurnFinished,
     TurnStarted,
+    Usage,
     body,
     read,
 )
@@ -61,6 +62,8 @@ class Reply:
     session: str | None = None
     calls: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()
+    usage: Usage | None = None
+    cost_usd: float | None = None
 
 
 Script = Mapping[str, Sequence[str | Reply]] | Callable[["Driver", StepState], str | Reply]
@@ -251,6 +254,7 @@ class Driver:
         if (asked := self.count(step, "permission")) < len(reply.tools):
             self.record(ask_permission(self.state, step, (reply.tools[asked], ""), {"path": "x"}))
             return
+        used: dict[str, Any] = {"usage": reply.usage, "cost_usd": reply.cost_usd}
         known = {question for question, _ in [*step.resent, *step.answers]}
         for question in reply.ask:
             if question not in known:
@@ -258,11 +262,10 @@ class Driver:
                 return
         if reply.error is not None:
             error = ErrorInfo(kind="EngineError", message=reply.error)
-            self.record(TurnFailed(**where, error=error, retry_in_s=reply.retry_in_s))
+            self.record(TurnFailed(**where, error=error, retry_in_s=reply.retry_in_s, **used))
             return
-        self.record(
-            TurnFinished(**where, text=reply.text, verdict=reply.verdict, output=reply.output, session_id=reply.session)
-        )
+        said = {"verdict": reply.verdict, "output": reply.output, "session_id": reply.session}
+        self.record(TurnFinished(**where, text=reply.text, **said, **used))
 
     def count(self, step: StepState, what: str) -> int:
         """How many events of that type, or gates of that kind, the present turn of `step` has."""

@@ -267,6 +267,8 @@ def at_gate(kind: GateKind) -> Driver:
         case "may_have_run":
             driver = Driver(Workflow("W", steps=[work("a"), work("b", idempotent=False), work("z")]))
             return driver.until_running("b").cut().go()
+        case "budget":
+            return run(work("a"), work("b"), work("z"), limits={"max_turns": 1})
     raise AssertionError(kind)
 
 
@@ -304,6 +306,8 @@ EFFECTS: dict[tuple[str, str], tuple[str, str, int, str]] = {
     ("may_have_run", "retry"): ("ready", "b 1", 2, "completed"),
     ("may_have_run", "skip"): ("skipped", "", 1, "completed"),
     ("may_have_run", "stop"): ("due", "", 1, "stopped"),
+    ("budget", "approve"): ("pending", "b 1", 1, "waiting"),
+    ("budget", "stop"): ("pending", "", 0, "stopped"),
 }
 WORDS = {"reject": "name the tests", "answer": "the red one"}
 ALL_ACTIONS = ("approve", "reject", "retry", "skip", "answer", "stop")
@@ -1273,6 +1277,9 @@ def test_the_workflow_may_be_looked_at_before_it_runs() -> None:
 
 TEAM = ["m0", "m1", "m2"]
 CONTEXTS = ("previous", "all", "none", "list")
+LIMITED = st.sampled_from(
+    [*[{}] * 5, {"max_turns": 2}, {"max_turns": 5}, {"max_cost_usd": 0.5}, {"max_tokens": 9, "max_turns": 4}]
+)
 COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
@@ -1292,6 +1299,7 @@ def some_steps(draw: st.DrawFn, index: int, ids: list[str]) -> Step:
         "gate": draw(st.sampled_from(("after", "after", "before", "both"))),
         "execute_once": draw(st.integers(0, 5)) == 0,
         "idempotent": draw(st.integers(0, 3)) > 0,
+        **draw(LIMITED),
     }
     if ids and draw(st.booleans()):
         back = draw(st.integers(1, min(3, len(ids))))
@@ -1326,6 +1334,7 @@ def workflows(draw: st.DrawFn) -> Workflow:
         agents=[Agent(name, f"{name} knows {{{{ previous }}}}") for name in TEAM],
         sub_agents=TEAM,
         max_concurrency=draw(st.sampled_from((None, 1, 2))),
+        **draw(LIMITED),
     )
 
 
@@ -1347,6 +1356,9 @@ OUTCOMES = st.sampled_from(
         Reply("asked", ask=("which?",)),
         Reply("asked twice", Verdict(action="continue"), ask=("which?", "where?")),
         Reply("session", session="z"),
+        Reply("paid", cost_usd=0.25, usage=Usage(input_tokens=4)),
+        Reply(error="paid all the same", cost_usd=0.25, retry_in_s=1.0),
+        Reply("free", cost_usd=0.0),
         Reply("called", calls=("m0 'a' & m1 'b' && m2 'c'",)),
         Reply("called twice", Verdict(action="continue"), calls=("m1 'x' & m1 'x' & m2 'y'", "m0 'z'"), ask=("why?",)),
         Reply(error="too much", calls=("m2 'x' & m0 'y'",), retry_in_s=1.0),
@@ -1404,6 +1416,8 @@ def policy_of(choices: list[int]) -> Any:
     def policy(driver: Checked, gate: Gate) -> Decision:
         if gate.kind == "may_have_run":
             return Decision(action="retry")
+        if gate.kind == "budget":  # turns that were cut short count, so there are more or fewer of these
+            return Decision(action="approve")
         if gate.path in driver.state.members:  # siblings have no order, so these count by themselves
             if gate.kind == "failed":
                 before = [e for e in driver.events if e.type == "GateDecided" and f"/{gate.path}/" in e.gate_id]
@@ -1413,7 +1427,9 @@ def policy_of(choices: list[int]) -> Any:
         own = [
             e
             for e in driver.events
-            if e.type == "GateDecided" and driver.kind_of[e.gate_id] != "may_have_run" and e.gate_id.count("/") == 3
+            if e.type == "GateDecided"
+            and driver.kind_of[e.gate_id] not in ("may_have_run", "budget")
+            and e.gate_id.count("/") == 3
         ]
         n = len(own)
         return decision_of(gate, choices[n], n) if n < len(choices) else approve(driver, gate)
@@ -1447,6 +1463,7 @@ class Checked(Driver):
             assert one.status != "due" or one.due is not None
         assert len(state.gates) == sum(one.gate is not None for one in everybody)
         self.hold_places()
+        self.hold_budgets(kept)
         assert state.current is None or not state.current.settled
         assert sum(not one.caller for one in state.running.values()) <= 1, "two turns at a time"
         if state.ended == "completed":
@@ -1478,6 +1495,21 @@ class Checked(Driver):
         for one in state.owed.values():
             assert one.status == "due"
             assert one.caller in state.calls
+
+    def hold_budgets(self, event: AnyEvent) -> None:
+        """While a budget is used up nothing begins; the sums are those of all events."""
+        state = self.state
+        opened = [gate for gate in state.gates.values() if gate.kind == "budget"]
+        assert [gate.path for gate in opened] == ([state.held[0].path] if state.held else [])
+        if event.type == "TurnStarted" and not state.find(event.path).last.failures:  # type: ignore[union-attr]
+            for budget in (state.budget, state.steps[event.path.split("/")[0]].budget):
+                for name, most in budget.limits.items() if budget is not None else ():
+                    used = budget.used[name] - (name == "max_turns")  # type: ignore[union-attr]
+                    assert used < most, f"{name}: {used} of {most}, and yet {event.path} began"
+        kinds = ("TurnFinished", "TurnFailed", "TurnCutShort")
+        paid = [e.cost_usd for e in self.events if e.type in kinds and e.cost_usd]  # type: ignore[union-attr]
+        if event.type in kinds:
+            assert state.budget.used["max_cost_usd"] == state.cost_usd == sum(paid)
 
     def begin(self, action: StartTurn) -> None:
         step = action.step
@@ -1551,8 +1583,8 @@ def mostly_illegal(driver: Checked, kind: int, a: int, b: int) -> AnyEvent:
     decision = Decision(action=ALL_ACTIONS[b % 6], feedback="words")
     kinds = list(ACTIONS)
     opened = Gate(
-        id=f"r/{name}/1/{900 + len(driver.events)}", kind=kinds[b % 9], step=name, path=name, attempt=1, digest="",
-        actions=ACTIONS[kinds[b % 9]],
+        id=f"r/{name}/1/{900 + len(driver.events)}", kind=(kind_of := kinds[b % len(kinds)]), step=name, path=name,
+        attempt=1, digest="", actions=ACTIONS[kind_of],
     )  # fmt: skip
     return [
         TurnStarted(**where, prompt=("p",), digest="", engine="e"),

@@ -377,6 +377,34 @@ def test_a_limit_outlives_a_stop(cells: Cells) -> None:
     assert cells.run["implementer"].status == "pending"
 
 
+def test_a_budget_in_cells(cells: Cells) -> None:
+    cells("%%cm workflow careful --autonomous always --max-turns 1\nplanner -> implementer -> reviewer -> deployer")
+    cells("%%cm agent planner\nPlan.", "%%cm agent implementer\nBuild.", "%%cm agent reviewer\nReview.")
+    cells("%%cm agent deployer\nDeploy.", "%cm run")
+    cells.to("implementer")
+    assert "Gate: Paused: 1 turn limit reached after planner. Continue with +1 turn?" in cells("%cm")
+    assert "Try: %cm approve · %cm stop" in cells.output
+    assert "is about max_turns, not max_cost_usd" in error(cells, "%cm approve --max-cost 1")
+    assert "implementer: +1 turn permitted by you" in cells("%cm approve")
+    cells.to("reviewer")
+    cells("%%cm workflow careful --autonomous always --max-turns 3\nplanner -> implementer -> reviewer -> deployer")
+    cells.to("deployer")
+    cells("%cm stop", "%cm run")
+    cells.to("deployer")
+    cells("%cm stop", "%cm run --max-turns 9")
+    cells.to("deployer", "done")
+    assert "--max-cost nan is too little" in error(cells, "%cm run --max-cost nan")
+
+
+def test_after_a_restart_a_run_goes_on_with_more(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan.", "%%cm agent implementer\nBuild.")
+    cells("%%cm workflow careful --autonomous always --max-turns 1\nplanner -> implementer", "%cm run")
+    cells.to("implementer")
+    cells.restart()
+    cells("%%cm workflow careful --autonomous always --max-turns 1\nplanner -> implementer", "%cm run --max-turns 2")
+    cells.to("implementer", "done")
+
+
 def test_after_a_restart_a_second_run_of_the_cell_is_a_new_attempt(cells: Cells) -> None:
     start(cells)
     cells("%cm approve")

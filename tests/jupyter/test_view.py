@@ -615,6 +615,10 @@ def test_buttons_of_each_kind_of_gate():
     assert labels(failed.state) == ["Retry", "Edit prompt", "Skip", "Stop"]
     assert view.head_record(failed.state)["stops"]  # one Stop is enough
     assert not view.head_record(Story("planner?").answer("plan").state)["stops"]
+    spent = Story("planner -> coder", max_turns=1).answer("plan")
+    assert labels(spent.state) == ["Continue with +1 turn", "Stop"]
+    assert view.head_record(spent.state)["stops"]
+    assert "1 of 1 turn" in view.head_record(spent.state)["words"]
     asks = Story("planner").ask("Which one?")
     assert labels(asks.state) == ["Answer…"]
     (record,) = view.gate_records(asks.state)
