@@ -33,7 +33,7 @@ TWINS: dict[str, set[str]] = {
     "show": parameters(cm.StepView.attempt) | {"full"},
     "graph": parameters(cm.Workflow.graph),
 }
-SHORT = {"--input", "--autonomous", "--timeout", "--effort", "--attempt", "-o"}
+SHORT = {"--input", "--autonomous", "--timeout", "--gate-timeout", "--effort", "--attempt", "-o"}
 
 
 @pytest.mark.parametrize(
