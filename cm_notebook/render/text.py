@@ -382,6 +382,8 @@ def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
     return " ".join(filter(None, (_gate_words(state, gate, beside=beside), deadline_words(state, gate))))
 
 
+QUESTION = 600
+"""Characters of a question that a sentence holds."""
 _ELSE = {"reject": "it is rejected", "skip": "it is skipped"}
 
 
@@ -431,7 +433,7 @@ def _gate_words(state: RunState, gate: Gate, *, beside: bool) -> str:
     if gate.kind == "question" and beside:
         return f"{step.id} is waiting for your answer."
     if gate.kind == "question":
-        return f"{step.id} asks: {quoted(said.get('question', ''), 600)}"
+        return f"{step.id} asks: {quoted(said.get('question', ''), QUESTION)}"
     return f"{reason or f'{step.id} may have run.'} Did it? If not, run it again."
 
 
