@@ -98,7 +98,7 @@ def test_the_file_gives_the_name_when_the_tape_does_not(tmp_path):
             "Did you mean 'EngineTim",
         ),
         (
-            '{"path": "a", "attempt": 1, "text": "", "tool_calls": [{"name": "run_agents", "arguments": {}, "sad": 1}]}',
+            '{"path": "a", "attempt": 1, "text": "", "tool_calls": [{"name": "ask_human", "arguments": {}, "sad": 1}]}',
             "Did you mean 'said'",
         ),
         ("[" * 100_000, "not JSON"),
