@@ -81,7 +81,6 @@ from .events import (
     Usage,
     WorkflowChanged,
     place,
-    sound,
 )
 from .feed import Feed, LiveText
 from .journal import OWN_FOLDER, AnyJournal, open_journal, own_folder
@@ -92,7 +91,7 @@ from .steps import StepView
 from .team import CAP, AgentResult, Call, checked_calls
 from .tools import Permission, Tool, read_arguments
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
-from .workflow import Agent, Separator, Step, Workflow, as_step
+from .workflow import Agent, Separator, Step, Workflow, as_step, sound
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
 Proposal = Callable[[], Iterable[AnyEvent]]
@@ -229,7 +228,7 @@ class Run:
         try:
             started = RunStarted(
                 run_id=run.id,
-                workflow=sound(workflow.to_dict()),
+                workflow=workflow.kept(),
                 inputs=values,
                 fingerprints=edits.fingerprints(workflow, values),
                 until=until,

@@ -26,8 +26,8 @@ from .engines.base import (
     UsageReported,
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
-from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
-from .workflow import Module, Step, Verdict, not_json
+from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted
+from .workflow import Module, Step, Verdict, not_json, sound
 
 YIELD_EVERY = 64
 """After so many pieces of text other turns get their chance."""
