@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .allowed import Permissions, permissions
 from .engines.base import (
     AgentEvent,
     AgentRequest,
@@ -101,6 +102,7 @@ __all__ = [
     "Module",
     "Parallel",
     "Permission",
+    "Permissions",
     "ReplayMismatch",
     "Reply",
     "Run",
@@ -127,6 +129,7 @@ __all__ = [
     "doctor",
     "module",
     "parallel",
+    "permissions",
     "register_engine",
     "resume",
     "runs",

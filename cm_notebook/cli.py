@@ -35,6 +35,7 @@ from typing import IO, Any, NoReturn
 
 from . import config, options
 from . import run as runs
+from .allowed import permissions
 from .errors import CodeMachineError, GatePending, TransitionError, WorkflowError, did_you_mean
 from .events import (
     GATE_DEADLINE,
@@ -58,7 +59,7 @@ from .render import text as say
 from .render.markdown import clean
 from .run import Run, somebody
 from .state import RunState, StepState, apply
-from .workflow import Workflow
+from .workflow import LIMITS, Workflow
 
 DONE, FAILED, USAGE, WAITING, STOPPED = range(5)
 """Exit codes."""
@@ -69,7 +70,7 @@ ENDING_S = 5.0
 # -- what can be asked for ---------------------------------------------------------------------------------------------
 
 _DEBUG = Option("debug", "show where an error comes from", "switch", own=True)
-_SHARED = ("until", "inputs", "engine", "tape", "on_gate", "workspace")
+_SHARED = ("until", "inputs", "engine", "tape", "on_gate", "workspace", *LIMITS)
 
 RUN = Command(
     "run",
@@ -98,6 +99,13 @@ TUTORIAL = Command(
         _DEBUG,
     ),
 )
+PERMISSIONS = Command(
+    "permissions",
+    "The tools that may always be called unasked; revoke NAME: ask again before that one.",
+    "cm.permissions(…)",
+    COMMANDS["permissions"].arguments,
+    (Option("journal", "beside which the list is kept", example="FILE"), _DEBUG),
+)
 DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.", "cm.doctor()", (), (_DEBUG,))
 DOCTOR_CODES = "Exit codes: 0 all is well; 1 there is something to look at.\n"
 
@@ -106,6 +114,7 @@ cm-notebook: workflows of AI agents, with you deciding at the right moments.
 
   cm-notebook tutorial [NAME]    copy the notebooks and open them in JupyterLab
   cm-notebook run FILE           run the workflow in a .py or .json file
+  cm-notebook permissions        the tools that may always be called unasked
   cm-notebook doctor             what is here, what is missing, how to mend it
   cm-notebook COMMAND --help     more about one of them
   cm-notebook --version
@@ -276,7 +285,12 @@ def _dispatch(words: list[str]) -> int:
     if name in ("-V", "--version"):
         print(f"cm-notebook {version()}")
         return DONE
-    commands: dict[str, Callable[[list[str]], int]] = {"run": _run, "tutorial": _tutorial, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": _run,
+        "tutorial": _tutorial,
+        "permissions": _permissions,
+        "doctor": _doctor,
+    }
     if name not in commands:
         raise _Misunderstood(f"there is no command {name!r}. {did_you_mean(name, commands, 'Commands')}")
     return commands[name](words[1:])
@@ -291,6 +305,19 @@ def version() -> str:
         return installed("cm-notebook")
     except PackageNotFoundError:
         return "(from its sources)"
+
+
+def _permissions(words: list[str]) -> int:
+    asked = _Parser(PERMISSIONS).read(words)
+    if asked is None:
+        return DONE
+    found = permissions(asked.get("journal"))
+    if asked["what"] is not None:
+        if asked["what"] != "revoke" or asked["tool"] is None:
+            raise _Misunderstood("permissions lists them; permissions revoke NAME takes one back.")
+        found.revoke(asked["tool"])
+    print(clean(repr(found)))
+    return DONE
 
 
 def _doctor(words: list[str]) -> int:
@@ -352,7 +379,7 @@ def _beginning(asked: dict[str, Any], policy: Any) -> Callable[[], tuple[Run, in
     runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
     inputs = asked.get("inputs", {})
-    given = {name: asked[name] for name in ("engine", "tape", "until") if name in asked}
+    given = {name: asked[name] for name in ("engine", "tape", "until", *LIMITS) if name in asked}
     if "resume" not in asked:
         workspace = asked.get("workspace")
         return lambda: (
@@ -483,7 +510,7 @@ def _choose(module: ModuleType, file: str, name: str | None) -> Workflow:
 
 _KEYS: dict[str, str] = {
     **{"approve": "a", "reject": "r", "edit": "e", "skip": "s", "stop": "t"},
-    **{"retry": "y", "prompt": "p", "rerun": "f"},
+    **{"retry": "y", "prompt": "p", "rerun": "f", "run": "u", "always": "w"},
 }
 _LONG, _HEAD, _TAIL = 60, 40, 12
 """Lines of an output: from how many on it is cut, and how many then remain of its beginning and end."""
@@ -766,7 +793,8 @@ class Session:
                 lines[_HEAD:-_TAIL] = [f"… {left_out} lines more: v shows all …"]
             self._console.say("\n".join(lines))
             self._console.say("---", "dim")
-        self._console.say(clean(say.gate_sentence(self._state, gate, beside=asks and bool(shown))), "bold")
+        shown_above = gate.kind == "permission" or (asks and bool(shown))
+        self._console.say(clean(say.gate_sentence(self._state, gate, beside=shown_above)), "bold")
         self._console.forget_typed()
         if tray := self._tray(gate):
             self._console.say(tray)
@@ -779,6 +807,10 @@ class Session:
         if gate.kind == "question":
             question = str(gate.payload.get("question", ""))
             return "" if say.one_line(question, say.QUESTION) == question else question  # else the sentence has it
+        if gate.kind == "budget":
+            return ""
+        if gate.kind == "permission":
+            return say.requested(gate)
         last = step.last
         if gate.kind == "failed":
             return (last.error.detail or "") if last is not None and last.error is not None else ""
@@ -787,8 +819,8 @@ class Session:
     def _choices(self, gate: Gate, step: StepState) -> str:
         if gate.kind == "question":
             return "Type the answer. Ctrl+C stops the run."
-        found = [f"[{_KEYS[way.action]}] {way.label}" for way in say.ways(self._state, gate)]
-        if len(step.attempts) > 1 and gate.kind != "start":
+        found = [f"[{_KEYS[way.name]}] {way.label}" for way in say.ways(self._state, gate)]
+        if len(step.attempts) > 1 and gate.kind not in ("start", "permission", "budget"):
             found.append("[d] Diff")
         return "  ".join([*found, "[?] Help"])
 
@@ -803,7 +835,7 @@ class Session:
             return Decision(action="answer", feedback=line) if line else None
         word, _, rest = line.partition(" ")
         word, rest = word.lower(), rest.strip()
-        ways = {way.action: way for way in say.ways(self._state, gate)}
+        ways = {way.name: way for way in say.ways(self._state, gate)}
         known: dict[str, str] = {"d": "diff", "v": "view", "?": "help"}
         for name in ways:
             known |= {_KEYS[name]: name, name: name}
@@ -817,12 +849,14 @@ class Session:
         if action in ("view", "help"):
             self._console.say(getattr(self, f"_{action}")(gate, step))
             return None
+        if rest and action == "approve" and gate.kind == "budget":
+            return Decision(action="approve", **options.limit_in_words(gate.payload["limit"], rest))
         if rest and action not in ("reject", "retry"):
             raise WorkflowError(f"{action} takes no words; nothing was decided.")
         if action == "rerun":
             self._run.rerun(step.id, later=True)
             return None
-        return self._made(gate, step, ways[action], rest)  # type: ignore[index]
+        return self._made(gate, step, ways[action], rest)
 
     def _made(self, gate: Gate, step: StepState, way: say.Way, rest: str) -> Decision | None:
         action = way.action
@@ -844,7 +878,7 @@ class Session:
                 raise WorkflowError("retry takes a number, and only where a loop is used up: y 2")
             return Decision(action="retry", count=int(rest))
         made: Action = action  # type: ignore[assignment]
-        return Decision(action=made, count=way.times)
+        return Decision(action=made, count=way.times, scope=way.scope)
 
     def _asked(self, question: str, gate: Gate) -> str:
         return (self._console.ask(question, lambda: not self._is_open(gate)) or "").strip()
@@ -864,7 +898,11 @@ class Session:
 
     def _help(self, gate: Gate, step: StepState) -> str:
         meanings = {
-            "approve": "go on with what is shown",
+            "approve": "go on with what is shown"
+            if gate.kind != "budget"
+            else "go on with the same amount again; a 2 with two, in the limit's unit",
+            "run": "the same, and do not ask about this tool again in this run",
+            "always": "the same, and never ask about this tool again; cm-notebook permissions lists them",
             "reject": "send it back; r WORDS says why",
             "edit": "change the text in your editor ($EDITOR), and go on with that",
             "prompt": "change its prompt in your editor ($EDITOR), and try that",
@@ -873,7 +911,7 @@ class Session:
             "skip": "go on without it",
             "stop": "end the run; it can be resumed",
         }
-        rows = [[_KEYS[way.action], way.label, meanings[way.action]] for way in say.ways(self._state, gate)]
+        rows = [[_KEYS[way.name], way.label, meanings[way.name]] for way in say.ways(self._state, gate)]
         if len(step.attempts) > 1:
             rows.append(["d", "Diff", "what changed since the attempt before"])
         rows.append(["v", "View", "all of the text"])

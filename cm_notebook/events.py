@@ -19,10 +19,14 @@ Mode = Literal["step-by-step", "gates", "unattended"]
 
 RunEnd = Literal["completed", "stopped", "failed"]
 
-GateKind = Literal["review", "start", "verdict", "exhausted", "failed", "stale", "question", "may_have_run"]
+GateKind = Literal[
+    "review", "start", "verdict", "exhausted", "failed", "stale", "question", "permission", "may_have_run", "budget"
+]
 Action = Literal["approve", "reject", "retry", "skip", "answer", "stop"]
 GATE_DEADLINE = "deadline"
 """Who decided at a gate that nobody has answered in time."""
+Scope = Literal["once", "run", "always"]
+"""For how long a permission counts: for this call, for this tool in this run, for this tool for ever."""
 
 ACTIONS: dict[GateKind, tuple[Action, ...]] = {
     "review": ("approve", "reject", "skip", "stop"),
@@ -32,12 +36,16 @@ ACTIONS: dict[GateKind, tuple[Action, ...]] = {
     "failed": ("retry", "skip", "stop"),
     "stale": ("approve", "retry", "skip", "stop"),
     "question": ("answer", "stop"),
+    "permission": ("approve", "reject", "stop"),
     "may_have_run": ("approve", "retry", "skip", "stop"),
+    "budget": ("approve", "stop"),
 }
 """What may be decided at each kind of gate."""
 
-EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted")
-"""Where approving may carry an edited text."""
+EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted", "permission")
+"""Where approving may carry an edited text; for a permission, the arguments as a JSON object."""
+ASKED_BY_TURNS: tuple[GateKind, ...] = ("question", "permission")
+"""Those that a turn opens in its midst, and for whose answer it waits."""
 OTHER_WORDS = "your words reached no model"
 """So ends the note of a turn whose answer was recorded for another prompt."""
 
@@ -93,7 +101,8 @@ class Gate(Fact):
     kind
         What is to be decided, see ``ACTIONS``.
     payload
-        What the person should know: ``reason``, ``question``, ``error``, ``note``.
+        What the person should know: ``reason``, ``question``, ``error``, ``note``; of a permission ``tool`` and its
+        ``arguments``.
     digest
         SHA-256 of the text that is decided about; what was approved is what runs.
     actions
@@ -130,11 +139,15 @@ class Decision(Model):
     feedback
         Why it is rejected, or the answer to a question.
     output
-        The edited text to go on with (approve).
+        The edited text to go on with (approve); at ``permission`` the arguments, as a JSON object.
     prompt
         The edited prompt to try again with (retry).
     count
         How many more iterations (retry at ``exhausted``).
+    scope
+        For how long a tool is allowed (approve at ``permission``): ``once``, ``run``, ``always``; ``None``: once.
+    max_cost_usd, max_tokens, max_turns
+        How much more may be used (approve at ``budget``); ``None``: the same amount again.
     by
         Who decided: ``"you"``, ``"tape"``, ``"on_gate"``, ``"unattended mode"``, ``"deadline"`` …
     at
@@ -146,6 +159,10 @@ class Decision(Model):
     output: str | None = None
     prompt: str | None = None
     count: int = Field(default=1, ge=1)
+    scope: Scope | None = None
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_turns: int | None = Field(default=None, ge=1)
     by: str = "you"
     at: float = Field(default=0.0, exclude=True)
 
@@ -158,7 +175,10 @@ class BaseEvent(Fact):
 
 
 class RunStarted(BaseEvent):
-    """The run exists. ``recorded``: the name under which its tape was recorded."""
+    """The run exists. ``recorded``: the name under which its tape was recorded.
+
+    ``limits``: what it may use, by option, where that is not as the workflow says.
+    """
 
     type: Literal["RunStarted"] = Field(default="RunStarted", exclude=True)
     run_id: str
@@ -169,6 +189,7 @@ class RunStarted(BaseEvent):
     workspace: str | None = None
     recorded: str | None = None
     max_concurrency: int | None = None
+    limits: dict[str, int | float] | None = None
 
 
 class RunResumed(BaseEvent):
@@ -218,6 +239,7 @@ class WorkflowChanged(BaseEvent):
 
     ``defaults``: inputs whose value is another one in the definition; ``inputs``: those that were given besides.
     ``engine``: ``""`` where the definition names none any more; ``agents``: the sub-agents that are others now.
+    ``limits``: what may be used in all, by option, as a person says now; ``default_limits``: as the definition does.
     """
 
     type: Literal["WorkflowChanged"] = Field(default="WorkflowChanged", exclude=True)
@@ -228,6 +250,8 @@ class WorkflowChanged(BaseEvent):
     sub_agents: list[str] | None = None
     agents: list[dict[str, Any]] = Field(default_factory=list)
     max_concurrency: int | None = None
+    limits: dict[str, int | float] | None = None
+    default_limits: dict[str, int | float] | None = None
 
 
 class StepAdded(BaseEvent):
@@ -314,7 +338,10 @@ class TurnFinished(BaseEvent):
 
 
 class TurnFailed(BaseEvent):
-    """The turn failed; it is tried again in ``retry_in_s`` seconds, or (``None``) not unasked."""
+    """The turn failed; it is tried again in ``retry_in_s`` seconds, or (``None``) not unasked.
+
+    ``usage``, ``cost_usd``: what it is known to have used; that is paid all the same.
+    """
 
     type: Literal["TurnFailed"] = Field(default="TurnFailed", exclude=True)
     step: str
@@ -323,10 +350,12 @@ class TurnFailed(BaseEvent):
     turn: int = 1
     error: ErrorInfo
     retry_in_s: float | None = None
+    usage: Usage | None = None
+    cost_usd: float | None = None
 
 
 class TurnCutShort(BaseEvent):
-    """The turn was stopped, or its process died, before it ended."""
+    """The turn was stopped, or its process died, before it ended; ``usage``, ``cost_usd``: as of ``TurnFailed``."""
 
     type: Literal["TurnCutShort"] = Field(default="TurnCutShort", exclude=True)
     step: str
@@ -334,6 +363,8 @@ class TurnCutShort(BaseEvent):
     attempt: int
     turn: int = 1
     reason: str = ""
+    usage: Usage | None = None
+    cost_usd: float | None = None
 
 
 class GateOpened(BaseEvent):

@@ -112,6 +112,18 @@ INPUTS = Option(
 )
 OUT = Option("out", "store the result under this name", short=("-o",), example="run", own=True)
 _ENGINE = Option("engine", "which engine does the work", example="offline")
+LIMITS = (
+    Option(
+        "max_cost_usd",
+        "US dollars that may be spent before you are asked",
+        "number",
+        ("--max-cost",),
+        example="0.50",
+        above=0,
+    ),
+    Option("max_tokens", "tokens that may be used before you are asked", "count", example="50000", above=0),
+    Option("max_turns", "turns that may start before you are asked", "count", example="20", above=0),
+)
 _STEP_OPTIONS = (
     Option("agent", "who does it, if not the agent of the step's name", example="planner"),
     Option("interactive", "pause for a person, or not", "switch", off="--auto"),
@@ -134,6 +146,7 @@ _STEP_OPTIONS = (
     Option("execute_once", "not repeated when a loop goes over it again", "switch"),
     Option("idempotent", "may run again after a crash, or ask first", "switch", off="--not-idempotent"),
     Option("raw", "leave {{ braces }} as they are", "switch"),
+    *LIMITS,
     Option("after", "put it behind this step", example="planner"),
     Option("no_run", "only add it", "switch", own=True),
     OUT,
@@ -167,6 +180,7 @@ COMMANDS: dict[str, Command] = {
                 _ENGINE,
                 Option("tape", "play a recorded run", example="tapes/01.jsonl"),
                 Option("workspace", "folder the agents work in", example="site"),
+                *LIMITS,
                 Option("new", "begin a new run, whatever there was", "switch", own=True),
                 OUT,
             ),
@@ -238,6 +252,7 @@ COMMANDS: dict[str, Command] = {
                 _ENGINE,
                 Option("tape", "play a recorded run", example="tapes/01.jsonl"),
                 Option("workspace", "folder the agents work in", example="site"),
+                *LIMITS,
                 Option(
                     "on_gate",
                     "answer to gates that nobody else answers",
@@ -252,7 +267,17 @@ COMMANDS: dict[str, Command] = {
         Command(
             "next", "Run exactly one step here, with its gate.", "run.next()", options=(OUT,), examples=("%cm next",)
         ),
-        Command("approve", "Go on with what the gate shows.", "run.approve(…)", (_STEP,), examples=("%cm approve",)),
+        Command(
+            "approve",
+            "Go on with what the gate shows; allow a tool; where a limit is reached, go on with so much more.",
+            "run.approve(…)",
+            (_STEP,),
+            (
+                Option("scope", "for how long a tool is allowed", "choice", choices=("once", "run", "always")),
+                *LIMITS,
+            ),
+            examples=("%cm approve", "%cm approve --scope run", "%cm approve --max-cost 1.00"),
+        ),
         Command(
             "reject",
             "Have it made again; your words go to the agent.",
@@ -343,6 +368,14 @@ COMMANDS: dict[str, Command] = {
             (Argument("run", "its id, from %cm runs"),),
             (OUT,),
             examples=("%cm resume r-1f2e3d4c",),
+        ),
+        Command(
+            "permissions",
+            "The tools that may always be called unasked; revoke NAME: ask again before that one.",
+            "cm.permissions()",
+            (Argument("what", "what to do", "choice", "?", ("revoke",)), Argument("tool", "which tool", many="?")),
+            (OUT,),
+            examples=("%cm permissions", "%cm permissions revoke write_file"),
         ),
         Command(
             "config",
@@ -586,6 +619,17 @@ def _number(text: str, where: str, given: Option | Argument) -> int | float:
 
 
 _UNIT = {"--timeout": " seconds"}
+
+
+def limit_in_words(parameter: str, text: str) -> dict[str, Any]:
+    """The limit of that parameter, as a person types it: ``$1``, ``20000``.
+
+    Raises
+    ------
+    WorkflowError    It is no amount of that.
+    """
+    option = next(option for option in LIMITS if option.parameter == parameter)
+    return {parameter: _number(text.strip().removeprefix("$"), option.usual, option)}
 
 
 def pair(text: str) -> tuple[str, Any]:

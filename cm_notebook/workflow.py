@@ -35,6 +35,8 @@ _NAME = re.compile(NAME)
 _MEANT = re.compile(r"""["']action["']\s*:""")
 RESERVED = ("previous", "feedback", "loop")
 """Template names with a meaning of their own; no step or input may take them."""
+LIMITS = ("max_cost_usd", "max_tokens", "max_turns")
+"""Options that say how much a run, or a step, may use before a person is asked."""
 
 
 class Model(BaseModel):
@@ -224,6 +226,9 @@ class Step(Model):
     retries: int = Field(default=2, ge=0)
     idempotent: StrictBool = True
     raw: StrictBool = False
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_turns: int | None = Field(default=None, ge=1)
 
     def model_post_init(self, context: Any, /) -> None:
         """The id defaults to the agent's name."""
@@ -333,6 +338,9 @@ def step(
     retries: int = 2,
     idempotent: bool = True,
     raw: bool = False,
+    max_cost_usd: float | None = None,
+    max_tokens: int | None = None,
+    max_turns: int | None = None,
 ) -> Step:
     """A step in which `agent` does its work.
 
@@ -371,6 +379,9 @@ def step(
         ``False``: after a crash in mid-turn a person is asked before it runs again.
     raw
         ``True``: the prompt is sent as written, ``{{ }}`` included.
+    max_cost_usd, max_tokens, max_turns
+        How much it may use: all its attempts and all agents that it calls count. Where that is reached, a person is
+        asked before its next turn starts; see :class:`Workflow`.
 
     Raises
     ------
@@ -445,7 +456,12 @@ def separator(text: str = "") -> Separator:
     return Separator(text=text)
 
 
-START_OPTIONS = ("engine", "journal", "workspace", "until", "max_concurrency", "on_gate", "tape", "loop")
+START_OPTIONS = ("engine", "journal", "workspace", "until", "max_concurrency", *LIMITS, "on_gate", "tape", "loop")
+
+
+def limits_of(source: Any) -> dict[str, int | float]:
+    """The limits that a workflow, a step or a decision names, by option."""
+    return {name: value for name in LIMITS if (value := getattr(source, name)) is not None}
 
 
 class Workflow(Model):
@@ -471,6 +487,15 @@ class Workflow(Model):
         Default values of template names.
     engine
         Engine of all agents and steps that name none.
+    max_cost_usd
+        US dollars that a run may spend. Where they are spent a gate of kind ``budget`` opens before the next turn
+        starts; what runs finishes. Approving it permits the same amount again. The cost of a turn is known when it
+        ends, so a run may go over its limit by the turns under way. A model whose price is not known is refused at
+        the start; an engine that says no cost is asked about after its first turn: nothing unknown counts as nothing.
+        What a turn that was cut short used after its last report is not known and does not count.
+    max_tokens, max_turns
+        The same for tokens (input and output) and turns (prompts sent; one that is tried again by itself counts
+        once).
 
     Raises
     ------
@@ -486,6 +511,9 @@ class Workflow(Model):
     inputs: dict[str, Any] = Field(default_factory=dict)
     specification: str | None = None
     engine: str | None = None
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_turns: int | None = Field(default=None, ge=1)
 
     @by_name("cm.Workflow")
     def __init__(self, name: str, **data: Any) -> None:
@@ -534,8 +562,8 @@ class Workflow(Model):
         inputs
             Values of template names, over the workflow's own.
         **options
-            Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until,
-            max_concurrency, on_gate, tape, loop``.
+            Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until, max_concurrency,
+            max_cost_usd, max_tokens, max_turns, on_gate, tape, loop``.
         """
         from .run import Run  # the run knows the workflow, not the other way round; this is only the short way to it
 

@@ -53,6 +53,8 @@ class AgentRequest:
         Shows text now, from any thread; for agents that speak beside their stream.
     ask_human
         Asks a person and returns the answer; waiting is not counted in `timeout_s`.
+    may_ask
+        Whether its model should be told that it can: not where the person said not to be asked.
     sub_agents
         Ids of the agents that this turn may call; where there are none, its agent needs no tool for it.
     run_agents
@@ -84,6 +86,7 @@ class AgentRequest:
     timeout_s: float | None = None
     emit: Callable[[str], None] | None = None
     ask_human: Callable[[str], Awaitable[str]] | None = None
+    may_ask: bool = True
     sub_agents: tuple[str, ...] = ()
     run_agents: Callable[..., Awaitable[list[AgentResult]]] | None = None
     ask_permission: Callable[[str, Mapping[str, Any]], Awaitable[Permission]] | None = None
@@ -125,10 +128,14 @@ class ToolReturned:
 
 @dataclass(slots=True)
 class UsageReported:
-    """What the turn used so far; the last report counts."""
+    """What the turn used so far; the last report counts.
+
+    ``cost_estimated``: the cost was computed from a table of prices; the service did not say it.
+    """
 
     usage: Usage
     cost_usd: float | None = None
+    cost_estimated: bool = False
 
 
 @dataclass(slots=True)
@@ -152,7 +159,12 @@ AgentEvent = Delta | SessionStarted | ToolCalled | ToolReturned | UsageReported 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Turns a prompt into a stream of agent events."""
+    """Turns a prompt into a stream of agent events.
+
+    Two more attributes count where there is a limit on cost (``max_cost_usd``), if an engine has them: ``free``, true
+    of one that never costs anything; and ``unpriced(model)``, which returns why the cost of a turn with that model
+    would not be known, or ``None``. Of any other engine, a turn that ends without a cost has one that is not known.
+    """
 
     name: str
 
@@ -201,11 +213,22 @@ def engine_names() -> list[str]:
     return sorted({*_engines, *(point.name for point in offered)})
 
 
+def unpriced(engine: Engine, model: str | None) -> str | None:
+    """Why the cost of a turn would not be known, if that is known now; else ``None``."""
+    ask = getattr(engine, "unpriced", None)
+    found: str | None = ask(model) if ask is not None else None
+    return found
+
+
 class _WithModel:
     """An engine with the model that was named along with it, for requests that name none."""
 
     def __init__(self, engine: Engine, model: str) -> None:
         self.name, self._engine, self._model = engine.name, engine, model
+        self.free = getattr(engine, "free", False)
+
+    def unpriced(self, model: str | None) -> str | None:
+        return unpriced(self._engine, model or self._model)
 
     def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
         return self._engine.stream(request if request.model else replace(request, model=self._model))

@@ -42,6 +42,7 @@ class OfflineEngine:
     """
 
     name = "offline"
+    free = True
     about = "no model is called: plays tapes"
     """For ``cm.doctor()``."""
 

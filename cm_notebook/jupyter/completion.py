@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..allowed import permissions
 from ..engines.base import engine_names
 from ..errors import CodeMachineError
 from ..options import COMMANDS, Command, Option
@@ -135,8 +136,16 @@ def _values(notebook: Notebook, what: str, choices: tuple[str, ...]) -> list[str
         "agent": lambda: notebook.agents,
         "engine": engine_names,
         "run": notebook.run_ids,
+        "tool": _allowed_tools,
     }
     return sorted(dict.fromkeys(sources[what]())) if what in sources else []
+
+
+def _allowed_tools() -> list[str]:
+    try:
+        return [rule.tool for rule in permissions()]
+    except CodeMachineError:
+        return []
 
 
 def _steps(notebook: Notebook) -> list[str]:

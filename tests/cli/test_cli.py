@@ -20,6 +20,7 @@ import pytest
 
 import cm_notebook as cm
 from cm_notebook import cli, config
+from cm_notebook.allowed import Rule, keep
 from tests.helpers import until
 
 HEAD = "import time\nfrom pathlib import Path\nimport cm_notebook as cm\n"
@@ -209,6 +210,16 @@ def test_until_pauses_and_is_a_success() -> None:
     assert done.code == 0
     assert done.err == f"Go on with it: cm-notebook run flow.py --resume {last_run().id}\n"
     assert last_run().status == "paused"
+
+
+def test_a_limit_holds_where_nobody_is_and_the_run_goes_on_with_more() -> None:
+    done = ran("run", write(TWO_STEPS.replace("planner? ->", "planner ->")), "--max-turns", "1")
+    assert done.code == 3
+    assert (
+        "cm-notebook: Paused: 1 turn limit reached after planner. Nobody can answer here. Go on with more" in done.err
+    )
+    assert "(`--max-turns`)" in done.err
+    assert ran("run", "flow.py", "--resume", last_run().id, "--max-turns", "2").code == 0
 
 
 def test_a_tape_decides_where_nobody_is() -> None:
@@ -718,6 +729,54 @@ def test_a_gate_that_nobody_answers_in_time_says_so(terminal: Open) -> None:
     assert person.end() == 4
 
 
+REMOVES = """
+class Removes:
+    name = "removes"
+    async def stream(self, request):
+        said = await request.ask_permission("remove", {"path": request.step})
+        yield cm.TurnDone(f"{said.allowed} {dict(said.arguments or {})} {said.reason}")
+
+@cm.tool(ask=True)
+def remove(path: str) -> str:
+    return path
+
+cm.register_engine(Removes())
+cleaner = cm.Agent("cleaner", "Clean.", engine="removes", tools=[remove])
+steps = [cm.step("cleaner", id=name) for name in "abcde"]
+wf = cm.Workflow("w", agents=[cleaner], steps=steps)
+"""
+
+
+def test_a_tool_is_denied_edited_and_allowed_for_good(
+    terminal: Open, here: Here, capsys: pytest.CaptureFixture[str]
+) -> None:
+    person = terminal("run", write(HEAD + REMOVES), VISUAL="sed -i s/b/zz/")
+    seen = person.answer("r not that one")
+    assert '--- a\n{\n  "path": "a"\n}\n---\na wants to call remove. Allow it' in seen
+    assert "[a] Allow once  [u] Allow for this run  [w] Always allow  [e] Edit…  [r] Deny…  [t] Stop  [?] Help" in seen
+    assert "b wants to call remove" in person.answer("e")
+    assert "and never ask about this tool again" in (person.answer("?"), person.answer("a"))[1]
+    person.answer("w")
+    assert person.end() == 0
+    texts = [last_run()[name].text for name in "abcde"]
+    assert texts == ["False {} not that one", "True {'path': 'zz'} ", "True {} ", "True {} ", "True {} "]
+    assert here("permissions") == (0, "")
+    assert here("permissions", "revoke") == (
+        2,
+        "cm-notebook: permissions lists them; permissions revoke NAME takes one back.\n",
+    )
+    assert here("permissions", "revoke", "remove") == (0, "")
+    assert cm.permissions() == []
+
+
+def test_the_list_of_tools_is_printed(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(cm.Journal(".cm_notebook/journal.db"), Rule(tool="remove", step="a", run="r-1"))
+    assert cli.main(["permissions"]) == 0
+    assert "remove  a (r-1)" in capsys.readouterr().out
+    assert cli.main(["permissions", "revoke", "remov", "--journal", ".cm_notebook/journal.db"]) == 1
+    assert "Did you mean 'remove'?" in capsys.readouterr().err
+
+
 def test_a_failed_step_is_retried_with_another_prompt(terminal: Open) -> None:
     text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    if turn.attempt == 1:\n        raise ValueError('no luck')\n"
     text += "    return 'at last'\nwf = cm.Workflow('w', agents=[a], steps='a')\n"
@@ -737,6 +796,18 @@ def test_an_exhausted_loop_gets_two_more(terminal: Open) -> None:
     assert "[y] 2 more" in person.answer("y 2")
     assert person.end() == 0
     assert len(last_run()["gate"].attempts) == 4
+
+
+def test_where_a_limit_is_reached_a_person_may_permit_more(terminal: Open) -> None:
+    text = HEAD + "\nwf = cm.Workflow('w', agents=[cm.Agent(x, 'Do it.') for x in 'abcd'], steps='a -> b -> c -> d')\n"
+    person = terminal("run", write(text), "--max-turns", "1")
+    seen = person.answer("a x")
+    assert "Paused: 1 turn limit reached after a. Continue with +1 turn?" in seen
+    assert "[a] Continue with +1 turn  [t] Stop  [?] Help" in seen
+    person.see("--max-turns 'x' is not a whole number")
+    person.answer("a 2")
+    assert "1 turn limit" not in person.answer("a")
+    assert person.end() == 0
 
 
 def test_ctrl_c_at_the_question_stops_and_the_gate_comes_again(terminal: Open) -> None:
@@ -814,7 +885,7 @@ def test_help_is_one_screen(here: Here, capsys: pytest.CaptureFixture[str]) -> N
     assert max(map(len, page.splitlines())) <= 80
     assert cli.main([]) == 2
     assert capsys.readouterr().out == page
-    for command in (cli.RUN, cli.TUTORIAL, cli.DOCTOR):
+    for command in (cli.RUN, cli.TUTORIAL, cli.PERMISSIONS, cli.DOCTOR):
         assert f"cm-notebook {command.name}" in page
         assert cli.main([command.name, "--help"]) == 0
         more = capsys.readouterr().out

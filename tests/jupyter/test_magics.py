@@ -378,6 +378,34 @@ def test_a_limit_outlives_a_stop(cells: Cells) -> None:
     assert cells.run["implementer"].status == "pending"
 
 
+def test_a_budget_in_cells(cells: Cells) -> None:
+    cells("%%cm workflow careful --autonomous always --max-turns 1\nplanner -> implementer -> reviewer -> deployer")
+    cells("%%cm agent planner\nPlan.", "%%cm agent implementer\nBuild.", "%%cm agent reviewer\nReview.")
+    cells("%%cm agent deployer\nDeploy.", "%cm run")
+    cells.to("implementer")
+    assert "Gate: Paused: 1 turn limit reached after planner. Continue with +1 turn?" in cells("%cm")
+    assert "Try: %cm approve · %cm stop" in cells.output
+    assert "is about max_turns, not max_cost_usd" in error(cells, "%cm approve --max-cost 1")
+    assert "implementer: +1 turn permitted by you" in cells("%cm approve")
+    cells.to("reviewer")
+    cells("%%cm workflow careful --autonomous always --max-turns 3\nplanner -> implementer -> reviewer -> deployer")
+    cells.to("deployer")
+    cells("%cm stop", "%cm run")
+    cells.to("deployer")
+    cells("%cm stop", "%cm run --max-turns 9")
+    cells.to("deployer", "done")
+    assert "--max-cost nan is too little" in error(cells, "%cm run --max-cost nan")
+
+
+def test_after_a_restart_a_run_goes_on_with_more(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan.", "%%cm agent implementer\nBuild.")
+    cells("%%cm workflow careful --autonomous always --max-turns 1\nplanner -> implementer", "%cm run")
+    cells.to("implementer")
+    cells.restart()
+    cells("%%cm workflow careful --autonomous always --max-turns 1\nplanner -> implementer", "%cm run --max-turns 2")
+    cells.to("implementer", "done")
+
+
 def test_after_a_restart_a_second_run_of_the_cell_is_a_new_attempt(cells: Cells) -> None:
     start(cells)
     cells("%cm approve")
@@ -505,6 +533,49 @@ def test_a_step_that_failed_runs_again_with_its_cell(cells: Cells) -> None:
     assert gate(cells.run).kind == "failed"
     cells("%cm retry")
     assert cells.run.wait(10).status == "completed"
+
+
+REMOVES = """
+import cm_notebook as cm
+class Removes:
+    name = "removes"
+    async def stream(self, request):
+        said = await request.ask_permission("remove", {"path": request.step})
+        yield cm.TurnDone(f"{said.allowed} {dict(said.arguments or {})} {said.reason}")
+cm.register_engine(Removes())
+@cm.tool(ask=True)
+def remove(path: str) -> str:
+    return path
+cleaner = cm.Agent("cleaner", "Clean.", engine="removes", tools=[remove])
+"""
+
+
+def test_a_tool_is_allowed_edited_denied_and_taken_back(cells: Cells) -> None:
+    cells(REMOVES, "%cm workflow w", *(f"%cm step {name} --agent cleaner" for name in "abcd"), "%cm run")
+    assert gate(cells.run, "a").kind == "permission"
+    cells("%cm edit")
+    assert cells.shell.rl_next_input == '%%cm edit a\n{\n  "path": "a"\n}'
+    assert "a calls remove with these arguments." in cells.output
+    assert "does not take these arguments" in error(cells, '%%cm edit a\n{"way": 1}')
+    cells('%%cm edit a\n{"path": "z"}')
+    gate(cells.run, "b")
+    cells("%cm reject why that one?")
+    gate(cells.run, "c")
+    assert "Did you mean 'run'?" in error(cells, "%cm approve --scope runs")
+    cells("%cm approve --scope always")
+    cells.to("d", "done")
+    assert [cells.run[name].text for name in "abcd"] == [
+        "True {'path': 'z'} ",
+        "False {} why that one?",
+        "True {} ",
+        "True {} ",
+    ]
+    assert "remove  c (r-" in cells("found = %cm permissions")
+    assert [rule.tool for rule in cells.shell.user_ns["found"]] == ["remove"]
+    assert "needs a tool's name. Always allowed: remove." in error(cells, "%cm permissions revoke")
+    cells("%cm permissions revoke remove")
+    assert cm.permissions() == []
+    assert "'remove' is not always allowed. None is." in error(cells, "%cm permissions revoke remove")
 
 
 # -- building ----------------------------------------------------------------------------------------------------------
