@@ -793,8 +793,8 @@ class Session:
                 lines[_HEAD:-_TAIL] = [f"… {left_out} lines more: v shows all …"]
             self._console.say("\n".join(lines))
             self._console.say("---", "dim")
-        shown_above = gate.kind == "permission" or (asks and bool(shown))
-        self._console.say(clean(say.gate_sentence(self._state, gate, beside=shown_above)), "bold")
+        beside = gate.kind == "permission" or (asks and bool(shown))
+        self._console.say(clean(say.gate_sentence(self._state, gate, beside=beside)), "bold")
         self._console.forget_typed()
         if tray := self._tray(gate):
             self._console.say(tray)
@@ -804,13 +804,13 @@ class Session:
         """The text that is decided about."""
         if gate.kind == "start":
             return self._state.text(step.redo.prompt) if step.redo is not None else ""
-        if gate.kind == "question":
-            question = str(gate.payload.get("question", ""))
-            return "" if say.one_line(question, say.QUESTION) == question else question  # else the sentence has it
         if gate.kind == "budget":
             return ""
         if gate.kind == "permission":
             return say.requested(gate)
+        if gate.kind == "question":
+            question = str(gate.payload.get("question", ""))
+            return "" if say.one_line(question, say.QUESTION) == question else question  # else the sentence has it
         last = step.last
         if gate.kind == "failed":
             return (last.error.detail or "") if last is not None and last.error is not None else ""

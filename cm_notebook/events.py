@@ -23,10 +23,10 @@ GateKind = Literal[
     "review", "start", "verdict", "exhausted", "failed", "stale", "question", "permission", "may_have_run", "budget"
 ]
 Action = Literal["approve", "reject", "retry", "skip", "answer", "stop"]
-GATE_DEADLINE = "deadline"
-"""Who decided at a gate that nobody has answered in time."""
 Scope = Literal["once", "run", "always"]
 """For how long a permission counts: for this call, for this tool in this run, for this tool for ever."""
+GATE_DEADLINE = "deadline"
+"""Who decided at a gate that nobody has answered in time."""
 
 ACTIONS: dict[GateKind, tuple[Action, ...]] = {
     "review": ("approve", "reject", "skip", "stop"),

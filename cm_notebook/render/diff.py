@@ -549,6 +549,12 @@ _CODE_LINE = re.compile(
 
 
 def _is_code(text: str) -> bool:
-    """Whether most lines look like program text or data rather than sentences."""
-    sample = [line for line in text[:50_000].split("\n") if line.strip()]
-    return bool(sample) and 2 * sum(1 for line in sample if _CODE_LINE.match(line)) > len(sample)
+    """Whether most lines look like program text or data rather than sentences; what Markdown fences in does."""
+    lines, code, fenced = 0, 0, False
+    for line in text[:50_000].split("\n"):
+        if line.lstrip().startswith(("```", "~~~")):
+            fenced = not fenced
+        elif line.strip():
+            lines += 1
+            code += fenced or _CODE_LINE.match(line) is not None
+    return 2 * code > lines

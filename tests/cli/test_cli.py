@@ -642,6 +642,54 @@ def test_a_question_takes_a_line(terminal: Open) -> None:
     assert last_run()["a"].text == "port it's 80?"
 
 
+REMOVES = """
+class Removes:
+    name = "removes"
+    async def stream(self, request):
+        said = await request.ask_permission("remove", {"path": request.step})
+        yield cm.TurnDone(f"{said.allowed} {dict(said.arguments or {})} {said.reason}")
+
+@cm.tool(ask=True)
+def remove(path: str) -> str:
+    return path
+
+cm.register_engine(Removes())
+cleaner = cm.Agent("cleaner", "Clean.", engine="removes", tools=[remove])
+steps = [cm.step("cleaner", id=name) for name in "abcde"]
+wf = cm.Workflow("w", agents=[cleaner], steps=steps)
+"""
+
+
+def test_a_tool_is_denied_edited_and_allowed_for_good(
+    terminal: Open, here: Here, capsys: pytest.CaptureFixture[str]
+) -> None:
+    person = terminal("run", write(HEAD + REMOVES), VISUAL="sed -i s/b/zz/")
+    seen = person.answer("r not that one")
+    assert '--- a\n{\n  "path": "a"\n}\n---\na wants to call remove. Allow it' in seen
+    assert "[a] Allow once  [u] Allow for this run  [w] Always allow  [e] Edit…  [r] Deny…  [t] Stop  [?] Help" in seen
+    assert "b wants to call remove" in person.answer("e")
+    assert "and never ask about this tool again" in (person.answer("?"), person.answer("a"))[1]
+    person.answer("w")
+    assert person.end() == 0
+    texts = [last_run()[name].text for name in "abcde"]
+    assert texts == ["False {} not that one", "True {'path': 'zz'} ", "True {} ", "True {} ", "True {} "]
+    assert here("permissions") == (0, "")
+    assert here("permissions", "revoke") == (
+        2,
+        "cm-notebook: permissions lists them; permissions revoke NAME takes one back.\n",
+    )
+    assert here("permissions", "revoke", "remove") == (0, "")
+    assert cm.permissions() == []
+
+
+def test_the_list_of_tools_is_printed(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(cm.Journal(".cm_notebook/journal.db"), Rule(tool="remove", step="a", run="r-1"))
+    assert cli.main(["permissions"]) == 0
+    assert "remove  a (r-1)" in capsys.readouterr().out
+    assert cli.main(["permissions", "revoke", "remov", "--journal", ".cm_notebook/journal.db"]) == 1
+    assert "Did you mean 'remove'?" in capsys.readouterr().err
+
+
 def test_a_long_question_is_shown_whole(terminal: Open) -> None:
     text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n"
     text += "    return turn.ask_human('\\n'.join(f'{number}. a line of the question' for number in range(99)))\n"
@@ -655,11 +703,12 @@ def test_a_long_question_is_shown_whole(terminal: Open) -> None:
 def test_a_question_has_a_limit_too_and_says_where_the_rest_is(terminal: Open) -> None:
     text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    return turn.ask_human('Q' * 300_000)\n"
     person = terminal("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a')\n"))
-    seen = person.answer("yes", "answer> ")
+    seen = person.see("answer> ")
     assert len(seen) < 70_000
     command = re.search(r"Show all 300 kB: `(cm\..*)` …", seen)
     assert command
     assert eval(command[1]) == "Q" * 300_000
+    person.answer("yes", "")
     assert person.end() == 0
 
 
@@ -727,54 +776,6 @@ def test_a_gate_that_nobody_answers_in_time_says_so(terminal: Open) -> None:
     seen = person.see("(its time is over)\ncm: planner stopped at its deadline")
     assert re.search(r"Next: coder\. Decide by \d\d:\d\d:\d\d, else the run stops\.\n", seen)
     assert person.end() == 4
-
-
-REMOVES = """
-class Removes:
-    name = "removes"
-    async def stream(self, request):
-        said = await request.ask_permission("remove", {"path": request.step})
-        yield cm.TurnDone(f"{said.allowed} {dict(said.arguments or {})} {said.reason}")
-
-@cm.tool(ask=True)
-def remove(path: str) -> str:
-    return path
-
-cm.register_engine(Removes())
-cleaner = cm.Agent("cleaner", "Clean.", engine="removes", tools=[remove])
-steps = [cm.step("cleaner", id=name) for name in "abcde"]
-wf = cm.Workflow("w", agents=[cleaner], steps=steps)
-"""
-
-
-def test_a_tool_is_denied_edited_and_allowed_for_good(
-    terminal: Open, here: Here, capsys: pytest.CaptureFixture[str]
-) -> None:
-    person = terminal("run", write(HEAD + REMOVES), VISUAL="sed -i s/b/zz/")
-    seen = person.answer("r not that one")
-    assert '--- a\n{\n  "path": "a"\n}\n---\na wants to call remove. Allow it' in seen
-    assert "[a] Allow once  [u] Allow for this run  [w] Always allow  [e] Edit…  [r] Deny…  [t] Stop  [?] Help" in seen
-    assert "b wants to call remove" in person.answer("e")
-    assert "and never ask about this tool again" in (person.answer("?"), person.answer("a"))[1]
-    person.answer("w")
-    assert person.end() == 0
-    texts = [last_run()[name].text for name in "abcde"]
-    assert texts == ["False {} not that one", "True {'path': 'zz'} ", "True {} ", "True {} ", "True {} "]
-    assert here("permissions") == (0, "")
-    assert here("permissions", "revoke") == (
-        2,
-        "cm-notebook: permissions lists them; permissions revoke NAME takes one back.\n",
-    )
-    assert here("permissions", "revoke", "remove") == (0, "")
-    assert cm.permissions() == []
-
-
-def test_the_list_of_tools_is_printed(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
-    keep(cm.Journal(".cm_notebook/journal.db"), Rule(tool="remove", step="a", run="r-1"))
-    assert cli.main(["permissions"]) == 0
-    assert "remove  a (r-1)" in capsys.readouterr().out
-    assert cli.main(["permissions", "revoke", "remov", "--journal", ".cm_notebook/journal.db"]) == 1
-    assert "Did you mean 'remove'?" in capsys.readouterr().err
 
 
 def test_a_failed_step_is_retried_with_another_prompt(terminal: Open) -> None:

@@ -234,6 +234,8 @@ def test_markup_is_text(show):
         ('{\n  "a": 1,\n  "b": [2]\n}\n', True),
         ("x = 1\ny = 2\nrun(x)\n", True),
         ("function f() {\n  return 1;\n}\n", True),
+        ("It is used so:\n\n```console\n$ todo add milk\n$ todo list\n1 [ ] milk\n```\n", True),
+        ("A sentence.\n\nAnother one.\n\n```\n$ todo list\n```\n", False),
         ("First look at the tests. Then fix them.\n", False),
         ("# Plan\n\n1. Read `a.py`\n2. Fix the test (it fails)\n\n- done\n", False),
         ("If it fails, try again.\nReturn later.\n", False),
