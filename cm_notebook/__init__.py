@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import keys
 from .engines.base import (
     AgentEvent,
     AgentRequest,
@@ -125,6 +126,7 @@ __all__ = [
     "agent",
     "current",
     "doctor",
+    "keys",
     "module",
     "parallel",
     "register_engine",

@@ -7,10 +7,12 @@ in one event only; whoever needs it again holds a ``Ref`` to that event. What an
 Annotations are evaluated here, as in ``workflow.py``: from text, pydantic would compile each of them at every import.
 """
 
+import json
 from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from . import keys
 from .errors import CodeMachineError
 from .workflow import AutonomousMode, Model, Verdict
 
@@ -474,6 +476,19 @@ def sound(value: Any) -> Any:
 def body(event: BaseEvent) -> str:
     """The event as JSON, without what the journal keeps in columns."""
     return event.model_dump_json(exclude_none=True)
+
+
+def without_keys(event: AnyEvent) -> AnyEvent:
+    """The event, with no key of a service in it, whoever may have written one."""
+    secrets = [json.dumps(secret)[1:-1] for secret in keys.known()]
+    if not secrets:
+        return event
+    text = body(event)
+    if not any(secret in text for secret in secrets):
+        return event
+    for secret in secrets:
+        text = text.replace(secret, keys.SHOWN)
+    return read(event.type, event.seq, event.at, text)
 
 
 def place(event: BaseEvent, seq: int, at: float) -> None:

@@ -17,7 +17,6 @@ import contextlib
 import functools
 import inspect
 import json
-import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -25,6 +24,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
+from .. import keys
 from ..config import SETTINGS, setting
 from ..errors import EngineAuthError, EngineError, EngineProtocolError, WorkflowError, did_you_mean
 from ..events import Usage
@@ -92,7 +92,7 @@ class ChatEngine(abc.ABC):
     ----------
     name
         By which agents name it. The base URL is the setting ``<name>_base_url``, the key the variable
-        ``<NAME>_API_KEY``, read for each turn and kept nowhere.
+        ``<NAME>_API_KEY`` or what ``cm.keys.set(name)`` has asked for, looked up for each turn.
     base_url
         In place of the setting.
     silence_s
@@ -114,8 +114,9 @@ class ChatEngine(abc.ABC):
     @property
     def about(self) -> str:
         """Where it is and whether there is a key, for ``cm.doctor()``."""
-        variable = f"{self.name.upper()}_API_KEY"
-        return f"{self._where()}; {variable} is {'set' if os.environ.get(variable, '').strip() else 'not set'}"
+        variable, where = keys.variable(self.name), keys.source(self.name)
+        said = f"{variable} is set" if where == variable else f"key {where}" if where else f"{variable} is not set"
+        return f"{self._where()}; {said}"
 
     def unpriced(self, model: str | None) -> str | None:
         """Why the cost of a turn with `model` would not be known; ``None``: it is, or its service says it."""
@@ -192,7 +193,7 @@ class ChatEngine(abc.ABC):
                             yield Delta("\n\n")
                         begun = begun or delta.kind == "text"
                         yield delta
-                answer, written = reader.answer(), written or begun
+                answer, written = _without_keys(reader.answer()), written or begun
                 used, cost = _used(price, body, answer)
                 usage, costs = usage + used, [*costs, cost]
                 known = [cost for cost in costs if cost is not None]
@@ -255,14 +256,20 @@ class ChatEngine(abc.ABC):
             return [], connection.unreadable("an event of a shape that is not known", data)
 
     def _connection(self) -> Connection:
-        variable = f"{self.name.upper()}_API_KEY"
-        where, key = self._where(), os.environ.get(variable, "").strip()
-        standard = SETTINGS.get(f"{self.name}_base_url")
-        if not key and standard is not None and where == standard.default and where.startswith("https:"):
-            raise self._error(f"{variable} is not set. Put your key there.", EngineAuthError)
-        if not (key.isascii() and key.isprintable()):
-            raise self._error(f"{variable} holds what is in no key. Copy it again.", EngineAuthError)
-        return Connection(self.name, where, self.headers(key), secrets=(key,), silence_s=self._silence_s)
+        where, key = self._where(), keys.find(self.name)
+        if not key and self.needs_key:
+            raise EngineAuthError(keys.missing(self.name), engine=self.name)
+        if not (key.reveal().isascii() and key.reveal().isprintable()):
+            raise self._error(f"{keys.variable(self.name)} holds what is in no key. Copy it again.", EngineAuthError)
+        return Connection(
+            self.name, where, self.headers(key.reveal()), secrets=(key.reveal(),), silence_s=self._silence_s
+        )
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether it can do nothing without a key: where its service is one of the big ones' own."""
+        where, standard = self._where(), SETTINGS.get(f"{self.name}_base_url")
+        return standard is not None and where == standard.default and where.startswith("https:")
 
     def _where(self) -> str:
         if self._base_url is not None:
@@ -281,7 +288,17 @@ class ChatEngine(abc.ABC):
             raise self._error(f"the model said nothing: {why}.", EngineProtocolError)
 
     def _error(self, message: str, kind: type[EngineError] = EngineError, **more: Any) -> EngineError:
-        return kind(f"{self.name}: {' '.join(message.split())}", engine=self.name, **more)
+        return kind(keys.hide(f"{self.name}: {' '.join(message.split())}"), engine=self.name, **more)
+
+
+def _without_keys(answer: Answer) -> Answer:
+    """The answer, with no key in it: one that came in pieces is whole only here."""
+    if keys.known():
+        answer.text = keys.hide(answer.text)
+        answer.message = json.loads(keys.hide(json.dumps(answer.message)))
+        for call in answer.calls:
+            call.written = keys.hide(call.written)
+    return answer
 
 
 def _used(price: Mapping[str, float] | None, body: Mapping[str, Any], answer: Answer) -> tuple[Usage, float | None]:
