@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import keys
+from .allowed import Permissions, permissions
 from .engines.base import (
     AgentEvent,
     AgentRequest,
@@ -102,6 +103,7 @@ __all__ = [
     "Module",
     "Parallel",
     "Permission",
+    "Permissions",
     "ReplayMismatch",
     "Reply",
     "Run",
@@ -129,6 +131,7 @@ __all__ = [
     "keys",
     "module",
     "parallel",
+    "permissions",
     "register_engine",
     "resume",
     "runs",

@@ -35,6 +35,7 @@ from typing import IO, Any, NoReturn
 
 from . import config, options
 from . import run as runs
+from .allowed import permissions
 from .errors import CodeMachineError, GatePending, TransitionError, WorkflowError, did_you_mean
 from .events import Action, AnyEvent, Decision, Gate, GateOpened, RunFinished, TurnFailed, TurnFinished, TurnStarted
 from .feed import LiveText
@@ -86,6 +87,13 @@ TUTORIAL = Command(
         _DEBUG,
     ),
 )
+PERMISSIONS = Command(
+    "permissions",
+    "The tools that may always be called unasked; revoke NAME: ask again before that one.",
+    "cm.permissions(…)",
+    COMMANDS["permissions"].arguments,
+    (Option("journal", "beside which the list is kept", example="FILE"), _DEBUG),
+)
 DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.", "cm.doctor()", (), (_DEBUG,))
 DOCTOR_CODES = "Exit codes: 0 all is well; 1 there is something to look at.\n"
 
@@ -94,6 +102,7 @@ cm-notebook: workflows of AI agents, with you deciding at the right moments.
 
   cm-notebook tutorial [NAME]    copy the notebooks and open them in JupyterLab
   cm-notebook run FILE           run the workflow in a .py or .json file
+  cm-notebook permissions        the tools that may always be called unasked
   cm-notebook doctor             what is here, what is missing, how to mend it
   cm-notebook COMMAND --help     more about one of them
   cm-notebook --version
@@ -264,7 +273,12 @@ def _dispatch(words: list[str]) -> int:
     if name in ("-V", "--version"):
         print(f"cm-notebook {version()}")
         return DONE
-    commands: dict[str, Callable[[list[str]], int]] = {"run": _run, "tutorial": _tutorial, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": _run,
+        "tutorial": _tutorial,
+        "permissions": _permissions,
+        "doctor": _doctor,
+    }
     if name not in commands:
         raise _Misunderstood(f"there is no command {name!r}. {did_you_mean(name, commands, 'Commands')}")
     return commands[name](words[1:])
@@ -279,6 +293,19 @@ def version() -> str:
         return installed("cm-notebook")
     except PackageNotFoundError:
         return "(from its sources)"
+
+
+def _permissions(words: list[str]) -> int:
+    asked = _Parser(PERMISSIONS).read(words)
+    if asked is None:
+        return DONE
+    found = permissions(asked.get("journal"))
+    if asked["what"] is not None:
+        if asked["what"] != "revoke" or asked["tool"] is None:
+            raise _Misunderstood("permissions lists them; permissions revoke NAME takes one back.")
+        found.revoke(asked["tool"])
+    print(clean(repr(found)))
+    return DONE
 
 
 def _doctor(words: list[str]) -> int:
@@ -471,7 +498,7 @@ def _choose(module: ModuleType, file: str, name: str | None) -> Workflow:
 
 _KEYS: dict[str, str] = {
     **{"approve": "a", "reject": "r", "edit": "e", "skip": "s", "stop": "t"},
-    **{"retry": "y", "prompt": "p", "rerun": "f"},
+    **{"retry": "y", "prompt": "p", "rerun": "f", "run": "u", "always": "w"},
 }
 _LONG, _HEAD, _TAIL = 60, 40, 12
 """Lines of an output: from how many on it is cut, and how many then remain of its beginning and end."""
@@ -651,7 +678,8 @@ class Session:
                 lines[_HEAD:-_TAIL] = [f"… {left_out} lines more: v shows all …"]
             self._console.say("\n".join(lines))
             self._console.say("---", "dim")
-        self._console.say(clean(say.gate_sentence(self._state, gate)), "bold")
+        shown_above = gate.kind == "permission"
+        self._console.say(clean(say.gate_sentence(self._state, gate, beside=shown_above)), "bold")
         self._console.forget_typed()
         self._console.say(self._choices(gate, step))
 
@@ -661,6 +689,8 @@ class Session:
             return self._state.text(step.redo.prompt) if step.redo is not None else ""
         if gate.kind in ("question", "budget"):
             return ""
+        if gate.kind == "permission":
+            return say.requested(gate)
         last = step.last
         if gate.kind == "failed":
             return (last.error.detail or "") if last is not None and last.error is not None else ""
@@ -669,8 +699,8 @@ class Session:
     def _choices(self, gate: Gate, step: StepState) -> str:
         if gate.kind == "question":
             return "Type the answer. Ctrl+C stops the run."
-        found = [f"[{_KEYS[way.action]}] {way.label}" for way in say.ways(self._state, gate)]
-        if len(step.attempts) > 1 and gate.kind not in ("start", "budget"):
+        found = [f"[{_KEYS[way.name]}] {way.label}" for way in say.ways(self._state, gate)]
+        if len(step.attempts) > 1 and gate.kind not in ("start", "permission", "budget"):
             found.append("[d] Diff")
         return "  ".join([*found, "[?] Help"])
 
@@ -685,7 +715,7 @@ class Session:
             return Decision(action="answer", feedback=line) if line else None
         word, _, rest = line.partition(" ")
         word, rest = word.lower(), rest.strip()
-        ways = {way.action: way for way in say.ways(self._state, gate)}
+        ways = {way.name: way for way in say.ways(self._state, gate)}
         known: dict[str, str] = {"d": "diff", "v": "view", "?": "help"}
         for name in ways:
             known |= {_KEYS[name]: name, name: name}
@@ -703,7 +733,7 @@ class Session:
         if action == "rerun":
             self._run.rerun(step.id, later=True)
             return None
-        return self._made(gate, step, ways[action], rest)  # type: ignore[index]
+        return self._made(gate, step, ways[action], rest)
 
     def _made(self, gate: Gate, step: StepState, way: say.Way, rest: str) -> Decision | None:
         action = way.action
@@ -725,7 +755,7 @@ class Session:
                 raise WorkflowError("retry takes a number, and only where a loop is used up: y 2")
             return Decision(action="retry", count=int(rest))
         made: Action = action  # type: ignore[assignment]
-        return Decision(action=made, count=way.times)
+        return Decision(action=made, count=way.times, scope=way.scope)
 
     def _asked(self, question: str, gate: Gate) -> str:
         return (self._console.ask(question, lambda: not self._is_open(gate)) or "").strip()
@@ -745,6 +775,8 @@ class Session:
             "approve": "go on with what is shown"
             if gate.kind != "budget"
             else "go on with the same amount again; a 2 with two, in the limit's unit",
+            "run": "the same, and do not ask about this tool again in this run",
+            "always": "the same, and never ask about this tool again; cm-notebook permissions lists them",
             "reject": "send it back; r WORDS says why",
             "edit": "change the text in your editor ($EDITOR), and go on with that",
             "prompt": "change its prompt in your editor ($EDITOR), and try that",
@@ -753,7 +785,7 @@ class Session:
             "skip": "go on without it",
             "stop": "end the run; it can be resumed",
         }
-        rows = [[_KEYS[way.action], way.label, meanings[way.action]] for way in say.ways(self._state, gate)]
+        rows = [[_KEYS[way.name], way.label, meanings[way.name]] for way in say.ways(self._state, gate)]
         if len(step.attempts) > 1:
             rows.append(["d", "Diff", "what changed since the attempt before"])
         rows.append(["v", "View", "all of the text"])

@@ -21,8 +21,12 @@ Mode = Literal["step-by-step", "gates", "unattended"]
 
 RunEnd = Literal["completed", "stopped", "failed"]
 
-GateKind = Literal["review", "start", "verdict", "exhausted", "failed", "stale", "question", "may_have_run", "budget"]
+GateKind = Literal[
+    "review", "start", "verdict", "exhausted", "failed", "stale", "question", "permission", "may_have_run", "budget"
+]
 Action = Literal["approve", "reject", "retry", "skip", "answer", "stop"]
+Scope = Literal["once", "run", "always"]
+"""For how long a permission counts: for this call, for this tool in this run, for this tool for ever."""
 
 ACTIONS: dict[GateKind, tuple[Action, ...]] = {
     "review": ("approve", "reject", "skip", "stop"),
@@ -32,13 +36,16 @@ ACTIONS: dict[GateKind, tuple[Action, ...]] = {
     "failed": ("retry", "skip", "stop"),
     "stale": ("approve", "retry", "skip", "stop"),
     "question": ("answer", "stop"),
+    "permission": ("approve", "reject", "stop"),
     "may_have_run": ("approve", "retry", "skip", "stop"),
     "budget": ("approve", "stop"),
 }
 """What may be decided at each kind of gate."""
 
-EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted")
-"""Where approving may carry an edited text."""
+EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted", "permission")
+"""Where approving may carry an edited text; for a permission, the arguments as a JSON object."""
+ASKED_BY_TURNS: tuple[GateKind, ...] = ("question", "permission")
+"""Those that a turn opens in its midst, and for whose answer it waits."""
 OTHER_WORDS = "your words reached no model"
 """So ends the note of a turn whose answer was recorded for another prompt."""
 
@@ -94,7 +101,8 @@ class Gate(Fact):
     kind
         What is to be decided, see ``ACTIONS``.
     payload
-        What the person should know: ``reason``, ``question``, ``error``, ``note``.
+        What the person should know: ``reason``, ``question``, ``error``, ``note``; of a permission ``tool`` and its
+        ``arguments``.
     digest
         SHA-256 of the text that is decided about; what was approved is what runs.
     actions
@@ -124,11 +132,13 @@ class Decision(Model):
     feedback
         Why it is rejected, or the answer to a question.
     output
-        The edited text to go on with (approve).
+        The edited text to go on with (approve); at ``permission`` the arguments, as a JSON object.
     prompt
         The edited prompt to try again with (retry).
     count
         How many more iterations (retry at ``exhausted``).
+    scope
+        For how long a tool is allowed (approve at ``permission``): ``once``, ``run``, ``always``; ``None``: once.
     max_cost_usd, max_tokens, max_turns
         How much more may be used (approve at ``budget``); ``None``: the same amount again.
     by
@@ -142,6 +152,7 @@ class Decision(Model):
     output: str | None = None
     prompt: str | None = None
     count: int = Field(default=1, ge=1)
+    scope: Scope | None = None
     max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_tokens: int | None = Field(default=None, ge=1)
     max_turns: int | None = Field(default=None, ge=1)

@@ -263,11 +263,14 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "approve",
-            "Go on with what the gate shows; where a limit is reached, with so much more.",
+            "Go on with what the gate shows; allow a tool; where a limit is reached, go on with so much more.",
             "run.approve(…)",
             (_STEP,),
-            LIMITS,
-            examples=("%cm approve", "%cm approve --max-cost 1.00"),
+            (
+                Option("scope", "for how long a tool is allowed", "choice", choices=("once", "run", "always")),
+                *LIMITS,
+            ),
+            examples=("%cm approve", "%cm approve --scope run", "%cm approve --max-cost 1.00"),
         ),
         Command(
             "reject",
@@ -359,6 +362,14 @@ COMMANDS: dict[str, Command] = {
             (Argument("run", "its id, from %cm runs"),),
             (OUT,),
             examples=("%cm resume r-1f2e3d4c",),
+        ),
+        Command(
+            "permissions",
+            "The tools that may always be called unasked; revoke NAME: ask again before that one.",
+            "cm.permissions()",
+            (Argument("what", "what to do", "choice", "?", ("revoke",)), Argument("tool", "which tool", many="?")),
+            (OUT,),
+            examples=("%cm permissions", "%cm permissions revoke write_file"),
         ),
         Command(
             "config",

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import gc
 import os
 import secrets
@@ -33,9 +34,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
-from . import edits
+from . import allowed, edits
 from . import state as meaning
 from .config import setting
 from .engines.base import AgentRequest, Engine, configured_engine, find_engine, is_engine, unpriced
@@ -61,6 +62,7 @@ from .events import (
     Decision,
     Gate,
     GateDecided,
+    GateOpened,
     Mode,
     ModeChanged,
     Rewound,
@@ -69,6 +71,7 @@ from .events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    Scope,
     SessionOpened,
     StepFailed,
     TurnCutShort,
@@ -88,6 +91,7 @@ from .prompts import check_read, check_templates, digest, missing_field, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
 from .team import CAP, AgentResult, Call, checked_calls
+from .tools import Permission, Tool, read_arguments
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
 from .workflow import Agent, Separator, Step, Workflow, as_step
 
@@ -135,7 +139,7 @@ class Run:
         self._on_gate: GatePolicy | None = None
         self._somebody = True
         self._turns: dict[str, LiveTurn] = {}
-        self._questions: dict[str, asyncio.Future[str]] = {}
+        self._questions: dict[str, asyncio.Future[Decision]] = {}
         self._calls: dict[tuple[str, int], asyncio.Future[None]] = {}
         self._asked: set[str] = set()
         self._stuck: Gate | None = None
@@ -545,6 +549,7 @@ class Run:
         step: str | None = None,
         *,
         output: str | None = None,
+        scope: Scope | None = None,
         max_cost_usd: float | None = None,
         max_tokens: int | None = None,
         max_turns: int | None = None,
@@ -552,9 +557,14 @@ class Run:
         """Go on with what the gate shows, or with `output` in its place.
 
         Where a limit is reached: with the same amount again, or so much more as is said here.
+        Where a tool is to be called, `scope` says for how long it is allowed: ``"once"`` (as ``None``), ``"run"``: in
+        this run, ``"always"``: see :func:`permissions`. `output` are then the arguments to call it with, as JSON.
         """
+        scopes = get_args(Scope)
+        if scope is not None and scope not in scopes:
+            raise WorkflowError(f"scope={scope!r} is not known. {did_you_mean(str(scope), scopes, 'Scopes')}")
         more = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
-        return self._answer(step, Decision(action="approve", output=output, **more))
+        return self._answer(step, Decision(action="approve", output=output, scope=scope, **more))
 
     def reject(self, feedback: str, step: str | None = None) -> Run:
         """Have it made again, with `feedback`."""
@@ -595,10 +605,37 @@ class Run:
             gate = meaning.gate_of(self._state, gate_id)
             if digest is not None and digest != gate.digest:
                 raise AlreadyDecided(f"{gate.step!r} shows something else by now; nothing was changed. Look again.")
+            self._check_decision(gate, decision)
+            if decision.scope == "always":  # first, as the run may ask again at once
+                self._allow_always(gate)
             return [GateDecided(gate_id=gate_id, decision=decision)]
 
         self._propose(propose)
         return self
+
+    def _check_decision(self, gate: Gate, decision: Decision) -> None:
+        """Refuse an answer that does not fit, also by the arguments that the tool takes, where it is known here."""
+        meaning.check_decision(gate, decision)
+        tool = self._tool(gate.path, meaning.tool_of(gate)[0]) if gate.kind == "permission" else None
+        if tool is not None and decision.output is not None and tool.checker is not None:
+            try:
+                tool.check(read_arguments(decision.output))
+            except ValueError as error:
+                raise TransitionError(f"{tool.name} does not take these arguments: {error}.") from None
+
+    def _tool(self, path: str, name: str) -> Tool | None:
+        agent = self._agents.get(self._state.find(path).step.agent)
+        return next((tool for tool in agent.tools if tool.name == name), None) if agent is not None else None
+
+    def _allow_always(self, gate: Gate) -> None:
+        tool, implementation = meaning.tool_of(gate)
+        rule = allowed.Rule(tool=tool, implementation=implementation, run=self.id, step=gate.step, at=time.time())
+        try:
+            allowed.keep(self._journal, rule)
+        except CodeMachineError as error:
+            raise CodeMachineError(
+                f"that {tool} may always be called cannot be kept, so nothing is decided: {error}"
+            ) from None
 
     def _answer(self, step: str | None, decision: Decision) -> Run:
         return self.decide(self.gate(step).id, decision)
@@ -1149,6 +1186,8 @@ class Run:
                     running.cancel()
             elif type(event) is GateDecided:
                 self._tell_turn(event)
+                if event.decision.scope in ("run", "always"):
+                    self._allow_alike()
             elif type(event) is AgentsReturned:
                 waiting = self._calls.pop((event.path, event.call), None)
                 if waiting is not None and not waiting.done():
@@ -1243,8 +1282,9 @@ class Run:
         elif self._on_gate is not None and self._on_gate in gate.actions and gate.path not in self._rejected:
             feedback = None
             if self._on_gate == "reject":
-                self._rejected.add(gate.path)
                 feedback = POLICY_FEEDBACK
+                if gate.kind != "permission":  # of those, every one
+                    self._rejected.add(gate.path)
             self._decide_soon(gate, Decision(action=self._on_gate, feedback=feedback, by="on_gate"))
         else:
             self._unanswered(gate)
@@ -1260,7 +1300,7 @@ class Run:
             elif said is not None:
                 raise TransitionError(f"on_gate returned {said!r}; it returns a Decision, an action's name or None.")
             if decision is not None:
-                meaning.check_decision(gate, decision)
+                self._check_decision(gate, decision)
         except Exception as error:
             self.error = error
             reason = f"on_gate at {gate.step}: {error}"
@@ -1277,6 +1317,9 @@ class Run:
             self._loop.call_soon_threadsafe(self._nobody_answered, gate)
 
     def _decide_soon(self, gate: Gate, decision: Decision) -> None:
+        if decision.scope == "always":  # the person's own list is for persons to write
+            decision = decision.model_copy(update={"scope": "run"})
+
         def propose() -> list[AnyEvent]:
             if gate.id not in self._state.gates:
                 return []  # a person was faster
@@ -1305,6 +1348,13 @@ class Run:
             self._propose(lambda: [RunFinished(status="failed", reason=reason)], wait=False)
         else:
             self._stuck = gate
+
+    def _allow_alike(self) -> None:
+        """A tool was allowed for longer: others who wait for the same need not be asked."""
+        for gate in self._state.gates.values():
+            given = self._state.allowed.get(meaning.tool_of(gate)) if gate.kind == "permission" else None
+            if given is not None:
+                self._decide_soon(gate, Decision(action="approve", by=given.by))
 
     # -- turns --------------------------------------------------------------------------------------------------------
 
@@ -1450,6 +1500,8 @@ class Run:
                 timeout_s=step.step.timeout_s,
                 emit=write,
                 ask_human=lambda question: self._ask_human(turn, question),
+                may_ask=meaning.may_ask(state, step),
+                ask_permission=lambda name, arguments: self._ask_permission(turn, name, arguments),
                 sub_agents=meaning.may_call(state, step),
                 run_agents=lambda asked, limit=None: self._run_agents(turn, asked, limit),
             )
@@ -1465,36 +1517,65 @@ class Run:
         return self._folder
 
     async def _ask_human(self, turn: LiveTurn, question: str) -> str:
-        """Open a ``question`` gate and wait for its answer, one at a time; the turn's time stands still."""
+        """Ask a person; what was answered before the process died is not asked again."""
         question = sound(str(question))
-        if turn.asking is None:
-            turn.asking = asyncio.Lock()
-        async with turn.asking:
+        async with turn.one_at_a_time():
             step = self._state.find(turn.started.path)
             for place, (asked, said) in enumerate(step.resent):
                 if asked == question and place not in turn.recalled:
                     turn.recalled.add(place)
-                    return said  # answered before the process died
-            answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+                    return said
+            decision = await self._ask(turn, lambda: meaning.ask(self._state, step, question))
+            return decision.feedback or ""
 
-            def propose() -> list[AnyEvent]:
-                opened = meaning.ask(self._state, step, question)
-                self._questions[opened.gate.id] = answer
-                return [opened]
+    async def _ask_permission(self, turn: LiveTurn, name: str, arguments: Mapping[str, Any]) -> Permission:
+        """Ask a person whether a tool may be called, unless it was allowed for longer."""
+        arguments, path = sound(dict(arguments)), turn.started.path
+        tool = self._tool(path, name)
+        which = (name, tool.implementation if tool is not None else "")
+        note = ""
+        async with turn.one_at_a_time():
+            while True:
+                given = self._state.allowed.get(which)
+                if (given is not None and given.scope == "run") or allowed.allows(self._journal, *which):
+                    return Permission(True)
+                opening = functools.partial(
+                    meaning.ask_permission, self._state, self._state.find(path), which, arguments, note
+                )
+                decision = await self._ask(turn, opening)
+                if decision.action == "reject":
+                    return Permission(False, reason=decision.feedback or "")
+                if decision.output is None:
+                    return Permission(True)
+                edited = read_arguments(decision.output)
+                try:
+                    if tool is not None:
+                        tool.check(edited)
+                except ValueError as error:  # by somebody who could not know, as in another process
+                    note = f"The edited arguments do not fit: {error}."
+                else:
+                    return Permission(True, edited)
 
-            turn.stop_clock()
-            self._propose(propose)
-            said = await answer
-            turn.run_clock()
-            return said
+    async def _ask(self, turn: LiveTurn, opening: Callable[[], GateOpened]) -> Decision:
+        """Open a gate in the midst of a turn and wait for its answer; the turn's time stands still."""
+        answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+
+        def propose() -> list[AnyEvent]:
+            opened = opening()
+            self._questions[opened.gate.id] = answer
+            return [opened]
+
+        turn.stop_clock()
+        self._propose(propose)
+        decision = await answer
+        turn.run_clock()
+        return decision
 
     async def _run_agents(self, turn: LiveTurn, asked: object, limit: int | None = None) -> list[AgentResult]:
         """Have other agents work for a turn and wait for them all; the turn's time stands still."""
         groups = checked_calls(asked, self._state.sub_agents)
         _check_places("run_agents: max_concurrency", limit)
-        if turn.asking is None:
-            turn.asking = asyncio.Lock()
-        async with turn.asking:
+        async with turn.one_at_a_time():
             named = any(call.input_files for group in groups for call in group)
             files = await asyncio.to_thread(_read_files, self._workspace(), groups) if named else {}
             ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -1535,7 +1616,7 @@ class Run:
     def _tell_turn(self, event: GateDecided) -> None:
         waiting = self._questions.pop(event.gate_id, None)
         if waiting is not None and not waiting.done():
-            waiting.set_result(event.decision.feedback or "")
+            waiting.set_result(event.decision)
 
     # -- showing ------------------------------------------------------------------------------------------------------
 

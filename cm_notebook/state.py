@@ -40,6 +40,7 @@ from typing import Any, Literal, cast
 from .errors import AlreadyDecided, TransitionError, WorkflowError, did_you_mean
 from .events import (
     ACTIONS,
+    ASKED_BY_TURNS,
     EDITABLE,
     Action,
     AgentsCalled,
@@ -79,6 +80,7 @@ from .events import (
 )
 from .prompts import EDITED, compose, digest, missing_field, pieces, text_of
 from .team import CAP, MOST_DEPTH, AgentResult, Groups, last_lines
+from .tools import read_arguments, write_arguments
 from .workflow import (
     LIMITS,
     Agent,
@@ -128,7 +130,7 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "TurnFinished": ("ready", "due", "looping", "finished"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
-        "GateOpened": ("asking",),  # question
+        "GateOpened": ("asking",),  # question, permission
         "AgentsCalled": ("calling",),
     },
     "calling": {
@@ -517,6 +519,9 @@ class RunState:
     last_gate: Gate | None = None
     """The one that opened last, open or not."""
     decisions: dict[str, Decision] = field(default_factory=dict)
+    allowed: dict[tuple[str, str], Decision] = field(default_factory=dict)
+    """The decisions by which a tool (its name, its implementation) needs no further permission here; one with the scope
+    ``always`` counts as long as the person's own list has it, see ``allowed.py``."""
     inputs: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     """The inputs as the workflow's definition has them."""
@@ -1124,11 +1129,11 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
     gate = event.gate
     step = _met(state, gate.path, event.type)
     chained = step.turn > 1 and step.redo is None
-    fits = {
+    fits: dict[str, GateKind | None] = {
         "pending": "start",
         "ready": "start" if chained else None,
-        "running": "question",
-        "due": step.due and step.due.kind,
+        "running": gate.kind if gate.kind in ASKED_BY_TURNS else None,
+        "due": step.due.kind if step.due is not None else None,
     }
     without = {"stale": not step.stale, "start": bool(step.caller) or isinstance(step.step, Parallel)}
     held = gate.kind == "budget" and step.status in ("pending", "ready") and state.held is None
@@ -1140,7 +1145,7 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
         raise TransitionError(f"a 'start' gate of step {step.id!r} asks about a prompt, and none is there.")
     gate.opened_at = event.at
     state.owed.pop(step.path, None)
-    step.status = "asking" if gate.kind == "question" else "waiting"
+    step.status = "asking" if gate.kind in ASKED_BY_TURNS else "waiting"
     step.gate = gate
     step.gates += 1
     if event.prompt is not None:
@@ -1211,6 +1216,18 @@ def check_decision(gate: Gate, decision: Decision) -> None:
         raise TransitionError(
             f"an edited text goes with approve at {', '.join(EDITABLE)}, not with {decision.action} at {gate.kind}."
         )
+    if decision.scope is not None and (decision.action, gate.kind) != ("approve", "permission"):
+        raise TransitionError(
+            f"a scope goes with approve at a permission, not with {decision.action} at {gate.kind}: it says for how "
+            "long a tool is allowed."
+        )
+    if gate.kind == "permission" and decision.output is not None:
+        if decision.scope not in (None, "once"):
+            raise TransitionError("edited arguments are for this call alone: leave out the scope.")
+        try:
+            read_arguments(decision.output)
+        except ValueError as error:
+            raise TransitionError(f"the arguments are a JSON object; these cannot be read: {error}.") from None
     if decision.prompt is not None and decision.action != "retry":
         raise TransitionError("an edited prompt goes with retry.")
     for name in limits_of(decision):
@@ -1234,7 +1251,7 @@ def _gate_decided(state: RunState, event: GateDecided) -> None:
     _close(state, step)
     state.decisions[gate.id] = decision
     last = step.last
-    if last is not None and gate.kind not in ("start", "question", "stale", "budget"):
+    if last is not None and gate.kind not in ("start", "stale", "budget", *ASKED_BY_TURNS):
         last.decision = decision
     if decision.action == "stop":
         _stop_at(state, step, gate, due, decision)
@@ -1244,7 +1261,7 @@ def _gate_decided(state: RunState, event: GateDecided) -> None:
 
 def _stop_at(state: RunState, step: StepState, gate: Gate, due: Due | None, decision: Decision) -> None:
     state.ending = ("stopped", f"stopped by {decision.by} at {step.id}")
-    if gate.kind == "question":
+    if gate.kind in ASKED_BY_TURNS:
         step.status = "asking"  # its turn is cut short next
     elif gate.kind == "stale":
         step.status, step.stale = "finished", True
@@ -1359,8 +1376,19 @@ def _did_run(state: RunState, step: StepState, gate: Gate, decision: Decision, s
 
 
 def _answer(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
-    step.attempts[-1].asked_s += max(0.0, decision.at - gate.opened_at)
     step.answers.append((str(gate.payload.get("question", "")), decision.feedback or ""))
+    _answered(state, step, gate, decision, seq)
+
+
+def _allow(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
+    if decision.scope in ("run", "always"):
+        state.allowed[tool_of(gate)] = decision
+    _answered(state, step, gate, decision, seq)
+
+
+def _answered(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
+    """The turn that had asked goes on; the time it waited is not its own."""
+    step.attempts[-1].asked_s += max(0.0, decision.at - gate.opened_at)
     step.status = "running"
 
 
@@ -1380,6 +1408,8 @@ _DECIDED: dict[tuple[GateKind, Action], _Effect] = {
     ("may_have_run", "approve"): _did_run,
     ("may_have_run", "retry"): _retry,
     ("question", "answer"): _answer,
+    ("permission", "approve"): _allow,
+    ("permission", "reject"): _answered,
     ("budget", "approve"): lambda *given: _grant(*given),
     **{(kind, "skip"): _skip for kind, actions in ACTIONS.items() if "skip" in actions},
 }
@@ -1559,7 +1589,7 @@ def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
         step.status, step.stale = "finished", True
     elif kind == "start":
         _ask_again(step)
-    elif kind != "question":
+    elif kind not in ASKED_BY_TURNS:
         step.status = "due"
         _owe_member(state, step)
 
@@ -1713,6 +1743,21 @@ def _open(
 def ask(state: RunState, step: StepState, question: str) -> GateOpened:
     """The event with which the running turn of `step` asks a person."""
     return _open(state, step, Due("question", {"question": question}, (question,)))
+
+
+def ask_permission(
+    state: RunState, step: StepState, tool: tuple[str, str], arguments: Mapping[str, Any], note: str = ""
+) -> GateOpened:
+    """The event with which the running turn of `step` asks for permission to call `tool`: name and implementation."""
+    name, implementation = tool
+    payload = {"tool": name, "arguments": dict(arguments), "implementation": implementation, "note": note}
+    given = {key: value for key, value in payload.items() if value != ""}
+    return _open(state, step, Due("permission", given, (f"{name}\n{write_arguments(arguments)}",)))
+
+
+def tool_of(gate: Gate) -> tuple[str, str]:
+    """The tool that a permission is about: its name, its implementation."""
+    return str(gate.payload.get("tool", "")), str(gate.payload.get("implementation", ""))
 
 
 def _loop_back(state: RunState, step: StepState) -> LoopedBack:
@@ -1912,6 +1957,15 @@ def may_call(state: RunState, step: StepState) -> tuple[str, ...]:
         return ()
     above = _above(state, step)
     return tuple(name for name in state.sub_agents if name not in above)
+
+
+def may_ask(state: RunState, step: StepState) -> bool:
+    """Whether the model at work in `step` is told that it can ask a person.
+
+    Not where nobody wants to be asked: in unattended mode, and in a workflow that is locked to run by itself, but for
+    the steps that pause there anyway.
+    """
+    return step.step.interactive is True or (state.mode != "unattended" and state.locked != "always")
 
 
 def _above(state: RunState, caller: StepState) -> dict[str, str]:

@@ -91,6 +91,12 @@ class LiveTurn:
         self._parts: list[str] = []
         self._heard_at: float | None = None
 
+    def one_at_a_time(self) -> asyncio.Lock:
+        """Held while it asks somebody for something: a turn waits for one thing at a time."""
+        if self.asking is None:
+            self.asking = asyncio.Lock()
+        return self.asking
+
     def write(self, text: str) -> None:
         """Append to what it has written."""
         self._heard_at = time.monotonic()

@@ -53,6 +53,8 @@ class AgentRequest:
         Shows text now, from any thread; for agents that speak beside their stream.
     ask_human
         Asks a person and returns the answer; waiting is not counted in `timeout_s`.
+    may_ask
+        Whether its model should be told that it can: not where the person said not to be asked.
     sub_agents
         Ids of the agents that this turn may call; where there are none, its agent needs no tool for it.
     run_agents
@@ -84,6 +86,7 @@ class AgentRequest:
     timeout_s: float | None = None
     emit: Callable[[str], None] | None = None
     ask_human: Callable[[str], Awaitable[str]] | None = None
+    may_ask: bool = True
     sub_agents: tuple[str, ...] = ()
     run_agents: Callable[..., Awaitable[list[AgentResult]]] | None = None
     ask_permission: Callable[[str, Mapping[str, Any]], Awaitable[Permission]] | None = None
@@ -125,10 +128,14 @@ class ToolReturned:
 
 @dataclass(slots=True)
 class UsageReported:
-    """What the turn used so far; the last report counts."""
+    """What the turn used so far; the last report counts.
+
+    ``cost_estimated``: the cost was computed from a table of prices; the service did not say it.
+    """
 
     usage: Usage
     cost_usd: float | None = None
+    cost_estimated: bool = False
 
 
 @dataclass(slots=True)

@@ -17,8 +17,9 @@ import contextlib
 import functools
 import inspect
 import json
+import re
 from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -28,8 +29,9 @@ from .. import keys
 from ..config import SETTINGS, setting
 from ..errors import EngineAuthError, EngineError, EngineProtocolError, WorkflowError, did_you_mean
 from ..events import Usage
-from ..tools import Tool, text_of
+from ..tools import Tool, read_arguments, text_of
 from .base import AgentEvent, AgentRequest, Delta, ToolCalled, ToolReturned, TurnDone, UsageReported
+from .builtin import built_in
 from .functions import Raised, in_thread
 from .http import SILENCE_S, Complaint, Connection
 from .prices import Tokens, cost_usd, price_of
@@ -51,10 +53,9 @@ class Call:
     def arguments(self) -> dict[str, Any] | None:
         """The arguments; ``None`` when what was written is no JSON object."""
         try:
-            value = json.loads(self.written) if self.written.strip() else {}
-        except (ValueError, RecursionError):
+            return read_arguments(self.written)
+        except ValueError:
             return None
-        return value if isinstance(value, dict) else None
 
 
 @dataclass(slots=True)
@@ -107,6 +108,8 @@ class ChatEngine(abc.ABC):
         self, name: str, *, base_url: str | None = None, silence_s: float = SILENCE_S, tells_cost: bool = False
     ) -> None:
         self.name, self._base_url, self._silence_s, self._tells_cost = name, base_url, silence_s, tells_cost
+        self._without_tools = set[str]()
+        """Models whose service said that they cannot call tools."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -182,22 +185,31 @@ class ChatEngine(abc.ABC):
             price = price_of(request.model)  # now, as a table that cannot be read must not cost an answer
         except WorkflowError as error:
             raise self._error(str(error)) from None
-        body, tools = self.body(request), {tool.name: tool for tool in agent.tools}
-        usage, costs, written, corrected = Usage(), list[float | None](), False, False
+        tools = {tool.name: tool for tool in (*agent.tools, *built_in(request))}
+        if tools.keys() == {"ask_human"} and request.model in self._without_tools:
+            tools = {}
+        body = self.body(replace(request, agent=agent.model_copy(update={"tools": tuple(tools.values())})))
+        spent, written, corrected = _Spent(price), False, False
         async with self._connection() as connection:
             for _ in range(MOST_ROUNDS):
                 reader, begun = self.reader(), False
-                async with contextlib.aclosing(self._exchange(connection, body, reader)) as deltas:  # type: ignore[type-var]
-                    async for delta in deltas:
-                        if delta.kind == "text" and written and not begun:
-                            yield Delta("\n\n")
-                        begun = begun or delta.kind == "text"
-                        yield delta
+                try:
+                    async with contextlib.aclosing(self._exchange(connection, body, reader)) as deltas:  # type: ignore[type-var]
+                        async for delta in deltas:
+                            if delta.kind == "text" and written and not begun:
+                                yield Delta("\n\n")
+                            begun = begun or delta.kind == "text"
+                            yield delta
+                except EngineError as error:
+                    if tools.keys() == {"ask_human"} and _cannot_use_tools(error) and body.pop("tools", None):
+                        self._without_tools.add(request.model)
+                        continue  # nobody gave it that tool: it does without
+                    if spent.add(body, _so_far(reader)):
+                        yield spent.report()
+                    raise
                 answer, written = _without_keys(reader.answer()), written or begun
-                used, cost = _used(price, body, answer)
-                usage, costs = usage + used, [*costs, cost]
-                known = [cost for cost in costs if cost is not None]
-                yield UsageReported(usage, sum(known) if len(known) == len(costs) else None)
+                spent.add(body, answer)
+                yield spent.report()
                 if answer.calls:
                     returned = []
                     for call in answer.calls:
@@ -301,14 +313,45 @@ def _without_keys(answer: Answer) -> Answer:
     return answer
 
 
-def _used(price: Mapping[str, float] | None, body: Mapping[str, Any], answer: Answer) -> tuple[Usage, float | None]:
-    """What an exchange used and cost; where the service does not count, four characters are taken for a token."""
-    tokens = answer.tokens
-    if tokens is None:
-        said = len(answer.text) + sum(len(call.written) for call in answer.calls)
-        tokens = Tokens(len(json.dumps(body, ensure_ascii=False)) // 4, said // 4)
-    counted = Usage(input_tokens=tokens.input, output_tokens=tokens.output, estimated=answer.tokens is None)
-    return counted, cost_usd(price, tokens)
+class _Spent:
+    """What the exchanges of a turn used and cost together."""
+
+    def __init__(self, price: Mapping[str, float] | None) -> None:
+        self._price = price
+        self._usage, self._costs, self._estimated = Usage(), list[float | None](), False
+
+    def add(self, body: Mapping[str, Any], answer: Answer | None) -> bool:
+        """Count an exchange; where the service does not, four characters are taken for a token."""
+        if answer is None:
+            return False
+        tokens = answer.tokens
+        if tokens is None:
+            said = len(answer.text) + sum(len(call.written) for call in answer.calls)
+            tokens = Tokens(len(json.dumps(body, ensure_ascii=False)) // 4, said // 4)
+        counted = Usage(input_tokens=tokens.input, output_tokens=tokens.output, estimated=answer.tokens is None)
+        self._usage, self._costs = self._usage + counted, [*self._costs, cost_usd(self._price, tokens)]
+        self._estimated = self._estimated or tokens.cost_usd is None
+        return True
+
+    def report(self) -> UsageReported:
+        """All so far; the cost only where it is known of each exchange."""
+        known = [cost for cost in self._costs if cost is not None]
+        whole = sum(known) if len(known) == len(self._costs) else None
+        return UsageReported(self._usage, whole, cost_estimated=whole is not None and self._estimated)
+
+
+def _so_far(reader: Reader) -> Answer | None:
+    """What came of an answer that was broken off, which is paid for too; ``None``: nothing."""
+    try:
+        answer = reader.answer()
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
+        return None
+    return answer if answer.tokens is not None or answer.text or answer.calls else None
+
+
+def _cannot_use_tools(error: EngineError) -> bool:
+    """Whether the service says that it cannot call tools at all, as those for small models do."""
+    return type(error) is EngineError and re.search(r"\btools?\b", str(error), re.IGNORECASE) is not None
 
 
 async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> ToolReturned:
@@ -332,6 +375,8 @@ async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> 
                 return failed(f"Refused by a person{': ' + permission.reason if permission.reason else '.'}")
             if permission.arguments is not None:
                 checked = tool.check(permission.arguments)
+    except WorkflowError as error:
+        return failed(str(error))
     except ValueError as error:
         return failed(f"The arguments do not fit: {error}")
     try:
@@ -347,7 +392,7 @@ async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> 
         raise
     except BaseException as error:  # SystemExit too: raised in a task it would end the loop
         raised = error.error if isinstance(error, Raised) else error
-        return failed(f"{type(raised).__name__}: {raised}")
+        return failed(str(raised) if isinstance(raised, WorkflowError) else f"{type(raised).__name__}: {raised}")
 
 
 def _fitted(output: type[BaseModel], text: str) -> tuple[Any, str | None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import keys
+from ..allowed import permissions
 from ..engines.base import engine_names
 from ..errors import CodeMachineError
 from ..options import COMMANDS, Command, Option
@@ -137,8 +138,16 @@ def _values(notebook: Notebook, what: str, choices: tuple[str, ...]) -> list[str
         "engine": engine_names,
         "key": keys.names,
         "run": notebook.run_ids,
+        "tool": _allowed_tools,
     }
     return sorted(dict.fromkeys(sources[what]())) if what in sources else []
+
+
+def _allowed_tools() -> list[str]:
+    try:
+        return [rule.tool for rule in permissions()]
+    except CodeMachineError:
+        return []
 
 
 def _steps(notebook: Notebook) -> list[str]:

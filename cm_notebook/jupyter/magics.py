@@ -17,6 +17,7 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 
 from .. import config, keys, options
 from .. import workflow as define
+from ..allowed import Permissions, permissions
 from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
 from ..events import EDITABLE, Decision, Ref
 from ..render import diff, html, svg, text
@@ -71,7 +72,7 @@ class Shown:
         else:
             view.show(thing.run, [thing.id])
 
-    TYPES = (Run, StepView, Workflow, Agent, Text, Runs, "cm_notebook.checkup.Report")
+    TYPES = (Run, StepView, Workflow, Agent, Text, Runs, Permissions, "cm_notebook.checkup.Report")
 
 
 @magics_class
@@ -102,7 +103,7 @@ class CMMagics(Magics):
         Building:  workflow  agent  step  module  remove
         Running:   run  next  pause  stop  resume  mode
         Deciding:  approve  reject  edit  skip  retry  answer
-        Looking:   show  diff  graph  status  runs  config  keys  doctor
+        Looking:   show  diff  graph  status  runs  permissions  config  keys  doctor
 
         {{ name }} in a prompt is a step's output, an input (--input name=…), or a variable of the notebook.
         `%cm` alone says where things stand; `%cm step --help` says more about one subcommand.
@@ -277,6 +278,8 @@ class CMMagics(Magics):
                 sent = step.redo.prompt if gate.kind == "start" and step.redo is not None else None
                 written = state.text(sent) if sent is not None else step.last.text if step.last is not None else ""
                 head, then = f"%%cm edit {gate.path}", "goes on with it"
+                if gate.kind == "permission":
+                    written, then = text.requested(gate), f"calls {gate.payload.get('tool')} with these arguments"
             elif "retry" in gate.actions:
                 turns = step.last.turns if step.last is not None else []
                 written = state.text(Ref(turns[-1], "prompt")) if turns else ""
@@ -367,6 +370,16 @@ class CMMagics(Magics):
         rows = [(run.id, run.state.name, run.status, run.state.started_at) for run in found]
         lines = text.table([["Run", "Workflow", "State", "Started"], *text.runs_rows(rows)])
         self._display("\n".join(lines) if rows else "There are no runs yet.", html.runs_html(rows))
+        return found
+
+    def _permissions(self, values: Values, body: str | None) -> Permissions:
+        found = permissions()
+        if values.get("what") == "revoke":
+            if "tool" not in values:
+                hint = ", ".join(dict.fromkeys(rule.tool for rule in found)) or "none"
+                raise WorkflowError(f"`%cm permissions revoke` needs a tool's name. Always allowed: {hint}.")
+            found.revoke(values["tool"])
+        self._display(repr(found), found._repr_html_())
         return found
 
     def _config(self, values: Values, body: str | None) -> None:

@@ -34,6 +34,7 @@ from ..events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    Scope,
     StepAdded,
     StepChanged,
     StepFailed,
@@ -46,6 +47,7 @@ from ..events import (
     WorkflowChanged,
 )
 from ..state import STATUS_WORDS, Attempt, Budget, RunState, StepState, status_word, why_stale
+from ..tools import write_arguments
 from ..workflow import Module, Parallel, Separator, limits_of
 from .markdown import Clipped, clean, clip
 
@@ -342,6 +344,13 @@ class Way(NamedTuple):
     magic: str
     times: int = 1
     """How often to retry."""
+    scope: Scope | None = None
+    """For how long to allow a tool."""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others: its action, or the scope of a permission that is for longer than once."""
+        return self.scope or self.action
 
 
 _LABELS: dict[tuple[str, str], str] = {
@@ -352,6 +361,8 @@ _LABELS: dict[tuple[str, str], str] = {
     ("exhausted", "retry"): "2 more",
     ("stale", "approve"): "Keep",
     ("stale", "retry"): "Run again",
+    ("permission", "approve"): "Allow once",
+    ("permission", "reject"): "Deny…",
     ("may_have_run", "approve"): "It did",
     ("may_have_run", "retry"): "Run again",
 }
@@ -359,6 +370,7 @@ _MAGICS = {"reject": "%%cm reject", "answer": "%%cm answer"}
 """Those with words of the person's: as a cell, because a line that ends in ``?`` opens IPython's help."""
 
 
+_SCOPES: dict[Scope, str] = {"run": "Allow for this run", "always": "Always allow"}
 _MEMBER_LABELS = {"retry": "Retry this one", "skip": "Continue without it"}
 
 
@@ -381,6 +393,11 @@ def ways(state: RunState, gate: Gate) -> list[Way]:
             magic += f" --step {gate.path}" if action in _MAGICS else f" {gate.path}" if action != "stop" else ""
         more = 2 if (gate.kind, action) == ("exhausted", "retry") else 1
         found.append(Way(action, label, magic if more == 1 else f"{magic} --count {more}", more))
+        if (gate.kind, action) == ("permission", "approve"):
+            found += [Way(action, said, f"{magic} --scope {scope}", scope=scope) for scope, said in _SCOPES.items()]
+    if gate.kind == "permission":
+        found.insert(1 + len(_SCOPES), Way("edit", "Edit…", f"%cm edit {gate.path}" if several else "%cm edit"))
+        return found
     place = next((index for index, way in enumerate(found) if way.action in ("skip", "stop")), len(found))
     no_prompt = isinstance(state.find(gate.path).step, Parallel)  # its members have theirs
     if (gate.kind in EDITABLE or gate.kind == "failed") and not (gate.kind == "failed" and no_prompt):
@@ -446,11 +463,21 @@ def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
     if gate.kind == "stale":
         ways_on = "Keep it, run this step again, or run from here: it and all after it."
         return f"{step.id} is stale: {stale_words(state, step)}. {ways_on}"
+    if gate.kind == "permission":
+        what = "" if beside else f" with {one_line(write_arguments(said.get('arguments', {})), 300)}"
+        note = f" {one_line(said['note'], 300)}" if "note" in said else ""
+        ways_on = "Allow it, change its arguments, or deny it: the agent is told why."
+        return f"{step.id} wants to call {one_line(said.get('tool', ''), 80)}{what}.{note} {ways_on}"
     if gate.kind == "question" and beside:
         return f"{step.id} is waiting for your answer."
     if gate.kind == "question":
         return f"{step.id} asks: {quoted(said.get('question', ''), 600)}"
     return f"{reason or f'{step.id} may have run.'} Did it? If not, run it again."
+
+
+def requested(gate: Gate) -> str:
+    """The arguments with which a permission's tool is to be called, to read and to edit."""
+    return write_arguments(gate.payload.get("arguments", {}))
 
 
 def caller_words(state: RunState, member: StepState) -> str:
@@ -572,6 +599,7 @@ def decided(state: RunState, decision: Decision, *, used_up: bool = False) -> st
     by = "(recorded)" if decision.by == "tape" else f"by {one_line(decision.by, 60)}"
     at = clock_of(state, decision)
     done = "edited and approved" if decision.output is not None else _DONE.get(decision.action, "stopped")
+    done = {"run": "allowed for this run", "always": "always allowed"}.get(decision.scope or "", done)
     for name, more in limits_of(decision).items():
         done = f"+{amount(name, more)} permitted"
     if used_up and done == "approved":
@@ -936,7 +964,9 @@ def show_text(state: RunState, step: StepState, attempt: Attempt | None = None, 
     head = " · ".join(filter(None, words))
     head = "\n".join([head, *member_lines(state, step)])
     text = ""
-    if shown is not None:
+    if step.gate is not None and step.gate.kind == "permission" and attempt is None:
+        text = clean(requested(step.gate))
+    elif shown is not None:
         text = clean(shown.text) if full else bounded(shown.text, show_command(step, shown))
     return f"{head}\n\n{text}" if text else head
 

@@ -20,6 +20,7 @@ import pytest
 
 import cm_notebook as cm
 from cm_notebook import cli, config
+from cm_notebook.allowed import Rule, keep
 from tests.helpers import until
 
 HEAD = "import time\nfrom pathlib import Path\nimport cm_notebook as cm\n"
@@ -629,6 +630,54 @@ def test_a_question_takes_a_line(terminal: Open) -> None:
     assert last_run()["a"].text == "port it's 80?"
 
 
+REMOVES = """
+class Removes:
+    name = "removes"
+    async def stream(self, request):
+        said = await request.ask_permission("remove", {"path": request.step})
+        yield cm.TurnDone(f"{said.allowed} {dict(said.arguments or {})} {said.reason}")
+
+@cm.tool(ask=True)
+def remove(path: str) -> str:
+    return path
+
+cm.register_engine(Removes())
+cleaner = cm.Agent("cleaner", "Clean.", engine="removes", tools=[remove])
+steps = [cm.step("cleaner", id=name) for name in "abcde"]
+wf = cm.Workflow("w", agents=[cleaner], steps=steps)
+"""
+
+
+def test_a_tool_is_denied_edited_and_allowed_for_good(
+    terminal: Open, here: Here, capsys: pytest.CaptureFixture[str]
+) -> None:
+    person = terminal("run", write(HEAD + REMOVES), VISUAL="sed -i s/b/zz/")
+    seen = person.answer("r not that one")
+    assert '--- a\n{\n  "path": "a"\n}\n---\na wants to call remove. Allow it' in seen
+    assert "[a] Allow once  [u] Allow for this run  [w] Always allow  [e] Edit…  [r] Deny…  [t] Stop  [?] Help" in seen
+    assert "b wants to call remove" in person.answer("e")
+    assert "and never ask about this tool again" in (person.answer("?"), person.answer("a"))[1]
+    person.answer("w")
+    assert person.end() == 0
+    texts = [last_run()[name].text for name in "abcde"]
+    assert texts == ["False {} not that one", "True {'path': 'zz'} ", "True {} ", "True {} ", "True {} "]
+    assert here("permissions") == (0, "")
+    assert here("permissions", "revoke") == (
+        2,
+        "cm-notebook: permissions lists them; permissions revoke NAME takes one back.\n",
+    )
+    assert here("permissions", "revoke", "remove") == (0, "")
+    assert cm.permissions() == []
+
+
+def test_the_list_of_tools_is_printed(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(cm.Journal(".cm_notebook/journal.db"), Rule(tool="remove", step="a", run="r-1"))
+    assert cli.main(["permissions"]) == 0
+    assert "remove  a (r-1)" in capsys.readouterr().out
+    assert cli.main(["permissions", "revoke", "remov", "--journal", ".cm_notebook/journal.db"]) == 1
+    assert "Did you mean 'remove'?" in capsys.readouterr().err
+
+
 def test_a_failed_step_is_retried_with_another_prompt(terminal: Open) -> None:
     text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    if turn.attempt == 1:\n        raise ValueError('no luck')\n"
     text += "    return 'at last'\nwf = cm.Workflow('w', agents=[a], steps='a')\n"
@@ -737,7 +786,7 @@ def test_help_is_one_screen(here: Here, capsys: pytest.CaptureFixture[str]) -> N
     assert max(map(len, page.splitlines())) <= 80
     assert cli.main([]) == 2
     assert capsys.readouterr().out == page
-    for command in (cli.RUN, cli.TUTORIAL, cli.DOCTOR):
+    for command in (cli.RUN, cli.TUTORIAL, cli.PERMISSIONS, cli.DOCTOR):
         assert f"cm-notebook {command.name}" in page
         assert cli.main([command.name, "--help"]) == 0
         more = capsys.readouterr().out

@@ -39,6 +39,7 @@ from cm_notebook.state import (
     StepState,
     apply,
     ask,
+    ask_permission,
     call_agents,
     cut_all,
     next_actions,
@@ -49,7 +50,8 @@ from cm_notebook.workflow import AnyStep, Module, Verdict, Workflow
 
 @dataclass
 class Reply:
-    """What a turn comes to. ``calls``: whom it calls first; ``ask``: questions it asks then; ``error``: it fails."""
+    """What a turn comes to. ``calls``: whom it calls first; ``tools``: for which it asks permission then; ``ask``:
+    questions it asks then; ``error``: it fails."""
 
     text: str = ""
     verdict: Verdict | None = None
@@ -59,6 +61,7 @@ class Reply:
     retry_in_s: float | None = None
     session: str | None = None
     calls: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
     usage: Usage | None = None
     cost_usd: float | None = None
 
@@ -244,9 +247,12 @@ class Driver:
         """The turn asks its next question, or ends."""
         reply = self.reply(step) if reply is None else reply
         where: dict[str, Any] = {"step": step.id, "path": step.path, "attempt": step.attempt, "turn": step.turn}
-        if (calls := self.calls_of(step)) < len(reply.calls):
+        if (calls := self.count(step, "AgentsCalled")) < len(reply.calls):
             groups = checked_calls(reply.calls[calls], self.state.sub_agents)
             self.record(call_agents(self.state, step, groups, {}))
+            return
+        if (asked := self.count(step, "permission")) < len(reply.tools):
+            self.record(ask_permission(self.state, step, (reply.tools[asked], ""), {"path": "x"}))
             return
         used: dict[str, Any] = {"usage": reply.usage, "cost_usd": reply.cost_usd}
         known = {question for question, _ in [*step.resent, *step.answers]}
@@ -261,15 +267,17 @@ class Driver:
         said = {"verdict": reply.verdict, "output": reply.output, "session_id": reply.session}
         self.record(TurnFinished(**where, text=reply.text, **said, **used))
 
-    def calls_of(self, step: StepState) -> int:
-        """How many calls the present turn of `step` has made."""
-        calls = 0
+    def count(self, step: StepState, what: str) -> int:
+        """How many events of that type, or gates of that kind, the present turn of `step` has."""
+        count = 0
         for event in reversed(self.events):
-            if getattr(event, "path", "") == step.path:
+            if event.type == "GateOpened":
+                count += event.gate.path == step.path and event.gate.kind == what
+            elif getattr(event, "path", "") == step.path:
                 if event.type == "TurnStarted":
                     break
-                calls += event.type == "AgentsCalled"
-        return calls
+                count += event.type == what
+        return count
 
     # -- what people do
 

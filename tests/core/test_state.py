@@ -48,7 +48,7 @@ from cm_notebook.events import (
     Usage,
     WorkflowChanged,
 )
-from cm_notebook.prompts import text_of
+from cm_notebook.prompts import digest, text_of
 from cm_notebook.state import SWEPT, TRANSITIONS, RunState, StartTurn, cut_all, cut_short, next_actions, why_stale
 from cm_notebook.team import MOST_DEPTH
 from cm_notebook.workflow import Agent, Module, Parallel, Step, Verdict, Workflow, module, separator, step
@@ -262,6 +262,8 @@ def at_gate(kind: GateKind) -> Driver:
             return driver.go()
         case "question":
             return run(work("a"), work("b"), work("z"), script={"b": [Reply("said", ask=("which?",))]})
+        case "permission":
+            return run(work("a"), work("b"), work("z"), script={"b": [Reply("said", tools=("remove",))]})
         case "may_have_run":
             driver = Driver(Workflow("W", steps=[work("a"), work("b", idempotent=False), work("z")]))
             return driver.until_running("b").cut().go()
@@ -297,6 +299,9 @@ EFFECTS: dict[tuple[str, str], tuple[str, str, int, str]] = {
     ("stale", "stop"): ("finished", "b 1", 1, "stopped"),
     ("question", "answer"): ("running", "said", 1, "completed"),
     ("question", "stop"): ("asking", "", 1, "stopped"),
+    ("permission", "approve"): ("running", "said", 1, "completed"),
+    ("permission", "reject"): ("running", "said", 1, "completed"),
+    ("permission", "stop"): ("asking", "", 1, "stopped"),
     ("may_have_run", "approve"): ("finished", "", 1, "completed"),
     ("may_have_run", "retry"): ("ready", "b 1", 2, "completed"),
     ("may_have_run", "skip"): ("skipped", "", 1, "completed"),
@@ -337,14 +342,17 @@ def test_decision(kind: Any, action: Any) -> None:
 @pytest.mark.parametrize("action", ALL_ACTIONS)
 def test_an_edited_text_goes_with_approve_at_some_gates_only(kind: Any, action: Any) -> None:
     driver = at_gate(kind)
-    decision = Decision(action=action, feedback=WORDS.get(action), output="edited")
+    edited = '{"path": "y"}' if kind == "permission" else "edited"
+    decision = Decision(action=action, feedback=WORDS.get(action), output=edited)
     if action != "approve" or kind not in EDITABLE:
         driver.refused(GateDecided(gate_id=driver.gate().id, decision=decision), TransitionError)
         return
     about = driver.state.steps[driver.gate().step]
-    driver.decide("approve", output="edited")
+    driver.decide("approve", output=edited)
     assert driver.state.status == "completed"
-    if kind == "start":
+    if kind == "permission":
+        assert [attempt.edited for attempt in about.attempts] == [False], "it is no output that was edited"
+    elif kind == "start":
         assert (about.attempts[-1].prompt, driver.text("b")) == ("edited", "b 1")
     else:
         assert (about.last.edited, about.last.text, driver.text(about.id)) == (True, "edited", "edited")
@@ -367,11 +375,29 @@ def test_retry_with_another_prompt(kind: Any) -> None:
         ("verdict", Decision(action="reject")),
         ("question", Decision(action="answer", feedback=" ")),
         ("review", Decision(action="approve", prompt="p")),
+        ("permission", Decision(action="reject")),
+        ("review", Decision(action="approve", scope="once")),
+        ("permission", Decision(action="reject", feedback="no", scope="run")),
+        ("permission", Decision(action="approve", output='{"path": "y"}', scope="run")),
+        ("permission", Decision(action="approve", output='{"path": "y"')),
+        ("permission", Decision(action="approve", output='{"path": NaN}')),
+        ("permission", Decision(action="approve", output="[1]")),
     ],
 )
 def test_a_decision_without_its_words_is_refused(kind: Any, decision: Decision) -> None:
     driver = at_gate(kind)
     driver.refused(GateDecided(gate_id=driver.gate().id, decision=decision), TransitionError)
+
+
+def test_for_how_long_a_tool_is_allowed_is_in_the_events() -> None:
+    tools = ("remove", "write", "remove", "send")
+    driver = Driver(Workflow("W", steps=[work("b")]), {"b": [Reply("said", tools=tools)]}).go()
+    assert driver.gate().payload == {"tool": "remove", "arguments": {"path": "x"}}
+    assert driver.gate().digest == digest('remove\n{\n  "path": "x"\n}')
+    driver.decide("approve", scope="run").decide("approve").decide("approve", scope="once").decide("approve")
+    assert driver.state.status == "completed"
+    assert [name for name, _ in driver.state.allowed] == ["remove"]
+    assert [name for name, _ in folded(driver.events).allowed] == ["remove"]
 
 
 def test_the_second_answer_is_told_of_the_first() -> None:
@@ -428,7 +454,8 @@ def test_a_gate_opens_only_where_it_belongs(kind: Any, at: str) -> None:
     if at == "stale":
         driver.cut()
         change(driver, work("a", "other"))
-    fits = {"pending": "start", "running": "question", "due": "review", "finished": None, "stale": "stale"}[at]
+    asks = kind if kind in ("question", "permission") else None
+    fits = {"pending": "start", "running": asks, "due": "review", "finished": None, "stale": "stale"}[at]
     gate = Gate(id="r/x/1/1", kind=kind, step=about, path=about, attempt=1, digest="", actions=ACTIONS[kind])
     opening = GateOpened(gate=gate, prompt=("work",) if kind == "start" else None)
     if kind == fits:
@@ -842,9 +869,10 @@ def test_a_process_that_dies_leaves_the_gate_open(kind: Any) -> None:
     driver = at_gate(kind)
     before = driver.gate()
     again = Driver(events=driver.events)
-    again.script = {"b": [Reply("said", ask=("which?",))]} if kind == "question" else {}
+    asked = {"question": Reply("said", ask=("which?",)), "permission": Reply("said", tools=("remove",))}.get(kind)
+    again.script = {"b": [asked]} if asked is not None else {}
     again.cut().go()
-    assert (again.gate().id == before.id) is (kind != "question"), "a question ends with its turn"
+    assert (again.gate().id == before.id) is (asked is None), "a question ends with its turn"
     assert again.gate().kind == kind
 
 

@@ -534,6 +534,49 @@ def test_a_step_that_failed_runs_again_with_its_cell(cells: Cells) -> None:
     assert cells.run.wait(10).status == "completed"
 
 
+REMOVES = """
+import cm_notebook as cm
+class Removes:
+    name = "removes"
+    async def stream(self, request):
+        said = await request.ask_permission("remove", {"path": request.step})
+        yield cm.TurnDone(f"{said.allowed} {dict(said.arguments or {})} {said.reason}")
+cm.register_engine(Removes())
+@cm.tool(ask=True)
+def remove(path: str) -> str:
+    return path
+cleaner = cm.Agent("cleaner", "Clean.", engine="removes", tools=[remove])
+"""
+
+
+def test_a_tool_is_allowed_edited_denied_and_taken_back(cells: Cells) -> None:
+    cells(REMOVES, "%cm workflow w", *(f"%cm step {name} --agent cleaner" for name in "abcd"), "%cm run")
+    assert gate(cells.run, "a").kind == "permission"
+    cells("%cm edit")
+    assert cells.shell.rl_next_input == '%%cm edit a\n{\n  "path": "a"\n}'
+    assert "a calls remove with these arguments." in cells.output
+    assert "does not take these arguments" in error(cells, '%%cm edit a\n{"way": 1}')
+    cells('%%cm edit a\n{"path": "z"}')
+    gate(cells.run, "b")
+    cells("%cm reject why that one?")
+    gate(cells.run, "c")
+    assert "Did you mean 'run'?" in error(cells, "%cm approve --scope runs")
+    cells("%cm approve --scope always")
+    cells.to("d", "done")
+    assert [cells.run[name].text for name in "abcd"] == [
+        "True {'path': 'z'} ",
+        "False {} why that one?",
+        "True {} ",
+        "True {} ",
+    ]
+    assert "remove  c (r-" in cells("found = %cm permissions")
+    assert [rule.tool for rule in cells.shell.user_ns["found"]] == ["remove"]
+    assert "needs a tool's name. Always allowed: remove." in error(cells, "%cm permissions revoke")
+    cells("%cm permissions revoke remove")
+    assert cm.permissions() == []
+    assert "'remove' is not always allowed. None is." in error(cells, "%cm permissions revoke remove")
+
+
 # -- building ----------------------------------------------------------------------------------------------------------
 
 

@@ -632,6 +632,23 @@ def test_every_button_names_its_magic_and_asks_only_for_what_its_decision_takes(
             assert button.get("ask") in (None, "feedback", "output", "prompt")
 
 
+def test_a_permission_shows_all_that_is_decided_about():
+    """The buttons, and the arguments: in the card, or in the bar where there is no card; to be edited as they are."""
+    story = Story("a").permit("remove", path="x" * 3000)
+    assert labels(story.state) == ["Allow once", "Allow for this run", "Always allow", "Edit…", "Deny…"]
+    (record,) = view.gate_records(story.state)
+    once, for_run, always, edit, deny = record["buttons"]
+    assert [button.get("key") for button in record["buttons"]] == ["A", None, None, "E", "R"]
+    assert [button.get("more") for button in (once, for_run, always)] == [None, {"scope": "run"}, {"scope": "always"}]
+    assert (edit["label"], edit["send"]) == ("The arguments to call it with", "Allow with these")
+    assert (deny["ask"], deny["send"]) == ("feedback", "Deny")
+    assert "x" * 3000 not in record["words"]
+    assert "x" * 3000 in view.body_record(story.state, "a", 1, "output")["html"]
+    gate = story.state.gates[record["id"]]
+    assert "x" * 3000 in view.gate_record(story.state, gate, beside=False)["words"]
+    assert view.body_record(story.state, "a", 1, "edit-output")["text"] == f'{{\n  "path": "{"x" * 3000}"\n}}'
+
+
 def test_cards_fold_as_in_the_saved_view():
     story = Story(" -> ".join(f"s{n}" for n in range(12)))
     for _ in range(8):

@@ -170,6 +170,11 @@ GATES = {
         "Keep it, run this step again, or run from here: it and all after it.",
     ),
     "question": (lambda: Story("a").ask("Which\ndatabase?"), "a asks: “Which database?”"),
+    "permission": (
+        lambda: Story("a").permit("remove", path="x y", force=True),
+        'a wants to call remove with { "path": "x y", "force": true }. Allow it, change its arguments, or deny it: the '
+        "agent is told why.",
+    ),
     "may_have_run": (
         lambda: Story([step("a", idempotent=False)]).cut("kernel stopped").go(),
         "a was cut short (kernel stopped) and may have had its effect. Did it? If not, run it again.",
@@ -193,6 +198,28 @@ def test_every_answer_of_a_gate_has_a_label_and_a_magic() -> None:
         assert {way.action for way in ways} >= set(gate.actions)
         assert all(way.label and way.magic.lstrip("%").startswith("cm ") for way in ways)
         assert len({way.label for way in ways}) == len(ways)
+        assert len({way.magic for way in ways}) == len(ways)
+
+
+def test_how_a_tool_is_allowed() -> None:
+    story = Story("a").permit("remove", path="x")
+    ways = [(way.label, way.magic) for way in text.ways(story.state, next(iter(story.state.gates.values())))]
+    assert ways == [
+        ("Allow once", "%cm approve"),
+        ("Allow for this run", "%cm approve --scope run"),
+        ("Always allow", "%cm approve --scope always"),
+        ("Edit…", "%cm edit"),
+        ("Deny…", "%%cm reject"),
+        ("Stop", "%cm stop"),
+    ]
+    for decision, words in [
+        ({}, "approved by you, @60s"),
+        ({"scope": "run"}, "allowed for this run by you, @60s"),
+        ({"scope": "always"}, "always allowed by you, @60s"),
+        ({"output": '{"path": "y"}'}, "edited and approved by you, @60s"),
+    ]:
+        story = Story("a").permit("remove", path="x").decide("approve", **decision)
+        assert story.lines[-1] == f"cm: a {words}"
 
 
 def test_what_state_the_run_is_in() -> None:
