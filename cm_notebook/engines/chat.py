@@ -18,6 +18,8 @@ import functools
 import inspect
 import json
 import re
+import socket
+import urllib.parse
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -26,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from .. import keys
-from ..config import SETTINGS, setting
+from ..config import SETTINGS, setting, shown
 from ..errors import EngineAuthError, EngineError, EngineProtocolError, WorkflowError, did_you_mean
 from ..events import Usage
 from ..tools import Tool, read_arguments, text_of
@@ -36,6 +38,8 @@ from .functions import Raised, in_thread
 from .http import SILENCE_S, Complaint, Connection
 from .prices import Tokens, cost_usd, price_of
 
+LISTENS_S = 0.5
+"""So long a server on this machine may take to be there."""
 MOST_ROUNDS = 100
 """So often a model may call tools in one turn."""
 CUT_OFF = "the answer is cut off: the model reached its limit of output tokens"
@@ -119,7 +123,24 @@ class ChatEngine(abc.ABC):
         """Where it is and whether there is a key, for ``cm.doctor()``."""
         variable, where = keys.variable(self.name), keys.source(self.name)
         said = f"{variable} is set" if where == variable else f"key {where}" if where else f"{variable} is not set"
-        return f"{self._where()}; {said}"
+        return f"{shown(self._where())}; {said}"
+
+    @property
+    def remedy(self) -> str:
+        """What to do before it can be used; ``""``: nothing that could be found out without asking it."""
+        if self.needs_key and not keys.find(self.name):
+            return keys.missing(self.name)
+        address = urllib.parse.urlsplit(self._where())
+        if address.hostname not in ("localhost", "127.0.0.1", "::1"):
+            return ""
+        port = address.port or (443 if address.scheme == "https" else 80)
+        try:
+            socket.create_connection((address.hostname, port), timeout=LISTENS_S).close()
+        except OSError:
+            setting_name = f"{self.name}_base_url"
+            where = f"%config CM.{setting_name} = 'http://…/v1'" if setting_name in SETTINGS else "base_url=…"
+            return f"nothing listens there. Start its server, or say where it is: {where}"
+        return ""
 
     def unpriced(self, model: str | None) -> str | None:
         """Why the cost of a turn with `model` would not be known; ``None``: it is, or its service says it."""

@@ -387,7 +387,7 @@ class CMMagics(Magics):
         for name, setting in config.SETTINGS.items():
             try:
                 value, where = config.lookup(name)
-                rows.append([f"CM.{name}", repr(value), where, setting.meaning])
+                rows.append([f"CM.{name}", repr(config.shown(value)), where, setting.meaning])
             except CodeMachineError as error:
                 rows.append([f"CM.{name}", "(wrong)", "", str(error)])
         print("\n".join([*text.table(rows), "", "To change one: %config CM.engine = 'offline'"]))
