@@ -164,7 +164,8 @@ class Engine(Protocol):
     Two more attributes count where there is a limit on cost (``max_cost_usd``), if an engine has them: ``free``, true
     of one that never costs anything; and ``unpriced(model)``, which returns why the cost of a turn with that model
     would not be known, or ``None``. Of any other engine, a turn that ends without a cost has one that is not known.
-    ``about`` and ``remedy`` are what the doctor says of it: where it is, and what to do before it can be used, or ``""``.
+    ``about`` and ``remedy`` are what the doctor says of it: where it is, and what to do before it can be used (``""``:
+    nothing).
     """
 
     name: str
