@@ -7,10 +7,12 @@ in one event only; whoever needs it again holds a ``Ref`` to that event. What an
 Annotations are evaluated here, as in ``workflow.py``: from text, pydantic would compile each of them at every import.
 """
 
+import json
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
+from . import keys
 from .errors import CodeMachineError
 from .workflow import AutonomousMode, GateDefault, Model, Verdict, Workflow
 
@@ -483,6 +485,19 @@ TYPES: dict[str, type[BaseEvent]] = {kind.__name__: kind for kind in get_args(An
 def body(event: BaseEvent) -> str:
     """The event as JSON, without what the journal keeps in columns."""
     return event.model_dump_json(exclude_none=True)
+
+
+def without_keys(event: AnyEvent) -> AnyEvent:
+    """The event, with no key of a service in it, whoever may have written one."""
+    secrets = [json.dumps(secret)[1:-1] for secret in keys.known()]
+    if not secrets:
+        return event
+    text = body(event)
+    if not any(secret in text for secret in secrets):
+        return event
+    for secret in secrets:
+        text = text.replace(secret, keys.SHOWN)
+    return read(event.type, event.seq, event.at, text)
 
 
 def place(event: BaseEvent, seq: int, at: float) -> None:

@@ -522,6 +522,7 @@ class Workflow(Model):
         starts; what runs finishes. Approving it permits the same amount again. The cost of a turn is known when it
         ends, so a run may go over its limit by the turns under way. A model whose price is not known is refused at
         the start; an engine that says no cost is asked about after its first turn: nothing unknown counts as nothing.
+        Python functions, scripts and tapes cost nothing.
         What a turn that was cut short used after its last report is not known and does not count.
     max_tokens, max_turns
         The same for tokens (input and output) and turns (prompts sent; one that is tried again by itself counts
