@@ -7,21 +7,29 @@ in one event only; whoever needs it again holds a ``Ref`` to that event. What an
 Annotations are evaluated here, as in ``workflow.py``: from text, pydantic would compile each of them at every import.
 """
 
+import json
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 from pydantic_core import to_json
 
+from . import keys
 from .errors import CodeMachineError
-from .workflow import AutonomousMode, Model, Verdict, Workflow
+from .workflow import AutonomousMode, GateDefault, Model, Verdict, Workflow
 
 Mode = Literal["step-by-step", "gates", "unattended"]
 """Who drives: a pause after every step, a pause where a step asks for one, or no pause at all."""
 
 RunEnd = Literal["completed", "stopped", "failed"]
 
-GateKind = Literal["review", "start", "verdict", "exhausted", "failed", "stale", "question", "may_have_run"]
+GateKind = Literal[
+    "review", "start", "verdict", "exhausted", "failed", "stale", "question", "permission", "may_have_run", "budget"
+]
 Action = Literal["approve", "reject", "retry", "skip", "answer", "stop"]
+Scope = Literal["once", "run", "always"]
+"""For how long a permission counts: for this call, for this tool in this run, for this tool for ever."""
+GATE_DEADLINE = "deadline"
+"""Who decided at a gate that nobody has answered in time."""
 
 ACTIONS: dict[GateKind, tuple[Action, ...]] = {
     "review": ("approve", "reject", "skip", "stop"),
@@ -31,12 +39,16 @@ ACTIONS: dict[GateKind, tuple[Action, ...]] = {
     "failed": ("retry", "skip", "stop"),
     "stale": ("approve", "retry", "skip", "stop"),
     "question": ("answer", "stop"),
+    "permission": ("approve", "reject", "stop"),
     "may_have_run": ("approve", "retry", "skip", "stop"),
+    "budget": ("approve", "stop"),
 }
 """What may be decided at each kind of gate."""
 
-EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted")
-"""Where approving may carry an edited text."""
+EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted", "permission")
+"""Where approving may carry an edited text; for a permission, the arguments as a JSON object."""
+ASKED_BY_TURNS: tuple[GateKind, ...] = ("question", "permission")
+"""Those that a turn opens in its midst, and for whose answer it waits."""
 OTHER_WORDS = "your words reached no model"
 """So ends the note of a turn whose answer was recorded for another prompt."""
 
@@ -92,13 +104,18 @@ class Gate(Fact):
     kind
         What is to be decided, see ``ACTIONS``.
     payload
-        What the person should know: ``reason``, ``question``, ``error``, ``note``.
+        What the person should know: ``reason``, ``question``, ``error``, ``note``; of a permission ``tool`` and its
+        ``arguments``.
     digest
         SHA-256 of the text that is decided about; what was approved is what runs.
     actions
         The decisions that are possible.
-    opened_at
-        Unix time in seconds.
+    timeout_s
+        Seconds after which it is decided without a person; ``None``: it waits for ever.
+    default
+        What is decided then; ``None``: the run stops. Never ``approve``.
+    opened_at, deadline
+        Unix time in seconds; the deadline is when `timeout_s` is over.
     """
 
     id: str
@@ -109,7 +126,10 @@ class Gate(Fact):
     payload: dict[str, Any] = Field(default_factory=dict)
     digest: str
     actions: tuple[Action, ...]
+    timeout_s: float | None = None
+    default: GateDefault | None = None
     opened_at: float = Field(default=0.0, exclude=True)
+    deadline: float | None = Field(default=None, exclude=True)
 
 
 class Decision(Model):
@@ -122,13 +142,17 @@ class Decision(Model):
     feedback
         Why it is rejected, or the answer to a question.
     output
-        The edited text to go on with (approve).
+        The edited text to go on with (approve); at ``permission`` the arguments, as a JSON object.
     prompt
         The edited prompt to try again with (retry).
     count
         How many more iterations (retry at ``exhausted``).
+    scope
+        For how long a tool is allowed (approve at ``permission``): ``once``, ``run``, ``always``; ``None``: once.
+    max_cost_usd, max_tokens, max_turns
+        How much more may be used (approve at ``budget``); ``None``: the same amount again.
     by
-        Who decided: ``"you"``, ``"tape"``, ``"on_gate"``, ``"unattended mode"`` …
+        Who decided: ``"you"``, ``"tape"``, ``"on_gate"``, ``"unattended mode"``, ``"deadline"`` …
     at
         Unix time in seconds; set when it is recorded.
     """
@@ -138,6 +162,10 @@ class Decision(Model):
     output: str | None = None
     prompt: str | None = None
     count: int = Field(default=1, ge=1)
+    scope: Scope | None = None
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_turns: int | None = Field(default=None, ge=1)
     by: str = "you"
     at: float = Field(default=0.0, exclude=True)
 
@@ -159,7 +187,10 @@ class BaseEvent(Fact):
 
 
 class RunStarted(BaseEvent):
-    """The run exists. ``recorded``: the name under which its tape was recorded."""
+    """The run exists. ``recorded``: the name under which its tape was recorded.
+
+    ``limits``: what it may use, by option, where that is not as the workflow says.
+    """
 
     run_id: str
     workflow: Annotated[Workflow, PlainSerializer(Workflow.to_dict)]
@@ -169,6 +200,7 @@ class RunStarted(BaseEvent):
     workspace: str | None = None
     recorded: str | None = None
     max_concurrency: int | None = None
+    limits: dict[str, int | float] | None = None
 
 
 class RunResumed(BaseEvent):
@@ -213,6 +245,7 @@ class WorkflowChanged(BaseEvent):
 
     ``defaults``: inputs whose value is another one in the definition; ``inputs``: those that were given besides.
     ``engine``: ``""`` where the definition names none any more; ``agents``: the sub-agents that are others now.
+    ``limits``: what may be used in all, by option, as a person says now; ``default_limits``: as the definition does.
     """
 
     inputs: dict[str, Any] = Field(default_factory=dict)
@@ -222,6 +255,8 @@ class WorkflowChanged(BaseEvent):
     sub_agents: list[str] | None = None
     agents: list[dict[str, Any]] = Field(default_factory=list)
     max_concurrency: int | None = None
+    limits: dict[str, int | float] | None = None
+    default_limits: dict[str, int | float] | None = None
 
 
 class StepAdded(BaseEvent):
@@ -301,7 +336,10 @@ class TurnFinished(BaseEvent):
 
 
 class TurnFailed(BaseEvent):
-    """The turn failed; it is tried again in ``retry_in_s`` seconds, or (``None``) not unasked."""
+    """The turn failed; it is tried again in ``retry_in_s`` seconds, or (``None``) not unasked.
+
+    ``usage``, ``cost_usd``: what it is known to have used; that is paid all the same.
+    """
 
     step: str
     path: str
@@ -309,16 +347,20 @@ class TurnFailed(BaseEvent):
     turn: int = 1
     error: ErrorInfo
     retry_in_s: float | None = None
+    usage: Usage | None = None
+    cost_usd: float | None = None
 
 
 class TurnCutShort(BaseEvent):
-    """The turn was stopped, or its process died, before it ended."""
+    """The turn was stopped, or its process died, before it ended; ``usage``, ``cost_usd``: as of ``TurnFailed``."""
 
     step: str
     path: str
     attempt: int
     turn: int = 1
     reason: str = ""
+    usage: Usage | None = None
+    cost_usd: float | None = None
 
 
 class GateOpened(BaseEvent):
@@ -430,6 +472,20 @@ TYPES: dict[str, type[BaseEvent]] = {kind.__name__: kind for kind in get_args(An
 def body(event: BaseEvent) -> str:
     """The event as JSON, without what the journal keeps in columns."""
     return to_json(event, exclude_none=True).decode()
+
+
+def without_keys(event: AnyEvent) -> AnyEvent:
+    """The event, with no key of a service in it, whoever may have written one."""
+    known = keys.known()
+    if not known:
+        return event
+    secrets = [json.dumps(secret)[1:-1] for secret in known]
+    text = body(event)
+    if not any(secret in text for secret in secrets):
+        return event
+    for secret in secrets:
+        text = text.replace(secret, keys.SHOWN)
+    return read(event.type, event.seq, event.at, text)
 
 
 def place(event: BaseEvent, seq: int, at: float) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import gc
 import os
 import secrets
@@ -33,12 +34,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
-from . import edits
+from . import allowed, edits
 from . import state as meaning
 from .config import setting
-from .engines.base import AgentRequest, Engine, configured_engine, find_engine, is_engine
+from .engines.base import AgentRequest, Engine, configured_engine, find_engine, is_engine, unpriced
 from .engines.functions import FunctionEngine
 from .errors import (
     AlreadyDecided,
@@ -61,6 +62,7 @@ from .events import (
     Decision,
     Gate,
     GateDecided,
+    GateOpened,
     Mode,
     ModeChanged,
     Rewound,
@@ -69,6 +71,7 @@ from .events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    Scope,
     SessionOpened,
     StepFailed,
     TurnCutShort,
@@ -76,7 +79,9 @@ from .events import (
     TurnFinished,
     TurnStarted,
     Usage,
+    WorkflowChanged,
     place,
+    without_keys,
 )
 from .feed import Feed, LiveText
 from .journal import OWN_FOLDER, AnyJournal, open_journal, own_folder
@@ -85,6 +90,7 @@ from .prompts import check_read, check_templates, digest, missing_field, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
 from .team import CAP, AgentResult, Call, checked_calls
+from .tools import Permission, Tool, read_arguments
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
 from .workflow import Agent, Separator, Step, Workflow, as_step, sound
 
@@ -132,7 +138,7 @@ class Run:
         self._on_gate: GatePolicy | None = None
         self._somebody = True
         self._turns: dict[str, LiveTurn] = {}
-        self._questions: dict[str, asyncio.Future[str]] = {}
+        self._questions: dict[str, asyncio.Future[Decision]] = {}
         self._calls: dict[tuple[str, int], asyncio.Future[None]] = {}
         self._asked: set[str] = set()
         self._stuck: Gate | None = None
@@ -155,6 +161,9 @@ class Run:
         workspace: str | os.PathLike[str] | None = None,
         until: str | None = None,
         max_concurrency: int | None = None,
+        max_cost_usd: float | None = None,
+        max_tokens: int | None = None,
+        max_turns: int | None = None,
         on_gate: GatePolicy | None = None,
         tape: Any = None,
         loop: Literal["thread", "kernel"] = "thread",
@@ -177,9 +186,13 @@ class Run:
         max_concurrency
             How many agents that others called, or of a parallel step, may work at the same time; by default as the
             workflow says, else 4.
+        max_cost_usd, max_tokens, max_turns
+            How much the run may use before a person is asked, in place of what the workflow says; see
+            :class:`~cm_notebook.workflow.Workflow`.
         on_gate
             Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
-            that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open.
+            that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open. ``"approve"``
+            approves gates of kind ``budget`` too, each time for the same amount again; mode ``unattended`` never does.
         tape
             A recorded run to play instead of calling engines.
         loop
@@ -191,7 +204,7 @@ class Run:
         Raises
         ------
         WorkflowError     A template names what is not there, an input cannot be kept, `until` is no step, `workspace`
-                          cannot be made.
+                          cannot be made, the price of a model is not known and a limit on cost needs it.
         EngineNotFound    A step's engine is not there.
         JournalError      The journal cannot be used.
         """
@@ -200,6 +213,7 @@ class Run:
         check_read(workflow, inputs or {}, workflow.inputs)
         tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
         _check_places("max_concurrency", max_concurrency)
+        limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
             raise WorkflowError(f"until={until!r} is not a step. {did_you_mean(until, known, 'Steps')}")
         if workspace is not None:
@@ -209,8 +223,7 @@ class Run:
         run.notebook = notebook
         run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, loop=loop)
         run._state.engine = workflow.engine
-        for item in workflow.tasks:
-            run._engine_for(item)
+        run._check_prices(workflow, limits)
         run._journal.create(run.id, workflow.name, notebook)
         run._drive()
         try:
@@ -223,6 +236,7 @@ class Run:
                 workspace=str(Path(workspace).absolute()) if workspace is not None else None,
                 recorded=run._tape.run_name if run._tape is not None else None,
                 max_concurrency=max_concurrency,
+                limits=limits or None,
             )
             run._propose(lambda: [started])
         except BaseException:
@@ -398,6 +412,7 @@ class Run:
                 autonomous_mode=state.autonomous_mode,
                 inputs=dict(state.inputs),
                 engine=state.engine,
+                **state.default_limits,
             )
 
     def __getitem__(self, step: str) -> StepView:
@@ -535,9 +550,27 @@ class Run:
 
     # -- deciding -----------------------------------------------------------------------------------------------------
 
-    def approve(self, step: str | None = None, *, output: str | None = None) -> Run:
-        """Go on with what the gate shows, or with `output` in its place."""
-        return self._answer(step, Decision(action="approve", output=output))
+    def approve(
+        self,
+        step: str | None = None,
+        *,
+        output: str | None = None,
+        scope: Scope | None = None,
+        max_cost_usd: float | None = None,
+        max_tokens: int | None = None,
+        max_turns: int | None = None,
+    ) -> Run:
+        """Go on with what the gate shows, or with `output` in its place.
+
+        Where a limit is reached: with the same amount again, or so much more as is said here.
+        Where a tool is to be called, `scope` says for how long it is allowed: ``"once"`` (as ``None``), ``"run"``: in
+        this run, ``"always"``: see :func:`permissions`. `output` are then the arguments to call it with, as JSON.
+        """
+        scopes = get_args(Scope)
+        if scope is not None and scope not in scopes:
+            raise WorkflowError(f"scope={scope!r} is not known. {did_you_mean(str(scope), scopes, 'Scopes')}")
+        more = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
+        return self._answer(step, Decision(action="approve", output=output, scope=scope, **more))
 
     def reject(self, feedback: str, step: str | None = None) -> Run:
         """Have it made again, with `feedback`."""
@@ -578,10 +611,37 @@ class Run:
             gate = meaning.gate_of(self._state, gate_id)
             if digest is not None and digest != gate.digest:
                 raise AlreadyDecided(f"{gate.step!r} shows something else by now; nothing was changed. Look again.")
+            self._check_decision(gate, decision)
+            if decision.scope == "always":  # first, as the run may ask again at once
+                self._allow_always(gate)
             return [GateDecided(gate_id=gate_id, decision=decision)]
 
         self._propose(propose)
         return self
+
+    def _check_decision(self, gate: Gate, decision: Decision) -> None:
+        """Refuse an answer that does not fit, also by the arguments that the tool takes, where it is known here."""
+        meaning.check_decision(gate, decision)
+        tool = self._tool(gate.path, meaning.tool_of(gate)[0]) if gate.kind == "permission" else None
+        if tool is not None and decision.output is not None and tool.checker is not None:
+            try:
+                tool.check(read_arguments(decision.output))
+            except ValueError as error:
+                raise TransitionError(f"{tool.name} does not take these arguments: {error}.") from None
+
+    def _tool(self, path: str, name: str) -> Tool | None:
+        agent = self._agents.get(self._state.find(path).step.agent)
+        return next((tool for tool in agent.tools if tool.name == name), None) if agent is not None else None
+
+    def _allow_always(self, gate: Gate) -> None:
+        tool, implementation = meaning.tool_of(gate)
+        rule = allowed.Rule(tool=tool, implementation=implementation, run=self.id, step=gate.step, at=time.time())
+        try:
+            allowed.keep(self._journal, rule)
+        except CodeMachineError as error:
+            raise CodeMachineError(
+                f"that {tool} may always be called cannot be kept, so nothing is decided: {error}"
+            ) from None
 
     def _answer(self, step: str | None, decision: Decision) -> Run:
         return self.decide(self.gate(step).id, decision)
@@ -680,7 +740,10 @@ class Run:
         return self
 
     def set_mode(self, mode: Mode) -> Run:
-        """Who drives from now on: ``step-by-step``, ``gates`` or ``unattended``; an open gate stays open."""
+        """Who drives from now on: ``step-by-step``, ``gates`` or ``unattended``; an open gate stays open.
+
+        ``unattended`` approves the gates that open later, but for those of kind ``budget``: a limit holds.
+        """
         modes = ("step-by-step", "gates", "unattended")
         if mode not in modes:
             raise WorkflowError(f"there is no mode {mode!r}. {did_you_mean(str(mode), modes, 'Modes')}")
@@ -790,6 +853,7 @@ class Run:
         once: bool = False,
         again: str | None = None,
         later: bool = False,
+        limits: Mapping[str, Any] | None = None,
     ) -> Run:
         """Go on, ended or paused or not: what running a cell again comes to, as one change.
 
@@ -801,6 +865,8 @@ class Run:
             Id of a step: pause when it is done, or (``once``) has run once. ``None``: no limit.
         again, later
             A step to run again, as for :meth:`rerun`.
+        limits
+            What the run may use in all from now on: ``max_cost_usd, max_tokens, max_turns``.
 
         Raises
         ------
@@ -820,7 +886,7 @@ class Run:
         def propose() -> list[AnyEvent]:
             state = self._state
             different = edits.revision(state, workflow, values) if workflow is not None else []
-            events = [*different]
+            events = [*different, *_permitting(limits)]
             if again is not None:
                 if again in state.steps:
                     meaning.check_rewind(state, again)  # before anything is cut short for it
@@ -1071,7 +1137,9 @@ class Run:
         ------
         TransitionError    It is not legal now; nothing was changed.
         """
-        state = self._state
+        if type(event) is TurnCutShort and (turn := self._turns.get(event.path)) is not None and turn.used:
+            event = event.model_copy(update=turn.used)  # who cut it short does not know
+        event, state = without_keys(event), self._state
         place(event, state.seq + 1, max(time.time(), state.at))
         apply(state, event)
         self._batch.append(event)
@@ -1082,11 +1150,13 @@ class Run:
         while progress:
             progress, later = False, list[float]()
             for action in next_actions(self._state, self._engine_name):
-                if isinstance(action, Record):
+                if action.not_before is not None and action.not_before > time.time():
+                    later.append(action.not_before)
+                elif isinstance(action, Record):
                     self.record(action.event)
                     progress = True
-                elif action.not_before is not None and action.not_before > time.time():
-                    later.append(action.not_before)
+                    if action.not_before is not None:
+                        break
                 else:
                     start = self._turn_started(action)
                     self.record(start[0])
@@ -1206,7 +1276,8 @@ class Run:
 
     def _put_to(self, gate: Gate) -> None:
         """Ask those who may answer in place of a person: the mode, the tape, the policy; else it waits."""
-        if self._state.mode == "unattended" and "approve" in gate.actions:
+        # A budget is what holds a run that nobody watches: being unattended must not lift it.
+        if self._state.mode == "unattended" and "approve" in gate.actions and gate.kind != "budget":
             self._decide_soon(gate, Decision(action="approve", by="unattended mode"))
             return
         taped = self._tape.decision(gate) if self._tape is not None and not self._somebody else None
@@ -1219,8 +1290,9 @@ class Run:
         elif self._on_gate is not None and self._on_gate in gate.actions and gate.path not in self._rejected:
             feedback = None
             if self._on_gate == "reject":
-                self._rejected.add(gate.path)
                 feedback = POLICY_FEEDBACK
+                if gate.kind != "permission":  # of those, every one
+                    self._rejected.add(gate.path)
             self._decide_soon(gate, Decision(action=self._on_gate, feedback=feedback, by="on_gate"))
         else:
             self._unanswered(gate)
@@ -1236,7 +1308,7 @@ class Run:
             elif said is not None:
                 raise TransitionError(f"on_gate returned {said!r}; it returns a Decision, an action's name or None.")
             if decision is not None:
-                meaning.check_decision(gate, decision)
+                self._check_decision(gate, decision)
         except Exception as error:
             self.error = error
             reason = f"on_gate at {gate.step}: {error}"
@@ -1253,6 +1325,9 @@ class Run:
             self._loop.call_soon_threadsafe(self._nobody_answered, gate)
 
     def _decide_soon(self, gate: Gate, decision: Decision) -> None:
+        if decision.scope == "always":  # the person's own list is for persons to write
+            decision = decision.model_copy(update={"scope": "run"})
+
         def propose() -> list[AnyEvent]:
             if gate.id not in self._state.gates:
                 return []  # a person was faster
@@ -1265,7 +1340,7 @@ class Run:
         self._come_to_rest()
 
     def _unanswered(self, gate: Gate) -> None:
-        if self._somebody:
+        if self._somebody or gate.default is not None:  # without one it could only stop, and later
             return
         if gate.kind == "failed" and gate.path in self._state.members:
             why = str(gate.payload.get("error", "failed"))
@@ -1282,6 +1357,13 @@ class Run:
         else:
             self._stuck = gate
 
+    def _allow_alike(self) -> None:
+        """A tool was allowed for longer: others who wait for the same need not be asked."""
+        for gate in self._state.gates.values():
+            given = self._state.allowed.get(meaning.tool_of(gate)) if gate.kind == "permission" else None
+            if given is not None:
+                self._decide_soon(gate, Decision(action="approve", by=given.by))
+
     # -- turns --------------------------------------------------------------------------------------------------------
 
     def _engine_for(self, step: Step) -> Engine:
@@ -1294,6 +1376,27 @@ class Run:
         if name := step.engine or agent.engine or self._engine or self._state.engine:
             return find_engine(name)
         return configured_engine()
+
+    def _check_prices(self, workflow: Workflow, limits: Mapping[str, Any]) -> None:
+        """Refuse a step whose engine is not there, or whose cost is limited and would not be known.
+
+        Raises
+        ------
+        EngineNotFound    There is no engine of that name.
+        WorkflowError     A price is not known.
+        """
+        most = limits.get("max_cost_usd", workflow.max_cost_usd)
+        own = {name: item.max_cost_usd for item in workflow.executable for name in item.agents if item.max_cost_usd}
+        called = next(iter(own.values()), None)
+        for item in workflow.tasks:
+            engine, agent = self._engine_for(item), workflow.agent(item.agent)
+            limit = most or own.get(agent.id) or (called if agent.id in workflow.sub_agents else None)
+            why = unpriced(engine, item.model or agent.model) if limit is not None else None
+            if why is not None:
+                raise WorkflowError(
+                    f"max_cost_usd={limit:g} cannot be held: the cost of {item.id!r} would not be known. {why} "
+                    "Or limit max_tokens instead."
+                )
 
     def _engine_name(self, step: Step) -> str:
         try:
@@ -1310,9 +1413,11 @@ class Run:
     async def _turn(self, turn: LiveTurn, prompt: str) -> None:
         """Do one turn and propose how it ended. Cancelled when the turn was cut short, which is recorded by then."""
 
-        def write(text: str) -> None:
-            text = sound(text)
+        def write(text: str, last: bool = False) -> None:
             with self._lock:  # who begins to watch meanwhile gets each piece once
+                text = turn.hide(sound(text), last=last)
+                if last and not text:
+                    return
                 turn.write(text)
                 for feed in self._feeds:
                     feed.put_text(turn.started.path, turn.started.attempt, text)
@@ -1324,6 +1429,7 @@ class Run:
         try:
             engine, request = self._engine_for(turn.step), self._request(turn, prompt, write)
             ending = await take_turn(turn, engine, request, write, opened)
+            write("", last=True)
         except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
             ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
             self._propose(lambda: self._turn_ended(turn, ending), wait=False)
@@ -1396,6 +1502,8 @@ class Run:
                 timeout_s=task.timeout_s,
                 emit=write,
                 ask_human=lambda question: self._ask_human(turn, question),
+                may_ask=meaning.may_ask(state, step),
+                ask_permission=lambda name, arguments: self._ask_permission(turn, name, arguments),
                 sub_agents=meaning.may_call(state, step),
                 run_agents=lambda asked, limit=None: self._run_agents(turn, asked, limit),
             )
@@ -1411,36 +1519,65 @@ class Run:
         return self._folder
 
     async def _ask_human(self, turn: LiveTurn, question: str) -> str:
-        """Open a ``question`` gate and wait for its answer, one at a time; the turn's time stands still."""
+        """Ask a person; what was answered before the process died is not asked again."""
         question = sound(str(question))
-        if turn.asking is None:
-            turn.asking = asyncio.Lock()
-        async with turn.asking:
+        async with turn.one_at_a_time():
             step = self._state.find(turn.started.path)
             for place, (asked, said) in enumerate(step.resent):
                 if asked == question and place not in turn.recalled:
                     turn.recalled.add(place)
-                    return said  # answered before the process died
-            answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+                    return said
+            decision = await self._ask(turn, lambda: meaning.ask(self._state, step, question))
+            return decision.feedback or ""
 
-            def propose() -> list[AnyEvent]:
-                opened = meaning.ask(self._state, step, question)
-                self._questions[opened.gate.id] = answer
-                return [opened]
+    async def _ask_permission(self, turn: LiveTurn, name: str, arguments: Mapping[str, Any]) -> Permission:
+        """Ask a person whether a tool may be called, unless it was allowed for longer."""
+        arguments, path = sound(dict(arguments)), turn.started.path
+        tool = self._tool(path, name)
+        which = (name, tool.implementation if tool is not None else "")
+        note = ""
+        async with turn.one_at_a_time():
+            while True:
+                given = self._state.allowed.get(which)
+                if (given is not None and given.scope == "run") or allowed.allows(self._journal, *which):
+                    return Permission(True)
+                opening = functools.partial(
+                    meaning.ask_permission, self._state, self._state.find(path), which, arguments, note
+                )
+                decision = await self._ask(turn, opening)
+                if decision.action == "reject":
+                    return Permission(False, reason=decision.feedback or "")
+                if decision.output is None:
+                    return Permission(True)
+                edited = read_arguments(decision.output)
+                try:
+                    if tool is not None:
+                        tool.check(edited)
+                except ValueError as error:  # by somebody who could not know, as in another process
+                    note = f"The edited arguments do not fit: {error}."
+                else:
+                    return Permission(True, edited)
 
-            turn.stop_clock()
-            self._propose(propose)
-            said = await answer
-            turn.run_clock()
-            return said
+    async def _ask(self, turn: LiveTurn, opening: Callable[[], GateOpened]) -> Decision:
+        """Open a gate in the midst of a turn and wait for its answer; the turn's time stands still."""
+        answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+
+        def propose() -> list[AnyEvent]:
+            opened = opening()
+            self._questions[opened.gate.id] = answer
+            return [opened]
+
+        turn.stop_clock()
+        self._propose(propose)
+        decision = await answer
+        turn.run_clock()
+        return decision
 
     async def _run_agents(self, turn: LiveTurn, asked: object, limit: int | None = None) -> list[AgentResult]:
         """Have other agents work for a turn and wait for them all; the turn's time stands still."""
         groups = checked_calls(asked, self._state.sub_agents)
         _check_places("run_agents: max_concurrency", limit)
-        if turn.asking is None:
-            turn.asking = asyncio.Lock()
-        async with turn.asking:
+        async with turn.one_at_a_time():
             named = any(call.input_files for group in groups for call in group)
             files = await asyncio.to_thread(_read_files, self._workspace(), groups) if named else {}
             ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -1481,7 +1618,9 @@ class Run:
     def _tell_turn(self, event: GateDecided) -> None:
         waiting = self._questions.pop(event.gate_id, None)
         if waiting is not None and not waiting.done():
-            waiting.set_result(event.decision.feedback or "")
+            waiting.set_result(event.decision)
+        if event.decision.scope in ("run", "always"):
+            self._allow_alike()
 
     # -- showing ------------------------------------------------------------------------------------------------------
 
@@ -1595,6 +1734,9 @@ def resume(
     agents: Iterable[Agent] = (),
     until: str | None = None,
     reason: str = "",
+    max_cost_usd: float | None = None,
+    max_tokens: int | None = None,
+    max_turns: int | None = None,
     **options: Any,
 ) -> Run:
     """Go on with a run from its journal; finished steps and decisions are kept.
@@ -1611,6 +1753,8 @@ def resume(
         Id of a step: pause when it is done.
     reason
         What had happened, for those who look; by default, where its process had not ended it, that.
+    max_cost_usd, max_tokens, max_turns
+        How much it may use in all, what it has used included; by default as before.
     **options
         ``engine, on_gate, tape, loop`` of :meth:`Run.start`.
 
@@ -1622,9 +1766,10 @@ def resume(
     WorkflowError      A function is missing, or `workflow` is no edit of this run's.
     """
     check_options(**{name: value for name, value in options.items() if name != "loop"})
+    limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
     run = Run.open(run_id, journal)
     if run._driving:
-        return run.go_on(workflow, inputs, until=until)
+        return run.go_on(workflow, inputs, until=until, limits=limits)
     with run.reading() as state:
         if state.ended == "completed":
             raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")
@@ -1645,7 +1790,7 @@ def resume(
         why = reason or ("" if run._state.ended is not None else "the process that drove it had ended")
         cut = meaning.cut_all(run._state, why)
         changes = [event for event in different if not isinstance(event, TurnCutShort)]  # it was not the edit that cut
-        return [RunResumed(reason=why, until=until), *cut, *changes]
+        return [RunResumed(reason=why, until=until), *cut, *changes, *_permitting(limits)]
 
     try:
         run._read_on()  # what the one who drove it before wrote until the last moment
@@ -1692,6 +1837,31 @@ def check_options(
     from .tape import Tape
 
     return tape if isinstance(tape, Tape) else Tape.read(tape)
+
+
+def checked_limits(**given: Any) -> dict[str, int | float]:
+    """Those of the limits that are given, by option.
+
+    Raises
+    ------
+    WorkflowError    One is not an amount that can be reached.
+    """
+    found: dict[str, int | float] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        whole = name != "max_cost_usd"
+        fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not fits or not 0 < value < float("inf"):
+            right = f"a number of {name[4:]} from 1 on" if whole else "an amount of US dollars, such as 0.50"
+            raise WorkflowError(f"{name}={value!r} is not {right}.")
+        found[name] = value
+    return found
+
+
+def _permitting(limits: Mapping[str, Any] | None) -> list[AnyEvent]:
+    """The event that says what the run may use from now on, if that is another amount."""
+    return [WorkflowChanged(limits=checked_limits(**limits))] if limits else []
 
 
 def _check_places(what: str, number: object) -> None:
@@ -1753,6 +1923,14 @@ def _kernel_host() -> Any:
 
 
 def _nobody_there(gate: Gate) -> str:
+    if gate.kind == "budget":
+        from .render import text
+
+        option = f"--{gate.payload['limit'].replace('_usd', '').replace('_', '-')}"
+        return (
+            f"{text.limit_words(gate.payload)} Nobody can answer here. Go on with more in all (`{option}`), play a "
+            "tape with a decision (`--tape`), or pass `--on-gate approve` if that is what you want."
+        )
     return (
         f'Stopped at the gate "{gate.path}": nobody can answer here. Play a tape with a decision (`--tape`), '
         "or pass `--on-gate approve` if that is what you want."

@@ -21,6 +21,9 @@ the same table, at a path below its caller's. Members wait in line for one of th
 One that calls others gives its place back until they have ended. All that is needed to say who is next is kept as it
 changes: see "members" below.
 
+A turn is not started when the run, or its step, has used what it may (``Budget``): the step that comes next waits at
+a ``budget`` gate, and while that is open nothing starts; see "budgets".
+
 The cursor stands on the first step that is not settled. Nothing here scans or copies what grows with the run.
 """
 
@@ -37,7 +40,9 @@ from typing import Any, Literal, cast
 from .errors import AlreadyDecided, TransitionError, WorkflowError, did_you_mean
 from .events import (
     ACTIONS,
+    ASKED_BY_TURNS,
     EDITABLE,
+    GATE_DEADLINE,
     Action,
     AgentsCalled,
     AgentsReturned,
@@ -78,7 +83,22 @@ from .events import (
 from .plain import Plain
 from .prompts import EDITED, compose, digest, missing_field, pieces, text_of
 from .team import CAP, MOST_DEPTH, AgentResult, Groups, last_lines
-from .workflow import Agent, AutonomousMode, Module, Parallel, Separator, Step, Verdict, Workflow, as_step
+from .tools import read_arguments, write_arguments
+from .workflow import (
+    GATE_OPTIONS,
+    LIMITS,
+    Agent,
+    AutonomousMode,
+    GateDefault,
+    Module,
+    Parallel,
+    Separator,
+    Step,
+    Verdict,
+    Workflow,
+    as_step,
+    limits_of,
+)
 
 StepStatus = Literal[
     "pending",
@@ -99,7 +119,7 @@ Status = Literal["running", "waiting", "paused", "completed", "stopped", "failed
 TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
     "pending": {
         "TurnStarted": ("running",),
-        "GateOpened": ("waiting",),  # start
+        "GateOpened": ("waiting",),  # start, budget
         "AgentsCalled": ("calling",),  # a parallel step
         "StepSkipped": ("skipped",),
         "Rewound": ("ready",),
@@ -107,7 +127,7 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
     "ready": {
         "TurnStarted": ("running",),
         "AgentsCalled": ("calling",),
-        "GateOpened": ("waiting",),  # start, of a chained prompt
+        "GateOpened": ("waiting",),  # start, of a chained prompt; budget
         "Rewound": ("ready",),
     },
     "running": {
@@ -115,7 +135,7 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "TurnFinished": ("ready", "due", "looping", "finished"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
-        "GateOpened": ("asking",),  # question
+        "GateOpened": ("asking",),  # question, permission
         "AgentsCalled": ("calling",),
     },
     "calling": {
@@ -156,10 +176,11 @@ SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
     "StepChanged": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
     "AgentsCalled": {"failed": ("ready",)},
     # a member whose caller waits for it no more
-    "AgentsReturned": {"waiting": ("due",)},
-    "TurnFinished": {"waiting": ("due",)},
-    "TurnFailed": {"waiting": ("due",)},
-    "TurnCutShort": {"waiting": ("due",)},
+    "AgentsReturned": {"waiting": ("due", "pending", "ready")},
+    "TurnFinished": {"waiting": ("due", "pending", "ready")},
+    "TurnFailed": {"waiting": ("due", "pending", "ready")},
+    "TurnCutShort": {"waiting": ("due", "pending", "ready")},
+    "WorkflowChanged": {"waiting": ("pending", "ready")},  # its limit is another one
 }
 """What an event may make of the steps that it is not about (and ``StepChanged`` of its own), by their status."""
 
@@ -286,6 +307,42 @@ class Redo(Plain):
 
 
 @dataclass(slots=True, eq=False, repr=False)
+class Budget(Plain):
+    """What a run, or a step with all its attempts and members, may use and has used.
+
+    ``amounts``, by option: what was permitted, and what an approval permits again; ``limits``: where a person is asked.
+    """
+
+    amounts: dict[str, int | float] = field(default_factory=dict)
+    limits: dict[str, int | float] = field(default_factory=dict)
+    used: dict[str, int | float] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0))
+    unknown: dict[str, int] = field(default_factory=dict)
+    """Turns that ended without saying what they used, by option."""
+    waived: set[str] = field(default_factory=set)
+    """Where a person knows that and goes on."""
+
+    def permit(self, amounts: Mapping[str, int | float]) -> None:
+        """From now on so much in all."""
+        self.amounts |= amounts
+        self.limits |= amounts
+        self.waived -= amounts.keys()
+
+    def reached(self, ahead: int = 0) -> dict[str, Any] | None:
+        """The limit at which a person is to be asked: it is reached, or nobody can say whether it is.
+
+        `ahead`: so many turns are about to start.
+        """
+        for name, most in self.limits.items():
+            used = self.used[name] + (ahead if name == "max_turns" else 0)
+            found = {"limit": name, "amount": self.amounts[name], "most": most, "used": used}
+            if used >= most * (1 - 1e-9):  # a sum of amounts in binary may be a little less than it should
+                return found
+            if name in self.unknown and name not in self.waived:
+                return {**found, "unknown": self.unknown[name]}
+        return None
+
+
+@dataclass(slots=True, eq=False, repr=False)
 class StepState(Plain):
     """Where one step stands. ``path`` is its place in the run; a step of the workflow has its id as path."""
 
@@ -343,6 +400,8 @@ class StepState(Plain):
     """Those that its present turn has called."""
     recall: dict[tuple[str, str], list[StepState]] | None = None
     """Those of a turn that did not end, by what they were asked: asked the same again, they need not begin anew."""
+    budget: Budget | None = None
+    """Of a step of the workflow that has limits of its own."""
 
     @property
     def id(self) -> str:
@@ -431,9 +490,10 @@ class StartTurn(Plain):
 
 @dataclass(slots=True, eq=False, repr=False)
 class Record(Plain):
-    """Action: write down what follows from the state."""
+    """Action: write down what follows from the state; not before ``not_before`` (Unix seconds)."""
 
     event: AnyEvent
+    not_before: float | None = None
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -465,6 +525,9 @@ class RunState(Plain):
     last_gate: Gate | None = None
     """The one that opened last, open or not."""
     decisions: dict[str, Decision] = field(default_factory=dict)
+    allowed: dict[tuple[str, str], Decision] = field(default_factory=dict)
+    """The decisions by which a tool (its name, its implementation) needs no further permission here; one with the scope
+    ``always`` counts as long as the person's own list has it, see ``allowed.py``."""
     inputs: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     """The inputs as the workflow's definition has them."""
@@ -512,6 +575,13 @@ class RunState(Plain):
     """Members that are tried again by themselves; they keep their places."""
     usage: Usage = field(default_factory=Usage)
     cost_usd: float = 0.0
+    budget: Budget = field(default_factory=Budget)
+    default_limits: dict[str, int | float] = field(default_factory=dict)
+    """The limits as the workflow's definition has them."""
+    held: tuple[StepState, StepStatus] | None = None
+    """The step whose ``budget`` gate is open, and how it stood."""
+    last_turn: str = ""
+    """The path of the turn that ended last."""
     workspace: str | None = None
     recorded: str | None = None
     resumed: list[RunResumed] = field(default_factory=list)
@@ -658,6 +728,8 @@ def _run_started(state: RunState, event: RunStarted) -> None:
     state.max_concurrency = event.max_concurrency or workflow.max_concurrency or CAP
     state.workspace, state.recorded, state.started_at = event.workspace, event.recorded, event.at
     state.defaults = workflow.inputs
+    state.default_limits = limits_of(workflow)
+    state.budget.permit({**state.default_limits, **(event.limits or {})})
     _take_inputs(state, event.seq, {**workflow.inputs, **event.inputs})
     for item in workflow.steps:
         _append(state, item)
@@ -713,6 +785,10 @@ def _workflow_changed(state: RunState, event: WorkflowChanged) -> None:
     if event.sub_agents is not None:
         state.sub_agents = event.sub_agents
     state.max_concurrency = event.max_concurrency or state.max_concurrency
+    if event.limits or event.default_limits:
+        state.default_limits |= event.default_limits or {}
+        state.budget.permit({**(event.default_limits or {}), **(event.limits or {})})
+        _let_go(state)
     _take_agents(state, event.agents)
     state.defaults = {**state.defaults, **event.defaults}
     _take_inputs(state, event.seq, {**event.defaults, **event.inputs})
@@ -776,6 +852,7 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
     state.items[place] = item
     _hear(state, step.step, item)
     step.step, step.fingerprint, step.agents = item, event.fingerprint, agents
+    step.budget = _budget_of(item, step)
     _close(state, step, reopen=True)
     if step.status in ("finished", "skipped"):
         step.stale = True
@@ -850,12 +927,17 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
             f"attempt {event.attempt}, turn {event.turn} of step {step.id!r} cannot start; attempt "
             f"{number}, turn {step.turn} is next."
         )
+    if step.status != "retrying" and (state.held is not None or _over(state, step) is not None):
+        raise TransitionError(f"{step.path!r} cannot start: a person is asked first, as a limit is reached.")
     if not step.attempts or number > step.attempts[-1].number:
         step.attempts.append(Attempt(state.texts, number, event.iteration, engine=event.engine, started_at=event.at))
         step.answers = ()
     last = step.attempts[-1]
     if step.redo is not None:
         step.redo.goes_on = False  # cut short, it is the next attempt
+    if step.status != "retrying":
+        for budget in _budgets(state, step):
+            budget.used["max_turns"] += 1
     if step.status == "retrying":
         last.turns.pop()
         last.started_at = event.at  # waiting between two tries is not work
@@ -896,7 +978,6 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
     step.team, step.recall, step.resent = (), None, ()
     here = Ref(event.seq)
     state.texts[here] = event.text
-    usage = event.usage
     last.failures = 0
     last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
@@ -905,12 +986,7 @@ def _turn_finished(state: RunState, event: TurnFinished) -> None:
         _take_fields(state, event.seq, event.output)
     if event.duration_s is not None:
         last.measured_s = (last.measured_s or 0.0) + event.duration_s
-    if usage is not None:
-        last.usage = usage if last.usage is None else last.usage + usage
-        state.usage = state.usage + usage
-    if event.cost_usd is not None:
-        last.cost_usd = (last.cost_usd or 0.0) + event.cost_usd
-        state.cost_usd += event.cost_usd
+    _pay(state, step, last, event)
     _judge(state, step, last)
 
 
@@ -1018,6 +1094,7 @@ def _owe(step: StepState, due: Due) -> None:
 def _turn_failed(state: RunState, event: TurnFailed) -> None:
     step, last = _turn_met(state, event)
     _stop_running(state, step, event.at)
+    _pay(state, step, last, event)
     last.errors += (event.error,)
     last.failures += 1
     last.ended_at = event.at
@@ -1036,6 +1113,7 @@ def _turn_cut_short(state: RunState, event: TurnCutShort) -> None:
         heapq.heappush(state.ordinals[step.step.agent].free, last.ordinal)
     state.backing_off.pop(step.path, None)
     _stop_running(state, step, event.at)
+    _pay(state, step, last, event)
     last.cut_short, last.ended_at = event.reason or "stopped", event.at
     step.retry_at = None
     step.resent += step.answers
@@ -1063,20 +1141,24 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
     gate = event.gate
     step = _met(state, gate.path, event.type)
     chained = step.turn > 1 and step.redo is None
-    fits = {
+    fits: dict[str, GateKind | None] = {
         "pending": "start",
         "ready": "start" if chained else None,
-        "running": "question",
-        "due": step.due and step.due.kind,
+        "running": gate.kind if gate.kind in ASKED_BY_TURNS else None,
+        "due": step.due.kind if step.due is not None else None,
     }
     without = {"stale": not step.stale, "start": bool(step.caller) or isinstance(step.step, Parallel)}
-    if gate.kind != fits.get(step.status, "stale") or without.get(gate.kind):
+    held = gate.kind == "budget" and step.status in ("pending", "ready") and state.held is None
+    if held and _over(state, step) is not None:
+        state.held = (step, step.status)
+    elif gate.kind != fits.get(step.status, "stale") or without.get(gate.kind):
         raise TransitionError(f"a {gate.kind!r} gate cannot open while step {step.id!r} is {step.status}.")
     if gate.kind == "start" and event.prompt is None:
         raise TransitionError(f"a 'start' gate of step {step.id!r} asks about a prompt, and none is there.")
     gate.opened_at = event.at
+    gate.deadline = event.at + gate.timeout_s if gate.timeout_s is not None else None
     state.owed.pop(step.path, None)
-    step.status = "asking" if gate.kind == "question" else "waiting"
+    step.status = "asking" if gate.kind in ASKED_BY_TURNS else "waiting"
     step.gate = gate
     step.gates += 1
     if event.prompt is not None:
@@ -1147,8 +1229,25 @@ def check_decision(gate: Gate, decision: Decision) -> None:
         raise TransitionError(
             f"an edited text goes with approve at {', '.join(EDITABLE)}, not with {decision.action} at {gate.kind}."
         )
+    if decision.scope is not None and (decision.action, gate.kind) != ("approve", "permission"):
+        raise TransitionError(
+            f"a scope goes with approve at a permission, not with {decision.action} at {gate.kind}: it says for how "
+            "long a tool is allowed."
+        )
+    if gate.kind == "permission" and decision.output is not None:
+        if decision.scope not in (None, "once"):
+            raise TransitionError("edited arguments are for this call alone: leave out the scope.")
+        try:
+            read_arguments(decision.output)
+        except ValueError as error:
+            raise TransitionError(f"the arguments are a JSON object; these cannot be read: {error}.") from None
     if decision.prompt is not None and decision.action != "retry":
         raise TransitionError("an edited prompt goes with retry.")
+    for name in limits_of(decision):
+        if gate.kind != "budget" or decision.action != "approve":
+            raise TransitionError(f"{name} goes with approve at budget, not with {decision.action} at {gate.kind}.")
+        if (about := gate.payload.get("limit", name)) != name:
+            raise TransitionError(f"the gate of {gate.step!r} is about {about}, not {name}; nothing was changed.")
 
 
 def _gate_decided(state: RunState, event: GateDecided) -> None:
@@ -1165,7 +1264,7 @@ def _gate_decided(state: RunState, event: GateDecided) -> None:
     _close(state, step)
     state.decisions[gate.id] = decision
     last = step.last
-    if last is not None and gate.kind not in ("start", "question", "stale"):
+    if last is not None and gate.kind not in ("start", "stale", "budget", *ASKED_BY_TURNS):
         last.decision = decision
     if decision.action == "stop":
         _stop_at(state, step, gate, due, decision)
@@ -1174,14 +1273,17 @@ def _gate_decided(state: RunState, event: GateDecided) -> None:
 
 
 def _stop_at(state: RunState, step: StepState, gate: Gate, due: Due | None, decision: Decision) -> None:
-    state.ending = ("stopped", f"stopped by {decision.by} at {step.id}")
-    if gate.kind == "question":
+    reason = f"stopped by {decision.by} at {step.id}"
+    if decision.by == GATE_DEADLINE:
+        reason = f"stopped by the deadline of a gate: nobody decided about {step.id} in time"
+    state.ending = ("stopped", reason)
+    if gate.kind in ASKED_BY_TURNS:
         step.status = "asking"  # its turn is cut short next
     elif gate.kind == "stale":
         step.status, step.stale = "finished", True
     elif gate.kind == "start":
         _ask_again(step)
-    else:
+    elif gate.kind != "budget":
         step.status, step.due = "due", due
 
 
@@ -1290,8 +1392,19 @@ def _did_run(state: RunState, step: StepState, gate: Gate, decision: Decision, s
 
 
 def _answer(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
-    step.attempts[-1].asked_s += max(0.0, decision.at - gate.opened_at)
     step.answers += ((str(gate.payload.get("question", "")), decision.feedback or ""),)
+    _answered(state, step, gate, decision, seq)
+
+
+def _allow(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
+    if decision.scope in ("run", "always"):
+        state.allowed[tool_of(gate)] = decision
+    _answered(state, step, gate, decision, seq)
+
+
+def _answered(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
+    """The turn that had asked goes on; the time it waited is not its own."""
+    step.attempts[-1].asked_s += max(0.0, decision.at - gate.opened_at)
     step.status = "running"
 
 
@@ -1311,6 +1424,9 @@ _DECIDED: dict[tuple[GateKind, Action], _Effect] = {
     ("may_have_run", "approve"): _did_run,
     ("may_have_run", "retry"): _retry,
     ("question", "answer"): _answer,
+    ("permission", "approve"): _allow,
+    ("permission", "reject"): _answered,
+    ("budget", "approve"): lambda *given: _grant(*given),
     **{(kind, "skip"): _skip for kind, actions in ACTIONS.items() if "skip" in actions},
 }
 
@@ -1484,13 +1600,16 @@ def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
     kind = step.gate.kind
     state.gates.pop(step.gate.id, None)
     step.gate = None
+    if kind == "budget":
+        _release(state)
+        return
     if not reopen:
         return
     if kind == "stale":
         step.status, step.stale = "finished", True
     elif kind == "start":
         _ask_again(step)
-    elif kind != "question":
+    elif kind not in ASKED_BY_TURNS:
         step.status = "due"
         _owe_member(state, step)
 
@@ -1500,8 +1619,8 @@ def _append(state: RunState, item: Step | Separator) -> None:
     if not isinstance(item, Separator):
         if isinstance(item, Parallel):
             _hear(state, None, item)
-        id = item.id
-        made = state.steps[id] = StepState(item, id, len(state.order), agents=_agents_of(state, item))
+        id, agents, budget = item.id, _agents_of(state, item), _budget_of(item)
+        made = state.steps[id] = StepState(item, id, len(state.order), agents=agents, budget=budget)
         state.order.append(made)
         if "-" in id:
             state.names.setdefault(id.replace("-", "_"), id)
@@ -1514,7 +1633,9 @@ def _reindex(state: RunState) -> None:
     state.order, state.names = [], {}
     for item in state.items:
         if not isinstance(item, Separator):
-            step = known.get(id(item)) or StepState(item, item.id, 0, agents=_agents_of(state, item))
+            step = known.get(id(item)) or StepState(
+                item, item.id, 0, agents=_agents_of(state, item), budget=_budget_of(item)
+            )
             step.index = len(state.order)
             state.order.append(step)
             state.steps[item.id] = step
@@ -1562,7 +1683,9 @@ def as_text(value: Any) -> str:
 
 
 def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None) -> list[StartTurn | Record]:
-    """What to do now, in this order. Empty: wait for a turn to end or a person to decide.
+    """What to do now, or at its time, in this order. Nothing for now: wait for a turn to end or a person to decide.
+
+    After one that had to wait for its time, ask again: what comes behind it need not be right any more.
 
     Parameters
     ----------
@@ -1573,6 +1696,34 @@ def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None
         return []
     if state.ending is not None:
         return _end(state)
+    return [*_deadlines(state), *_next_in_course(state, engine_of)]
+
+
+def _deadlines(state: RunState) -> list[StartTurn | Record]:
+    """What is decided at the open gates if nobody does, and when."""
+    return [
+        Record(GateDecided(gate_id=gate.id, decision=_by_default(gate)), not_before=gate.deadline)
+        for gate in state.gates.values()
+        if gate.deadline is not None
+    ]
+
+
+def _by_default(gate: Gate) -> Decision:
+    words = "Nobody has looked at this in time. Look it over again." if gate.default == "reject" else None
+    return Decision(action=gate.default or "stop", feedback=words, by=GATE_DEADLINE)
+
+
+def _gate_default(step: StepState, kind: GateKind) -> GateDefault | None:
+    """What is decided at a gate of `step` if nobody does, where it can be; nobody's "no" is said only once."""
+    default = step.step.gate_default
+    if default is None or default not in ACTIONS[kind]:
+        return None
+    said = (attempt.decision for attempt in step.attempts)
+    again = default == "reject" and any(one.action == "reject" and one.by == GATE_DEADLINE for one in said if one)
+    return None if again else default
+
+
+def _next_in_course(state: RunState, engine_of: Callable[[Step], str] | None) -> list[StartTurn | Record]:
     if state.calls:
         return _members_next(state, engine_of)
     step = state.current
@@ -1582,7 +1733,7 @@ def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None
         return [Record(_open(state, step, cast("Due", step.due)))]
     if step.status == "looping":
         return [Record(_loop_back(state, step))]
-    if step.status == "waiting" or state.running or state.paused:
+    if step.status == "waiting" or state.running or state.paused or state.held is not None:
         return []
     if state.until_reached:
         return [Record(RunPaused(reason=f"as far as {state.until}"))]
@@ -1627,7 +1778,7 @@ def _open(
     whole = hashlib.sha256()
     for piece in pieces(due.text, state.texts):
         whole.update(piece.encode("utf-8", "surrogatepass"))
-    attempt = _next_attempt(step) if due.kind == "start" else step.attempt
+    attempt = _next_attempt(step) if due.kind in ("start", "budget") else step.attempt
     gate = Gate(
         id=f"{state.run_id}/{step.path}/{attempt}/{step.gates + 1}",
         kind=due.kind,
@@ -1637,6 +1788,8 @@ def _open(
         payload=due.payload,
         digest=whole.hexdigest(),
         actions=ACTIONS[due.kind],
+        timeout_s=step.step.gate_timeout_s,
+        default=_gate_default(step, due.kind),
     )
     return GateOpened(gate=gate, prompt=prompt, context=context)
 
@@ -1654,6 +1807,21 @@ def feedback_on(state: RunState, step: StepState) -> str:
 def ask(state: RunState, step: StepState, question: str) -> GateOpened:
     """The event with which the running turn of `step` asks a person."""
     return _open(state, step, Due("question", {"question": question}, (question,)))
+
+
+def ask_permission(
+    state: RunState, step: StepState, tool: tuple[str, str], arguments: Mapping[str, Any], note: str = ""
+) -> GateOpened:
+    """The event with which the running turn of `step` asks for permission to call `tool`: name and implementation."""
+    name, implementation = tool
+    payload = {"tool": name, "arguments": dict(arguments), "implementation": implementation, "note": note}
+    given = {key: value for key, value in payload.items() if value != ""}
+    return _open(state, step, Due("permission", given, (f"{name}\n{write_arguments(arguments)}",)))
+
+
+def tool_of(gate: Gate) -> tuple[str, str]:
+    """The tool that a permission is about: its name, its implementation."""
+    return str(gate.payload.get("tool", "")), str(gate.payload.get("implementation", ""))
 
 
 def _loop_back(state: RunState, step: StepState) -> LoopedBack:
@@ -1674,7 +1842,12 @@ def _skip_reason(state: RunState, step: StepState) -> str | None:
     return None
 
 
-def _start(state: RunState, step: StepState, engine_of: Callable[[Step], str] | None) -> StartTurn | Record:
+def _start(
+    state: RunState, step: StepState, engine_of: Callable[[Step], str] | None, ahead: int = 0
+) -> StartTurn | Record:
+    """Begin `step`, or ask first; `ahead`: so many others begin before it."""
+    if step.status != "retrying" and (over := _over(state, step, ahead)) is not None:
+        return Record(_open(state, step, over))
     if isinstance(step.step, Parallel):
         return Record(_call_members(state, step, step.step))
     session = step.session
@@ -1701,6 +1874,104 @@ def _asks_first(state: RunState, step: StepState) -> bool:
     if step.turn > 1:
         return step.status == "ready" and step.redo is None and state.mode == "step-by-step"
     return step.status == "pending" and (step.redo is None or not step.redo.answered)
+
+
+# -- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def _budget_of(item: Step, before: StepState | None = None) -> Budget | None:
+    """The budget of a step as it is defined now; what it used `before` counts."""
+    limits = limits_of(item)
+    if not limits:
+        return None
+    budget = Budget()
+    budget.permit(limits)
+    if before is not None and before.budget is not None:
+        budget.used, budget.unknown = before.budget.used, before.budget.unknown
+    elif before is not None:
+        everybody = [before]
+        for one in everybody:
+            everybody += one.members
+            for attempt in one.attempts:
+                if not attempt.edited:
+                    budget.used["max_turns"] += len(attempt.turns)
+                    _add(budget, attempt.usage, attempt.cost_usd, ended=attempt.answer is not None)
+    return budget
+
+
+def _budgets(state: RunState, step: StepState) -> tuple[Budget, ...]:
+    """The budgets from which `step` is paid: the run's, and that of the workflow's step that it belongs to."""
+    own = (state.steps[step.path.partition("/")[0]] if step.caller else step).budget
+    return (state.budget,) if own is None else (state.budget, own)
+
+
+def _pay(state: RunState, step: StepState, last: Attempt, event: TurnFinished | TurnFailed | TurnCutShort) -> None:
+    """What the turn is known to have used counts, whatever became of it."""
+    usage, cost_usd = event.usage, event.cost_usd
+    if usage is not None:
+        last.usage = usage if last.usage is None else last.usage + usage
+        state.usage = state.usage + usage
+    if cost_usd is not None:
+        last.cost_usd = (last.cost_usd or 0.0) + cost_usd
+        state.cost_usd += cost_usd
+    state.last_turn = step.path
+    for budget in _budgets(state, step):
+        _add(budget, usage, cost_usd, ended=event.type == "TurnFinished")
+
+
+def _add(budget: Budget, usage: Usage | None, cost_usd: float | None, *, ended: bool) -> None:
+    """Count what was used; of a turn that `ended` and does not say, that it is not known.
+
+    One that says that it cost nothing has asked no model: where it counts no tokens, there are none.
+    """
+    if usage is not None:
+        budget.used["max_tokens"] += usage.input_tokens + usage.output_tokens
+    elif ended and cost_usd != 0:
+        budget.unknown["max_tokens"] = budget.unknown.get("max_tokens", 0) + 1
+    if cost_usd is not None:
+        budget.used["max_cost_usd"] += cost_usd
+    elif ended:
+        budget.unknown["max_cost_usd"] = budget.unknown.get("max_cost_usd", 0) + 1
+
+
+def _over(state: RunState, step: StepState, ahead: int = 0) -> Due | None:
+    """The gate that comes before the next turn of `step`, once `ahead` others have started; ``None``: it may start."""
+    for budget in _budgets(state, step):
+        if budget.limits and (payload := budget.reached(ahead)) is not None:
+            if budget is not state.budget:
+                payload["of"] = step.path.partition("/")[0]
+            if state.last_turn:
+                payload["after"] = state.last_turn
+            return Due("budget", payload, (json.dumps(payload),))
+    return None
+
+
+def _grant(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
+    """So much more may be used, counted from what is used by now; what was only unknown is not asked about again."""
+    name = gate.payload["limit"]
+    budget = state.budget if "of" not in gate.payload else state.steps[gate.payload["of"]].budget
+    more = getattr(decision, name)
+    if budget is None:
+        return
+    if "unknown" in gate.payload:
+        budget.waived.add(name)
+    elif more is None:
+        more = budget.amounts[name]
+        setattr(decision, name, more)  # said in the event, for whoever reads it
+    if more is not None:
+        budget.limits[name] = max(budget.limits[name], budget.used[name]) + more
+
+
+def _release(state: RunState) -> None:
+    """The step that was held stands as it did."""
+    step, status = cast("tuple[StepState, StepStatus]", state.held)
+    step.status, state.held = status, None
+
+
+def _let_go(state: RunState) -> None:
+    """Close a ``budget`` gate that asks about a limit which is another one now; if it is reached too, it asks again."""
+    if state.held is not None:
+        _close(state, state.held[0])
 
 
 # -- members ----------------------------------------------------------------------------------------------------------
@@ -1750,6 +2021,15 @@ def may_call(state: RunState, step: StepState) -> tuple[str, ...]:
         return ()
     above = _above(state, step)
     return tuple(name for name in state.sub_agents if name not in above)
+
+
+def may_ask(state: RunState, step: StepState) -> bool:
+    """Whether the model at work in `step` is told that it can ask a person.
+
+    Not where nobody wants to be asked: in unattended mode, and in a workflow that is locked to run by itself, but for
+    the steps that pause there anyway.
+    """
+    return step.step.interactive is True or (state.mode != "unattended" and state.locked != "always")
 
 
 def _above(state: RunState, caller: StepState) -> dict[str, str]:
@@ -1882,8 +2162,8 @@ def _task(step: Step, agent: str) -> Step:
     """What a member has to do: in a parallel step, that; called by a turn, what it is asked in the call."""
     if isinstance(step, Parallel):
         return step.member(agent)
-    same = {"timeout_s": step.timeout_s, "retries": step.retries, "idempotent": step.idempotent}
-    return Step(agent=agent, context="none", **same)
+    own = ("timeout_s", "retries", "idempotent", *GATE_OPTIONS)
+    return Step(agent=agent, context="none", **{name: getattr(step, name) for name in own})
 
 
 def _new_member(
@@ -2133,7 +2413,7 @@ def _members_next(state: RunState, engine_of: Callable[[Step], str] | None) -> l
     ]
     if not state.paused:
         actions += [_start(state, member, engine_of) for member in state.backing_off.values()]
-    free = state.max_concurrency - state.busy
+    free, ahead = state.max_concurrency - state.busy, 0
     for line in reversed(state.lines):
         for step in line.values():
             if step.caller and free <= 0:
@@ -2141,10 +2421,13 @@ def _members_next(state: RunState, engine_of: Callable[[Step], str] | None) -> l
             if step.status == "calling":
                 call = state.calls[step.path]
                 actions.append(Record(AgentsReturned(step=step.id, path=step.path, call=call.number)))
-            elif state.paused:
+            elif state.paused or state.held is not None:
                 break  # who was at work stands before those that begin
             else:
-                actions.append(_start(state, step, engine_of))
+                actions.append(_start(state, step, engine_of, ahead))
+                ahead += step.status != "retrying"
+                if isinstance(actions[-1], Record):  # its budget is used up: nobody else begins
+                    return actions
             free -= 1
     return actions
 

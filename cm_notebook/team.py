@@ -75,20 +75,27 @@ class ToolCall(Model):
 
     @model_validator(mode="after")
     def _has_its_arguments(self) -> "ToolCall":
-        given = set(self.arguments)
-        if self.name == "ask_human":
-            right = given == {"question"}
-        else:
-            right = len(given & {"groups", "script"}) == 1 and given <= {"groups", "script", "max_concurrency"}
-        if not right:
-            wanted = "'question'" if self.name == "ask_human" else "either 'groups' or 'script'"
-            raise ValueError(f"{self.name} takes {wanted}, not {', '.join(map(repr, sorted(given))) or 'nothing'}")
+        if (wrong := wrong_arguments(self.name, self.arguments)) is not None:
+            raise ValueError(wrong)
         return self
 
     @property
     def asked(self) -> Any:
         """Whom to call, or what to ask."""
         return self.arguments.get("groups", self.arguments.get("script", self.arguments.get("question")))
+
+
+def wrong_arguments(name: str, arguments: Collection[str]) -> str | None:
+    """What is wrong with the names of the arguments of such a call; ``None``: nothing."""
+    given = set(arguments)
+    if name == "ask_human":
+        right = given == {"question"}
+    else:
+        right = len(given & {"groups", "script"}) == 1 and given <= {"groups", "script", "max_concurrency"}
+    if right:
+        return None
+    wanted = "'question'" if name == "ask_human" else "either 'groups' or 'script'"
+    return f"{name} takes {wanted}, not {', '.join(map(repr, sorted(given))) or 'nothing'}"
 
 
 @dataclass(frozen=True, slots=True)

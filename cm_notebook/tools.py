@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 LONGEST_RESULT = 200_000
 """Characters of a result that a model is told; what is longer is cut in the middle."""
 
+BUILT_IN = ("run_agents", "ask_human")
+"""Tools that models have without being given them; see ``engines/builtin.py``."""
+
 _NAME = r"[A-Za-z0-9_-]{1,64}"
 
 
@@ -159,9 +162,14 @@ def as_tool(given: Any) -> Tool:
 
     Raises
     ------
-    WorkflowError    It is none of these.
+    WorkflowError    It is none of these, or its name is that of a tool that every model has.
     """
     if isinstance(given, Tool):
+        if given.name in BUILT_IN:
+            raise WorkflowError(
+                f"tools: {given.name!r} is the name of a tool that models have anyway. Give yours another: "
+                "@cm.tool(name=…)."
+            )
         return given
     if isinstance(given, Mapping):
         try:
@@ -170,7 +178,7 @@ def as_tool(given: Any) -> Tool:
             raise WorkflowError(f"tools: {given!r} is not a tool: {error.errors()[0]['msg']}.") from None
     if not callable(given) or isinstance(given, type):
         raise WorkflowError(f"tools: {given!r} is not a tool. Write @cm.tool above a function and give its name.")
-    return tool(given)
+    return as_tool(tool(given))
 
 
 def _arguments(name: str, function: Callable[..., Any]) -> tuple[TypeAdapter[Any], dict[str, Any]]:
@@ -209,6 +217,31 @@ def _arguments(name: str, function: Callable[..., Any]) -> tuple[TypeAdapter[Any
             if default is not PydanticUndefined:
                 described["default"] = default
     return checker, schema
+
+
+def read_arguments(written: str) -> dict[str, Any]:
+    """The arguments of a call as they were written: a JSON object.
+
+    Raises
+    ------
+    ValueError    It is none.
+    """
+
+    def no_number(name: str) -> Any:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        value = json.loads(written, parse_constant=no_number) if written.strip() else {}
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
+def write_arguments(arguments: Mapping[str, Any]) -> str:
+    """The arguments of a call, for a person to read and to edit."""
+    return json.dumps(arguments, indent=2, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from . import keys
 from .engines.base import (
     AgentRequest,
     Delta,
@@ -65,16 +66,21 @@ class LiveTurn:
         "_timer",
         "asking",
         "failures",
+        "hide",
         "recalled",
         "started",
         "step",
         "task",
+        "used",
     )
 
     def __init__(self, started: TurnStarted, step: Step, late: Callable[[LiveTurn], None]) -> None:
         self.started, self.step = started, step
         self.task: asyncio.Task[None] | None = None
         self.failures = 0
+        self.hide = keys.Hider()
+        self.used: dict[str, Any] = {}
+        """What it has said so far that it used, as its last event keeps it."""
         self.asking: asyncio.Lock | None = None
         self.recalled: set[int] = set()
         self._late = late
@@ -83,6 +89,12 @@ class LiveTurn:
         self._timer: asyncio.TimerHandle | None = None
         self._parts: list[str] = []
         self._heard_at: float | None = None
+
+    def one_at_a_time(self) -> asyncio.Lock:
+        """Held while it asks somebody for something: a turn waits for one thing at a time."""
+        if self.asking is None:
+            self.asking = asyncio.Lock()
+        return self.asking
 
     def write(self, text: str) -> None:
         """Append to what it has written."""
@@ -145,7 +157,6 @@ async def take_turn(
     """
     started, step = turn.started, turn.step
     done: TurnDone | None = None
-    usage: UsageReported | None = None
     session_id: str | None = None
     pieces = 0
     try:
@@ -161,7 +172,7 @@ async def take_turn(
                 elif isinstance(told, TurnDone):
                     done = told
                 elif isinstance(told, UsageReported):
-                    usage = told
+                    turn.used = {"usage": told.usage, "cost_usd": told.cost_usd}
                 elif isinstance(told, (ToolCalled, ToolReturned)):
                     write(_tool_line(told))
                 elif isinstance(told, SessionStarted):
@@ -184,6 +195,8 @@ async def take_turn(
             _check_json("output", output, started)
         if verdict is not None and verdict.score is not None:
             _check_json("score", verdict.score, started)
+        if turn.used.get("cost_usd") is None and getattr(engine, "free", False):
+            turn.used["cost_usd"] = 0.0
         event = TurnFinished(
             step=started.step,
             path=started.path,
@@ -192,8 +205,7 @@ async def take_turn(
             text=text,
             output=output,
             verdict=verdict,
-            usage=usage.usage if usage is not None else None,
-            cost_usd=usage.cost_usd if usage is not None else None,
+            **turn.used,
             session_id=session_id,
             duration_s=done.duration_s,
             note=done.note,
@@ -299,5 +311,6 @@ def failed(turn: LiveTurn, error: Exception, retry_in_s: float | None, *, fatal:
         turn=started.turn,
         error=ErrorInfo(kind=type(error).__name__, message=message, detail=sound(detail) if detail else None),
         retry_in_s=retry_in_s,
+        **turn.used,
     )
     return Ending(event, error, fatal)

@@ -30,11 +30,14 @@ if TYPE_CHECKING:
 
 AutonomousMode = Literal["never", "always"] | bool
 GatePlace = Literal["after", "before", "both"]
+GateDefault = Literal["reject", "skip", "stop"]
 NAME = r"[A-Za-z_](?:\w|-(?!>))*"
 _NAME = re.compile(NAME)
 _MEANT = r"""["']action["']\s*:"""
 RESERVED = ("previous", "feedback", "loop")
 """Template names with a meaning of their own; no step or input may take them."""
+LIMITS = ("max_cost_usd", "max_tokens", "max_turns")
+"""Options that say how much a run, or a step, may use before a person is asked."""
 
 
 class Model(BaseModel):
@@ -71,8 +74,10 @@ class Fixed(Model):
     """Data that stays as it was checked, so a run can have it without a copy."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        what = _subject(type(self), self.__dict__)
-        raise WorkflowError(f"{what}: {name} cannot be changed any more. Make another one with the right {name}.")
+        raise WorkflowError(
+            f"{_subject(type(self), self.__dict__)}: {name} cannot be changed any more. Make another one with another "
+            f"{name}."
+        )
 
 
 def sound(value: Any) -> Any:
@@ -225,6 +230,12 @@ def agent(id: str, **options: Any) -> Callable[[_Function], Agent]:
     return decorate
 
 
+def _gate_default(given: Any) -> Any:
+    if given == "approve":
+        raise WorkflowError("gate_default='approve': nothing is approved by default. Use 'reject', 'skip' or 'stop'.")
+    return given
+
+
 class Step(Fixed):
     """One step of a workflow; make it with :func:`step`, where the fields are explained."""
 
@@ -239,16 +250,26 @@ class Step(Fixed):
     execute_once: StrictBool = False
     context: Literal["previous", "all", "none"] | list[str] = "previous"
     gate: GatePlace = "after"
+    gate_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    gate_default: Annotated[GateDefault | None, BeforeValidator(_gate_default)] = None
     timeout_s: float | None = Field(default=None, gt=0)
     retries: int = Field(default=2, ge=0)
     idempotent: StrictBool = True
     raw: StrictBool = False
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_turns: int | None = Field(default=None, ge=1)
 
     def model_post_init(self, context: Any, /) -> None:
         """The id defaults to the agent's name."""
         if not self.id:
             self.__dict__["id"] = self.agent
         _check_name("step", self.id)
+        if self.gate_default is not None and self.gate_timeout_s is None:
+            raise WorkflowError(
+                f"step {self.id!r}: gate_default={self.gate_default!r} is for a gate that nobody has answered in time. "
+                "Say how long it waits: gate_timeout_s=…"
+            )
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -321,7 +342,11 @@ class Parallel(Step):
     def member(self, agent: str) -> Step:
         """What the agent of that id has to do in it."""
         own = ("prompt", "engine", "model", "reasoning_effort", "context", "timeout_s", "retries", "idempotent", "raw")
-        return Step(agent=agent, **{name: getattr(self, name) for name in own})
+        return Step(agent=agent, **{name: getattr(self, name) for name in (*own, *GATE_OPTIONS)})
+
+
+GATE_OPTIONS = ("gate_timeout_s", "gate_default")
+"""Those options of a step that are about all gates in it, also of agents that it calls."""
 
 
 class Separator(Fixed):
@@ -347,10 +372,15 @@ def step(
     execute_once: bool = False,
     context: Literal["previous", "all", "none"] | list[str] = "previous",
     gate: GatePlace = "after",
+    gate_timeout_s: float | None = None,
+    gate_default: GateDefault | None = None,
     timeout_s: float | None = None,
     retries: int = 2,
     idempotent: bool = True,
     raw: bool = False,
+    max_cost_usd: float | None = None,
+    max_tokens: int | None = None,
+    max_turns: int | None = None,
 ) -> Step:
     """A step in which `agent` does its work.
 
@@ -375,6 +405,12 @@ def step(
     gate
         Where the pause of a step that pauses (see `interactive`) falls: ``"after"`` the turn, ``"before"`` it (the
         prompt is approved), or ``"both"``.
+    gate_timeout_s
+        Seconds that a gate of this step waits for a decision; then `gate_default` is decided, or, where nothing is
+        said or it does not fit the gate, the run stops. ``None`` waits for ever.
+    gate_default
+        ``"skip"``, ``"stop"``, or ``"reject"``, which is done once: if nobody looks at what comes of it, the run stops.
+        Nothing is approved by default.
     timeout_s
         Seconds a turn may take, waiting for a person not counted; ``None`` waits for ever.
     retries
@@ -383,6 +419,9 @@ def step(
         ``False``: after a crash in mid-turn a person is asked before it runs again.
     raw
         ``True``: the prompt is sent as written, ``{{ }}`` included.
+    max_cost_usd, max_tokens, max_turns
+        How much it may use: all its attempts and all agents that it calls count. Where that is reached, a person is
+        asked before its next turn starts; see :class:`Workflow`.
 
     Raises
     ------
@@ -457,7 +496,12 @@ def separator(text: str = "") -> Separator:
     return Separator(text=text)
 
 
-START_OPTIONS = ("engine", "journal", "workspace", "until", "max_concurrency", "on_gate", "tape", "loop")
+START_OPTIONS = ("engine", "journal", "workspace", "until", "max_concurrency", *LIMITS, "on_gate", "tape", "loop")
+
+
+def limits_of(source: Any) -> dict[str, int | float]:
+    """The limits that a workflow, a step or a decision names, by option."""
+    return {name: value for name in LIMITS if (value := getattr(source, name)) is not None}
 
 
 class Workflow(Model):
@@ -483,6 +527,16 @@ class Workflow(Model):
         Default values of template names.
     engine
         Engine of all agents and steps that name none.
+    max_cost_usd
+        US dollars that a run may spend. Where they are spent a gate of kind ``budget`` opens before the next turn
+        starts; what runs finishes. Approving it permits the same amount again. The cost of a turn is known when it
+        ends, so a run may go over its limit by the turns under way. A model whose price is not known is refused at
+        the start; an engine that says no cost is asked about after its first turn: nothing unknown counts as nothing.
+        Python functions, scripts and tapes cost nothing.
+        What a turn that was cut short used after its last report is not known and does not count.
+    max_tokens, max_turns
+        The same for tokens (input and output) and turns (prompts sent; one that is tried again by itself counts
+        once).
 
     Raises
     ------
@@ -498,6 +552,9 @@ class Workflow(Model):
     inputs: dict[str, Any] = Field(default_factory=dict)
     specification: Text | None = None
     engine: Text | None = None
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_turns: int | None = Field(default=None, ge=1)
 
     @by_name("cm.Workflow")
     def __init__(self, name: str, **data: Any) -> None:
@@ -549,8 +606,8 @@ class Workflow(Model):
         inputs
             Values of template names, over the workflow's own.
         **options
-            Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until,
-            max_concurrency, on_gate, tape, loop``.
+            Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until, max_concurrency,
+            max_cost_usd, max_tokens, max_turns, on_gate, tape, loop``.
         """
         from .run import Run  # the run knows the workflow, not the other way round; this is only the short way to it
 
@@ -580,7 +637,7 @@ class Workflow(Model):
         return cast("dict[str, Any]", sound(self.model_dump(mode="json", exclude_defaults=True, exclude={"steps"})))
 
     def kept(self) -> "Workflow":
-        """The workflow as a journal has it: checked, its functions by name only, and apart from this one."""
+        """The workflow as a journal has it: checked, functions by name only; no part can be changed from here."""
         return Workflow(**self._data(), steps=self.steps)
 
     @classmethod

@@ -187,6 +187,7 @@ class FunctionEngine:
     """
 
     name = "function"
+    free = True
 
     def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
         """Call the function and yield what it returns; what it emits goes to ``request.emit`` meanwhile.

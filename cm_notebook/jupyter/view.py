@@ -210,7 +210,9 @@ def head_record(state: RunState, steps: Sequence[str] | None = None, now: float 
 def _said(state: RunState, now: float | None) -> str:
     """What was decided last and what comes now: it stands where the bar was."""
     last = next(reversed(state.decisions), None)
-    decided = f"{say.gate_step(last)}: {say.decided(state, state.decisions[last])}. " if last is not None else ""
+    decided = (
+        f"{say.gate_step(last)}: {say.decided(state, state.decisions[last], live=True)}. " if last is not None else ""
+    )
     return html.inline(decided + say.sentence(state, now))
 
 
@@ -281,7 +283,16 @@ _ASKS: dict[str, dict[str, Any]] = {
     "prompt": {"action": "retry", "ask": "prompt", "label": "The prompt to try with", "send": "Try this"},
     "rerun": {"do": "rerun"},
 }
-STOPS = ("exhausted", "failed")
+_ASKS_AT: dict[tuple[str, str], dict[str, Any]] = {
+    ("start", "edit"): {"label": "The prompt to send", "send": "Send this"},
+    ("permission", "edit"): {"label": "The arguments to call it with", "send": "Allow with these"},
+    ("permission", "reject"): {
+        "label": "Why not? The agent is told.",
+        "send": "Deny",
+        "empty": "Say why not: the agent is told, and may do better.",
+    },
+}
+STOPS = ("exhausted", "failed", "budget")
 """Kinds of gates that have Stop among their buttons; the one beside the run's state is not shown meanwhile."""
 _KEYS = {"approve": "A", "reject": "R", "edit": "E", "prompt": "E", "skip": "S"}
 
@@ -293,15 +304,15 @@ def gate_record(state: RunState, gate: Gate, *, beside: bool = True) -> dict[str
         if way.action == "stop" and gate.kind not in STOPS:
             continue  # there is one beside the run's state
         button: dict[str, Any] = {"action": way.action, "text": way.label, "magic": way.magic}
-        button |= _ASKS.get(way.action, {})
+        button |= _ASKS.get(way.action, {}) | _ASKS_AT.get((gate.kind, way.action), {})
         if way.times > 1:
-            button["count"] = way.times
-        if way.action == "edit" and gate.kind == "start":
-            button |= {"label": "The prompt to send", "send": "Send this"}
+            button["more"] = {"count": way.times}
+        if way.scope is not None:
+            button["more"] = {"scope": way.scope}
         if way.action == "skip":
             button["sure"] = f"Skip {gate.step}? It gives no output; what names it gets an empty text."
             button["send"] = "Skip it"
-        if key := _KEYS.get(way.action):
+        if key := _KEYS.get(way.name):
             button["key"] = key
         buttons.append(button)
     return {
@@ -326,6 +337,8 @@ def body_record(state: RunState, path: str, attempt: int, tab: str) -> dict[str,
     """What a page asks for: an attempt's ``output``, ``diff`` or ``prompt`` as HTML; or, to be edited, a text."""
     step = state.find(path)
     found = next((one for one in step.attempts if one.number == attempt), step.last)
+    if tab == "edit-output" and step.gate is not None and step.gate.kind == "permission":
+        return {"text": say.requested(step.gate)}
     if tab == "edit-output":
         waits = step.gate is not None and step.gate.kind == "start" and step.redo is not None
         return {"text": state.text(step.redo.prompt) if waits and step.redo else found.text if found else ""}
@@ -814,7 +827,7 @@ class Hub:
         display.send("body", page=page, ticket=content.get("ticket"), **body)
 
     def _decide(self, content: Mapping[str, Any]) -> None:
-        names = ("feedback", "output", "prompt", "count")
+        names = ("feedback", "output", "prompt", "count", "scope")
         given = {name: content[name] for name in names if content.get(name) is not None}
         decision = Decision(action=content.get("action", ""), **given)
         self.run.decide(str(content["decide"]), decision, digest=str(content.get("digest", "")))

@@ -255,6 +255,9 @@ def _asked(state: RunState, step: StepState) -> list[str]:
     ]
     if step.gate is not None and step.gate.kind == "question":
         parts.append(_quote(_markdown(str(step.gate.payload.get("question", ""))[:8000]), "waiting"))
+    if step.gate is not None and step.gate.kind == "permission":
+        parts.append(_line(f"It wants to call `{one_line(step.gate.payload.get('tool', ''), 70)}` with:"))
+        parts.append(_shown(say.requested(step.gate), PROMPT_LIMIT, f"%cm show {step.path} --full", plain=True))
     if step.gate is not None and step.gate.kind == "start" and step.redo is not None:
         parts.append(_line("The prompt that would be sent:"))
         parts.append(_shown(state.text(step.redo.prompt), PROMPT_LIMIT, f"%cm show {step.path} --full", plain=True))
@@ -364,10 +367,16 @@ def gate_bar(state: RunState, gate: Gate, *, beside: bool = False, again: bool =
 
 
 def sentence_html(state: RunState, gate: Gate, *, beside: bool = False) -> str:
-    """The gate's sentence, its step in bold; without what the card `beside` it shows: the error, or the question."""
-    said = say.gate_sentence(state, gate, beside=beside)
+    """The gate's sentence, its step in bold; without what the card `beside` it shows: the error, or the question.
+
+    Of a tool's call all is shown, here or beside: nobody allows what cannot be read.
+    """
+    asked = gate.kind == "permission" and not beside
+    said = say.gate_sentence(state, gate, beside=beside or asked)
     rest = said.removeprefix(gate.step)
-    return f"<b>{_esc(gate.step)}</b>{inline(rest)}" if rest != said else inline(said)
+    made = f"<b>{_esc(gate.step)}</b>{inline(rest)}" if rest != said else inline(said)
+    more = f"%cm show {gate.path} --full"
+    return made + ("\n" + _shown(say.requested(gate), PROMPT_LIMIT, more, plain=True) if asked else "")
 
 
 def _way(way: say.Way) -> str:

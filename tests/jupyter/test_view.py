@@ -615,6 +615,10 @@ def test_buttons_of_each_kind_of_gate():
     assert labels(failed.state) == ["Retry", "Edit prompt", "Skip", "Stop"]
     assert view.head_record(failed.state)["stops"]  # one Stop is enough
     assert not view.head_record(Story("planner?").answer("plan").state)["stops"]
+    spent = Story("planner -> coder", max_turns=1).answer("plan")
+    assert labels(spent.state) == ["Continue with +1 turn", "Stop"]
+    assert view.head_record(spent.state)["stops"]
+    assert "1 of 1 turn" in view.head_record(spent.state)["words"]
     asks = Story("planner").ask("Which one?")
     assert labels(asks.state) == ["Answer…"]
     (record,) = view.gate_records(asks.state)
@@ -626,6 +630,23 @@ def test_every_button_names_its_magic_and_asks_only_for_what_its_decision_takes(
         for button in view.gate_records(state)[0]["buttons"]:
             assert "%cm " in button["magic"] or "cm.current()." in button["magic"]
             assert button.get("ask") in (None, "feedback", "output", "prompt")
+
+
+def test_a_permission_shows_all_that_is_decided_about():
+    """The buttons, and the arguments: in the card, or in the bar where there is no card; to be edited as they are."""
+    story = Story("a").permit("remove", path="x" * 3000)
+    assert labels(story.state) == ["Allow once", "Allow for this run", "Always allow", "Edit…", "Deny…"]
+    (record,) = view.gate_records(story.state)
+    once, for_run, always, edit, deny = record["buttons"]
+    assert [button.get("key") for button in record["buttons"]] == ["A", None, None, "E", "R"]
+    assert [button.get("more") for button in (once, for_run, always)] == [None, {"scope": "run"}, {"scope": "always"}]
+    assert (edit["label"], edit["send"]) == ("The arguments to call it with", "Allow with these")
+    assert (deny["ask"], deny["send"]) == ("feedback", "Deny")
+    assert "x" * 3000 not in record["words"]
+    assert "x" * 3000 in view.body_record(story.state, "a", 1, "output")["html"]
+    gate = story.state.gates[record["id"]]
+    assert "x" * 3000 in view.gate_record(story.state, gate, beside=False)["words"]
+    assert view.body_record(story.state, "a", 1, "edit-output")["text"] == f'{{\n  "path": "{"x" * 3000}"\n}}'
 
 
 def test_cards_fold_as_in_the_saved_view():

@@ -25,7 +25,7 @@ from cm_notebook.events import (
 )
 from cm_notebook.prompts import digest, text_of
 from cm_notebook.render.text import event_line
-from cm_notebook.state import Record, RunState, StartTurn, apply, ask, next_actions
+from cm_notebook.state import Record, RunState, StartTurn, apply, ask, ask_permission, next_actions
 from cm_notebook.workflow import Agent, Separator, Verdict, Workflow, as_step, parse_steps, separator, step
 
 NOON = 1_700_049_600.0
@@ -76,7 +76,7 @@ class Story:
 
     def go(self) -> Story:
         """Do what is to be done, until a turn runs or a person is asked."""
-        while actions := next_actions(self.state):
+        while actions := [one for one in next_actions(self.state) if isinstance(one, StartTurn) or not one.not_before]:
             for action in actions:
                 if isinstance(action, Record):
                     self.record(action.event)
@@ -146,6 +146,11 @@ class Story:
     def ask(self, question: str) -> Story:
         """The agent that runs asks a person."""
         return self.record(ask(self.state, next(iter(self.state.running.values())), question))
+
+    def permit(self, tool: str, **arguments: Any) -> Story:
+        """The agent that runs wants to call a tool."""
+        running = next(iter(self.state.running.values()))
+        return self.record(ask_permission(self.state, running, (tool, "f:1"), arguments))
 
     def decide(self, action: Any, feedback: str | None = None, *, by: str | None = None, **more: Any) -> Story:
         """The oldest open gate is answered a minute later, and the run goes on."""
@@ -259,7 +264,14 @@ def team() -> Story:
     return story.answer(PLAN_1).answer("Drew the page.").fail("No key for anthropic.", detail=TRACE).after(3)
 
 
+def permission() -> Story:
+    """A tool is to be called; another call of it was denied before."""
+    story = Story("planner -> cleaner -> reviewer").answer(PLAN_1).permit("remove", path="notes.md", force=True)
+    return story.decide("reject", "not the notes").permit("remove", path=f"build/{HOSTILE}", why="It is made anew.")
+
+
 SITUATIONS = {
+    "permission": permission,
     "team": team,
     "waiting": waiting,
     "finished": finished,
