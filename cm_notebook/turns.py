@@ -107,6 +107,11 @@ class LiveTurn:
         """All that it has written; from any thread."""
         return "".join(self._parts[:])
 
+    @property
+    def heard(self) -> bool:
+        """Whether it has written anything."""
+        return self._heard_at is not None
+
     def silence(self) -> str:
         """How long nothing has come of it, in words."""
         if self._heard_at is None:
