@@ -524,6 +524,7 @@ class Session:
         self._awake = threading.Event()
         self._rests = False
         self._ended: BaseException | None = None
+        self._kind = "text"
         self._written: dict[tuple[str, int], list[str]] = {}
         """What has been printed of an attempt's text, in pieces."""
 
@@ -594,7 +595,7 @@ class Session:
         for thing in things:
             if isinstance(thing, LiveText):
                 if self._verbose:
-                    self._write(thing.path, thing.attempt, thing.text)
+                    self._write(thing)
             elif thing.seq > self._state.seq:
                 apply(self._state, thing)
                 if thing.seq > self._known:
@@ -607,7 +608,7 @@ class Session:
         if isinstance(event, TurnFinished) and self._verbose and not self._is_written(event, event.text):
             self._console.fresh_line()
             self._written.pop((event.path, event.attempt), None)
-            self._write(event.path, event.attempt, event.text)
+            self._write(LiveText(event.path, event.attempt, event.text))
         if isinstance(event, GateOpened) and (self._asks or event.gate.kind == "failed"):
             return  # the question says it, or the failure was the line before
         if (line := say.event_line(self._state, event)) is not None:
@@ -615,9 +616,14 @@ class Session:
             good = isinstance(event, RunFinished) and event.status == "completed"
             self._console.line(line, "red" if bad else "green" if good else "")
 
-    def _write(self, path: str, attempt: int, text: str) -> None:
-        self._written.setdefault((path, attempt), []).append(text)
-        self._console.live(clean(text))
+    def _write(self, live: LiveText) -> None:
+        """What an agent writes; what it thinks stands apart and is no part of its answer."""
+        if live.kind != self._kind:
+            self._console.fresh_line()
+        self._kind = live.kind
+        if live.kind == "text":
+            self._written.setdefault((live.path, live.attempt), []).append(live.text)
+        self._console.live(clean(live.text), "" if live.kind == "text" else "dim")
 
     def _is_written(self, place: TurnFinished | Gate, text: str) -> bool:
         return "".join(self._written.get((place.path, place.attempt), ())).strip() == text.strip()
@@ -824,10 +830,10 @@ class Console:
         self.fresh_line()
         self._write(self._out, _painted(self._out, text, look) + "\n")
 
-    def live(self, text: str) -> None:
+    def live(self, text: str, look: str = "") -> None:
         """A piece of text as it is written."""
         if text:
-            self._write(self._out, text)
+            self._write(self._out, _painted(self._out, text, look))
             self._mid_line = not text.endswith("\n")
 
     def fresh_line(self) -> None:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from . import events
 from .engines.base import (
     AgentRequest,
     Delta,
@@ -26,7 +27,8 @@ from .engines.base import (
     UsageReported,
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
-from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
+from .events import AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
+from .tools import shortened
 from .workflow import Module, Step, Verdict, not_json
 
 YIELD_EVERY = 64
@@ -34,6 +36,8 @@ YIELD_EVERY = 64
 MOST_PIECES = 4096
 """So many pieces of text are kept apart; joined, they take a tenth of the memory."""
 LONGEST_BACKOFF_S = 60
+LONGEST_KEPT = 2_000
+"""Characters that are kept of a tool's arguments and result."""
 LONGEST_LINE = 200
 """Characters that are shown of a tool's arguments and result."""
 
@@ -138,7 +142,9 @@ async def take_turn(
     engine: Engine,
     request: AgentRequest,
     write: Callable[[str], None],
+    think: Callable[[str], None],
     opened: Callable[[str], None],
+    record: Callable[[AnyEvent], None],
 ) -> Ending:
     """Do `turn`: send the request to the engine and pass on what it writes.
 
@@ -146,8 +152,12 @@ async def take_turn(
     ----------
     write
         Gets the live text.
+    think
+        Gets what it thinks before it writes.
     opened
         Gets the id of the agent's conversation as soon as it is known.
+    record
+        Gets what the agent does with tools, as events.
 
     Raises
     ------
@@ -166,8 +176,7 @@ async def take_turn(
                         engine=engine.name,
                     )
                 if isinstance(told, Delta):
-                    if told.kind == "text":
-                        write(told.text)
+                    (write if told.kind == "text" else think)(told.text)
                     pieces += 1
                     if pieces % YIELD_EVERY == 0:
                         await asyncio.sleep(0)
@@ -175,8 +184,11 @@ async def take_turn(
                     done = told
                 elif isinstance(told, UsageReported):
                     turn.used = {"usage": told.usage, "cost_usd": told.cost_usd}
+                    if told.cost_estimated:
+                        turn.used["cost_estimated"] = True
                 elif isinstance(told, (ToolCalled, ToolReturned)):
                     write(_tool_line(told))
+                    record(_tool_event(started, told))
                 elif isinstance(told, SessionStarted):
                     if told.session_id not in (session_id, started.session_id):
                         opened(told.session_id)
@@ -240,6 +252,16 @@ def _stream(engine: Engine, request: AgentRequest) -> Any:
         "write `async def stream(self, request)` with `yield cm.TurnDone(…)` in it.",
         engine=engine.name,
     )
+
+
+def _tool_event(started: TurnStarted, told: ToolCalled | ToolReturned) -> AnyEvent:
+    """What is kept of it."""
+    about = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
+    about |= {"call_id": sound(told.call_id), "name": sound(told.name)}
+    if isinstance(told, ToolReturned):
+        return events.ToolReturned(**about, text=shortened(sound(told.text), LONGEST_KEPT), failed=told.failed)
+    said = told.arguments if isinstance(told.arguments, str) else json.dumps(told.arguments, ensure_ascii=False)
+    return events.ToolCalled(**about, arguments=shortened(sound(said), LONGEST_KEPT))
 
 
 def _tool_line(told: ToolCalled | ToolReturned) -> str:
