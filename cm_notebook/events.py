@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import CodeMachineError
-from .workflow import AutonomousMode, Model, Verdict
+from .workflow import AutonomousMode, GateDefault, Model, Verdict
 
 Mode = Literal["step-by-step", "gates", "unattended"]
 """Who drives: a pause after every step, a pause where a step asks for one, or no pause at all."""
@@ -25,6 +25,8 @@ GateKind = Literal[
 Action = Literal["approve", "reject", "retry", "skip", "answer", "stop"]
 Scope = Literal["once", "run", "always"]
 """For how long a permission counts: for this call, for this tool in this run, for this tool for ever."""
+GATE_DEADLINE = "deadline"
+"""Who decided at a gate that nobody has answered in time."""
 
 ACTIONS: dict[GateKind, tuple[Action, ...]] = {
     "review": ("approve", "reject", "skip", "stop"),
@@ -105,8 +107,12 @@ class Gate(Fact):
         SHA-256 of the text that is decided about; what was approved is what runs.
     actions
         The decisions that are possible.
-    opened_at
-        Unix time in seconds.
+    timeout_s
+        Seconds after which it is decided without a person; ``None``: it waits for ever.
+    default
+        What is decided then; ``None``: the run stops. Never ``approve``.
+    opened_at, deadline
+        Unix time in seconds; the deadline is when `timeout_s` is over.
     """
 
     id: str
@@ -117,7 +123,10 @@ class Gate(Fact):
     payload: dict[str, Any] = Field(default_factory=dict)
     digest: str
     actions: tuple[Action, ...]
+    timeout_s: float | None = None
+    default: GateDefault | None = None
     opened_at: float = Field(default=0.0, exclude=True)
+    deadline: float | None = Field(default=None, exclude=True)
 
 
 class Decision(Model):
@@ -140,7 +149,7 @@ class Decision(Model):
     max_cost_usd, max_tokens, max_turns
         How much more may be used (approve at ``budget``); ``None``: the same amount again.
     by
-        Who decided: ``"you"``, ``"tape"``, ``"on_gate"``, ``"unattended mode"`` …
+        Who decided: ``"you"``, ``"tape"``, ``"on_gate"``, ``"unattended mode"``, ``"deadline"`` …
     at
         Unix time in seconds; set when it is recorded.
     """

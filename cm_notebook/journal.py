@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import events as facts
 from .errors import JournalBusy, JournalError, RunLocked, did_you_mean
@@ -414,18 +414,12 @@ class Journal:
         return Path(self.path + "-locks", f"{run_id}.lock")
 
     def _lock(self, run_id: str, timeout_s: float) -> BaseFileLock:
-        """The lock of this run. Its file may be removed by who lets go of it just now: then it is locked anew."""
+        """The lock of this run. Its file may be removed by who lets go of it just now: then filelock makes it anew."""
         from filelock import FileLock  # only durable runs need it
 
-        file = self._lock_file(run_id)
-        while True:
-            lock = FileLock(file, mode=0o600, thread_local=False)
-            lock.acquire(timeout=timeout_s, poll_interval=0.02)
-            held = os.fstat(cast("int", lock._context.lock_file_fd))
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(held, file.stat()):
-                    return lock
-            lock.release()
+        lock = FileLock(self._lock_file(run_id), mode=0o600, thread_local=False)
+        lock.acquire(timeout=timeout_s, poll_interval=0.02)
+        return lock
 
     def _unlock(self, run_id: str, lock: BaseFileLock) -> None:
         """Remove the file, and only then let go of it: what has the name is never free while somebody drives."""

@@ -1144,11 +1144,13 @@ class Run:
         while progress:
             progress, later = False, list[float]()
             for action in next_actions(self._state, self._engine_name):
-                if isinstance(action, Record):
+                if action.not_before is not None and action.not_before > time.time():
+                    later.append(action.not_before)
+                elif isinstance(action, Record):
                     self.record(action.event)
                     progress = True
-                elif action.not_before is not None and action.not_before > time.time():
-                    later.append(action.not_before)
+                    if action.not_before is not None:
+                        break
                 else:
                     started, text = self._turn_started(action)
                     self.record(started)
@@ -1331,7 +1333,7 @@ class Run:
         self._come_to_rest()
 
     def _unanswered(self, gate: Gate) -> None:
-        if self._somebody:
+        if self._somebody or gate.default is not None:  # without one it could only stop, and later
             return
         if gate.kind == "failed" and gate.path in self._state.members:
             why = str(gate.payload.get("error", "failed"))

@@ -42,6 +42,7 @@ from .events import (
     ACTIONS,
     ASKED_BY_TURNS,
     EDITABLE,
+    GATE_DEADLINE,
     Action,
     AgentsCalled,
     AgentsReturned,
@@ -84,9 +85,11 @@ from .prompts import EDITED, compose, digest, missing_field, pieces, text_of
 from .team import CAP, MOST_DEPTH, AgentResult, Groups, last_lines
 from .tools import read_arguments, write_arguments
 from .workflow import (
+    GATE_OPTIONS,
     LIMITS,
     Agent,
     AutonomousMode,
+    GateDefault,
     Module,
     Parallel,
     Separator,
@@ -513,9 +516,10 @@ class StartTurn:
 
 @dataclass(slots=True)
 class Record:
-    """Action: write down what follows from the state."""
+    """Action: write down what follows from the state; not before ``not_before`` (Unix seconds)."""
 
     event: AnyEvent
+    not_before: float | None = None
 
 
 @dataclass(slots=True)
@@ -1190,6 +1194,7 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
     if gate.kind == "start" and event.prompt is None:
         raise TransitionError(f"a 'start' gate of step {step.id!r} asks about a prompt, and none is there.")
     gate.opened_at = event.at
+    gate.deadline = event.at + gate.timeout_s if gate.timeout_s is not None else None
     state.owed.pop(step.path, None)
     step.status = "asking" if gate.kind in ASKED_BY_TURNS else "waiting"
     step.gate = gate
@@ -1306,7 +1311,10 @@ def _gate_decided(state: RunState, event: GateDecided) -> None:
 
 
 def _stop_at(state: RunState, step: StepState, gate: Gate, due: Due | None, decision: Decision) -> None:
-    state.ending = ("stopped", f"stopped by {decision.by} at {step.id}")
+    reason = f"stopped by {decision.by} at {step.id}"
+    if decision.by == GATE_DEADLINE:
+        reason = f"stopped by the deadline of a gate: nobody decided about {step.id} in time"
+    state.ending = ("stopped", reason)
     if gate.kind in ASKED_BY_TURNS:
         step.status = "asking"  # its turn is cut short next
     elif gate.kind == "stale":
@@ -1709,7 +1717,9 @@ def as_text(value: Any) -> str:
 
 
 def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None) -> list[StartTurn | Record]:
-    """What to do now, in this order. Empty: wait for a turn to end or a person to decide.
+    """What to do now, or at its time, in this order. Nothing for now: wait for a turn to end or a person to decide.
+
+    After one that had to wait for its time, ask again: what comes behind it need not be right any more.
 
     Parameters
     ----------
@@ -1720,6 +1730,34 @@ def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None
         return []
     if state.ending is not None:
         return _end(state)
+    return [*_deadlines(state), *_next_in_course(state, engine_of)]
+
+
+def _deadlines(state: RunState) -> list[StartTurn | Record]:
+    """What is decided at the open gates if nobody does, and when."""
+    return [
+        Record(GateDecided(gate_id=gate.id, decision=_by_default(gate)), not_before=gate.deadline)
+        for gate in state.gates.values()
+        if gate.deadline is not None
+    ]
+
+
+def _by_default(gate: Gate) -> Decision:
+    words = "Nobody has looked at this in time. Look it over again." if gate.default == "reject" else None
+    return Decision(action=gate.default or "stop", feedback=words, by=GATE_DEADLINE)
+
+
+def _gate_default(step: StepState, kind: GateKind) -> GateDefault | None:
+    """What is decided at a gate of `step` if nobody does, where it can be; nobody's "no" is said only once."""
+    default = step.step.gate_default
+    if default is None or default not in ACTIONS[kind]:
+        return None
+    said = (attempt.decision for attempt in step.attempts)
+    again = default == "reject" and any(one.action == "reject" and one.by == GATE_DEADLINE for one in said if one)
+    return None if again else default
+
+
+def _next_in_course(state: RunState, engine_of: Callable[[Step], str] | None) -> list[StartTurn | Record]:
     if state.calls:
         return _members_next(state, engine_of)
     step = state.current
@@ -1784,6 +1822,8 @@ def _open(
         payload=due.payload,
         digest=whole.hexdigest(),
         actions=ACTIONS[due.kind],
+        timeout_s=step.step.gate_timeout_s,
+        default=_gate_default(step, due.kind),
     )
     return GateOpened(gate=gate, prompt=prompt, context=context)
 
@@ -2148,8 +2188,8 @@ def _task(step: Step, agent: str) -> Step:
     """What a member has to do: in a parallel step, that; called by a turn, what it is asked in the call."""
     if isinstance(step, Parallel):
         return step.member(agent)
-    same = {"timeout_s": step.timeout_s, "retries": step.retries, "idempotent": step.idempotent}
-    return Step(agent=agent, context="none", **same)
+    own = ("timeout_s", "retries", "idempotent", *GATE_OPTIONS)
+    return Step(agent=agent, context="none", **{name: getattr(step, name) for name in own})
 
 
 def _new_member(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 AutonomousMode = Literal["never", "always"] | bool
 GatePlace = Literal["after", "before", "both"]
+GateDefault = Literal["reject", "skip", "stop"]
 NAME = r"[A-Za-z_](?:\w|-(?!>))*"
 _NAME = re.compile(NAME)
 _MEANT = re.compile(r"""["']action["']\s*:""")
@@ -199,6 +200,12 @@ def agent(id: str, **options: Any) -> Callable[[_Function], Agent]:
     return decorate
 
 
+def _gate_default(given: Any) -> Any:
+    if given == "approve":
+        raise WorkflowError("gate_default='approve': nothing is approved by default. Use 'reject', 'skip' or 'stop'.")
+    return given
+
+
 class Step(Model):
     """One step of a workflow; make it with :func:`step`, where the fields are explained."""
 
@@ -213,6 +220,8 @@ class Step(Model):
     execute_once: StrictBool = False
     context: Literal["previous", "all", "none"] | list[str] = "previous"
     gate: GatePlace = "after"
+    gate_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    gate_default: Annotated[GateDefault | None, BeforeValidator(_gate_default)] = None
     timeout_s: float | None = Field(default=None, gt=0)
     retries: int = Field(default=2, ge=0)
     idempotent: StrictBool = True
@@ -226,6 +235,11 @@ class Step(Model):
         if not self.id:
             self.id = self.agent
         _check_name("step", self.id)
+        if self.gate_default is not None and self.gate_timeout_s is None:
+            raise WorkflowError(
+                f"step {self.id!r}: gate_default={self.gate_default!r} is for a gate that nobody has answered in time. "
+                "Say how long it waits: gate_timeout_s=…"
+            )
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -288,7 +302,11 @@ class Parallel(Step):
     def member(self, agent: str) -> Step:
         """What the agent of that id has to do in it."""
         own = ("prompt", "engine", "model", "reasoning_effort", "context", "timeout_s", "retries", "idempotent", "raw")
-        return Step(agent=agent, **{name: getattr(self, name) for name in own})
+        return Step(agent=agent, **{name: getattr(self, name) for name in (*own, *GATE_OPTIONS)})
+
+
+GATE_OPTIONS = ("gate_timeout_s", "gate_default")
+"""Those options of a step that are about all gates in it, also of agents that it calls."""
 
 
 class Separator(Model):
@@ -314,6 +332,8 @@ def step(
     execute_once: bool = False,
     context: Literal["previous", "all", "none"] | list[str] = "previous",
     gate: GatePlace = "after",
+    gate_timeout_s: float | None = None,
+    gate_default: GateDefault | None = None,
     timeout_s: float | None = None,
     retries: int = 2,
     idempotent: bool = True,
@@ -345,6 +365,12 @@ def step(
     gate
         Where the pause of a step that pauses (see `interactive`) falls: ``"after"`` the turn, ``"before"`` it (the
         prompt is approved), or ``"both"``.
+    gate_timeout_s
+        Seconds that a gate of this step waits for a decision; then `gate_default` is decided, or, where nothing is
+        said or it does not fit the gate, the run stops. ``None`` waits for ever.
+    gate_default
+        ``"skip"``, ``"stop"``, or ``"reject"``, which is done once: if nobody looks at what comes of it, the run stops.
+        Nothing is approved by default.
     timeout_s
         Seconds a turn may take, waiting for a person not counted; ``None`` waits for ever.
     retries

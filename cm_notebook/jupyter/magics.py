@@ -303,7 +303,7 @@ class CMMagics(Magics):
         except ValueError as error:  # pydantic's
             raise WorkflowError(f"this is no decision: {decision}. {error}".splitlines()[0]) from error
         with run.reading() as state:
-            print(f"{gate.path}: {text.decided(state, state.decisions[gate.id])}.")
+            print(f"{gate.path}: {text.decided(state, state.decisions[gate.id], live=bridge.somebody())}.")
         return run
 
     # -- looking -------------------------------------------------------------------------------------------------------

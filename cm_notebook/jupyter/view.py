@@ -210,7 +210,9 @@ def head_record(state: RunState, steps: Sequence[str] | None = None, now: float 
 def _said(state: RunState, now: float | None) -> str:
     """What was decided last and what comes now: it stands where the bar was."""
     last = next(reversed(state.decisions), None)
-    decided = f"{say.gate_step(last)}: {say.decided(state, state.decisions[last])}. " if last is not None else ""
+    decided = (
+        f"{say.gate_step(last)}: {say.decided(state, state.decisions[last], live=True)}. " if last is not None else ""
+    )
     return html.inline(decided + say.sentence(state, now))
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..events import (
     EDITABLE,
+    GATE_DEADLINE,
     OTHER_WORDS,
     Action,
     AgentsCalled,
@@ -436,7 +437,29 @@ def following(state: RunState, step: StepState) -> str:
 
 
 def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
-    """What the run waits for at `gate`, why, and what the answers mean; without what a card `beside` it shows."""
+    """What the run waits for at `gate`, why, what the answers mean, until when; without what is shown `beside` it."""
+    return " ".join(filter(None, (_gate_words(state, gate, beside=beside), deadline_words(state, gate))))
+
+
+QUESTION = 600
+"""Characters of a question that a sentence holds."""
+_ELSE = {"reject": "it is rejected", "skip": "it is skipped"}
+
+
+def deadline_words(state: RunState, gate: Gate) -> str:
+    """Until when to decide, and what comes else: ``Decide by 14:05, else the run stops.``; ``""``: at any time."""
+    if gate.timeout_s is None or gate.deadline is None:
+        return ""
+    by = f"within {duration(gate.timeout_s)}"
+    if state.recorded is None:
+        near = gate.timeout_s < 600
+        local = time.localtime(gate.deadline)
+        day = "" if local[:3] == time.localtime(gate.opened_at)[:3] else time.strftime("%Y-%m-%d ", local)
+        by = f"by {day}{time.strftime('%H:%M:%S' if near else '%H:%M', local)}"
+    return f"Decide {by}, else {_ELSE.get(gate.default or '', 'the run stops')}."
+
+
+def _gate_words(state: RunState, gate: Gate, *, beside: bool) -> str:
     step = state.find(gate.path)
     said = gate.payload
     reason = _ended(one_line(said.get("reason", ""), 300))
@@ -477,7 +500,7 @@ def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
     if gate.kind == "question" and beside:
         return f"{step.id} is waiting for your answer."
     if gate.kind == "question":
-        return f"{step.id} asks: {quoted(said.get('question', ''), 600)}"
+        return f"{step.id} asks: {quoted(said.get('question', ''), QUESTION)}"
     return f"{reason or f'{step.id} may have run.'} Did it? If not, run it again."
 
 
@@ -595,15 +618,20 @@ def note(step: StepState) -> str:
 _DONE = {"approve": "approved", "reject": "rejected", "retry": "retried", "skip": "skipped", "answer": "answered"}
 
 
-def clock_of(state: RunState, decision: Decision) -> str:
-    """When it was decided, or ``""``: a tape gives the same bytes each time, so it has no time of day."""
-    return clock(decision.at) if decision.at and decision.by != "tape" and state.recorded is None else ""
+def clock_of(state: RunState, decision: Decision, *, live: bool = False) -> str:
+    """When it was decided, or ``""``: what is kept of a tape is the same bytes each time, so it has no time of day."""
+    shown = decision.at and decision.by != "tape" and (live or state.recorded is None)
+    return clock(decision.at) if shown else ""
 
 
-def decided(state: RunState, decision: Decision, *, used_up: bool = False) -> str:
-    """The decision in words: ``rejected by you, 12:31: “name the tests”``; `used_up`: it ended a loop at its limit."""
+def decided(state: RunState, decision: Decision, *, used_up: bool = False, live: bool = False) -> str:
+    """The decision in words: ``rejected by you, 12:31: “name the tests”``.
+
+    `used_up`: it ended a loop at its limit; `live`: it is told to a person who is there.
+    """
     by = "(recorded)" if decision.by == "tape" else f"by {one_line(decision.by, 60)}"
-    at = clock_of(state, decision)
+    by = "at its deadline" if decision.by == GATE_DEADLINE else by
+    at = clock_of(state, decision, live=live)
     done = "edited and approved" if decision.output is not None else _DONE.get(decision.action, "stopped")
     done = {"run": "allowed for this run", "always": "always allowed"}.get(decision.scope or "", done)
     for name, more in limits_of(decision).items():

@@ -176,6 +176,18 @@ def test_verbose_does_not_repeat_what_was_streamed() -> None:
     assert done.lines[2].startswith("cm: a ok"), done.out
 
 
+@pytest.mark.parametrize("how", ["return text", "turn.emit(text)\n    return text"])
+def test_verbose_is_bounded_and_says_where_the_rest_is(how: str) -> None:
+    text = HEAD + f"\n@cm.agent('a')\ndef a(turn):\n    text = 'begin ' + 'x' * 300_000 + ' end'\n    {how}\n"
+    done = ran("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a')\n"), "--verbose")
+    assert len(done.out) < 70_000
+    assert re.search(r"\nbegin x+\n", done.out)
+    assert re.search(r"\nx+ end\n", done.out)
+    command = re.search(r"\n… 236,010 characters left out. Show all: `(cm\..*)` …\n", done.out)
+    assert command
+    assert eval(command[1]) == "begin " + "x" * 300_000 + " end"
+
+
 def test_inputs_come_from_the_command_line() -> None:
     done = ran("run", write(TWO_STEPS), "--input", "goal=a=b c", "-p", "other", "7", "--on-gate", "approve", "-v")
     assert "plan 1 for a=b c: no wishes" in done.lines
@@ -694,6 +706,94 @@ def test_the_list_of_tools_is_printed(here: Here, capsys: pytest.CaptureFixture[
     assert "remove  a (r-1)" in capsys.readouterr().out
     assert cli.main(["permissions", "revoke", "remov", "--journal", ".cm_notebook/journal.db"]) == 1
     assert "Did you mean 'remove'?" in capsys.readouterr().err
+
+
+def test_a_long_question_is_shown_whole(terminal: Open) -> None:
+    text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n"
+    text += "    return turn.ask_human('\\n'.join(f'{number}. a line of the question' for number in range(99)))\n"
+    person = terminal("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a')\n"))
+    seen = person.answer("yes", "answer> ")
+    assert all(f"\n{number}. a line of the question\n" in seen for number in range(99))
+    assert "\na is waiting for your answer.\nType the answer." in seen
+    assert person.end() == 0
+
+
+def test_a_question_has_a_limit_too_and_says_where_the_rest_is(terminal: Open) -> None:
+    text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    return turn.ask_human('Q' * 300_000)\n"
+    person = terminal("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a')\n"))
+    seen = person.see("answer> ")
+    assert len(seen) < 70_000
+    command = re.search(r"Show all 300 kB: `(cm\..*)` …", seen)
+    assert command
+    assert eval(command[1]) == "Q" * 300_000
+    person.answer("yes", "")
+    assert person.end() == 0
+
+
+def test_a_long_difference_is_bounded_and_can_be_seen_whole(terminal: Open) -> None:
+    text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    return f'{turn.attempt} some line\\n' * 9_000\n"
+    person = terminal("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a?')\n"))
+    person.answer("r again")
+    person.answer("d")
+    seen = person.answer("d all")
+    assert len(seen) < 70_000
+    assert re.search(r"\n… [0-9,]+ characters left out. Show all \d+ kB: `d all` …\n", seen)
+    seen = person.answer("t")
+    assert (seen.count("-1 some line"), seen.count("+2 some line")) == (9_000, 9_000)
+    assert person.end() == 4
+
+
+GATES = """
+@cm.agent("left")
+def left(turn):
+    return "left: " + DO
+
+@cm.agent("right")
+def right(turn):
+    while not Path("go").exists():
+        time.sleep(0.01)
+    return "right: " + DO
+
+workflow = cm.Workflow("pair", agents=[left, right], steps=[cm.parallel("left", "right", id="team")])
+"""
+
+
+def test_of_several_questions_the_person_picks_one(terminal: Open) -> None:
+    person = terminal("run", write(HEAD + GATES.replace("DO", "turn.ask_human('Which way?')")))
+    assert "left asks: “Which way?”" in person.see("answer> ")
+    Path("go").touch()
+    seen = person.answer("", "team/left#1 answer> ")
+    assert "2 gates are open: [1] team/left#1 (question)  [2] team/right#1 (question). This is 1" in seen
+    assert "right asks: “Which way?”" in person.answer("this one", "team/right#1 answer> ")
+    assert "left asks: “Which way?”" in person.answer("that one", "\nanswer> ")
+    assert person.end() == 0
+    assert last_run()["team"].text == "## left\n\nleft: that one\n\n## right\n\nright: this one"
+
+
+def test_of_several_gates_the_person_picks_one(terminal: Open) -> None:
+    failing = "    if turn.attempt == 1:\n        raise ValueError('no luck')\n    return"
+    person = terminal("run", write(HEAD + GATES.replace("DO", "'done'").replace("    return", failing)))
+    assert "left failed: agent 'left' raised ValueError: no luck" in person.see("\n> ")
+    Path("go").touch()
+    assert "This is 1; g goes to the next, g 2 to the second." in person.answer("g 3", "team/left#1> ")
+    assert "there is no gate '3'. Open: 1 to 2." in person.answer("g", "team/left#1> ")
+    assert "right failed: agent 'right' raised ValueError: no luck" in person.answer("?", "team/right#1> ")
+    assert "the next open gate" in person.answer("y", "team/right#1> ")
+    assert "left failed" in person.answer("s", "\n> ")
+    person.answer("y", "[y/N] ")
+    assert person.end() == 0
+    run = last_run()
+    assert (run["team/right#1"].text, run["team/left#1"].status) == ("right: done", "skipped")
+
+
+def test_a_gate_that_nobody_answers_in_time_says_so(terminal: Open) -> None:
+    limit = TWO_STEPS.replace(
+        '"planner? -> coder"', '[cm.step("planner", interactive=True, gate_timeout_s=2), "coder"]'
+    )
+    person = terminal("run", write(limit))
+    seen = person.see("(its time is over)\ncm: planner stopped at its deadline")
+    assert re.search(r"Next: coder\. Decide by \d\d:\d\d:\d\d, else the run stops\.\n", seen)
+    assert person.end() == 4
 
 
 def test_a_failed_step_is_retried_with_another_prompt(terminal: Open) -> None:

@@ -177,6 +177,8 @@ class Driver:
         """Do one thing: what follows from the state, else the end of a turn, else a decision of the policy."""
         actions = next_actions(self.state)
         assert actions == next_actions(self.state), "looking changes nothing"
+        deadlines = [one for one in actions if isinstance(one, Record) and one.not_before is not None]
+        actions = [one for one in actions if one not in deadlines]
         self.unasked = self.unasked + 1 if actions else 0
         assert self.unasked <= 3 * len(self.state.order) + 3, "too much happens without anyone's doing"
         for action in actions:
@@ -195,7 +197,9 @@ class Driver:
             if decision is not None:
                 self.record(GateDecided(gate_id=gate.id, decision=decision))
                 return True
-        return False
+        if deadlines:  # nobody has decided: time passes
+            self.record(min(deadlines, key=lambda one: one.not_before or 0.0).event)
+        return bool(deadlines)
 
     def until_running(self, step: str) -> Driver:
         """Go on until the turn of `step` runs."""

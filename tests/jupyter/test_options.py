@@ -34,7 +34,7 @@ TWINS: dict[str, set[str]] = {
     "show": parameters(cm.StepView.attempt) | {"full"},
     "graph": parameters(cm.Workflow.graph),
 }
-SHORT = {"--max-cost", "--input", "--autonomous", "--timeout", "--effort", "--attempt", "-o"}
+SHORT = {"--max-cost", "--input", "--autonomous", "--timeout", "--gate-timeout", "--effort", "--attempt", "-o"}
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class Story:
 
     def go(self) -> Story:
         """Do what is to be done, until a turn runs or a person is asked."""
-        while actions := next_actions(self.state):
+        while actions := [one for one in next_actions(self.state) if isinstance(one, StartTurn) or not one.not_before]:
             for action in actions:
                 if isinstance(action, Record):
                     self.record(action.event)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import time
+from typing import Any
+
 import pytest
 
 from cm_notebook.engines import offline
-from cm_notebook.events import RunPaused, Usage
+from cm_notebook.events import Decision, RunPaused, Usage
 from cm_notebook.render import html, svg, text
 from cm_notebook.workflow import Verdict, module, separator, step
 from tests.render import builder
@@ -394,3 +398,23 @@ def test_a_skipped_step_says_so_once() -> None:
     assert "  a  skipped  4.6 s 400 tok $0.003  (skipped by you, @65s)" in text.run_text(after.state)
     before = Story([step("a", interactive=True, gate="before"), "b"]).decide("skip")
     assert "  a  skipped  skipped by you" in text.run_text(before.state)
+
+
+def test_a_person_there_is_told_when_it_was_decided_also_beside_a_tape() -> None:
+    state, decision = builder.recorded().state, Decision(action="approve", at=builder.NOON)
+    assert text.decided(state, decision, live=True) == "approved by you, @0s"
+    assert text.decided(state, decision) == "approved by you"
+    assert text.decided(state, decision.model_copy(update={"by": "tape"}), live=True) == "approved (recorded)"
+
+
+def test_a_gate_with_a_deadline_says_until_when_and_what_comes_then() -> None:
+    def sentence(wait_s: float, default: Any = None, **options: Any) -> str:
+        one = step("a", prompt="Do it.", interactive=True, gate_timeout_s=wait_s, gate_default=default)
+        state = builder.Story([one], **options).answer("done").state
+        return text.sentence(state)
+
+    noon = time.strftime("%Y-%m-%d %H:%M", time.localtime(builder.NOON + 86_400))
+    assert re.search(r" Decide by \d\d:\d\d:\d\d, else it is skipped\.$", sentence(30, "skip"))
+    assert re.search(r" Decide by \d\d:\d\d, else the run stops\.$", sentence(900))
+    assert f" Decide by {noon}, else it is rejected." in sentence(86_400, "reject")
+    assert sentence(300, recorded="tapes/01").endswith(" Decide within 5 min 00 s, else the run stops.")
