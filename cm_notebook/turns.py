@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from . import keys
 from .engines.base import (
     AgentRequest,
     Delta,
@@ -26,8 +27,8 @@ from .engines.base import (
     UsageReported,
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
-from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
-from .workflow import Module, Step, Verdict, not_json
+from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted
+from .workflow import Module, Step, Verdict, not_json, sound
 
 YIELD_EVERY = 64
 """After so many pieces of text other turns get their chance."""
@@ -66,6 +67,7 @@ class LiveTurn:
         "_timer",
         "asking",
         "failures",
+        "hide",
         "recalled",
         "started",
         "step",
@@ -77,6 +79,7 @@ class LiveTurn:
         self.started, self.step = started, step
         self.task: asyncio.Task[None] | None = None
         self.failures = 0
+        self.hide = keys.Hider()
         self.used: dict[str, Any] = {}
         """What it has said so far that it used, as its last event keeps it."""
         self.asking: asyncio.Lock | None = None

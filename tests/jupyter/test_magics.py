@@ -19,7 +19,7 @@ from IPython.utils.capture import capture_output
 from traitlets.config import Config
 
 import cm_notebook as cm
-from cm_notebook import config, options
+from cm_notebook import config, keys, options
 from cm_notebook import run as runs
 from cm_notebook.jupyter import bridge
 from cm_notebook.jupyter import notebook as books
@@ -1237,6 +1237,23 @@ def test_completion_through_ipython(cells: Cells) -> None:
     assert offered("%%cm step x\nBuild {{ go") == {"%%cm step x\nBuild {{ goal"}
     cells("%%cm agent quality-gate\nJudge.")
     assert offered("%%cm workflow w\nplanner -> quality-g") == {"%%cm workflow w\nplanner -> quality-gate"}
+
+
+def test_keys(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "sk-planted-0123456789abcdef"
+    monkeypatch.setattr(keys, "_typed", {})
+    monkeypatch.setattr(keys, "_known", {})
+    monkeypatch.setattr("getpass.getpass", lambda prompt: key)
+    monkeypatch.setenv("OPENAI_API_KEY", key + "2")
+    assert "anthropic has a key until this session ends." in cells("%cm keys set anthropic")
+    said = [line.split(maxsplit=1) for line in cells("%cm keys").splitlines()]
+    assert ["anthropic", "typed, for this session"] in said
+    assert ["openai", "OPENAI_API_KEY"] in said
+    assert ["ollama", "none"] in said
+    assert key[:6] not in cells.output
+    for line in (f"set anthropic {key}", f"set {key}", key, f"{key} anthropic", "set", f"set anthropic --key={key}"):
+        assert key not in error(cells, f"%cm keys {line}")
+    assert "The key of anthropic is forgotten." in cells("%cm keys forget anthropic")
 
 
 def test_doctor_says_what_is_missing_and_how_to_mend_it(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
