@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .events import AnyEvent
+from .plain import Plain
 
 
-@dataclass(slots=True)
-class LiveText:
+@dataclass(slots=True, eq=False, repr=False)
+class LiveText(Plain):
     """Text that an agent wrote just now. It is not an event: what counts is the answer at the end of the turn."""
 
     path: str

@@ -23,6 +23,7 @@ from cm_notebook import config, keys, options
 from cm_notebook import run as runs
 from cm_notebook.jupyter import bridge
 from cm_notebook.jupyter import notebook as books
+from cm_notebook.jupyter.settings import SettingRefused
 from tests.helpers import gate, until
 
 REPLIES = {name: [f"{name} {n}" for n in range(1, 9)] for name in ("planner", "implementer", "reviewer", "deployer")}
@@ -1175,11 +1176,12 @@ def test_config_shows_and_sets(cells: Cells) -> None:
     ("engine = 'offlin'", "Did you mean 'offline'?"),
     ("veiw = 'full'", "There is no setting CM.veiw. Did you mean 'view'?"),
 ])  # fmt: skip
-def test_a_setting_that_cannot_be_is_refused_in_its_cell(
-    cells: Cells, said: str, words: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    cells(f"%config CM.{said}")
-    assert words in caplog.text  # IPython's way to say it: under the cell, where nobody has set up logging
+def test_a_setting_that_cannot_be_is_refused_in_its_cell(cells: Cells, said: str, words: str) -> None:
+    with pytest.raises(SettingRefused) as refused:
+        cells(f"%config CM.{said}\nafter = 1")
+    assert words in "\n".join(refused.value._render_traceback_())
+    assert "\n" not in str(refused.value)
+    assert "after" not in cells.shell.user_ns, "the cell ends there"
     assert config.chosen == {}, "nothing was changed"
     cells("%config CM.view = 'html'", "%config CM.on_gate = None")
     assert config.setting("view") == "html"
