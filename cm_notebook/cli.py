@@ -559,6 +559,7 @@ class Session:
         self._awake = threading.Event()
         self._rests = False
         self._ended: BaseException | None = None
+        self._thinks = False
         self._written: dict[tuple[str, int], Streamed] = {}
 
     def see_through(self, again: str | None, until: str | None = None, ready: Callable[[], None] = lambda: None) -> int:
@@ -629,7 +630,9 @@ class Session:
     def _tell(self, things: Iterable[AnyEvent | LiveText]) -> None:
         for thing in things:
             if isinstance(thing, LiveText):
-                if self._verbose:
+                if self._verbose and thing.kind == "thinking":
+                    self._think(thing.text)
+                elif self._verbose:
                     self._write(thing.path, thing.attempt, thing.text)
             elif thing.seq > self._state.seq:
                 apply(self._state, thing)
@@ -649,7 +652,17 @@ class Session:
             good = isinstance(event, RunFinished) and event.status == "completed"
             self._console.line(line, "red" if bad else "green" if good else "")
 
+    def _think(self, text: str) -> None:
+        """What an agent thinks stands apart, and is no part of its answer."""
+        if not self._thinks:
+            self._console.fresh_line()
+        self._thinks = True
+        self._console.live(clean(text), "dim")
+
     def _write(self, path: str, attempt: int, text: str) -> None:
+        if self._thinks:
+            self._console.fresh_line()
+        self._thinks = False
         self._console.live(clean(self._written.setdefault((path, attempt), Streamed()).take(text)))
 
     def _tell_rest(self, event: TurnFinished | TurnFailed | TurnCutShort) -> None:
@@ -952,10 +965,10 @@ class Console:
         self.fresh_line()
         self._write(self._out, _painted(self._out, text, look) + "\n")
 
-    def live(self, text: str) -> None:
+    def live(self, text: str, look: str = "") -> None:
         """A piece of text as it is written."""
         if text:
-            self._write(self._out, text)
+            self._write(self._out, _painted(self._out, text, look))
             self._mid_line = not text.endswith("\n")
 
     def fresh_line(self) -> None:

@@ -318,8 +318,36 @@ class SessionOpened(BaseEvent):
     session_id: str
 
 
+class ToolCalled(BaseEvent):
+    """The agent called a tool; ``arguments``: as JSON, or as it wrote them; long ones are cut in the middle."""
+
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    call_id: str
+    name: str
+    arguments: str = ""
+
+
+class ToolReturned(BaseEvent):
+    """What the agent was told of that call, cut in the middle; ``failed``: it raised, was refused, or was no call."""
+
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    call_id: str
+    name: str
+    text: str
+    failed: bool = False
+
+
 class TurnFinished(BaseEvent):
-    """The agent answered. ``duration_s`` only where it was not measured here (a tape); ``note`` is said beside it."""
+    """The agent answered. ``duration_s`` only where it was not measured here (a tape); ``note`` is said beside it.
+
+    ``cost_estimated``: the cost was computed from a table of prices.
+    """
 
     step: str
     path: str
@@ -330,6 +358,7 @@ class TurnFinished(BaseEvent):
     verdict: Verdict | None = None
     usage: Usage | None = None
     cost_usd: float | None = None
+    cost_estimated: bool | None = None
     session_id: str | None = None
     duration_s: float | None = None
     note: str | None = None
@@ -349,6 +378,7 @@ class TurnFailed(BaseEvent):
     retry_in_s: float | None = None
     usage: Usage | None = None
     cost_usd: float | None = None
+    cost_estimated: bool | None = None
 
 
 class TurnCutShort(BaseEvent):
@@ -361,6 +391,7 @@ class TurnCutShort(BaseEvent):
     reason: str = ""
     usage: Usage | None = None
     cost_usd: float | None = None
+    cost_estimated: bool | None = None
 
 
 class GateOpened(BaseEvent):
@@ -454,6 +485,8 @@ AnyEvent = (
     | StepSkipped
     | TurnStarted
     | SessionOpened
+    | ToolCalled
+    | ToolReturned
     | TurnFinished
     | TurnFailed
     | TurnCutShort

@@ -463,7 +463,8 @@ class Run:
                 over = self._over()
                 things = feed.take()
                 for thing in things:
-                    yield thing
+                    if not isinstance(thing, LiveText) or thing.kind == "text":
+                        yield thing
                 if over and not things:
                     return
                 if not things:
@@ -1423,15 +1424,30 @@ class Run:
                 for feed in self._feeds:
                     feed.put_text(turn.started.path, turn.started.attempt, text)
 
+        def think(text: str, last: bool = False) -> None:
+            with self._lock:
+                text = turn.hide_thoughts(sound(text), last=last)
+                for feed in self._feeds if text else ():
+                    feed.put_text(turn.started.path, turn.started.attempt, text, "thinking")
+
         def opened(session_id: str) -> None:
-            self._propose(lambda: self._session_opened(turn, session_id), wait=False)
+            where = {"step": turn.started.step, "path": turn.started.path, "attempt": turn.started.attempt}
+            record(SessionOpened(**where, turn=turn.started.turn, session_id=session_id))
+
+        def record(event: AnyEvent) -> None:
+            def propose() -> list[AnyEvent]:
+                return [event] if self._turns.get(turn.started.path) is turn else []  # else it was cut short
+
+            self._propose(propose, wait=False)
 
         turn.run_clock()
         try:
             engine, request = self._engine_for(turn.step), self._request(turn, prompt, write)
-            ending = await take_turn(turn, engine, request, write, opened)
-            if turn.heard:
+            ending = await take_turn(turn, engine, request, write, think, opened, record)
+            if turn.hide:
                 write("", last=True)
+            if turn.hide_thoughts:
+                think("", last=True)
         except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
             ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
             self._propose(lambda: self._turn_ended(turn, ending), wait=False)
@@ -1446,14 +1462,6 @@ class Run:
     def _too_late(self, turn: LiveTurn) -> None:
         self._propose(lambda: self._turn_ended(turn, too_late(turn)), wait=False)
         turn.cancel()
-
-    def _session_opened(self, turn: LiveTurn, session_id: str) -> list[AnyEvent]:
-        """That its agent's conversation has this id, as an event; none when the turn was cut short meanwhile."""
-        started = turn.started
-        if self._turns.get(started.path) is not turn:
-            return []
-        where = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
-        return [SessionOpened(**where, session_id=session_id)]
 
     def _turn_ended(self, turn: LiveTurn, ending: Ending) -> list[AnyEvent]:
         """The end of a turn as events; none when the turn was cut short meanwhile."""

@@ -72,6 +72,8 @@ from .events import (
     StepFailed,
     StepRemoved,
     StepSkipped,
+    ToolCalled,
+    ToolReturned,
     TurnCutShort,
     TurnFailed,
     TurnFinished,
@@ -132,6 +134,8 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
     },
     "running": {
         "SessionOpened": ("running",),
+        "ToolCalled": ("running",),
+        "ToolReturned": ("running",),
         "TurnFinished": ("ready", "due", "looping", "finished"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
@@ -140,6 +144,8 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
     },
     "calling": {
         "SessionOpened": ("calling",),
+        "ToolCalled": ("calling",),
+        "ToolReturned": ("calling",),
         "AgentsReturned": ("running", "due", "finished"),
         "TurnFinished": ("ready", "due", "looping", "finished"),
         "TurnFailed": ("retrying", "due"),
@@ -147,6 +153,8 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
     },
     "asking": {
         "SessionOpened": ("asking",),
+        "ToolCalled": ("asking",),
+        "ToolReturned": ("asking",),
         "GateDecided": ("running", "asking"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
@@ -215,6 +223,22 @@ NO_FIELDS = "The edited text is not the JSON of the output any more, so it has n
 
 
 @dataclass(slots=True, eq=False, repr=False)
+class ToolUse(Plain):
+    """A tool that an agent called, and what it was told: ``None`` while it has not returned.
+
+    Long texts are cut in the middle; ``called_at`` and ``returned_at`` are Unix seconds.
+    """
+
+    call_id: str
+    name: str
+    arguments: str
+    text: str | None = None
+    failed: bool = False
+    called_at: float = 0.0
+    returned_at: float | None = None
+
+
+@dataclass(slots=True, eq=False, repr=False)
 class Attempt(Plain):
     """One attempt of a step: what was sent, what came back, what was decided about it.
 
@@ -237,6 +261,10 @@ class Attempt(Plain):
     verdict: Verdict | None = None
     usage: Usage | None = None
     cost_usd: float | None = None
+    cost_estimated: bool = False
+    """The cost, or a part of it, was computed from a table of prices."""
+    tools: list[ToolUse] = field(default_factory=list)
+    """What it did with tools, in that order."""
     session_id: str | None = None
     note: str | None = None
     decision: Decision | None = None
@@ -575,6 +603,7 @@ class RunState(Plain):
     """Members that are tried again by themselves; they keep their places."""
     usage: Usage = field(default_factory=Usage)
     cost_usd: float = 0.0
+    cost_estimated: bool = False
     budget: Budget = field(default_factory=Budget)
     default_limits: dict[str, int | float] = field(default_factory=dict)
     """The limits as the workflow's definition has them."""
@@ -705,8 +734,9 @@ def _met(state: RunState, path: str, kind: str) -> StepState:
 
 
 def _turn_met(
-    state: RunState, event: SessionOpened | TurnFinished | TurnFailed | TurnCutShort
+    state: RunState, event: SessionOpened | ToolCalled | ToolReturned | TurnFinished | TurnFailed | TurnCutShort
 ) -> tuple[StepState, Attempt]:
+    """The turn that an event is about, which runs now; one that ends it needs all that it has called to have ended."""
     step = _met(state, event.path, event.type)
     last = step.attempts[-1] if step.attempts else None
     if last is None or last.number != event.attempt or step.turn != event.turn:
@@ -714,7 +744,7 @@ def _turn_met(
             f"{event.type} names attempt {event.attempt}, turn {event.turn} of step {step.id!r}, "
             f"which is at attempt {step.attempt}, turn {step.turn}."
         )
-    if step.path in state.calls:
+    if step.path in state.calls and not isinstance(event, (SessionOpened, ToolCalled, ToolReturned)):
         _check_alone(state, step)
     return step, last
 
@@ -968,6 +998,22 @@ def _session_opened(state: RunState, event: SessionOpened) -> None:
     step, last = _turn_met(state, event)
     last.session_id = event.session_id
     step.session, step.session_engine = last.session_id, last.engine
+
+
+def _tool_called(state: RunState, event: ToolCalled) -> None:
+    _step, last = _turn_met(state, event)
+    last.tools.append(ToolUse(event.call_id, event.name, event.arguments, called_at=event.at))
+
+
+def _tool_returned(state: RunState, event: ToolReturned) -> None:
+    _step, last = _turn_met(state, event)
+    called = (
+        use for use in reversed(last.tools) if (use.call_id, use.name, use.text) == (event.call_id, event.name, None)
+    )
+    use = next(called, None)
+    if use is None:
+        raise TransitionError(f"{event.name!r} returned to {event.path!r}, which had not called it.")
+    use.text, use.failed, use.returned_at = event.text, event.failed, event.at
 
 
 def _turn_finished(state: RunState, event: TurnFinished) -> None:
@@ -1495,6 +1541,8 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "StepSkipped": _step_skipped,
     "TurnStarted": _turn_started,
     "SessionOpened": _session_opened,
+    "ToolCalled": _tool_called,
+    "ToolReturned": _tool_returned,
     "TurnFinished": _turn_finished,
     "TurnFailed": _turn_failed,
     "TurnCutShort": _turn_cut_short,
@@ -1914,6 +1962,8 @@ def _pay(state: RunState, step: StepState, last: Attempt, event: TurnFinished | 
     if cost_usd is not None:
         last.cost_usd = (last.cost_usd or 0.0) + cost_usd
         state.cost_usd += cost_usd
+    if event.cost_estimated:
+        last.cost_estimated = state.cost_estimated = True
     state.last_turn = step.path
     for budget in _budgets(state, step):
         _add(budget, usage, cost_usd, ended=event.type == "TurnFinished")

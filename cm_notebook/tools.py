@@ -253,10 +253,14 @@ def _plain(value: Any) -> Any:
 
 def text_of(value: Any) -> str:
     """What a model is told of a tool's result."""
-    text = value if isinstance(value, str) else to_json(value, fallback=str).decode()
-    if len(text) <= LONGEST_RESULT:
+    return shortened(value if isinstance(value, str) else to_json(value, fallback=str).decode(), LONGEST_RESULT)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text; of one that is longer than that, the beginning and the end."""
+    if len(text) <= most:
         return text
-    half = LONGEST_RESULT // 2
+    half = most // 2
     return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters are left out …]\n{text[-half:]}"
 
 

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import keys
+from . import events, keys
 from .engines.base import (
     AgentRequest,
     Delta,
@@ -26,7 +26,8 @@ from .engines.base import (
     UsageReported,
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
-from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted
+from .events import AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted
+from .tools import shortened
 from .workflow import Module, Step, Verdict, not_json, sound
 
 YIELD_EVERY = 64
@@ -34,6 +35,8 @@ YIELD_EVERY = 64
 MOST_PIECES = 4096
 """So many pieces of text are kept apart; joined, they take a tenth of the memory."""
 LONGEST_BACKOFF_S = 60
+LONGEST_KEPT = 2_000
+"""Characters that are kept of a tool's arguments and result."""
 LONGEST_LINE = 200
 """Characters that are shown of a tool's arguments and result."""
 
@@ -67,6 +70,7 @@ class LiveTurn:
         "asking",
         "failures",
         "hide",
+        "hide_thoughts",
         "recalled",
         "started",
         "step",
@@ -78,7 +82,7 @@ class LiveTurn:
         self.started, self.step = started, step
         self.task: asyncio.Task[None] | None = None
         self.failures = 0
-        self.hide = keys.Hider()
+        self.hide, self.hide_thoughts = keys.Hider(), keys.Hider()
         self.used: dict[str, Any] = {}
         """What it has said so far that it used, as its last event keeps it."""
         self.asking: asyncio.Lock | None = None
@@ -106,11 +110,6 @@ class LiveTurn:
     def text(self) -> str:
         """All that it has written; from any thread."""
         return "".join(self._parts[:])
-
-    @property
-    def heard(self) -> bool:
-        """Whether it has written anything."""
-        return self._heard_at is not None
 
     def silence(self) -> str:
         """How long nothing has come of it, in words."""
@@ -145,7 +144,9 @@ async def take_turn(
     engine: Engine,
     request: AgentRequest,
     write: Callable[[str], None],
+    think: Callable[[str], None],
     opened: Callable[[str], None],
+    record: Callable[[AnyEvent], None],
 ) -> Ending:
     """Do `turn`: send the request to the engine and pass on what it writes.
 
@@ -153,8 +154,12 @@ async def take_turn(
     ----------
     write
         Gets the live text.
+    think
+        Gets what it thinks before it writes.
     opened
         Gets the id of the agent's conversation as soon as it is known.
+    record
+        Gets what the agent does with tools, as events.
 
     Raises
     ------
@@ -169,8 +174,7 @@ async def take_turn(
         try:
             async for told in stream:
                 if isinstance(told, Delta):
-                    if told.kind == "text":
-                        write(_text_of(told, engine))
+                    (write if told.kind == "text" else think)(_text_of(told, engine))
                     pieces += 1
                     if pieces % YIELD_EVERY == 0:
                         await asyncio.sleep(0)
@@ -178,8 +182,11 @@ async def take_turn(
                     done = told
                 elif isinstance(told, UsageReported):
                     turn.used = {"usage": told.usage, "cost_usd": told.cost_usd}
+                    if told.cost_estimated:
+                        turn.used["cost_estimated"] = True
                 elif isinstance(told, (ToolCalled, ToolReturned)):
                     write(_tool_line(told))
+                    record(_tool_event(started, told))
                 elif isinstance(told, SessionStarted):
                     if told.session_id not in (session_id, started.session_id):
                         opened(told.session_id)
@@ -260,6 +267,16 @@ def _check_json(what: str, value: Any, started: TurnStarted) -> None:
     if (wrong := not_json(value)) is not None:
         problem = f"{started.step}: its {what} holds {wrong}, a number that JSON does not have. Give null instead."
         raise EngineProtocolError(problem, engine=started.engine, step=started.step)
+
+
+def _tool_event(started: TurnStarted, told: ToolCalled | ToolReturned) -> AnyEvent:
+    """What is kept of it."""
+    about = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
+    about |= {"call_id": sound(told.call_id), "name": sound(told.name)}
+    if isinstance(told, ToolReturned):
+        return events.ToolReturned(**about, text=shortened(sound(told.text), LONGEST_KEPT), failed=told.failed)
+    said = told.arguments if isinstance(told.arguments, str) else json.dumps(told.arguments, ensure_ascii=False)
+    return events.ToolCalled(**about, arguments=shortened(sound(said), LONGEST_KEPT))
 
 
 def _tool_line(told: ToolCalled | ToolReturned) -> str:

@@ -378,9 +378,30 @@ class Writing:
         self.rest: list[str] = []
         self._stream: BlockStream | None = BlockStream()
         self._size = 0
+        self._thoughts: list[str] = []
+
+    def think(self, text: str) -> list[str]:
+        """Take more of what is thought: a line that moves, folded away as soon as something is written."""
+        closed = ""
+        if not self._thoughts and self._stream is not None and any(self.rest):
+            closed = self._close("".join(block.html for block in self._stream.finish()), "")[1]
+        self._thoughts.append(clean(text))
+        return ["block", closed, self._open()]
+
+    def _open(self) -> str:
+        thought = f"Thinking: {say.one_line(''.join(self._thoughts[-16:])[-160:])}" if self._thoughts else ""
+        return "\n\n".join(filter(None, ("".join(self.rest), thought)))
 
     def add(self, text: str) -> list[str]:
         """Take more of it; what to tell the pages."""
+        kind, *told = self._add(text)
+        if not self._thoughts:
+            return [kind, *told]
+        folded, self._thoughts = html.thinking_html("".join(self._thoughts)), []
+        self.blocks.insert(len(self.blocks) - (kind == "block"), folded)
+        return ["block", folded + (told[0] if kind == "block" else ""), "".join(self.rest)]
+
+    def _add(self, text: str) -> list[str]:
         self._size += len(text)
         if self._stream is not None and (len(text) > BURST or self._size > FORMATTED):
             return self._go_plain(text)
@@ -406,7 +427,7 @@ class Writing:
 
     def whole(self) -> list[Any]:
         """All there is, for a page that begins."""
-        return ["".join(self.blocks), "".join(self.rest)]
+        return ["".join(self.blocks), self._open()]
 
 
 # -- one place where a run is shown -----------------------------------------------------------------------------------
@@ -719,7 +740,7 @@ class Hub:
                 writing = self._writings.get(thing.path)
                 if writing is None or writing.attempt != thing.attempt:
                     continue
-                kind, *texts = writing.add(thing.text)
+                kind, *texts = (writing.add if thing.kind == "text" else writing.think)(thing.text)
                 pieces.append([kind, thing.path, *texts])
                 continue
             self._dirty = True

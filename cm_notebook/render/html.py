@@ -293,6 +293,13 @@ def _last(state: RunState, step: StepState, attempt: Attempt, limit: int) -> lis
     if previous is not None and attempt.text:
         changed = _bounded_diff(step, previous, attempt, limit)
         parts.append(_fold(f"What changed since attempt {previous.number}", changed))
+    if called := say.tool_words(attempt):
+        lines = "\n".join(say.tool_lines(attempt))
+        parts.append(
+            _fold(
+                _capital(called), _shown(lines, min(PROMPT_LIMIT, limit), say.show_command(step, attempt), plain=True)
+            )
+        )
     if prompt := attempt.prompt:
         shown = _shown(prompt, min(PROMPT_LIMIT, limit), f"%cm show {step.path} --full", plain=True)
         engine = f" sent to {attempt.engine}" if attempt.engine not in ("", "offline") else ""
@@ -603,6 +610,8 @@ def output_html(state: RunState, step: StepState, attempt: Attempt | None) -> st
         parts.append(_line(f"Stale: {say.stale_words(state, step)}."))
     if attempt is not None:
         parts += _result(state, step, attempt, STEP_LIMIT)
+        if called := say.tool_words(attempt):
+            parts.append(_line(f"{_capital(called)}."))
     if newest:
         parts += [_line(line.strip()) for line in say.member_lines(state, step)]
     return "".join([*parts, *(_asked(state, step) if newest else ())])
@@ -621,6 +630,12 @@ def prompt_html(step: StepState, attempt: Attempt) -> str:
     """The exact prompt of an attempt, and to whom it was sent."""
     sent = f"Sent to {attempt.engine}:" if attempt.engine not in ("", "offline") else "No model was called. The prompt:"
     return _line(sent) + _shown(attempt.prompt, STEP_LIMIT, f"%cm show {step.path} --full", plain=True)
+
+
+def thinking_html(text: str) -> str:
+    """What an agent thought before it wrote, folded and faint; it is shown while the turn runs, and kept nowhere."""
+    words = f"Thinking, {len(text):,} characters"
+    return _fold(words, f'<div style="{_FAINT};white-space:pre-wrap">{_esc(clip(text, OLD_LIMIT).head)}</div>\n')
 
 
 def plain_html(text: str) -> str:

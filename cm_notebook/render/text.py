@@ -41,6 +41,8 @@ from ..events import (
     StepFailed,
     StepRemoved,
     StepSkipped,
+    ToolCalled,
+    ToolReturned,
     TurnCutShort,
     TurnFailed,
     TurnFinished,
@@ -48,7 +50,7 @@ from ..events import (
     WorkflowChanged,
 )
 from ..state import STATUS_WORDS, Attempt, Budget, RunState, StepState, status_word, why_stale
-from ..tools import write_arguments
+from ..tools import BUILT_IN, write_arguments
 from ..workflow import Module, Parallel, Separator, limits_of
 from .markdown import Clipped, clean, clip
 
@@ -177,17 +179,19 @@ class Spent(NamedTuple):
     seconds: float | None
     usage: Usage | None
     cost_usd: float
+    cost_estimated: bool = False
     budget: Budget | None = None
 
     def words(self) -> list[str]:
         """Time, tokens and cost, those that are known; each of the limits with what there is of it."""
         estimated = self.usage is not None and self.usage.estimated
         count = self.usage.input_tokens + self.usage.output_tokens if self.usage is not None else 0
-        said = {"max_tokens": tokens(count, estimated), "max_cost_usd": cost(self.cost_usd, estimated)}
+        computed = estimated or self.cost_estimated
+        said = {"max_tokens": tokens(count, estimated), "max_cost_usd": cost(self.cost_usd, computed)}
         if self.budget is not None:
             paid = amount("max_cost_usd", self.cost_usd) if self.cost_usd else "$0"
             used = {
-                "max_cost_usd": f"{'~' if estimated and self.cost_usd else ''}{paid}",
+                "max_cost_usd": f"{'~' if computed and self.cost_usd else ''}{paid}",
                 "max_tokens": said["max_tokens"].removesuffix(" tok") or "0",
                 "max_turns": f"{self.budget.used['max_turns']:,}",
             }
@@ -202,7 +206,7 @@ def total(state: RunState, attempts: Iterable[Attempt], now: float | None = None
     """The sum over `attempts`."""
     seconds: float | None = None
     usage: Usage | None = None
-    paid = 0.0
+    paid, computed = 0.0, False
     for attempt in attempts:
         if (took := spent(state, attempt, now)) is not None:
             seconds = (seconds or 0.0) + took
@@ -211,7 +215,8 @@ def total(state: RunState, attempts: Iterable[Attempt], now: float | None = None
         if attempt.usage is not None:
             usage = attempt.usage if usage is None else usage + attempt.usage
         paid += attempt.cost_usd or 0.0
-    return Spent(seconds, usage, paid)
+        computed = computed or attempt.cost_estimated
+    return Spent(seconds, usage, paid, computed)
 
 
 def taken(state: RunState, step: StepState, now: float | None = None) -> Spent:
@@ -234,7 +239,8 @@ def run_total(state: RunState, now: float | None = None) -> Spent:
     everybody = (*state.order, *state.members.values())
     seconds = total(state, (attempt for step in everybody for attempt in step.attempts), now).seconds
     usage = state.usage if state.usage.input_tokens + state.usage.output_tokens else None
-    return Spent(seconds, usage, state.cost_usd, state.budget if state.budget.limits else None)
+    budget = state.budget if state.budget.limits else None
+    return Spent(seconds, usage, state.cost_usd, state.cost_estimated, budget)
 
 
 def source(state: RunState) -> str:
@@ -800,6 +806,19 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
         return f"{event.step} removed"
     if isinstance(event, StepSkipped):
         return f"{event.step} skipped: {one_line(event.reason)}"
+    if isinstance(event, ToolCalled):
+        # of these the gate or the call of agents has a line of its own
+        return (
+            None
+            if event.name in BUILT_IN
+            else f"{event.path} calls {_tool_name(event.name)} {one_line(event.arguments)}"
+        )
+    if isinstance(event, ToolReturned):
+        if event.name in BUILT_IN and not event.failed:
+            return None
+        return (
+            f"{event.path}: {_tool_name(event.name)} {'failed' if event.failed else 'returned'}: {one_line(event.text)}"
+        )
     if isinstance(event, TurnFinished):
         return _turn_line(state, event)
     if isinstance(event, TurnFailed):
@@ -831,6 +850,30 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
     if isinstance(event, Rewound):
         return f"back to {event.to}"
     return None
+
+
+def _tool_name(name: str) -> str:
+    return one_line(name, 80)
+
+
+def tool_lines(attempt: Attempt) -> list[str]:
+    """What an attempt did with tools: ``→ add {"a": 2}``, ``← 5`` or ``✗ why not``."""
+    lines = []
+    for use in attempt.tools:
+        lines.append(f"→ {_tool_name(use.name)} {one_line(use.arguments)}")
+        if use.text is not None:
+            lines.append(f"{'✗' if use.failed else '←'} {one_line(use.text)}")
+    return lines
+
+
+def tool_words(attempt: Attempt) -> str:
+    """Which tools an attempt called: ``called add (3 times), remove (failed)``; ``""`` for none."""
+    names: dict[str, int] = {}
+    for use in attempt.tools:
+        names[_tool_name(use.name)] = names.get(_tool_name(use.name), 0) + 1
+    failed = sum(use.failed for use in attempt.tools)
+    said = [f"{name} ({count} times)" if count > 1 else name for name, count in names.items()]
+    return f"called {', '.join(said)}{f'; {failed} failed' if failed else ''}" if said else ""
 
 
 def _left_out(count: int) -> str:
@@ -872,7 +915,8 @@ def _turn_line(state: RunState, event: TurnFinished) -> str:
     if event.verdict is not None and event.verdict.score is not None:
         word += f" ({event.verdict.score:g})"
     took = spent(state, attempt) if attempt is not None else None
-    words = [event.path, word, *_short(Spent(took, event.usage, event.cost_usd or 0.0).words())]
+    paid = Spent(took, event.usage, event.cost_usd or 0.0, bool(event.cost_estimated))
+    words = [event.path, word, *_short(paid.words())]
     if event.turn > 1:
         words.append(f"prompt {event.turn}")
     why = f": {one_line(event.verdict.reason)}" if event.verdict is not None and event.verdict.reason else ""
@@ -911,7 +955,8 @@ def status_rows(state: RunState, now: float | None = None) -> list[list[str]]:
 def _sums(taken: Spent) -> list[str]:
     estimated = taken.usage is not None and taken.usage.estimated
     count = taken.usage.input_tokens + taken.usage.output_tokens if taken.usage is not None else 0
-    return [duration(taken.seconds), tokens(count, estimated).removesuffix(" tok"), cost(taken.cost_usd, estimated)]
+    paid = cost(taken.cost_usd, estimated or taken.cost_estimated)
+    return [duration(taken.seconds), tokens(count, estimated).removesuffix(" tok"), paid]
 
 
 def status_table(state: RunState, now: float | None = None) -> str:
@@ -996,7 +1041,8 @@ def show_text(state: RunState, step: StepState, attempt: Attempt | None = None, 
         if shown.note:
             words.append(one_line(shown.note))
     head = " · ".join(filter(None, words))
-    head = "\n".join([head, *member_lines(state, step)])
+    tools = [f"  {line}" for line in tool_lines(shown)] if shown is not None else []
+    head = "\n".join([head, *member_lines(state, step), *tools])
     text = ""
     if step.gate is not None and step.gate.kind == "permission" and attempt is None:
         text = clean(requested(step.gate))

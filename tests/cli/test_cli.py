@@ -126,7 +126,7 @@ def last_run() -> cm.Run:
 def test_a_run_is_a_line_per_event_and_ends_with_0() -> None:
     done = ran("run", write(TWO_STEPS), "--on-gate", "approve")
     assert (done.code, done.err) == (0, "")
-    assert [line.partition(" <")[0].partition(", ")[0] for line in done.lines[:6]] == [
+    assert [re.split(r" <?\d+\.\ds|, ", line)[0] for line in done.lines[:6]] == [
         "cm: demo started: 2 steps",
         "cm: planner ok",
         "cm: gate: planner is waiting for you. Next: coder.",
@@ -149,6 +149,24 @@ def test_verbose_prints_what_the_agents_write() -> None:
     done = ran("run", write(TWO_STEPS), "--on-gate", "approve", "-v")
     assert done.lines[1:3] == ["plan 1 for a CLI: no wishes", done.lines[2]]
     assert "code for plan 1 for a CLI: no wishes" in done.lines
+
+
+def test_verbose_prints_what_an_agent_thinks_apart() -> None:
+    thinks = """
+class Thinks:
+    name = "thinks"
+    async def stream(self, request):
+        yield cm.Delta("hm, ", "thinking")
+        yield cm.Delta("well", "thinking")
+        yield cm.Delta("Yes.")
+        yield cm.TurnDone("Yes.")
+cm.register_engine(Thinks())
+wf = cm.Workflow("w", agents=[cm.Agent("a", "Well?", engine="thinks")], steps="a")
+"""
+    done = ran("run", write(HEAD + thinks), "-v", "--on-gate", "approve")
+    assert done.lines[1:3] == ["hm, well", "Yes."]
+    assert done.out.count("Yes.") == 1
+    assert "hm" not in ran("run", "flow.py", "--on-gate", "approve").out
 
 
 def test_verbose_does_not_repeat_what_was_streamed() -> None:

@@ -41,6 +41,8 @@ from cm_notebook.events import (
     StepFailed,
     StepRemoved,
     StepSkipped,
+    ToolCalled,
+    ToolReturned,
     TurnCutShort,
     TurnFailed,
     TurnFinished,
@@ -49,7 +51,7 @@ from cm_notebook.events import (
     WorkflowChanged,
 )
 from cm_notebook.prompts import digest, text_of
-from cm_notebook.state import SWEPT, TRANSITIONS, RunState, StartTurn, cut_all, cut_short, next_actions, why_stale
+from cm_notebook.state import SWEPT, TRANSITIONS, RunState, StartTurn, ask, cut_all, cut_short, next_actions, why_stale
 from cm_notebook.team import MOST_DEPTH
 from cm_notebook.workflow import Agent, Module, Parallel, Step, Verdict, Workflow, module, separator, step
 from tests.core.driver import Driver, Reply, approve, folded, go_on, loop, said
@@ -387,6 +389,25 @@ def test_retry_with_another_prompt(kind: Any) -> None:
 def test_a_decision_without_its_words_is_refused(kind: Any, decision: Decision) -> None:
     driver = at_gate(kind)
     driver.refused(GateDecided(gate_id=driver.gate().id, decision=decision), TransitionError)
+
+
+def test_what_a_turn_does_with_tools_is_kept_with_its_attempt() -> None:
+    driver = Driver(Workflow("W", steps=[work("b")]), {"b": [Reply("said")]}).until_running("b")
+    where = {"step": "b", "path": "b", "attempt": 1, "turn": 1}
+    driver.record(ToolCalled(**where, call_id="1", name="add", arguments='{"a": 1}'))
+    driver.record(ask(driver.state, driver.state.steps["b"], "which?"))
+    driver.record(ToolCalled(**where, call_id="2", name="add", arguments='{"a": 2}'))
+    driver.record(ToolReturned(**where, call_id="1", name="add", text="1"))
+    driver.refused(ToolReturned(**where, call_id="1", name="add", text="1"), TransitionError)
+    driver.refused(ToolReturned(**where, call_id="2", name="sub", text="1"), TransitionError)
+    driver.refused(ToolCalled(**{**where, "attempt": 2}, call_id="3", name="add"), TransitionError)
+    one, two = driver.state.steps["b"].attempts[0].tools
+    assert (one.arguments, one.text, one.failed) == ('{"a": 1}', "1", False)
+    assert one.returned_at is not None
+    assert (two.arguments, two.text, two.returned_at) == ('{"a": 2}', None, None)
+    driver.decide("answer", "this")
+    driver.refused(ToolReturned(**where, call_id="2", name="add", text="1"), TransitionError)
+    assert driver.state.status == "completed"
 
 
 def test_for_how_long_a_tool_is_allowed_is_in_the_events() -> None:
@@ -1641,7 +1662,9 @@ def mostly_illegal(driver: Checked, kind: int, a: int, b: int) -> AnyEvent:
         ),
         AgentsReturned(step=name, path=name, call=b % 3),
         StepFailed(step=name, path=name, reason="r"),
-    ][kind % 14]
+        ToolCalled(**where, call_id="1", name="t"),
+        ToolReturned(**where, call_id=str(b % 2), name="t", text="r"),
+    ][kind % 16]
 
 
 def propose(driver: Driver, event: AnyEvent) -> None:

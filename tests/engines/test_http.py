@@ -705,6 +705,7 @@ def test_cost(dialect, model, more, expected, tokens):
     used = events[-2]
     assert used.usage == cm.Usage(input_tokens=tokens, output_tokens=20)
     assert used.cost_usd == (None if expected is None else pytest.approx(expected))
+    assert used.cost_estimated is (expected is not None and "cost" not in more)
 
 
 def test_tokens_that_nobody_counted_are_estimated():
@@ -749,7 +750,7 @@ def test_prices_of_ones_own(tmp_path, monkeypatch):
 
 
 def start(dialect: str, server: ModelServer, **options: Any) -> cm.Run:
-    agent = cm.Agent("planner", "Plan {{ goal }}.", model="test-model", **options.pop("agent", {}))
+    agent = cm.Agent("planner", "Plan {{ goal }}.", **{"model": "test-model", **options.pop("agent", {})})
     mode = options.pop("mode", "never")
     steps = options.pop("steps", [cm.step("planner")])
     workflow = cm.Workflow("w", agents=[agent], steps=steps, inputs={"goal": "it"}, autonomous_mode=mode)
@@ -1286,6 +1287,73 @@ def test_the_list_of_tools_always_allowed(tmp_path):
     assert not allows(journal, "send", "x"), "others could have written it"
     with pytest.raises(cm.CodeMachineError, match="others can write it"):
         cm.permissions(journal)
+
+
+@both
+def test_what_is_done_with_tools_is_journaled(dialect, tmp_path):
+    """Bounded, and whatever becomes of the turn; thinking is not."""
+
+    @cm.tool
+    def prints(lines: int) -> str:
+        return "x" * 50_000_000
+
+    calls = [("1", "prints", '{"lines": 2}'), ("2", "broken", "{}"), ("3", "add", '{"a": ')]
+    says = [SAYS[dialect]("Hm.", thinking="secret thoughts", calls=calls), error(400, complaint("invalid", "no"))]
+    with ModelServer(says) as server:
+        run = start(dialect, server, agent={"tools": [add, broken, prints]}, journal=tmp_path / "j.db")
+        gate(run)
+        run.stop().wait(20)
+    kept = [event for event in cm.Journal(tmp_path / "j.db").events(run.id) if event.type.startswith("Tool")]
+    assert [(event.type, event.call_id, event.name) for event in kept] == [
+        ("ToolCalled", "1", "prints"),
+        ("ToolReturned", "1", "prints"),
+        ("ToolCalled", "2", "broken"),
+        ("ToolReturned", "2", "broken"),
+        ("ToolCalled", "3", "add"),
+        ("ToolReturned", "3", "add"),
+    ]
+    assert "characters are left out …]" in kept[1].text
+    assert len(kept[1].text) < 2_100
+    assert [event.failed for event in kept if event.type == "ToolReturned"] == [False, True, True]
+    (attempt,) = run["planner"].attempts
+    assert [(use.name, use.arguments, use.failed) for use in attempt.tools] == [
+        ("prints", '{"lines": 2}', False),
+        ("broken", "{}", True),
+        ("add", '{"a": ', True),
+    ]
+    assert "secret thoughts" not in "".join(map(repr, run.events))
+    assert len(told(server.asked[1])[0]) < 200_100, "the model is told both ends of it"
+
+
+@both
+def test_what_a_failed_turn_used_counts(dialect):
+    """What was spent before it failed; of an answer that broke off, what had come of it."""
+    says = SAYS[dialect]
+    answers_in_turn = [
+        says(calls=[call("add", a=1)]),
+        says("x" * 400).first(4 if dialect == "anthropic" else 2, "reset"),
+        says("Done."),
+    ]
+    with ModelServer(answers_in_turn) as server:
+        run = start(dialect, server, mode="always", agent={"tools": [add], "model": "gpt-5-mini"}).wait(20)
+    failed = next(event for event in run.events if event.type == "TurnFailed")
+    (attempt,) = run["planner"].attempts
+    assert failed.usage.input_tokens > 100, "the first exchange, and what was sent for the second"
+    assert failed.usage.output_tokens > 20
+    assert attempt.usage.output_tokens == failed.usage.output_tokens + 20
+    assert attempt.usage == run.usage
+    if dialect == "openai":
+        assert (failed.cost_usd > 0, failed.cost_estimated) == (True, True)
+        assert attempt.cost_estimated
+        assert f"~${run.cost_usd:.3f}" in repr(run._repr_mimebundle_())
+
+
+def test_a_key_that_is_wrong_costs_nothing():
+    with ModelServer(error(401, complaint("authentication_error"))) as server:
+        run = start("openai", server, mode="always")
+        gate(run)
+        assert run.usage == cm.Usage()
+        run.stop().wait(20)
 
 
 def test_a_run_tries_again_what_may_help(monkeypatch):

@@ -632,6 +632,25 @@ def test_every_button_names_its_magic_and_asks_only_for_what_its_decision_takes(
             assert button.get("ask") in (None, "feedback", "output", "prompt")
 
 
+def test_thinking_is_a_moving_line_and_then_folded_away():
+    writing = view.Writing(1)
+    assert writing.think("Let me\nsee") == ["block", "", "Thinking: Let me see"]
+    assert writing.whole() == ["", "Thinking: Let me see"]
+    writing.think(" <b>")
+    kind, folded, rest = writing.add("Hello")
+    assert (kind, rest) == ("block", "Hello")
+    assert folded.startswith("<details style=")
+    assert "Thinking, 14 characters" in folded
+    assert "Let me\nsee &lt;b&gt;" in folded
+    assert writing.add(", you") == ["delta", ", you"]
+    kind, before, rest = writing.think("hm")
+    assert (kind, rest) == ("block", "Thinking: hm")
+    assert "Hello, you" in before
+    kind, again, rest = writing.add("And so on")
+    assert "Thinking, 2 characters" in again
+    assert writing.whole() == [folded + before + again, "And so on"]
+
+
 def test_a_permission_shows_all_that_is_decided_about():
     """The buttons, and the arguments: in the card, or in the bar where there is no card; to be edited as they are."""
     story = Story("a").permit("remove", path="x" * 3000)

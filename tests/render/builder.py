@@ -17,11 +17,14 @@ from cm_notebook.events import (
     Rewound,
     RunResumed,
     RunStarted,
+    ToolCalled,
+    ToolReturned,
     TurnCutShort,
     TurnFailed,
     TurnFinished,
     TurnStarted,
     Usage,
+    place,
 )
 from cm_notebook.prompts import digest, text_of
 from cm_notebook.render.text import event_line
@@ -68,7 +71,7 @@ class Story:
         self.go()
 
     def record(self, event: AnyEvent) -> Story:
-        event.seq, event.at = self.state.seq + 1, self.now
+        place(event, self.state.seq + 1, self.now)
         apply(self.state, event)
         if (line := event_line(self.state, event)) is not None:
             self.lines.append(line)
@@ -146,6 +149,14 @@ class Story:
     def ask(self, question: str) -> Story:
         """The agent that runs asks a person."""
         return self.record(ask(self.state, next(iter(self.state.running.values())), question))
+
+    def calls(self, name: str, arguments: str) -> Story:
+        """The agent that runs calls a tool."""
+        return self.record(ToolCalled(**self._turn, call_id="1", name=name, arguments=arguments))
+
+    def told(self, name: str, text: str, *, failed: bool = False) -> Story:
+        """And is told what came of it."""
+        return self.after(0.2).record(ToolReturned(**self._turn, call_id="1", name=name, text=text, failed=failed))
 
     def permit(self, tool: str, **arguments: Any) -> Story:
         """The agent that runs wants to call a tool."""
@@ -266,8 +277,14 @@ def team() -> Story:
 
 def permission() -> Story:
     """A tool is to be called; another call of it was denied before."""
-    story = Story("planner -> cleaner -> reviewer").answer(PLAN_1).permit("remove", path="notes.md", force=True)
-    return story.decide("reject", "not the notes").permit("remove", path=f"build/{HOSTILE}", why="It is made anew.")
+    story = Story("planner -> cleaner -> reviewer").calls("read_file", '{"path": "todo.py"}')
+    story.told("read_file", "def add(db, text): ...").calls("run_agents", "{}").told("run_agents", "## qa").answer(
+        PLAN_1
+    )
+    story.calls("remove", '{"path": "notes.md"}').permit("remove", path="notes.md", force=True)
+    story.decide("reject", "not the notes").told("remove", "Refused by a person: not the notes", failed=True)
+    story.calls("remove", f'{{"path": "build/{HOSTILE}"}}')
+    return story.permit("remove", path=f"build/{HOSTILE}", why="It is made anew.")
 
 
 SITUATIONS = {

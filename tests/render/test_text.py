@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cm_notebook.engines import offline
-from cm_notebook.events import Decision, RunPaused
+from cm_notebook.events import Decision, RunPaused, Usage
 from cm_notebook.render import html, svg, text
 from cm_notebook.workflow import Verdict, module, separator, step
 from tests.render import builder
@@ -203,6 +203,38 @@ def test_every_answer_of_a_gate_has_a_label_and_a_magic() -> None:
         assert all(way.label and way.magic.lstrip("%").startswith("cm ") for way in ways)
         assert len({way.label for way in ways}) == len(ways)
         assert len({way.magic for way in ways}) == len(ways)
+
+
+def test_tools_are_lines_of_the_log_and_of_the_step() -> None:
+    story = builder.permission()
+    assert [line for line in story.lines if "read_file" in line or "remove" in line] == [
+        'cm: planner calls read_file {"path": "todo.py"}',
+        "cm: planner: read_file returned: def add(db, text): ...",
+        'cm: cleaner calls remove {"path": "notes.md"}',
+        'cm: gate: cleaner wants to call remove with { "path": "notes.md", "force": true }. Allow it, change its '
+        "arguments, or deny it: the agent is told why.",
+        "cm: cleaner: remove failed: Refused by a person: not the notes",
+        *story.lines[-2:],
+    ]
+    planner = story.state.steps["planner"]
+    assert text.tool_lines(planner.attempts[0]) == [
+        '→ read_file {"path": "todo.py"}',
+        "← def add(db, text): ...",
+        "→ run_agents {}",
+        "← ## qa",
+    ]
+    assert '  → read_file {"path": "todo.py"}\n  ← def add' in text.show_text(story.state, planner)
+    assert text.tool_words(story.state.steps["cleaner"].attempts[0]) == "called remove (2 times); 1 failed"
+
+
+def test_a_cost_that_was_computed_is_marked() -> None:
+    used = {"usage": Usage(input_tokens=300, output_tokens=100)}
+    told = Story("a -> b").answer("x", **used)
+    assert text.run_total(told.state).words()[1:] == ["400 tok", "$0.003"]
+    computed = Story("a -> b").answer("x", cost_estimated=True, **used)
+    assert text.run_total(computed.state).words()[1:] == ["400 tok", "~$0.003"]
+    assert computed.lines[-1] == "cm: a ok 4.6s 400 tok ~$0.003"
+    assert text.status_rows(computed.state)[0][4] == "~$0.003"
 
 
 def test_how_a_tool_is_allowed() -> None:
