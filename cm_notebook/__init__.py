@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import keys
 from .allowed import Permissions, permissions
 from .engines.base import (
     AgentEvent,
@@ -127,6 +128,7 @@ __all__ = [
     "agent",
     "current",
     "doctor",
+    "keys",
     "module",
     "parallel",
     "permissions",

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import WorkflowError
-from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, WorkflowChanged, sound
+from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, WorkflowChanged
 from .prompts import agent_facts, check_templates, fingerprint
 from .state import RunState, cut_all
-from .workflow import Agent, Separator, Step, Workflow, check_inputs, limits_of, step_data
+from .workflow import Agent, Separator, Step, Workflow, check_inputs, limits_of, sound, step_data
 
 _MISSING = object()
 

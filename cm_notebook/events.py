@@ -7,12 +7,14 @@ in one event only; whoever needs it again holds a ``Ref`` to that event. What an
 Annotations are evaluated here, as in ``workflow.py``: from text, pydantic would compile each of them at every import.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+import json
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
+from . import keys
 from .errors import CodeMachineError
-from .workflow import AutonomousMode, GateDefault, Model, Verdict
+from .workflow import AutonomousMode, GateDefault, Model, Verdict, Workflow
 
 Mode = Literal["step-by-step", "gates", "unattended"]
 """Who drives: a pause after every step, a pause where a step asks for one, or no pause at all."""
@@ -182,7 +184,7 @@ class RunStarted(BaseEvent):
 
     type: Literal["RunStarted"] = Field(default="RunStarted", exclude=True)
     run_id: str
-    workflow: dict[str, Any]
+    workflow: Annotated[Workflow, PlainSerializer(Workflow.to_dict)]
     inputs: dict[str, Any] = Field(default_factory=dict)
     fingerprints: dict[str, str] = Field(default_factory=dict)
     until: str | None = None
@@ -515,20 +517,22 @@ TYPES: dict[str, type[BaseEvent]] = {kind.__name__: kind for kind in get_args(An
 """The kinds of event, by name."""
 
 
-def sound(value: Any) -> Any:
-    """`value` without what UTF-8 cannot hold: lone surrogates, as undecodable bytes or half an emoji leave them."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, dict):
-        return {sound(key): sound(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [sound(inner) for inner in value]
-    return value
-
-
 def body(event: BaseEvent) -> str:
     """The event as JSON, without what the journal keeps in columns."""
     return event.model_dump_json(exclude_none=True)
+
+
+def without_keys(event: AnyEvent) -> AnyEvent:
+    """The event, with no key of a service in it, whoever may have written one."""
+    secrets = [json.dumps(secret)[1:-1] for secret in keys.known()]
+    if not secrets:
+        return event
+    text = body(event)
+    if not any(secret in text for secret in secrets):
+        return event
+    for secret in secrets:
+        text = text.replace(secret, keys.SHOWN)
+    return read(event.type, event.seq, event.at, text)
 
 
 def place(event: BaseEvent, seq: int, at: float) -> None:

@@ -90,6 +90,8 @@ class Command:
         What the body of its cell is.
     words
         Name of what the rest of the line is, taken as it stands; for words of the person's.
+    unsaid
+        What is said about words that are too much, in place of repeating them.
     twin
         The same in Python.
     """
@@ -103,6 +105,7 @@ class Command:
     body: str = ""
     words: str = ""
     examples: tuple[str, ...] = ()
+    unsaid: str = ""
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -384,6 +387,18 @@ COMMANDS: dict[str, Command] = {
             examples=("%cm config",),
         ),
         Command(
+            "keys",
+            "Which engines have a key and from where; set one, typed hidden and kept for this session, or forget it.",
+            "cm.keys.set(…)",
+            (
+                Argument("action", "what to do", many="?", choices=("set", "forget")),
+                Argument("name", "the engine", many="?"),
+            ),
+            examples=("%cm keys", "%cm keys set anthropic", "%cm keys forget anthropic"),
+            unsaid="a key is never written in a cell, where it would be saved: take it out of this one. "
+            "`%cm keys set NAME` asks for it in a hidden field.",
+        ),
+        Command(
             "doctor",
             "What is here, what is missing, and how to mend it.",
             "cm.doctor()",
@@ -563,6 +578,8 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("the following arguments are required"):
             example = f" For instance: {command.examples[0].splitlines()[0]}" if command.examples else ""
             raise WorkflowError(f"`%cm {command.name}` needs {message.partition(': ')[2]}.{example}")
+        if message.startswith("unrecognized arguments") and command.unsaid:
+            raise WorkflowError(command.unsaid)
         if message.startswith("unrecognized arguments"):
             takes = " ".join(argument.shown for argument in command.arguments) or "no arguments"
             more = message.partition(": ")[2]

@@ -36,7 +36,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
-from . import allowed, edits
+from . import allowed, edits, keys
 from . import state as meaning
 from .config import setting
 from .engines.base import AgentRequest, Engine, configured_engine, find_engine, is_engine, unpriced
@@ -81,7 +81,7 @@ from .events import (
     Usage,
     WorkflowChanged,
     place,
-    sound,
+    without_keys,
 )
 from .feed import Feed, LiveText
 from .journal import OWN_FOLDER, AnyJournal, open_journal, own_folder
@@ -92,7 +92,7 @@ from .steps import StepView
 from .team import CAP, AgentResult, Call, checked_calls
 from .tools import Permission, Tool, read_arguments
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
-from .workflow import Agent, Separator, Step, Workflow, as_step
+from .workflow import Agent, Separator, Step, Workflow, as_step, sound
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
 Proposal = Callable[[], Iterable[AnyEvent]]
@@ -229,7 +229,7 @@ class Run:
         try:
             started = RunStarted(
                 run_id=run.id,
-                workflow=sound(workflow.to_dict()),
+                workflow=workflow.kept(),
                 inputs=values,
                 fingerprints=edits.fingerprints(workflow, values),
                 until=until,
@@ -1127,6 +1127,7 @@ class Run:
             for event in events:
                 if type(event) is TurnCutShort and (turn := self._turns.get(event.path)) is not None and turn.used:
                     event = event.model_copy(update=turn.used)  # who cut it short does not know
+                event = without_keys(event)
                 place(event, self._state.seq + 1, max(time.time(), self._state.at))
                 apply(self._state, event)
                 self._batch.append(event)
@@ -1407,17 +1408,22 @@ class Run:
     async def _turn(self, turn: LiveTurn, prompt: str) -> None:
         """Do one turn and propose how it ended. Cancelled when the turn was cut short, which is recorded by then."""
 
-        def write(text: str) -> None:
-            text = sound(text)
+        def write(text: str, last: bool = False) -> None:
             with self._lock:  # who begins to watch meanwhile gets each piece once
+                text = turn.hide(sound(text), last=last)
+                if last and not text:
+                    return
                 turn.write(text)
                 for feed in self._feeds:
                     feed.put_text(turn.started.path, turn.started.attempt, text)
 
+        hide = keys.Hider()
+
         def think(text: str) -> None:
             with self._lock:
-                for feed in self._feeds:
-                    feed.put_text(turn.started.path, turn.started.attempt, sound(text), "thinking")
+                if text := hide(sound(text)):
+                    for feed in self._feeds:
+                        feed.put_text(turn.started.path, turn.started.attempt, text, "thinking")
 
         def opened(session_id: str) -> None:
             where = {"step": turn.started.step, "path": turn.started.path, "attempt": turn.started.attempt}
@@ -1433,6 +1439,7 @@ class Run:
         try:
             engine, request = self._engine_for(turn.step), self._request(turn, prompt, write)
             ending = await take_turn(turn, engine, request, write, think, opened, record)
+            write("", last=True)
         except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
             ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
             self._propose(lambda: self._turn_ended(turn, ending), wait=False)

@@ -621,7 +621,7 @@ class RunState:
     def of(cls, workflow: Workflow) -> RunState:
         """The state of `workflow` before anything ran, for drawing it."""
         state = cls()
-        apply(state, RunStarted(seq=1, run_id="", workflow=workflow.to_dict()))
+        apply(state, RunStarted(seq=1, run_id="", workflow=workflow.kept()))
         return state
 
     @property
@@ -746,7 +746,7 @@ def _turn_met(
 
 
 def _run_started(state: RunState, event: RunStarted) -> None:
-    workflow = Workflow.restore(event.workflow)
+    workflow = event.workflow
     state.run_id, state.name, state.engine = event.run_id, workflow.name, workflow.engine
     state.agents = {agent.id: agent for agent in workflow.agents}
     _take_autonomy(state, workflow.autonomous_mode)

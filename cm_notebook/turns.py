@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import events
+from . import events, keys
 from .engines.base import (
     AgentRequest,
     Delta,
@@ -27,9 +27,9 @@ from .engines.base import (
     UsageReported,
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
-from .events import AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
+from .events import AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted
 from .tools import shortened
-from .workflow import Module, Step, Verdict, not_json
+from .workflow import Module, Step, Verdict, not_json, sound
 
 YIELD_EVERY = 64
 """After so many pieces of text other turns get their chance."""
@@ -70,6 +70,7 @@ class LiveTurn:
         "_timer",
         "asking",
         "failures",
+        "hide",
         "recalled",
         "started",
         "step",
@@ -81,6 +82,7 @@ class LiveTurn:
         self.started, self.step = started, step
         self.task: asyncio.Task[None] | None = None
         self.failures = 0
+        self.hide = keys.Hider()
         self.used: dict[str, Any] = {}
         """What it has said so far that it used, as its last event keeps it."""
         self.asking: asyncio.Lock | None = None
@@ -258,20 +260,27 @@ def _tool_event(started: TurnStarted, told: ToolCalled | ToolReturned) -> AnyEve
     """What is kept of it."""
     about = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
     about |= {"call_id": sound(told.call_id), "name": sound(told.name)}
+    said = shortened(_tool_text(told), LONGEST_KEPT)
     if isinstance(told, ToolReturned):
-        return events.ToolReturned(**about, text=shortened(sound(told.text), LONGEST_KEPT), failed=told.failed)
-    said = told.arguments if isinstance(told.arguments, str) else json.dumps(told.arguments, ensure_ascii=False)
-    return events.ToolCalled(**about, arguments=shortened(sound(said), LONGEST_KEPT))
+        return events.ToolReturned(**about, text=said, failed=told.failed)
+    return events.ToolCalled(**about, arguments=said)
+
+
+def _tool_text(told: ToolCalled | ToolReturned) -> str:
+    """The arguments, or the result; without keys, before it is cut: half of one would not be known again."""
+    if isinstance(told, ToolReturned):
+        said = told.text
+    elif isinstance(told.arguments, str):
+        said = told.arguments
+    else:
+        said = json.dumps(told.arguments, ensure_ascii=False, default=str)
+    return keys.hide(str(sound(said)))
 
 
 def _tool_line(told: ToolCalled | ToolReturned) -> str:
     """What is shown of a tool while the turn runs: a line as a block of code, so that nothing in it is Markdown."""
-    if isinstance(told, ToolCalled):
-        said = told.arguments if isinstance(told.arguments, str) else json.dumps(told.arguments, ensure_ascii=False)
-        line = f"→ {told.name} {said}"
-    else:
-        line = f"{'✗' if told.failed else '←'} {told.text}"
-    line = " ".join(line.split())
+    sign = f"→ {told.name}" if isinstance(told, ToolCalled) else "✗" if told.failed else "←"
+    line = " ".join(f"{sign} {_tool_text(told)[: 20 * LONGEST_LINE]}".split())
     return f"\n\n    {line[:LONGEST_LINE]}{'…' if len(line) > LONGEST_LINE else ''}\n\n"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -55,14 +56,43 @@ def _one_line(model: type[BaseModel], data: Mapping[str, Any], error: Validation
     problem = error.errors(include_url=False)[0]
     first, *rest = problem["loc"] or ("",)
     where = ".".join(str(part) for part in (first, *(part for part in rest if isinstance(part, int))))
-    owner = data.get("id") or data.get("agent") or data.get("name")
-    subject = f"{model.__name__.lower()} {owner!r}" if owner else model.__name__.lower()
+    subject = _subject(model, data)
     if problem["type"] == "extra_forbidden":
         known = [name for name, field in model.model_fields.items() if field.repr]  # the others are not for people
         return f"{subject}: there is no option {where!r}. {did_you_mean(where, known, 'Options')}"
     if problem["type"] == "missing":
         return f"{subject}: {where!r} is missing."
     return f"{subject}: {where}={problem['input']!r} is not valid: {problem['msg'].removeprefix('Value error, ')}."
+
+
+def _subject(model: type[BaseModel], data: Mapping[str, Any]) -> str:
+    owner = data.get("id") or data.get("agent") or data.get("name")
+    return f"{model.__name__.lower()} {owner!r}" if owner else model.__name__.lower()
+
+
+class Fixed(Model):
+    """Data that stays as it was checked, so a run can have it without a copy."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise WorkflowError(
+            f"{_subject(type(self), self.__dict__)}: {name} cannot be changed any more. Make another one with another "
+            f"{name}."
+        )
+
+
+def sound(value: Any) -> Any:
+    """`value` without what UTF-8 cannot hold: lone surrogates, as undecodable bytes or half an emoji leave them."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {sound(key): sound(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [sound(inner) for inner in value]
+    return value
+
+
+Text = Annotated[str, AfterValidator(sound)]
+"""A text that can be kept."""
 
 
 class Verdict(Model):
@@ -146,11 +176,11 @@ class Agent(Model):
     """
 
     id: str
-    prompt: str = ""
-    system: str | None = None
-    engine: str | None = None
-    model: str | None = None
-    reasoning_effort: str | None = None
+    prompt: Text = ""
+    system: Text | None = None
+    engine: Text | None = None
+    model: Text | None = None
+    reasoning_effort: Text | None = None
     tools: Annotated[tuple[Tool, ...], BeforeValidator(_tools)] = ()
     output: Annotated[Any, BeforeValidator(_output), PlainSerializer(_output_schema)] = None
     implementation: str | None = Field(default=None, repr=False)
@@ -206,17 +236,17 @@ def _gate_default(given: Any) -> Any:
     return given
 
 
-class Step(Model):
+class Step(Fixed):
     """One step of a workflow; make it with :func:`step`, where the fields are explained."""
 
     kind: Literal["step"] = "step"
     agent: str
     id: str = ""
     interactive: StrictBool | None = None
-    prompt: str | list[str] | None = None
-    engine: str | None = None
-    model: str | None = None
-    reasoning_effort: str | None = None
+    prompt: Text | list[Text] | None = None
+    engine: Text | None = None
+    model: Text | None = None
+    reasoning_effort: Text | None = None
     execute_once: StrictBool = False
     context: Literal["previous", "all", "none"] | list[str] = "previous"
     gate: GatePlace = "after"
@@ -233,7 +263,7 @@ class Step(Model):
     def model_post_init(self, context: Any, /) -> None:
         """The id defaults to the agent's name."""
         if not self.id:
-            self.id = self.agent
+            self.__dict__["id"] = self.agent
         _check_name("step", self.id)
         if self.gate_default is not None and self.gate_timeout_s is None:
             raise WorkflowError(
@@ -280,7 +310,7 @@ class Parallel(Step):
 
     def model_post_init(self, context: Any, /) -> None:
         """The id defaults to the members' names."""
-        self.id = self.id or "-".join(self.members)
+        self.__dict__["id"] = self.id or "-".join(self.members)
         super().model_post_init(context)
         where = f"parallel step {self.id!r}"
         for number, name in enumerate(self.members):
@@ -309,11 +339,11 @@ GATE_OPTIONS = ("gate_timeout_s", "gate_default")
 """Those options of a step that are about all gates in it, also of agents that it calls."""
 
 
-class Separator(Model):
+class Separator(Fixed):
     """A line in the timeline; it is passed over and does not count in ``loop_steps``."""
 
     kind: Literal["separator"] = "separator"
-    text: str = ""
+    text: Text = ""
 
 
 AnyStep = Step | Module | Parallel | Separator
@@ -492,6 +522,7 @@ class Workflow(Model):
         starts; what runs finishes. Approving it permits the same amount again. The cost of a turn is known when it
         ends, so a run may go over its limit by the turns under way. A model whose price is not known is refused at
         the start; an engine that says no cost is asked about after its first turn: nothing unknown counts as nothing.
+        Python functions, scripts and tapes cost nothing.
         What a turn that was cut short used after its last report is not known and does not count.
     max_tokens, max_turns
         The same for tokens (input and output) and turns (prompts sent; one that is tried again by itself counts
@@ -502,15 +533,15 @@ class Workflow(Model):
     WorkflowError    Unknown agent, duplicate step id, a loop beyond the start, an empty prompt, …
     """
 
-    name: str
+    name: Text
     steps: list[Step | Module | Parallel | Separator] = Field(default_factory=list)
     agents: list[Agent] = Field(default_factory=list)
     sub_agents: list[str] = Field(default_factory=list)
     max_concurrency: int | None = Field(default=None, ge=1)
     autonomous_mode: AutonomousMode = True
     inputs: dict[str, Any] = Field(default_factory=dict)
-    specification: str | None = None
-    engine: str | None = None
+    specification: Text | None = None
+    engine: Text | None = None
     max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_tokens: int | None = Field(default=None, ge=1)
     max_turns: int | None = Field(default=None, ge=1)
@@ -587,14 +618,14 @@ class Workflow(Model):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data from which :meth:`from_dict` builds the same workflow (functions by name only)."""
-        data = self.model_dump(mode="json", exclude_defaults=True, exclude={"steps"})
-        data["steps"] = [step_data(item) for item in self.steps]
-        return data
+        return {**self._data(), "steps": [step_data(item) for item in self.steps]}
 
-    @classmethod
-    def restore(cls, data: Mapping[str, Any]) -> "Workflow":
-        """The workflow of a journal: its functions are known by name only and can be looked at, not run."""
-        return cls(**data)
+    def _data(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", sound(self.model_dump(mode="json", exclude_defaults=True, exclude={"steps"})))
+
+    def kept(self) -> "Workflow":
+        """The workflow as a journal has it: checked, functions by name only; no part can be changed from here."""
+        return Workflow(**self._data(), steps=self.steps)
 
     @classmethod
     def from_dict(cls, data: Any, agents: Iterable[Agent] = ()) -> "Workflow":

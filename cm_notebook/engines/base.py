@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 from .. import config
-from ..errors import EngineNotFound, WorkflowError, did_you_mean
+from ..errors import EngineError, EngineNotFound, WorkflowError, did_you_mean
 from ..events import Usage
 from ..team import AgentResult
 from ..tools import Permission
@@ -164,6 +164,8 @@ class Engine(Protocol):
     Two more attributes count where there is a limit on cost (``max_cost_usd``), if an engine has them: ``free``, true
     of one that never costs anything; and ``unpriced(model)``, which returns why the cost of a turn with that model
     would not be known, or ``None``. Of any other engine, a turn that ends without a cost has one that is not known.
+    ``about`` and ``remedy`` are what the doctor says of it: where it is, and what to do before it can be used (``""``:
+    nothing).
     """
 
     name: str
@@ -220,6 +222,12 @@ def unpriced(engine: Engine, model: str | None) -> str | None:
     return found
 
 
+def offered_by(name: str) -> str:
+    """The package that offers an engine of that name; ``""``: none, it was registered."""
+    points = importlib.metadata.entry_points(group="cm_notebook.engines", name=name)
+    return next((point.dist.name for point in points if point.dist is not None), "")
+
+
 class _WithModel:
     """An engine with the model that was named along with it, for requests that name none."""
 
@@ -240,13 +248,14 @@ def find_engine(name: str) -> Engine:
     Raises
     ------
     EngineNotFound    Nobody offers it; the message lists who is there.
+    EngineError       The package that offers it cannot be loaded.
     """
     name, _, model = name.partition(":")
     if model:
         return _WithModel(find_engine(name), model)
     if name not in _engines:
         for point in importlib.metadata.entry_points(group="cm_notebook.engines", name=name):
-            register_engine(point.load()())
+            register_engine(_loaded(point))
             break
         else:
             raise EngineNotFound(
@@ -255,6 +264,20 @@ def find_engine(name: str) -> Engine:
                 engine=name,
             )
     return _engines[name]
+
+
+def _loaded(point: importlib.metadata.EntryPoint) -> Engine:
+    """The engine of a package, which may do anything when it is imported."""
+    try:
+        engine: Engine = point.load()()
+    except (Exception, SystemExit) as error:
+        package = point.dist.name if point.dist is not None else point.value
+        raise EngineError(
+            f"the engine {point.name!r} of the package {package} cannot be loaded: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}. Update it (pip install -U {package}), or name another engine.",
+            engine=point.name,
+        ) from error
+    return engine
 
 
 def configured_engine() -> Engine:

@@ -17,8 +17,9 @@ import contextlib
 import functools
 import inspect
 import json
-import os
 import re
+import socket
+import urllib.parse
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -26,7 +27,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
-from ..config import SETTINGS, setting
+from .. import keys
+from ..config import SETTINGS, setting, shown
 from ..errors import EngineAuthError, EngineError, EngineProtocolError, WorkflowError, did_you_mean
 from ..events import Usage
 from ..tools import Tool, read_arguments, text_of
@@ -36,6 +38,8 @@ from .functions import Raised, in_thread
 from .http import SILENCE_S, Complaint, Connection
 from .prices import Tokens, cost_usd, price_of
 
+LISTENS_S = 0.5
+"""So long a server on this machine may take to be there."""
 MOST_ROUNDS = 100
 """So often a model may call tools in one turn."""
 CUT_OFF = "the answer is cut off: the model reached its limit of output tokens"
@@ -93,7 +97,7 @@ class ChatEngine(abc.ABC):
     ----------
     name
         By which agents name it. The base URL is the setting ``<name>_base_url``, the key the variable
-        ``<NAME>_API_KEY``, read for each turn and kept nowhere.
+        ``<NAME>_API_KEY`` or what ``cm.keys.set(name)`` has asked for, looked up for each turn.
     base_url
         In place of the setting.
     silence_s
@@ -117,8 +121,26 @@ class ChatEngine(abc.ABC):
     @property
     def about(self) -> str:
         """Where it is and whether there is a key, for ``cm.doctor()``."""
-        variable = f"{self.name.upper()}_API_KEY"
-        return f"{self._where()}; {variable} is {'set' if os.environ.get(variable, '').strip() else 'not set'}"
+        variable, where = keys.variable(self.name), keys.source(self.name)
+        said = f"{variable} is set" if where == variable else f"key {where}" if where else f"{variable} is not set"
+        return f"{shown(self._where())}; {said}"
+
+    @property
+    def remedy(self) -> str:
+        """What to do before it can be used; ``""``: nothing that could be found out without asking it."""
+        if self.needs_key and not keys.find(self.name):
+            return keys.missing(self.name)
+        address = urllib.parse.urlsplit(self._where())
+        if address.hostname not in ("localhost", "127.0.0.1", "::1"):
+            return ""
+        port = address.port or (443 if address.scheme == "https" else 80)
+        try:
+            socket.create_connection((address.hostname, port), timeout=LISTENS_S).close()
+        except OSError:
+            setting_name = f"{self.name}_base_url"
+            where = f"%config CM.{setting_name} = 'http://…/v1'" if setting_name in SETTINGS else "base_url=…"
+            return f"nothing listens there. Start its server, or say where it is: {where}"
+        return ""
 
     def unpriced(self, model: str | None) -> str | None:
         """Why the cost of a turn with `model` would not be known; ``None``: it is, or its service says it."""
@@ -206,7 +228,7 @@ class ChatEngine(abc.ABC):
                     if spent.add(body, _so_far(reader)):
                         yield spent.report()
                     raise
-                answer, written = reader.answer(), written or begun
+                answer, written = _without_keys(reader.answer()), written or begun
                 spent.add(body, answer)
                 yield spent.report()
                 if answer.calls:
@@ -267,14 +289,20 @@ class ChatEngine(abc.ABC):
             return [], connection.unreadable("an event of a shape that is not known", data)
 
     def _connection(self) -> Connection:
-        variable = f"{self.name.upper()}_API_KEY"
-        where, key = self._where(), os.environ.get(variable, "").strip()
-        standard = SETTINGS.get(f"{self.name}_base_url")
-        if not key and standard is not None and where == standard.default and where.startswith("https:"):
-            raise self._error(f"{variable} is not set. Put your key there.", EngineAuthError)
-        if not (key.isascii() and key.isprintable()):
-            raise self._error(f"{variable} holds what is in no key. Copy it again.", EngineAuthError)
-        return Connection(self.name, where, self.headers(key), secrets=(key,), silence_s=self._silence_s)
+        where, key = self._where(), keys.find(self.name)
+        if not key and self.needs_key:
+            raise EngineAuthError(keys.missing(self.name), engine=self.name)
+        if not (key.reveal().isascii() and key.reveal().isprintable()):
+            raise self._error(f"{keys.variable(self.name)} holds what is in no key. Copy it again.", EngineAuthError)
+        return Connection(
+            self.name, where, self.headers(key.reveal()), secrets=(key.reveal(),), silence_s=self._silence_s
+        )
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether it can do nothing without a key: where its service is one of the big ones' own."""
+        where, standard = self._where(), SETTINGS.get(f"{self.name}_base_url")
+        return standard is not None and where == standard.default and where.startswith("https:")
 
     def _where(self) -> str:
         if self._base_url is not None:
@@ -293,7 +321,17 @@ class ChatEngine(abc.ABC):
             raise self._error(f"the model said nothing: {why}.", EngineProtocolError)
 
     def _error(self, message: str, kind: type[EngineError] = EngineError, **more: Any) -> EngineError:
-        return kind(f"{self.name}: {' '.join(message.split())}", engine=self.name, **more)
+        return kind(keys.hide(f"{self.name}: {' '.join(message.split())}"), engine=self.name, **more)
+
+
+def _without_keys(answer: Answer) -> Answer:
+    """The answer, with no key in it: one that came in pieces is whole only here."""
+    if keys.known():
+        answer.text = keys.hide(answer.text)
+        answer.message = json.loads(keys.hide(json.dumps(answer.message)))
+        for call in answer.calls:
+            call.written = keys.hide(call.written)
+    return answer
 
 
 class _Spent:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from .. import keys
 from ..allowed import permissions
 from ..engines.base import engine_names
 from ..errors import CodeMachineError
@@ -103,7 +104,7 @@ def _files(start: str, ending: str) -> list[str]:
     ]
 
 
-_NAMES = {("step", "id"): "agent", ("module", "id"): "agent", ("workflow", "name"): ""}
+_NAMES = {("keys", "name"): "key", ("step", "id"): "agent", ("module", "id"): "agent", ("workflow", "name"): ""}
 
 
 def _fitting(words: Iterable[str], start: str) -> list[str]:
@@ -135,6 +136,7 @@ def _values(notebook: Notebook, what: str, choices: tuple[str, ...]) -> list[str
         "after": lambda: _steps(notebook),
         "agent": lambda: notebook.agents,
         "engine": engine_names,
+        "key": keys.names,
         "run": notebook.run_ids,
         "tool": _allowed_tools,
     }

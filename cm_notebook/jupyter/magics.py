@@ -15,7 +15,7 @@ from typing import Any
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
-from .. import config, options
+from .. import config, keys, options
 from .. import workflow as define
 from ..allowed import Permissions, permissions
 from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
@@ -103,7 +103,7 @@ class CMMagics(Magics):
         Building:  workflow  agent  step  module  remove
         Running:   run  next  pause  stop  resume  mode
         Deciding:  approve  reject  edit  skip  retry  answer
-        Looking:   show  diff  graph  status  runs  permissions  config  doctor
+        Looking:   show  diff  graph  status  runs  permissions  config  keys  doctor
 
         {{ name }} in a prompt is a step's output, an input (--input name=…), or a variable of the notebook.
         `%cm` alone says where things stand; `%cm step --help` says more about one subcommand.
@@ -387,10 +387,24 @@ class CMMagics(Magics):
         for name, setting in config.SETTINGS.items():
             try:
                 value, where = config.lookup(name)
-                rows.append([f"CM.{name}", repr(value), where, setting.meaning])
+                rows.append([f"CM.{name}", repr(config.shown(value)), where, setting.meaning])
             except CodeMachineError as error:
                 rows.append([f"CM.{name}", "(wrong)", "", str(error)])
         print("\n".join([*text.table(rows), "", "To change one: %config CM.engine = 'offline'"]))
+
+    def _keys(self, values: Values, body: str | None) -> None:
+        action, name = values.get("action", ""), values.get("name", "")
+        if action not in ("", "set", "forget") or bool(action) is not bool(name):  # it may be a key: not repeated
+            raise WorkflowError("`%cm keys` takes set or forget, and an engine. For instance: %cm keys set anthropic")
+        if action == "set":
+            keys.set(name)
+            print(f"{name} has a key until this session ends. `%cm keys forget {name}` forgets it.")
+        elif action == "forget":
+            keys.forget(name)
+            print(f"The key of {name} is forgotten.")
+        else:
+            rows = [[engine, where or "none"] for engine, where in keys.sources().items()]
+            print("\n".join([*text.table([["Engine", "Key"], *rows]), "", "To set one: %cm keys set anthropic"]))
 
     def _doctor(self, values: Values, body: str | None) -> Any:
         from ..checkup import examine

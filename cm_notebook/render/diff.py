@@ -38,8 +38,8 @@ BUDGET = 10_000_000
 """Steps that difflib may take in the worst case; about two seconds."""
 PAIRS = 2_500
 """Pairs of list items beyond which a stretch of changed ones is not compared item by item, but as one text."""
-ALIKE = 0.3
-"""The share of words in common from which on one item counts as what became of another."""
+ALIKE = 0.5
+"""The share of the shorter one's words in common from which on one item counts as what became of another."""
 JOINED = 0.6
 """The share of an item's words that must stand in another one for it to have been joined with that."""
 CONTEXT_LINES = 3
@@ -468,13 +468,15 @@ def _partners(before: Sequence[_Word], after: Sequence[_Word], old: list[range],
     if not old or not new or len(old) == len(new) == 1 or len(old) * len(new) > PAIRS:
         return [(old, new)]
     mine, theirs = (
-        [Counter(words[at].text for at in item[2:]) for item in items] for words, items in ((before, old), (after, new))
+        [Counter(words[at].text for at in item[2:] if words[at].text[:1].isalnum()) for item in items]
+        for words, items in ((before, old), (after, new))
     )
     best = [[0.0] * (len(new) + 1) for _ in range(len(old) + 1)]  # of the items from there on
     alike: dict[tuple[int, int], float] = {}
     for i, j in itertools.product(reversed(range(len(old))), reversed(range(len(new)))):
-        share = 2 * (mine[i] & theirs[j]).total() / max(1, mine[i].total() + theirs[j].total())
-        alike[i, j] = share if share >= ALIKE else 0.0
+        both, sizes = (mine[i] & theirs[j]).total(), (mine[i].total(), theirs[j].total())
+        fits = both and both >= ALIKE * min(sizes)
+        alike[i, j] = both / min(sizes) + both / max(sizes) if fits else 0.0
         best[i][j] = max(best[i + 1][j], best[i][j + 1], alike[i, j] + best[i + 1][j + 1])
     found: list[_Partners] = []
     rest: Counter[str] = Counter()  # the words of the last pair that stand on one side only

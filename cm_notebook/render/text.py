@@ -578,14 +578,18 @@ def attempt_words(step: StepState) -> str:
 def retry_words(state: RunState, step: StepState, now: float | None = None) -> str:
     """The countdown of an automatic retry: ``rate limited, again in 4 s (2 of 3)``."""
     error = step.last.error if step.last is not None else None
-    why = one_line(error.message, 160).rstrip(".") if error is not None else "failed"
+    kind, message = (error.kind, error.message) if error is not None else ("", "failed")
+    why = _PASSING.get(kind) or one_line(message, 160).rstrip(".")
     left = None if step.retry_at is None else max(0.0, step.retry_at - (state.at if now is None else now))
     return f"{why}, {_again(state, step, left)}"
 
 
+_PASSING = {"EngineRateLimited": "rate limited", "EngineUnavailable": "not available"}
+
+
 def _again(state: RunState, step: StepState, in_s: float | None) -> str:
-    tried = len(step.last.errors) if step.last is not None else 0
-    wait = f" in {duration(in_s)}" if in_s is not None and state.recorded is None else ""
+    tried = step.last.failures if step.last is not None else 0
+    wait = f" in {duration(in_s).replace('.0 ', ' ')}" if in_s is not None and state.recorded is None else ""
     return f"again{wait} ({tried + 1} of {step.step.retries + 1})"
 
 
@@ -970,7 +974,7 @@ def step_lines(state: RunState, now: float | None = None) -> list[str]:
     """A line per step, with what became of it."""
     rows = []
     for step in state.order:
-        rows.append(_step_row(state, step, taken(state, step, now), waits_for(state, step)))
+        rows.append(_step_row(state, step, taken(state, step, now), now, waits_for(state, step)))
     made, lines = iter(table(rows)), list[str]()
     for item in state.items:
         if isinstance(item, Separator):
@@ -980,9 +984,10 @@ def step_lines(state: RunState, now: float | None = None) -> list[str]:
     return lines
 
 
-def _step_row(state: RunState, step: StepState, took: Spent, waits: str = "") -> list[str]:
+def _step_row(state: RunState, step: StepState, took: Spent, now: float | None, waits: str = "") -> list[str]:
     spent_words = " ".join(took.words())
-    said = "; ".join(filter(None, (story(state, step), note(step), waits)))
+    again = retry_words(state, step, now) if step.status == "retrying" and state.ended is None else ""
+    said = "; ".join(filter(None, (again, story(state, step), note(step), waits)))
     name = step.path.rpartition("/")[2]
     return [name, look(state, step).word, f"{spent_words}{f'  ({said})' if said and spent_words else said}"]
 
@@ -1011,7 +1016,7 @@ def shown_members(state: RunState, step: StepState) -> tuple[list[tuple[int, Ste
 def member_lines(state: RunState, step: StepState, now: float | None = None) -> list[str]:
     """A line for each agent that `step` called, indented."""
     chosen, rest = shown_members(state, step)
-    rows = [_step_row(state, member, total(state, member.attempts, now)) for _depth, member in chosen]
+    rows = [_step_row(state, member, total(state, member.attempts, now), now) for _depth, member in chosen]
     lines = [f"  {'  ' * depth}{line}" for (depth, _member), line in zip(chosen, table(rows), strict=True)]
     return [*lines, f"    {rest}"] if rest else lines
 
@@ -1032,6 +1037,7 @@ def show_text(state: RunState, step: StepState, attempt: Attempt | None = None, 
     if shown is not None:
         words += [f"attempt {shown.number} of {step.attempt}"] if step.attempt > 1 else []
         words += [*total(state, [shown]).words(), outcome(state, step, shown)]
+        words += [retry_words(state, step)] if step.status == "retrying" and shown is step.last else []
         if shown.note:
             words.append(one_line(shown.note))
     head = " · ".join(filter(None, words))

@@ -32,6 +32,7 @@ from cm_notebook.events import (
     place,
 )
 from cm_notebook.journal import MemoryJournal
+from cm_notebook.render import html, text
 from cm_notebook.state import apply
 from cm_notebook.workflow import START_OPTIONS
 from tests.core.driver import Driver, folded
@@ -801,6 +802,45 @@ async def test_waiting_to_try_again_is_one_timer() -> None:
         run.set_mode("gates")
     timers = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
     assert len(timers) == 1
+    run.stop()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (cm.EngineRateLimited("openai: slow down", retry_after_s=600), "rate limited, again in 10 min 00 s (2 of 3)"),
+        (cm.EngineUnavailable("openai: gone", retry_after_s=4.5), "not available, again in 4.5 s (2 of 3)"),
+    ],
+)
+def test_a_step_that_is_tried_again_by_itself_says_why_when_and_how_often(error: cm.EngineError, said: str) -> None:
+    """The tries are those of the prompt that is sent now, not of chained ones before it."""
+    busy = cm.Reply(error=cm.EngineRateLimited("busy", retry_after_s=0))
+    flow = cm.Workflow("r", agents=[cm.Agent("a", "x")], steps=[cm.step("a", prompt=["one", "two"])])
+    run = flow.start(
+        engine=cm.ScriptedEngine({"a": [busy, "first", cm.Reply(error=error)]}), journal=":memory:", loop="thread"
+    )
+    until(lambda: run["a"].retry_at is not None and run.state.steps["a"].turn == 2, "the second prompt to fail")
+    at = run["a"].retry_at
+    assert at is not None
+    with run.reading() as state:
+        assert at == pytest.approx(state.at + (error.retry_after_s or 0))
+        assert text.sentence(state) == f"a: {said}."
+        assert said in text.run_text(state)
+        assert said in text.show_text(state, state.steps["a"])
+        assert said in html.run_html(state)
+        assert text.look(state, state.steps["a"]).word == "tries again"
+    run.stop()
+    assert run["a"].retry_at is None
+
+
+def test_a_member_that_is_tried_again_says_so() -> None:
+    busy = cm.Reply(error=cm.EngineRateLimited("busy", retry_after_s=600))
+    flow = cm.Workflow("r", agents=[cm.Agent("a", "x"), cm.Agent("b", "y")], steps="[a | b]")
+    run = flow.start(engine=cm.ScriptedEngine({"a": [busy], "b": ["done"]}), journal=":memory:")
+    until(lambda: run["a-b"].members and run["a-b"].members[0].retry_at is not None, "a to wait")
+    with run.reading() as state:
+        assert "rate limited, again in 10 min 00 s (2 of 3)" in text.run_text(state)
+        assert "rate limited, again in 10 min 00 s (2 of 3)" in html.run_html(state)
     run.stop()
 
 

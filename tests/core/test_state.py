@@ -1590,6 +1590,40 @@ def test_cut_anywhere_a_run_comes_to_the_same_end(
         assert cut.statuses() == whole.statuses()
 
 
+@pytest.mark.parametrize(
+    "limits", [{"max_turns": 1}, {"max_turns": 3}, {"max_cost_usd": 0.5}, {"max_tokens": 7}], ids=str
+)
+def test_cut_at_every_event_a_limit_holds(limits: dict[str, Any]) -> None:
+    """Whatever the moment: what is left of the run asks again where it had asked, and comes to the same end."""
+
+    def script(driver: Driver, one: Any) -> Reply:
+        calls = ("m0 'x' & m1 'y' && m2 'z'",) if one.id == "b" else ()
+        n = driver.said_by(one.step.agent)
+        verdict = Verdict(action="loop" if one.id == "gate" and n == 0 else "continue")
+        use = Usage(input_tokens=3, output_tokens=1)
+        return Reply(f"{one.path} {n}", verdict, calls=calls, cost_usd=None if one.id == "m1" else 0.25, usage=use)
+
+    team = Parallel(members=["p", "q"], id="team", prompt="work")
+    steps = [work("a", ["one", "two"], interactive=True), work("b", max_turns=2), team, gate(1, 3), work("z")]
+    agents = [Agent(name, "work") for name in TEAM]
+    workflow = Workflow("W", steps=steps, agents=agents, sub_agents=TEAM, max_concurrency=1, **limits)
+    whole = to_the_end(Checked(workflow, script, policy=approve))
+    opened = [event.gate for event in whole.events if event.type == "GateOpened" and event.gate.kind == "budget"]
+    assert len(opened) > 1
+    for at in range(1, len(whole.events)):
+        cut = Checked(None, script, policy=approve, events=whole.events[:at])
+        asked = [gate.id for gate in cut.state.gates.values() if gate.kind == "budget"]
+        cut.cut()
+        assert [
+            gate.id for gate in cut.state.gates.values() if gate.kind == "budget" and gate.path in cut.state.steps
+        ] == [id for id in asked if id.count("/") == 3], (
+            "an open gate is the same gate; that of a member comes again with its caller"
+        )
+        to_the_end(cut)
+        assert told(cut) == told(whole)
+        assert cut.statuses() == whole.statuses()
+
+
 MOVES = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 20), st.integers(0, 20)), max_size=40)
 
 

@@ -19,10 +19,11 @@ from IPython.utils.capture import capture_output
 from traitlets.config import Config
 
 import cm_notebook as cm
-from cm_notebook import config, options
+from cm_notebook import config, keys, options
 from cm_notebook import run as runs
 from cm_notebook.jupyter import bridge
 from cm_notebook.jupyter import notebook as books
+from cm_notebook.jupyter.settings import SettingRefused
 from tests.helpers import gate, until
 
 REPLIES = {name: [f"{name} {n}" for n in range(1, 9)] for name in ("planner", "implementer", "reviewer", "deployer")}
@@ -1175,11 +1176,12 @@ def test_config_shows_and_sets(cells: Cells) -> None:
     ("engine = 'offlin'", "Did you mean 'offline'?"),
     ("veiw = 'full'", "There is no setting CM.veiw. Did you mean 'view'?"),
 ])  # fmt: skip
-def test_a_setting_that_cannot_be_is_refused_in_its_cell(
-    cells: Cells, said: str, words: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    cells(f"%config CM.{said}")
-    assert words in caplog.text  # IPython's way to say it: under the cell, where nobody has set up logging
+def test_a_setting_that_cannot_be_is_refused_in_its_cell(cells: Cells, said: str, words: str) -> None:
+    with pytest.raises(SettingRefused) as refused:
+        cells(f"%config CM.{said}\nafter = 1")
+    assert words in "\n".join(refused.value._render_traceback_())
+    assert "\n" not in str(refused.value)
+    assert "after" not in cells.shell.user_ns, "the cell ends there"
     assert config.chosen == {}, "nothing was changed"
     cells("%config CM.view = 'html'", "%config CM.on_gate = None")
     assert config.setting("view") == "html"
@@ -1235,6 +1237,23 @@ def test_completion_through_ipython(cells: Cells) -> None:
     assert offered("%%cm step x\nBuild {{ go") == {"%%cm step x\nBuild {{ goal"}
     cells("%%cm agent quality-gate\nJudge.")
     assert offered("%%cm workflow w\nplanner -> quality-g") == {"%%cm workflow w\nplanner -> quality-gate"}
+
+
+def test_keys(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "sk-planted-0123456789abcdef"
+    monkeypatch.setattr(keys, "_typed", {})
+    monkeypatch.setattr(keys, "_known", {})
+    monkeypatch.setattr("getpass.getpass", lambda prompt: key)
+    monkeypatch.setenv("OPENAI_API_KEY", key + "2")
+    assert "anthropic has a key until this session ends." in cells("%cm keys set anthropic")
+    said = [line.split(maxsplit=1) for line in cells("%cm keys").splitlines()]
+    assert ["anthropic", "typed, for this session"] in said
+    assert ["openai", "OPENAI_API_KEY"] in said
+    assert ["ollama", "none"] in said
+    assert key[:6] not in cells.output
+    for line in (f"set anthropic {key}", f"set {key}", key, f"{key} anthropic", "set", f"set anthropic --key={key}"):
+        assert key not in error(cells, f"%cm keys {line}")
+    assert "The key of anthropic is forgotten." in cells("%cm keys forget anthropic")
 
 
 def test_doctor_says_what_is_missing_and_how_to_mend_it(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,8 @@ def test_items_of_lists_are_compared_with_items():
     joined = [("del", "."), ("del", "List"), ("ins", "; list"), ("ins", "4. Test it.")]
     assert marked(old, fewer) == joined  # no number is struck out: nobody has taken one out
     assert marked(fewer, old) == [("del", "; list"), ("ins", ".\n3. List"), ("del", "4. Test it.")]
+    longer = old.replace("Add one.", "Add one: its text, and when it is due.").replace("3. List", "3. Ask.\n4. List")
+    assert marked(old, longer) == [("ins", ": its text, and when it is due"), ("ins", "3. Ask.")]
     bullets = re.sub("[0-9]\\.", "-", old)
     assert marked(bullets, bullets.replace("- Add one.\n", "")) == [("del", "• Add one.")]
     assert marked(bullets + "\nThe end.", bullets + "\nAn end.") == [("del", "The"), ("ins", "An")]

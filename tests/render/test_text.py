@@ -119,7 +119,7 @@ def test_headless_lines_of_a_loop_and_of_failures() -> None:
     assert "cm: quality-gate goes back to implementer (pass 2, max 5): 2 of 7 tests fail: `done` is missing." in lines
     story = Story("planner").fail("rate limited", retry_in_s=4).go().cut("kernel stopped")
     assert story.lines[1:] == [
-        "cm: planner failed: rate limited; again in 4.0 s (2 of 3)",
+        "cm: planner failed: rate limited; again in 4 s (2 of 3)",
         "cm: planner cut short: kernel stopped",
     ]
     assert builder.failed().lines[-1] == "cm: planner waits: %cm retry · %cm edit · %cm skip · %cm stop"
@@ -267,7 +267,7 @@ def test_what_state_the_run_is_in() -> None:
     paused = Story("a -> b").record(RunPaused(reason="lunch"))
     assert text.sentence(paused.answer("A").state) == "Paused (lunch). Next: b. `%cm run` goes on."
     again = Story("a").fail("rate limited", retry_in_s=4)
-    assert text.sentence(again.state, again.now + 1) == "a: rate limited, again in 3.0 s (2 of 3)."
+    assert text.sentence(again.state, again.now + 1) == "a: rate limited, again in 3 s (2 of 3)."
     lost = Story([step("a"), module("m", loop_max_iterations=0, on_exhausted="fail")]).answer("A").says("loop", "No.")
     assert (
         text.sentence(lost.state) == "Failed: m: Not good enough after 0 repeats. No. 1 of 2 done. `%cm run` goes on."
