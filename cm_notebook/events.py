@@ -8,9 +8,10 @@ Annotations are evaluated here, as in ``workflow.py``: from text, pydantic would
 """
 
 import json
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic_core import to_json
 
 from . import keys
 from .errors import CodeMachineError
@@ -170,10 +171,19 @@ class Decision(Model):
 
 
 class BaseEvent(Fact):
-    """A fact with its place and time. Both are columns of the journal, so the body leaves them out."""
+    """A fact with its kind, place and time.
 
-    seq: int = Field(default=0, exclude=True)
-    at: float = Field(default=0.0, exclude=True)
+    These three are columns of the journal and no fields: the body leaves them out, and nobody but :func:`place` gives
+    them. (Fields that all events share would also be copied for each kind, at every import.)
+    """
+
+    type: ClassVar[str]
+    seq: ClassVar[int] = 0
+    at: ClassVar[float] = 0.0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.type = cls.__name__
 
 
 class RunStarted(BaseEvent):
@@ -182,7 +192,6 @@ class RunStarted(BaseEvent):
     ``limits``: what it may use, by option, where that is not as the workflow says.
     """
 
-    type: Literal["RunStarted"] = Field(default="RunStarted", exclude=True)
     run_id: str
     workflow: Annotated[Workflow, PlainSerializer(Workflow.to_dict)]
     inputs: dict[str, Any] = Field(default_factory=dict)
@@ -197,7 +206,6 @@ class RunStarted(BaseEvent):
 class RunResumed(BaseEvent):
     """The run goes on after it had ended or its process had died."""
 
-    type: Literal["RunResumed"] = Field(default="RunResumed", exclude=True)
     by: str = "you"
     reason: str = ""
     until: str | None = None
@@ -206,7 +214,6 @@ class RunResumed(BaseEvent):
 class RunPaused(BaseEvent):
     """Nothing new starts until ``RunUnpaused``; what runs may finish."""
 
-    type: Literal["RunPaused"] = Field(default="RunPaused", exclude=True)
     reason: str = ""
 
 
@@ -216,7 +223,6 @@ class RunUnpaused(BaseEvent):
     ``once``: as far as that step has run once, even if it is a module that sends the run back.
     """
 
-    type: Literal["RunUnpaused"] = Field(default="RunUnpaused", exclude=True)
     until: str | None = None
     once: bool = False
 
@@ -224,14 +230,12 @@ class RunUnpaused(BaseEvent):
 class ModeChanged(BaseEvent):
     """Somebody else drives from now on."""
 
-    type: Literal["ModeChanged"] = Field(default="ModeChanged", exclude=True)
     mode: Mode
 
 
 class RunFinished(BaseEvent):
     """Nothing goes on by itself any more."""
 
-    type: Literal["RunFinished"] = Field(default="RunFinished", exclude=True)
     status: RunEnd
     reason: str = ""
 
@@ -244,7 +248,6 @@ class WorkflowChanged(BaseEvent):
     ``limits``: what may be used in all, by option, as a person says now; ``default_limits``: as the definition does.
     """
 
-    type: Literal["WorkflowChanged"] = Field(default="WorkflowChanged", exclude=True)
     inputs: dict[str, Any] = Field(default_factory=dict)
     defaults: dict[str, Any] = Field(default_factory=dict)
     autonomous_mode: AutonomousMode | None = None
@@ -259,7 +262,6 @@ class WorkflowChanged(BaseEvent):
 class StepAdded(BaseEvent):
     """A step was put first, after the step ``after``, or last; with agents and inputs that came with it."""
 
-    type: Literal["StepAdded"] = Field(default="StepAdded", exclude=True)
     step: dict[str, Any]
     after: str | None = None
     first: bool = False
@@ -271,7 +273,6 @@ class StepAdded(BaseEvent):
 class StepChanged(BaseEvent):
     """A step is defined anew; if it had run, its output is stale now."""
 
-    type: Literal["StepChanged"] = Field(default="StepChanged", exclude=True)
     step: dict[str, Any]
     agents: list[dict[str, Any]] = Field(default_factory=list)
     inputs: dict[str, Any] = Field(default_factory=dict)
@@ -281,14 +282,12 @@ class StepChanged(BaseEvent):
 class StepRemoved(BaseEvent):
     """The step is no longer part of the workflow."""
 
-    type: Literal["StepRemoved"] = Field(default="StepRemoved", exclude=True)
     step: str
 
 
 class StepSkipped(BaseEvent):
     """The step was passed over by rule; an output it had is kept."""
 
-    type: Literal["StepSkipped"] = Field(default="StepSkipped", exclude=True)
     step: str
     path: str
     reason: str
@@ -297,7 +296,6 @@ class StepSkipped(BaseEvent):
 class TurnStarted(BaseEvent):
     """A prompt was sent. The text is that of ``prompt`` and then ``context``; ``digest`` is its SHA-256."""
 
-    type: Literal["TurnStarted"] = Field(default="TurnStarted", exclude=True)
     step: str
     path: str
     attempt: int
@@ -313,7 +311,6 @@ class TurnStarted(BaseEvent):
 class SessionOpened(BaseEvent):
     """The agent said by which id its conversation can be continued, whatever becomes of the turn."""
 
-    type: Literal["SessionOpened"] = Field(default="SessionOpened", exclude=True)
     step: str
     path: str
     attempt: int
@@ -324,7 +321,6 @@ class SessionOpened(BaseEvent):
 class ToolCalled(BaseEvent):
     """The agent called a tool; ``arguments``: as JSON, or as it wrote them; long ones are cut in the middle."""
 
-    type: Literal["ToolCalled"] = Field(default="ToolCalled", exclude=True)
     step: str
     path: str
     attempt: int
@@ -337,7 +333,6 @@ class ToolCalled(BaseEvent):
 class ToolReturned(BaseEvent):
     """What the agent was told of that call, cut in the middle; ``failed``: it raised, was refused, or was no call."""
 
-    type: Literal["ToolReturned"] = Field(default="ToolReturned", exclude=True)
     step: str
     path: str
     attempt: int
@@ -354,7 +349,6 @@ class TurnFinished(BaseEvent):
     ``cost_estimated``: the cost was computed from a table of prices.
     """
 
-    type: Literal["TurnFinished"] = Field(default="TurnFinished", exclude=True)
     step: str
     path: str
     attempt: int
@@ -376,7 +370,6 @@ class TurnFailed(BaseEvent):
     ``usage``, ``cost_usd``: what it is known to have used; that is paid all the same.
     """
 
-    type: Literal["TurnFailed"] = Field(default="TurnFailed", exclude=True)
     step: str
     path: str
     attempt: int
@@ -391,7 +384,6 @@ class TurnFailed(BaseEvent):
 class TurnCutShort(BaseEvent):
     """The turn was stopped, or its process died, before it ended; ``usage``, ``cost_usd``: as of ``TurnFailed``."""
 
-    type: Literal["TurnCutShort"] = Field(default="TurnCutShort", exclude=True)
     step: str
     path: str
     attempt: int
@@ -405,7 +397,6 @@ class TurnCutShort(BaseEvent):
 class GateOpened(BaseEvent):
     """The run waits for a decision. ``prompt`` and ``context``: the prompt that a ``start`` gate asks about."""
 
-    type: Literal["GateOpened"] = Field(default="GateOpened", exclude=True)
     gate: Gate
     prompt: tuple[Part, ...] | None = None
     context: tuple[Part, ...] | None = None
@@ -414,7 +405,6 @@ class GateOpened(BaseEvent):
 class GateDecided(BaseEvent):
     """The gate has its answer, the only one it will ever have."""
 
-    type: Literal["GateDecided"] = Field(default="GateDecided", exclude=True)
     gate_id: str
     decision: Decision
 
@@ -440,7 +430,6 @@ class AgentsCalled(BaseEvent):
     it belongs to, which of a parallel step begins with it.
     """
 
-    type: Literal["AgentsCalled"] = Field(default="AgentsCalled", exclude=True)
     step: str
     path: str
     attempt: int
@@ -453,7 +442,6 @@ class AgentsCalled(BaseEvent):
 class AgentsReturned(BaseEvent):
     """The agents that the step had called have all ended, or are not waited for any more."""
 
-    type: Literal["AgentsReturned"] = Field(default="AgentsReturned", exclude=True)
     step: str
     path: str
     call: int
@@ -462,7 +450,6 @@ class AgentsReturned(BaseEvent):
 class StepFailed(BaseEvent):
     """A called agent has failed for good, as nobody was there to decide about it; its caller is told."""
 
-    type: Literal["StepFailed"] = Field(default="StepFailed", exclude=True)
     step: str
     path: str
     reason: str
@@ -471,7 +458,6 @@ class StepFailed(BaseEvent):
 class LoopedBack(BaseEvent):
     """A module sent the run back to the step ``to``; ``iteration`` is the pass that begins."""
 
-    type: Literal["LoopedBack"] = Field(default="LoopedBack", exclude=True)
     module: str
     to: str
     iteration: int
@@ -481,7 +467,6 @@ class LoopedBack(BaseEvent):
 class Rewound(BaseEvent):
     """The step ``to`` runs again; later outputs are stale, or (``later``) are made again too."""
 
-    type: Literal["Rewound"] = Field(default="Rewound", exclude=True)
     to: str
     later: bool = False
 
@@ -519,14 +504,15 @@ TYPES: dict[str, type[BaseEvent]] = {kind.__name__: kind for kind in get_args(An
 
 def body(event: BaseEvent) -> str:
     """The event as JSON, without what the journal keeps in columns."""
-    return event.model_dump_json(exclude_none=True)
+    return to_json(event, exclude_none=True).decode()
 
 
 def without_keys(event: AnyEvent) -> AnyEvent:
     """The event, with no key of a service in it, whoever may have written one."""
-    secrets = [json.dumps(secret)[1:-1] for secret in keys.known()]
-    if not secrets:
+    known = keys.known()
+    if not known:
         return event
+    secrets = [json.dumps(secret)[1:-1] for secret in known]
     text = body(event)
     if not any(secret in text for secret in secrets):
         return event
@@ -536,9 +522,9 @@ def without_keys(event: AnyEvent) -> AnyEvent:
 
 
 def place(event: BaseEvent, seq: int, at: float) -> None:
-    """Give `event` its place and time; past pydantic's ``__setattr__``, which costs more than all the rest."""
-    fields = event.__dict__
-    fields["seq"], fields["at"] = seq, at
+    """Give `event` its place and time."""
+    own = event.__dict__
+    own["seq"], own["at"] = seq, at
 
 
 def read(type_name: str, seq: int, at: float, text: str) -> AnyEvent:

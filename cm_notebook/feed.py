@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .events import AnyEvent
+from .plain import Plain
 
 
-@dataclass(slots=True)
-class LiveText:
+@dataclass(slots=True, eq=False, repr=False)
+class LiveText(Plain):
     """Text that an agent wrote just now. It is not an event: what counts is the answer at the end of the turn.
 
     ``kind``: what an agent thinks before it writes comes to the views alone, not to ``run.stream()``.

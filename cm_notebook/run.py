@@ -36,7 +36,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
-from . import allowed, edits, keys
+from . import allowed, edits
 from . import state as meaning
 from .config import setting
 from .engines.base import AgentRequest, Engine, configured_engine, find_engine, is_engine, unpriced
@@ -269,7 +269,7 @@ class Run:
             self._read_on()
 
     def _read_on(self) -> list[AnyEvent]:
-        """Bring the state up to what the journal holds; returns what was new."""
+        """Bring the state up to what the journal holds; returns what was new, for those who watch."""
         found = []
         for event in self._journal.read(self.id, self._state.seq):
             try:
@@ -279,7 +279,8 @@ class Run:
                     f"run {self.id!r} in {self._journal.path} does not make sense at event {event.seq}: {error}",
                     path=self._journal.path,
                 ) from error
-            found.append(event)
+            if self._feeds:  # else it need not be kept: a long run is read in half the memory
+                found.append(event)
         return found
 
     def _catch_up(self) -> None:
@@ -293,16 +294,22 @@ class Run:
                     if self._journal.events(self.id, self._state.seq):
                         self._find_again()  # somebody else goes on with it
                 return
+            known = self._state.seq
             self._show(self._read_on())
+            if self._state.seq > known:
+                self._wait_anew()
             if self._state.ended is not None:
                 self._come_to_rest()
 
     def _show(self, events: list[AnyEvent]) -> None:
-        """Tell those who watch what is on disk now, and let those who wait from now on wait for what comes."""
+        """Tell those who watch what is on disk now."""
         for feed in self._feeds:
             for event in events:
                 feed.put(event)
-        if events and self._rest.done():
+
+    def _wait_anew(self) -> None:
+        """The run went on: those who wait from now on wait for what comes."""
+        if self._rest.done():
             self._rest = concurrent.futures.Future()
 
     def _prepare(
@@ -1040,28 +1047,28 @@ class Run:
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
-        replies: list[concurrent.futures.Future[None] | None] = []
-        refusals: list[Exception | None] = []
-        starts: list[TurnStarted] = []
-        prompts: list[str] = []
+        answers: list[tuple[concurrent.futures.Future[None], Exception | None]] = []
+        starts: list[tuple[TurnStarted, str]] = []
         begun = False
         with self._lock:
             batch = self._batch = []
             try:
-                self._find_again()
+                if self._lost is not None:
+                    self._find_again()
                 seen = self._journal.begin(self.id, self._state.seq)
                 begun, self._busy_since = True, None
                 for event in seen:
                     apply(self._state, event)
                 while self._inbox:
-                    proposal, reply = self._inbox.popleft()
-                    replies.append(reply)
+                    proposal, reply = self._inbox[0]  # it stays there until then, so that its proposer hears of a bug
                     refused = self._record_all(proposal)
-                    if reply is None and refused is not None and not isinstance(refused, CodeMachineError):
+                    if reply is not None:
+                        answers.append((reply, refused))
+                    elif refused is not None and not isinstance(refused, CodeMachineError):
                         raise refused  # nobody else would hear of it
-                    refusals.append(refused)
+                    self._inbox.popleft()
                 if self._driving:
-                    self._act(starts, prompts)
+                    self._act(starts)
                 begun = False
                 if batch:
                     self._journal.commit(self.id, batch)
@@ -1072,19 +1079,20 @@ class Run:
                     self._journal.rollback()
                 elif isinstance(error, JournalBusy) and (delay := self._try_again_in()) is not None:
                     return delay
-                self._pass_failed(error, replies)
+                self._pass_failed(error, [reply for reply, _refused in answers])
                 return 0.0
             finally:
                 self._batch = []
-            shown = [*seen, *batch]
-            self._show(shown)  # before the proposers go on: they may wait for the run next
+            shown = [*seen, *batch] if seen else batch
+            if shown:  # before the proposers go on: they may wait for the run next
+                self._show(shown)
+                self._wait_anew()
         try:
             if self._driving:
-                self._follow(shown, starts, prompts)
+                self._follow(shown, starts)
         finally:  # last, so that who proposed finds the run as it is now
-            for reply, refused in zip(replies, refusals, strict=True):
-                if reply is not None:
-                    reply.set_exception(refused) if refused is not None else reply.set_result(None)
+            for reply, refused in answers:
+                reply.set_exception(refused) if refused is not None else reply.set_result(None)
         return 0.0
 
     def _try_again_in(self) -> float | None:
@@ -1103,43 +1111,41 @@ class Run:
         return delay
 
     def _record_all(self, proposal: Proposal) -> Exception | None:
+        """Record what is proposed, all of it or nothing; returns why not."""
         try:
             events = list(proposal())
         except Exception as error:  # nothing was changed: it is between the proposer and us
             return error
-        try:
-            self.record(*events)
-        except CodeMachineError as error:
-            return error
-        return None
-
-    def record(self, *events: AnyEvent) -> None:
-        """Give `events` their place and time, check them, apply them: the only way anything happens in a run.
-
-        They are made durable, and only then shown, at the end of the pass that records them.
-
-        Raises
-        ------
-        TransitionError    One is not legal now; nothing was changed.
-        """
         kept = len(self._batch)
         try:
             for event in events:
-                if type(event) is TurnCutShort and (turn := self._turns.get(event.path)) is not None and turn.used:
-                    event = event.model_copy(update=turn.used)  # who cut it short does not know
-                event = without_keys(event)
-                place(event, self._state.seq + 1, max(time.time(), self._state.at))
-                apply(self._state, event)
-                self._batch.append(event)
-        except CodeMachineError:
+                self.record(event)
+        except CodeMachineError as error:
             if len(self._batch) > kept:  # a state cannot go back: it is made anew, without these
                 del self._batch[kept:]
                 self._reload()
                 for event in self._batch:
                     apply(self._state, event)
-            raise
+            return error
+        return None
 
-    def _act(self, starts: list[TurnStarted], prompts: list[str]) -> None:
+    def record(self, event: AnyEvent) -> None:
+        """Give `event` its place and time, check it, apply it: the only way anything happens in a run.
+
+        It is made durable, and only then shown, at the end of the pass that records it.
+
+        Raises
+        ------
+        TransitionError    It is not legal now; nothing was changed.
+        """
+        if type(event) is TurnCutShort and (turn := self._turns.get(event.path)) is not None and turn.used:
+            event = event.model_copy(update=turn.used)  # who cut it short does not know
+        event, state = without_keys(event), self._state
+        place(event, state.seq + 1, max(time.time(), state.at))
+        apply(state, event)
+        self._batch.append(event)
+
+    def _act(self, starts: list[tuple[TurnStarted, str]]) -> None:
         """Record all that follows from the state, until only turns and people can go on."""
         progress = True
         while progress:
@@ -1153,10 +1159,9 @@ class Run:
                     if action.not_before is not None:
                         break
                 else:
-                    started, text = self._turn_started(action)
-                    self.record(started)
-                    starts.append(started)
-                    prompts.append(text)
+                    start = self._turn_started(action)
+                    self.record(start[0])
+                    starts.append(start)
         if later:
             self._schedule_in(max(0.0, min(later) - time.time()))
 
@@ -1178,41 +1183,43 @@ class Run:
         )
         return started, text
 
-    def _follow(self, events: list[AnyEvent], starts: list[TurnStarted], prompts: list[str]) -> None:
+    def _follow(self, events: list[AnyEvent], starts: list[tuple[TurnStarted, str]]) -> None:
         """What is on disk now has its effect outside: turns start and stop, gates are put to whoever may answer."""
-        state = self._state
         for event in events:
-            if type(event) is TurnCutShort:
-                running = self._turns.pop(event.path, None)
-                if running is not None:
-                    running.cancel()
-            elif type(event) is GateDecided:
-                self._tell_turn(event)
-                if event.decision.scope in ("run", "always"):
-                    self._allow_alike()
-            elif type(event) is AgentsReturned:
-                waiting = self._calls.pop((event.path, event.call), None)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(None)
-            elif type(event) is RunResumed:
-                self.error, self._stuck = None, None
-        for started, prompt in zip(starts, prompts, strict=True):
+            if event.type in _EFFECTS:
+                _EFFECTS[event.type](self, event)
+        for started, prompt in starts:
             self._launch(started, prompt)
-        self._asked.intersection_update(state.gates)
-        for gone in [id for id in self._questions if id not in state.gates]:
+        state = self._state
+        if self._asked or state.gates:
+            self._asked.intersection_update(state.gates)
+            for gate in list(state.gates.values()):
+                if gate.id not in self._asked:
+                    self._asked.add(gate.id)
+                    self._put_to(gate)
+        for gone in [id for id in self._questions if id not in state.gates] if self._questions else ():
             del self._questions[gone]
-        for over in [call for call in self._calls if call[0] not in state.calls]:
+        for over in [call for call in self._calls if call[0] not in state.calls] if self._calls else ():
             del self._calls[over]
-        for gate in list(state.gates.values()):
-            if gate.id not in self._asked:
-                self._asked.add(gate.id)
-                self._put_to(gate)
         self._look_out()
         self._come_to_rest()
 
+    def _cancel_turn(self, event: TurnCutShort) -> None:
+        running = self._turns.pop(event.path, None)
+        if running is not None:
+            running.cancel()
+
+    def _tell_caller(self, event: AgentsReturned) -> None:
+        waiting = self._calls.pop((event.path, event.call), None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    def _forget_troubles(self, event: RunResumed) -> None:
+        self.error, self._stuck = None, None
+
     def _look_out(self) -> None:
         """Look now and then whether another process has decided something."""
-        if self._driving and self._journal.durable and self._lookout is None:
+        if self._lookout is None and self._journal.durable and self._driving:
             self._lookout = cast("asyncio.AbstractEventLoop", self._loop).call_later(POLL_S, self._look)
 
     def _look(self) -> None:
@@ -1229,7 +1236,7 @@ class Run:
             self._stuck = None
         if self._stuck is not None and not state.at_work and not state.backing_off:
             return True  # else others go on beside it
-        return state.ended is not None or state.status == "paused"
+        return state.ended is not None or (state.paused and state.status == "paused")
 
     def _come_to_rest(self) -> None:
         """Tell those who wait that the run goes no further by itself, and how it ended."""
@@ -1251,7 +1258,7 @@ class Run:
         else:
             self._rest.set_result(None)
 
-    def _pass_failed(self, error: BaseException, replies: list[concurrent.futures.Future[None] | None]) -> None:
+    def _pass_failed(self, error: BaseException, replies: list[concurrent.futures.Future[None]]) -> None:
         """Nothing of this pass was kept: go back to what is on disk, and tell everybody who waits."""
         waiting = [*replies, *(reply for _proposal, reply in self._inbox)]
         self._inbox.clear()
@@ -1399,10 +1406,9 @@ class Run:
             return error.engine or "unknown"
 
     def _launch(self, started: TurnStarted, prompt: str) -> None:
-        state = self._state.find(started.path)
-        turn = LiveTurn(started, state.step, self._too_late)
-        turn.failures = state.attempts[-1].failures
-        self._turns[started.path] = turn
+        step = self._state.find(started.path)
+        turn = self._turns[started.path] = LiveTurn(started, step.step, self._too_late)
+        turn.failures = step.attempts[-1].failures
         turn.task = cast("asyncio.AbstractEventLoop", self._loop).create_task(self._turn(turn, prompt))
 
     async def _turn(self, turn: LiveTurn, prompt: str) -> None:
@@ -1417,13 +1423,11 @@ class Run:
                 for feed in self._feeds:
                     feed.put_text(turn.started.path, turn.started.attempt, text)
 
-        hide = keys.Hider()
-
-        def think(text: str) -> None:
+        def think(text: str, last: bool = False) -> None:
             with self._lock:
-                if text := hide(sound(text)):
-                    for feed in self._feeds:
-                        feed.put_text(turn.started.path, turn.started.attempt, text, "thinking")
+                text = turn.hide_thoughts(sound(text), last=last)
+                for feed in self._feeds if text else ():
+                    feed.put_text(turn.started.path, turn.started.attempt, text, "thinking")
 
         def opened(session_id: str) -> None:
             where = {"step": turn.started.step, "path": turn.started.path, "attempt": turn.started.attempt}
@@ -1440,6 +1444,7 @@ class Run:
             engine, request = self._engine_for(turn.step), self._request(turn, prompt, write)
             ending = await take_turn(turn, engine, request, write, think, opened, record)
             write("", last=True)
+            think("", last=True)
         except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
             ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
             self._propose(lambda: self._turn_ended(turn, ending), wait=False)
@@ -1478,16 +1483,11 @@ class Run:
         with self._lock:
             state = self._state
             step = state.find(started.path)
-            if (wrong := missing_field(state, step)) is not None:
+            if started.prompt and (wrong := missing_field(state, step)) is not None:
                 raise EngineError(wrong)
-            agent = self._agents.get(step.step.agent) or state.agents[step.step.agent]
-            feedback = step.redo.feedback if step.redo is not None else None
-            loop = state.loops.get(step.looped_by) if step.looped_by is not None else None
-            if feedback is None and loop is not None:
-                reason = loop.reason
-                said: str | None = reason if isinstance(reason, str) else state.text(reason)
-            else:
-                said = state.text(feedback) if feedback is not None else None
+            task = step.step
+            agent = self._agents.get(task.agent) or state.agents[task.agent]
+            history = step.said[: started.turn - 1]
             return AgentRequest(
                 agent=agent,
                 prompt=prompt,
@@ -1498,15 +1498,15 @@ class Run:
                 iteration=started.iteration,
                 ordinal=step.attempts[-1].ordinal,
                 system=agent.system,
-                model=step.step.model or agent.model,
-                reasoning_effort=step.step.reasoning_effort or agent.reasoning_effort,
+                model=task.model or agent.model,
+                reasoning_effort=task.reasoning_effort or agent.reasoning_effort,
                 session_id=started.session_id,
-                history=[(state.text(asked), state.text(got)) for asked, got in step.said[: started.turn - 1]],
-                feedback=said or None,
+                history=[(state.text(asked), state.text(got)) for asked, got in history] if history else (),
+                feedback=meaning.feedback_on(state, step) or None,
                 inputs=MappingProxyType(state.inputs),
                 outputs=_Outputs(self),
                 workspace=self._workspace(),
-                timeout_s=step.step.timeout_s,
+                timeout_s=task.timeout_s,
                 emit=write,
                 ask_human=lambda question: self._ask_human(turn, question),
                 may_ask=meaning.may_ask(state, step),
@@ -1626,6 +1626,8 @@ class Run:
         waiting = self._questions.pop(event.gate_id, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(event.decision)
+        if event.decision.scope in ("run", "always"):
+            self._allow_alike()
 
     # -- showing ------------------------------------------------------------------------------------------------------
 
@@ -1659,6 +1661,15 @@ class Run:
 
         with self.reading() as state:
             return svg.graph(state, format)
+
+
+_EFFECTS: dict[str, Callable[[Run, Any], None]] = {
+    "TurnCutShort": Run._cancel_turn,
+    "GateDecided": Run._tell_turn,
+    "AgentsReturned": Run._tell_caller,
+    "RunResumed": Run._forget_troubles,
+}
+"""What an event does outside the state, once it is on disk."""
 
 
 class _Outputs(Mapping[str, str]):

@@ -80,7 +80,9 @@ from .events import (
     TurnStarted,
     Usage,
     WorkflowChanged,
+    place,
 )
+from .plain import Plain
 from .prompts import EDITED, compose, digest, missing_field, pieces, text_of
 from .team import CAP, MOST_DEPTH, AgentResult, Groups, last_lines
 from .tools import read_arguments, write_arguments
@@ -220,8 +222,8 @@ NO_FIELDS = "The edited text is not the JSON of the output any more, so it has n
 """Said beside an edited output that had a structure."""
 
 
-@dataclass(slots=True)
-class ToolUse:
+@dataclass(slots=True, eq=False, repr=False)
+class ToolUse(Plain):
     """A tool that an agent called, and what it was told: ``None`` while it has not returned.
 
     Long texts are cut in the middle; ``called_at`` and ``returned_at`` are Unix seconds.
@@ -236,8 +238,8 @@ class ToolUse:
     returned_at: float | None = None
 
 
-@dataclass(slots=True, repr=False)
-class Attempt:
+@dataclass(slots=True, eq=False, repr=False)
+class Attempt(Plain):
     """One attempt of a step: what was sent, what came back, what was decided about it.
 
     ``prompt`` and ``text`` are texts; ``started_at`` and ``ended_at`` Unix seconds; ``asked_s`` the seconds in which
@@ -266,7 +268,7 @@ class Attempt:
     session_id: str | None = None
     note: str | None = None
     decision: Decision | None = None
-    errors: list[ErrorInfo] = field(default_factory=list)
+    errors: tuple[ErrorInfo, ...] = ()
     failures: int = 0
     """Failures of the present turn, each tried again by itself."""
     edited: bool = False
@@ -309,8 +311,8 @@ class Attempt:
         return None if self.ended_at is None else max(0.0, self.ended_at - self.started_at - self.asked_s)
 
 
-@dataclass(slots=True)
-class Due:
+@dataclass(slots=True, eq=False, repr=False)
+class Due(Plain):
     """A gate that is to be opened, and what it should tell."""
 
     kind: GateKind
@@ -318,8 +320,8 @@ class Due:
     text: tuple[Part, ...] = ()
 
 
-@dataclass(slots=True)
-class Redo:
+@dataclass(slots=True, eq=False, repr=False)
+class Redo(Plain):
     """Why the next attempt runs, so that its prompt can be composed again after a crash."""
 
     feedback: Ref | None = None
@@ -332,8 +334,8 @@ class Redo:
     """No next attempt at all: the one there is goes on with a chained prompt that was asked about."""
 
 
-@dataclass(slots=True)
-class Budget:
+@dataclass(slots=True, eq=False, repr=False)
+class Budget(Plain):
     """What a run, or a step with all its attempts and members, may use and has used.
 
     ``amounts``, by option: what was permitted, and what an approval permits again; ``limits``: where a person is asked.
@@ -368,8 +370,8 @@ class Budget:
         return None
 
 
-@dataclass(slots=True)
-class StepState:
+@dataclass(slots=True, eq=False, repr=False)
+class StepState(Plain):
     """Where one step stands. ``path`` is its place in the run; a step of the workflow has its id as path."""
 
     step: Step
@@ -399,14 +401,14 @@ class StepState:
     """The agent's own conversation, to be continued; a step that begins anew begins a new one."""
     session_engine: str = ""
     """The engine that it was had with, the only one that knows it."""
-    said: list[tuple[Ref, Ref | None]] = field(default_factory=list)
+    said: tuple[tuple[Ref, Ref | None], ...] = ()
     """The prompts of the turns before this one, and their answers: what an engine without sessions is told again."""
     retry_at: float | None = None
     looped_by: str | None = None
     """The module that sent the run back, at the first repeated step that runs."""
-    answers: list[tuple[str, str]] = field(default_factory=list)
+    answers: tuple[tuple[str, str], ...] = ()
     """Questions of this attempt and their answers."""
-    resent: list[tuple[str, str]] = field(default_factory=list)
+    resent: tuple[tuple[str, str], ...] = ()
     """Answers given in an attempt that was cut short: they need not be asked for again."""
     note: str | None = None
     caller: str = ""
@@ -422,9 +424,9 @@ class StepState:
     """Calls made so far."""
     asked: tuple[str, str] = ("", "")
     """Who was asked what: its agent, and a digest of request and files."""
-    team: list[StepState] = field(default_factory=list)
+    team: tuple[StepState, ...] = ()
     """Those that its present turn has called."""
-    recall: dict[tuple[str, str], list[StepState]] = field(default_factory=dict)
+    recall: dict[tuple[str, str], list[StepState]] | None = None
     """Those of a turn that did not end, by what they were asked: asked the same again, they need not begin anew."""
     budget: Budget | None = None
     """Of a step of the workflow that has limits of its own."""
@@ -455,8 +457,8 @@ class StepState:
         return self.attempts[-1] if self.attempts else None
 
 
-@dataclass(slots=True)
-class Loop:
+@dataclass(slots=True, eq=False, repr=False)
+class Loop(Plain):
     """A module's loop: jumps made, jumps granted beyond the limit, and what it said last."""
 
     count: int = 0
@@ -466,8 +468,8 @@ class Loop:
     output: Ref | None = None
 
 
-@dataclass(slots=True)
-class Call:
+@dataclass(slots=True, eq=False, repr=False)
+class Call(Plain):
     """Members that are waited for: groups one after the other."""
 
     number: int
@@ -486,8 +488,8 @@ class Call:
     """Those that go on after a pause: they come first."""
 
 
-@dataclass(slots=True)
-class Ordinals:
+@dataclass(slots=True, eq=False, repr=False)
+class Ordinals(Plain):
     """Numbers the turns of an agent; the number of one that was cut short is given again."""
 
     last: int = 0
@@ -501,8 +503,8 @@ class Ordinals:
         return self.last
 
 
-@dataclass(slots=True)
-class StartTurn:
+@dataclass(slots=True, eq=False, repr=False)
+class StartTurn(Plain):
     """Action: send a prompt: the text of ``prompt`` and then ``context``; not before ``not_before`` (Unix seconds)."""
 
     step: StepState
@@ -514,16 +516,16 @@ class StartTurn:
     not_before: float | None = None
 
 
-@dataclass(slots=True)
-class Record:
+@dataclass(slots=True, eq=False, repr=False)
+class Record(Plain):
     """Action: write down what follows from the state; not before ``not_before`` (Unix seconds)."""
 
     event: AnyEvent
     not_before: float | None = None
 
 
-@dataclass(slots=True)
-class RunState:
+@dataclass(slots=True, eq=False, repr=False)
+class RunState(Plain):
     """All that a run is, as its events say. Nobody but ``apply`` changes it."""
 
     run_id: str = ""
@@ -621,7 +623,9 @@ class RunState:
     def of(cls, workflow: Workflow) -> RunState:
         """The state of `workflow` before anything ran, for drawing it."""
         state = cls()
-        apply(state, RunStarted(seq=1, run_id="", workflow=workflow.kept()))
+        started = RunStarted(run_id="", workflow=workflow.kept())
+        place(started, 1, 0.0)
+        apply(state, started)
         return state
 
     @property
@@ -663,7 +667,7 @@ class RunState:
 
     def find(self, path: str) -> StepState:
         """The step or member at `path`; a ``TransitionError`` lists the right names."""
-        return self.members.get(path) or self.step(path)
+        return self.steps.get(path) or self.members.get(path) or self.step(path)
 
     def step(self, id: str) -> StepState:
         """The step named `id`; a ``TransitionError`` lists the right names."""
@@ -706,16 +710,16 @@ def apply(state: RunState, event: AnyEvent) -> None:
     TransitionError    The event is not legal now (``AlreadyDecided``: its gate has its answer); nothing was changed.
     """
     kind = event.type
-    if state.run_id or state.seq:
-        if kind == "RunStarted":
+    begun = state.run_id or state.seq
+    if kind == "RunStarted":
+        if begun:
             raise TransitionError(f"run {state.run_id!r} has started already.")
-        if state.ended is not None and kind not in ("RunResumed", "GateDecided"):
-            raise TransitionError(f"run {state.run_id!r} is {state.ended}; resume it first.")
-    elif kind != "RunStarted":
+    elif not begun:
         raise TransitionError(f"{kind} comes before RunStarted.")
+    elif state.ended is not None and kind not in ("RunResumed", "GateDecided"):
+        raise TransitionError(f"run {state.run_id!r} is {state.ended}; resume it first.")
     _HANDLERS[kind](state, event)
-    state.at = event.at
-    state.seq = event.seq
+    state.at, state.seq = event.at, event.seq
 
 
 def _met(state: RunState, path: str, kind: str) -> StepState:
@@ -890,7 +894,7 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
 
 
 def _agents_of(state: RunState, item: Step) -> tuple[Agent, ...]:
-    return tuple(state.agents[name] for name in item.agents if name in state.agents)
+    return tuple([state.agents[name] for name in item.agents if name in state.agents])
 
 
 def _what_changed(old: Step, were: tuple[Agent, ...], new: Step, agents: tuple[Agent, ...]) -> tuple[str, ...]:
@@ -957,7 +961,7 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         raise TransitionError(f"{step.path!r} cannot start: a person is asked first, as a limit is reached.")
     if not step.attempts or number > step.attempts[-1].number:
         step.attempts.append(Attempt(state.texts, number, event.iteration, engine=event.engine, started_at=event.at))
-        step.answers = []
+        step.answers = ()
     last = step.attempts[-1]
     if step.redo is not None:
         step.redo.goes_on = False  # cut short, it is the next attempt
@@ -972,7 +976,7 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
     last.ended_at, last.engine = None, event.engine
     last.turns.append(seq)
     last.session_id = event.session_id
-    state.texts[Ref(seq, "prompt")] = event.prompt + (context or ())
+    state.texts[Ref(seq, "prompt")] = event.prompt if context is None else event.prompt + context
     if context is not None:
         here = Ref(seq, "context")
         state.texts[here] = context
@@ -983,7 +987,9 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         _take_place(state, step)
     else:
         _doubt_later(state, step)
-    last.ordinal = state.ordinals.setdefault(step.step.agent, Ordinals()).take()
+    if step.step.agent not in state.ordinals:
+        state.ordinals[step.step.agent] = Ordinals()
+    last.ordinal = state.ordinals[step.step.agent].take()
     step.status, step.retry_at, step.note = "running", None, None
     state.running[step.path] = step
 
@@ -1013,15 +1019,17 @@ def _tool_returned(state: RunState, event: ToolReturned) -> None:
 def _turn_finished(state: RunState, event: TurnFinished) -> None:
     step, last = _turn_met(state, event)
     del state.running[step.path]
-    _end_calls(state, step, event.at)
-    step.team, step.recall, step.resent = [], {}, []
+    if step.path in state.calls:
+        _end_calls(state, step, event.at)
+    step.team, step.recall, step.resent = (), None, ()
     here = Ref(event.seq)
     state.texts[here] = event.text
     last.failures = 0
     last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
     step.session, step.session_engine = last.session_id, last.engine
-    _take_fields(state, event.seq, event.output)
+    if event.output is not None:
+        _take_fields(state, event.seq, event.output)
     if event.duration_s is not None:
         last.measured_s = (last.measured_s or 0.0) + event.duration_s
     _pay(state, step, last, event)
@@ -1059,7 +1067,7 @@ def _note(state: RunState, step: StepState) -> dict[str, Any]:
 
 def _next_prompt(step: StepState, last: Attempt) -> None:
     """The next of the chained prompts is sent."""
-    step.said = [*step.said[: step.turn - 1], (Ref(last.turns[-1], "prompt"), last.answer)]
+    step.said = (*step.said[: step.turn - 1], (Ref(last.turns[-1], "prompt"), last.answer))
     step.turn += 1
     step.status, step.redo = "ready", None
 
@@ -1087,7 +1095,7 @@ def _conclude(state: RunState, step: StepState, last: Attempt) -> None:
     reason = last.verdict.reason if last.verdict is not None else ""
     if action == "error":
         info = ErrorInfo(kind="Verdict", message=reason or f"{step.id} reports an error.")
-        last.errors.append(info)
+        last.errors += (info,)
         _owe(step, Due("failed", {"error": info.message}, (info.message,)))
     elif action == "stop":
         _settle(state, step, "finished", last.answer)
@@ -1133,7 +1141,7 @@ def _turn_failed(state: RunState, event: TurnFailed) -> None:
     step, last = _turn_met(state, event)
     _stop_running(state, step, event.at)
     _pay(state, step, last, event)
-    last.errors.append(event.error)
+    last.errors += (event.error,)
     last.failures += 1
     last.ended_at = event.at
     if event.retry_in_s is not None:
@@ -1154,7 +1162,7 @@ def _turn_cut_short(state: RunState, event: TurnCutShort) -> None:
     _pay(state, step, last, event)
     last.cut_short, last.ended_at = event.reason or "stopped", event.at
     step.retry_at = None
-    step.resent = [*step.resent, *step.answers]
+    step.resent += step.answers
     if step.step.idempotent or isinstance(step.step, Parallel):  # of that, its members say it
         step.status = "ready"
         step.redo = step.redo or Redo()
@@ -1430,7 +1438,7 @@ def _did_run(state: RunState, step: StepState, gate: Gate, decision: Decision, s
 
 
 def _answer(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
-    step.answers.append((str(gate.payload.get("question", "")), decision.feedback or ""))
+    step.answers += ((str(gate.payload.get("question", "")), decision.feedback or ""),)
     _answered(state, step, gate, decision, seq)
 
 
@@ -1554,7 +1562,7 @@ def _settle(state: RunState, step: StepState, status: Literal["finished", "skipp
         _hand_on(state, step)
     step.status, step.approved = status, output
     _trust(step)
-    step.due, step.redo, step.looped_by, step.resent = None, None, None, []
+    step.due, step.redo, step.looped_by, step.resent = None, None, None, ()
     if step.caller:
         _member_ended(state, step)
         return
@@ -1583,7 +1591,7 @@ def _hand_on(state: RunState, step: StepState) -> None:
 
 def _doubt_later(state: RunState, step: StepState) -> None:
     """What was made after `step` is stale: from now on the output that it builds on is another."""
-    for later in state.order[step.index + 1 : state.frontier]:
+    for later in state.order[step.index + 1 : state.frontier] if step.index < state.frontier else ():
         if later.status in ("finished", "skipped"):
             later.stale, later.outdated_by = True, step.id
 
@@ -1606,7 +1614,7 @@ def _begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
     One that may have run does not in the run's course: its gate asks first.
     """
     step.turn, step.redo, step.retry_at, step.session = 1, None, None, None
-    step.team, step.recall = [], {}
+    step.team, step.recall = (), None
     if status == "pending" and _may_have_run(step):
         step.status = "due"
         return
@@ -1624,9 +1632,13 @@ def _next_attempt(step: StepState) -> int:
 
     After a person's own text comes another one, so that theirs stays what it was.
     """
+    if not step.attempts:
+        return 1
+    last = step.attempts[-1]
+    if step.status == "retrying":
+        return last.number
     asked = step.redo is not None and not step.redo.goes_on
-    goes_on = step.turn > 1 and not asked and step.last is not None and not step.last.edited
-    return step.attempt if goes_on or step.status == "retrying" else step.attempt + 1
+    return last.number if step.turn > 1 and not asked and not last.edited else last.number + 1
 
 
 def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
@@ -1653,11 +1665,13 @@ def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
 def _append(state: RunState, item: Step | Separator) -> None:
     state.items.append(item)
     if not isinstance(item, Separator):
-        _hear(state, None, item)
-        made = StepState(item, item.id, len(state.order), agents=_agents_of(state, item), budget=_budget_of(item))
+        if isinstance(item, Parallel):
+            _hear(state, None, item)
+        id, agents, budget = item.id, _agents_of(state, item), _budget_of(item)
+        made = state.steps[id] = StepState(item, id, len(state.order), agents=agents, budget=budget)
         state.order.append(made)
-        state.steps[item.id] = made
-        state.names.setdefault(item.id.replace("-", "_"), item.id)
+        if "-" in id:
+            state.names.setdefault(id.replace("-", "_"), id)
 
 
 def _reindex(state: RunState) -> None:
@@ -1826,6 +1840,16 @@ def _open(
         default=_gate_default(step, due.kind),
     )
     return GateOpened(gate=gate, prompt=prompt, context=context)
+
+
+def feedback_on(state: RunState, step: StepState) -> str:
+    """Why the turn of `step` runs again: the words of who rejected it, else of the module that sent the run back."""
+    if step.redo is not None and step.redo.feedback is not None:
+        return state.text(step.redo.feedback)
+    loop = state.loops.get(step.looped_by) if step.looped_by is not None else None
+    if loop is None:
+        return ""
+    return loop.reason if isinstance(loop.reason, str) else state.text(loop.reason)
 
 
 def ask(state: RunState, step: StepState, question: str) -> GateOpened:
@@ -2079,7 +2103,7 @@ def _called(
     files: Mapping[str, str],
     limit: int | None,
 ) -> AgentsCalled:
-    known = {key: deque(members) for key, members in caller.recall.items()}
+    known = {key: deque(members) for key, members in (caller.recall or {}).items()}
     numbers: dict[str, int] = {}
 
     def path(agent: str, prompt: str, named: tuple[str, ...]) -> str:
@@ -2125,7 +2149,7 @@ def _agents_called(state: RunState, event: AgentsCalled) -> None:
             f"AgentsCalled names attempt {event.attempt}, call {event.call} of {caller.path!r}; attempt {number}, call "
             f"{caller.called + 1} is next."
         )
-    known = {member.path: member for members in caller.recall.values() for member in members}
+    known = {member.path: member for members in (caller.recall or {}).values() for member in members}
     state.named_calls.update(_check_called(state, caller, event, known))
     before = _rejected_answers(caller)
     if parallel is not None:
@@ -2154,7 +2178,7 @@ def _agents_called(state: RunState, event: AgentsCalled) -> None:
                     last.members.append(member)
             member.tail, member.index = one.tail, caller.index
             groups[-1].append(member)
-    caller.team += [member for group in groups for member in group]
+    caller.team += tuple(member for group in groups for member in group)
     if caller.caller:
         _leave_place(state, caller)
     call = state.calls[caller.path] = Call(event.call, groups, event.max_concurrency)
@@ -2219,7 +2243,7 @@ def _new_member(
 
 def _take_again(caller: StepState, member: StepState) -> None:
     """A member of a turn that did not end is called again: what it has done counts; if it failed, it is tried anew."""
-    caller.recall[member.asked].remove(member)
+    cast("dict[tuple[str, str], list[StepState]]", caller.recall)[member.asked].remove(member)
     if member.status == "failed":
         member.status, member.note = "ready", None
         member.redo = Redo(feedback=member.redo.feedback if member.redo is not None else None, answered=True)
@@ -2381,9 +2405,11 @@ def _end_calls(state: RunState, caller: StepState, at: float) -> None:
 
 def _keep_team(step: StepState) -> None:
     """The turn did not end: whom it has called can be called again without beginning anew."""
-    for member in step.team:
-        step.recall.setdefault(member.asked, []).append(member)
-    step.team = []
+    if step.team:
+        step.recall = step.recall or {}
+        for member in step.team:
+            step.recall.setdefault(member.asked, []).append(member)
+        step.team = ()
 
 
 def _agents_returned(state: RunState, event: AgentsReturned) -> None:
@@ -2406,10 +2432,10 @@ def _agents_returned(state: RunState, event: AgentsReturned) -> None:
     if wrong:
         _keep_team(caller)
         error = ErrorInfo(kind="MemberFailed", message=" ".join(wrong))
-        last.errors.append(error)
+        last.errors += (error,)
         _owe(caller, Due("failed", {"error": error.message}, (error.message,)))
         return
-    caller.team, caller.recall = [], {}
+    caller.team, caller.recall = (), None
     last.answer = Ref(event.seq)
     parts: tuple[Part, ...] = ()
     for member in members:

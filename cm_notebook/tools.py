@@ -15,9 +15,9 @@ import sys
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NotRequired, overload
+from typing import TYPE_CHECKING, Any, NotRequired, overload
 
-from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError
 from pydantic_core import PydanticUndefined, to_json
 
 from .errors import WorkflowError
@@ -27,13 +27,16 @@ if sys.version_info >= (3, 12):
 else:  # pydantic reads the one of typing from 3.12 on
     from typing_extensions import TypedDict
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 LONGEST_RESULT = 200_000
 """Characters of a result that a model is told; what is longer is cut in the middle."""
 
 BUILT_IN = ("run_agents", "ask_human")
 """Tools that models have without being given them; see ``engines/builtin.py``."""
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NAME = r"[A-Za-z0-9_-]{1,64}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,7 @@ def tool(
 
     def decorate(function: Callable[..., Any]) -> Tool:
         called = name or str(getattr(function, "__name__", type(function).__name__))
-        if not _NAME.fullmatch(called):
+        if not re.fullmatch(_NAME, called):
             raise WorkflowError(f"tool {called!r}: a name holds letters, digits, '-' and '_'. Give it one: name=….")
         checker, schema = _arguments(called, function)
         return Tool(
@@ -180,6 +183,8 @@ def as_tool(given: Any) -> Tool:
 
 def _arguments(name: str, function: Callable[..., Any]) -> tuple[TypeAdapter[Any], dict[str, Any]]:
     """What checks a call's arguments, and their JSON schema."""
+    from pydantic import TypeAdapter  # only for who has tools
+
     try:
         signature = inspect.signature(function)
         annotated: Any = function if inspect.isroutine(function) else vars(type(function)).get("__call__", function)

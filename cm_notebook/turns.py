@@ -7,7 +7,6 @@ gates or journals: ``take_turn`` hands live text on, and returns how the turn en
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import threading
 import time
@@ -71,6 +70,7 @@ class LiveTurn:
         "asking",
         "failures",
         "hide",
+        "hide_thoughts",
         "recalled",
         "started",
         "step",
@@ -82,7 +82,7 @@ class LiveTurn:
         self.started, self.step = started, step
         self.task: asyncio.Task[None] | None = None
         self.failures = 0
-        self.hide = keys.Hider()
+        self.hide, self.hide_thoughts = keys.Hider(), keys.Hider()
         self.used: dict[str, Any] = {}
         """What it has said so far that it used, as its last event keeps it."""
         self.asking: asyncio.Lock | None = None
@@ -170,15 +170,11 @@ async def take_turn(
     session_id: str | None = None
     pieces = 0
     try:
-        async with contextlib.aclosing(_stream(engine, request)) as stream:
+        stream = _stream(engine, request)
+        try:
             async for told in stream:
-                if isinstance(told, (Delta, TurnDone)) and not isinstance(told.text, str):
-                    raise EngineProtocolError(
-                        f"the engine {engine.name!r} gave {type(told).__name__}({told.text!r}), whose text is none.",
-                        engine=engine.name,
-                    )
                 if isinstance(told, Delta):
-                    (write if told.kind == "text" else think)(told.text)
+                    (write if told.kind == "text" else think)(_text_of(told, engine))
                     pieces += 1
                     if pieces % YIELD_EVERY == 0:
                         await asyncio.sleep(0)
@@ -201,15 +197,16 @@ async def take_turn(
                         "the end cm.TurnDone(…).",
                         engine=engine.name,
                     )
+        finally:
+            await stream.aclose()
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
-        output, verdict = sound(done.output), _verdict(step, done)
-        for what, value in (("output", output), ("score", verdict.score if verdict is not None else None)):
-            if value is not None and (wrong := not_json(value)) is not None:
-                problem = (
-                    f"{started.step}: its {what} holds {wrong}, a number that JSON does not have. Give null instead."
-                )
-                raise EngineProtocolError(problem, engine=started.engine, step=started.step)
+        text, verdict = sound(_text_of(done, engine)), _verdict(step, done)
+        output = sound(done.output) if done.output is not None else None
+        if output is not None:
+            _check_json("output", output, started)
+        if verdict is not None and verdict.score is not None:
+            _check_json("score", verdict.score, started)
         if turn.used.get("cost_usd") is None and getattr(engine, "free", False):
             turn.used["cost_usd"] = 0.0
         event = TurnFinished(
@@ -217,7 +214,7 @@ async def take_turn(
             path=started.path,
             attempt=started.attempt,
             turn=started.turn,
-            text=sound(done.text),
+            text=text,
             output=output,
             verdict=verdict,
             **turn.used,
@@ -254,6 +251,22 @@ def _stream(engine: Engine, request: AgentRequest) -> Any:
         "write `async def stream(self, request)` with `yield cm.TurnDone(…)` in it.",
         engine=engine.name,
     )
+
+
+def _text_of(told: Delta | TurnDone, engine: Engine) -> str:
+    """The text of what the engine told, which may be anybody's."""
+    if not isinstance(told.text, str):
+        raise EngineProtocolError(
+            f"the engine {engine.name!r} gave {type(told).__name__}({told.text!r}), whose text is none.",
+            engine=engine.name,
+        )
+    return told.text
+
+
+def _check_json(what: str, value: Any, started: TurnStarted) -> None:
+    if (wrong := not_json(value)) is not None:
+        problem = f"{started.step}: its {what} holds {wrong}, a number that JSON does not have. Give null instead."
+        raise EngineProtocolError(problem, engine=started.engine, step=started.step)
 
 
 def _tool_event(started: TurnStarted, told: ToolCalled | ToolReturned) -> AnyEvent:

@@ -33,7 +33,7 @@ GatePlace = Literal["after", "before", "both"]
 GateDefault = Literal["reject", "skip", "stop"]
 NAME = r"[A-Za-z_](?:\w|-(?!>))*"
 _NAME = re.compile(NAME)
-_MEANT = re.compile(r"""["']action["']\s*:""")
+_MEANT = r"""["']action["']\s*:"""
 RESERVED = ("previous", "feedback", "loop")
 """Template names with a meaning of their own; no step or input may take them."""
 LIMITS = ("max_cost_usd", "max_tokens", "max_turns")
@@ -126,7 +126,7 @@ class Verdict(Model):
             if found is not None and end < found_end:
                 break  # it stands before the last one
             found, found_end = value, end  # the last one, or one around it
-        if not isinstance(found, dict) or "action" not in found or _MEANT.search(tail, found_end):
+        if not isinstance(found, dict) or "action" not in found or re.compile(_MEANT).search(tail, found_end):
             return None  # none, or a later one was meant and cannot be read
         try:
             return cls(**{key: found[key] for key in ("action", "reason", "score") if found.get(key) is not None})
@@ -277,6 +277,11 @@ class Step(Fixed):
         return (self.agent,)
 
     @property
+    def voices(self) -> tuple[str, ...]:
+        """Under what names it gives an output."""
+        return (self.id,)
+
+    @property
     def turns(self) -> int:
         """How many prompts are sent in one attempt."""
         return len(self.prompt) if isinstance(self.prompt, list) and self.prompt else 1
@@ -328,6 +333,11 @@ class Parallel(Step):
     def agents(self) -> tuple[str, ...]:
         """The ids of its members."""
         return tuple(self.members)
+
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """Its own id and those of its members, of which a single one may be the same."""
+        return tuple(dict.fromkeys((self.id, *self.members)))
 
     def member(self, agent: str) -> Step:
         """What the agent of that id has to do in it."""
@@ -581,7 +591,10 @@ class Workflow(Model):
         """What each agent has to do: in a step, as a member of a parallel one, or when it is called."""
         found: list[Step] = []
         for item in self.executable:
-            found += [item.member(agent) for agent in item.members] if isinstance(item, Parallel) else [item]
+            if isinstance(item, Parallel):
+                found += [item.member(agent) for agent in item.members]
+            else:
+                found.append(item)
         return [*found, *(Step(agent=agent) for agent in self.sub_agents)]
 
     @by_name("workflow.start", *START_OPTIONS)
@@ -692,37 +705,44 @@ def check(workflow: Workflow) -> None:
     for number, item in enumerate(workflow.steps, 1):
         if isinstance(item, Separator):
             continue
-        where = f"step {number}"
-        # the members of a parallel step are named in prompts as steps are
-        for name in dict.fromkeys((item.id, *(item.members if isinstance(item, Parallel) else ()))):
-            if name in seen:
-                another = "" if isinstance(item, Parallel) else f': cm.step({item.agent!r}, id="{item.id}-2")'
-                raise WorkflowError(
-                    f"{where}: the id {name!r} is already step {seen[name]}. Give one of them another{another}."
-                )
-            if (other := read_as.setdefault(name.replace("-", "_"), name)) != name:
-                raise WorkflowError(
-                    f"{where}: a prompt cannot tell {name!r} from {other!r} (step {seen.get(other, number)}): "
-                    f"{{{{ {name.replace('-', '_')} }}}} names both. Give one of them another id."
-                )
-            if name in RESERVED:
-                raise WorkflowError(f"{where}: the id {name!r} is taken by templates. Use another.")
+        for name in item.voices:
+            _check_id(number, item, name, seen, read_as)
         for name in item.agents:
             if name not in agents:
-                raise WorkflowError(f"{where}: {_no_agent(name, workflow.agents)}")
+                raise WorkflowError(f"step {number}: {_no_agent(name, workflow.agents)}")
             if agents[name].implementation is None:
                 for prompt in item.prompts(agents[name]):
                     if not prompt.strip():
                         said = item.id if name == item.agent else name
-                        raise WorkflowError(f"{where} ({said!r}): the prompt is empty. Write what the agent should do.")
+                        raise WorkflowError(
+                            f"step {number} ({said!r}): the prompt is empty. Write what the agent should do."
+                        )
         if isinstance(item, Module):
-            _check_loop(where, item, executable)
+            _check_loop(f"step {number}", item, executable)
         if isinstance(item.context, list):
             for name in item.context:
                 if name not in seen:
-                    raise WorkflowError(f"{where}: context names {name!r}. {did_you_mean(name, seen, 'Earlier steps')}")
-        seen.update(dict.fromkeys((item.id, *item.members) if isinstance(item, Parallel) else (item.id,), number))
+                    known = did_you_mean(name, seen, "Earlier steps")
+                    raise WorkflowError(f"step {number}: context names {name!r}. {known}")
+        for name in item.voices:
+            seen[name] = number
         executable.append(item)
+
+
+def _check_id(number: int, item: Step, name: str, seen: Mapping[str, int], read_as: dict[str, str]) -> None:
+    """Refuse a name that an earlier step gives its output under, or that a prompt could not tell from it."""
+    if name in seen:
+        another = "" if isinstance(item, Parallel) else f': cm.step({item.agent!r}, id="{item.id}-2")'
+        raise WorkflowError(
+            f"step {number}: the id {name!r} is already step {seen[name]}. Give one of them another{another}."
+        )
+    if (other := read_as.setdefault(name.replace("-", "_"), name)) != name:
+        raise WorkflowError(
+            f"step {number}: a prompt cannot tell {name!r} from {other!r} (step {seen.get(other, number)}): "
+            f"{{{{ {name.replace('-', '_')} }}}} names both. Give one of them another id."
+        )
+    if name in RESERVED:
+        raise WorkflowError(f"step {number}: the id {name!r} is taken by templates. Use another.")
 
 
 def check_inputs(inputs: Any) -> None:
@@ -814,7 +834,7 @@ def step_data(item: AnyStep) -> dict[str, Any]:
     return {"kind": item.kind, **item.model_dump(mode="json", exclude_defaults=True)}
 
 
-_TOKEN = re.compile(
+_TOKEN = (
     rf"\s*(?:(?P<arrow>->|→)"
     rf"|(?:(?P<name>{NAME})(?P<rest>\s*\((?P<options>[^()]*)\))?|\[(?P<members>\s*{NAME}(?:\s*\|\s*{NAME})*\s*)\])"
     rf"\s*(?P<ask>\?)?)"
@@ -834,7 +854,7 @@ def parse_steps(text: str) -> list[AnyStep]:
     steps: list[AnyStep] = []
     position, want_name = 0, True
     while text[position:].strip():
-        found = _TOKEN.match(text, position)
+        found = re.compile(_TOKEN).match(text, position)
         start = position + len(text[position:]) - len(text[position:].lstrip())
         if found is None or bool(found["arrow"]) is want_name:
             here = text[start : start + 12].strip()

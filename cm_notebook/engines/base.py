@@ -16,13 +16,14 @@ from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 from .. import config
 from ..errors import EngineError, EngineNotFound, WorkflowError, did_you_mean
 from ..events import Usage
+from ..plain import Plain
 from ..team import AgentResult
 from ..tools import Permission
 from ..workflow import Agent, Verdict
 
 
-@dataclass(slots=True)
-class AgentRequest:
+@dataclass(slots=True, eq=False, repr=False)
+class AgentRequest(Plain):
     """One turn to be done.
 
     Attributes
@@ -92,23 +93,23 @@ class AgentRequest:
     ask_permission: Callable[[str, Mapping[str, Any]], Awaitable[Permission]] | None = None
 
 
-@dataclass(slots=True)
-class Delta:
+@dataclass(slots=True, eq=False, repr=False)
+class Delta(Plain):
     """A piece of what is written: of the answer, or of the thinking before it. Live only, never journaled."""
 
     text: str
     kind: Literal["text", "thinking"] = "text"
 
 
-@dataclass(slots=True)
-class SessionStarted:
+@dataclass(slots=True, eq=False, repr=False)
+class SessionStarted(Plain):
     """The agent's conversation has this id and can be continued."""
 
     session_id: str
 
 
-@dataclass(slots=True)
-class ToolCalled:
+@dataclass(slots=True, eq=False, repr=False)
+class ToolCalled(Plain):
     """The agent calls a tool. ``arguments`` is the text it wrote when that cannot be read as a JSON object."""
 
     call_id: str
@@ -116,8 +117,8 @@ class ToolCalled:
     arguments: dict[str, Any] | str
 
 
-@dataclass(slots=True)
-class ToolReturned:
+@dataclass(slots=True, eq=False, repr=False)
+class ToolReturned(Plain):
     """What the agent was told of that call; ``failed``: the tool raised, was refused, or could not be called."""
 
     call_id: str
@@ -126,8 +127,8 @@ class ToolReturned:
     failed: bool = False
 
 
-@dataclass(slots=True)
-class UsageReported:
+@dataclass(slots=True, eq=False, repr=False)
+class UsageReported(Plain):
     """What the turn used so far; the last report counts.
 
     ``cost_estimated``: the cost was computed from a table of prices; the service did not say it.
@@ -138,8 +139,8 @@ class UsageReported:
     cost_estimated: bool = False
 
 
-@dataclass(slots=True)
-class TurnDone:
+@dataclass(slots=True, eq=False, repr=False)
+class TurnDone(Plain):
     """The whole answer. Every stream ends with exactly one.
 
     ``output``: a validated value (JSON-ready) when the agent gave one. ``verdict``: when the agent gave one apart from

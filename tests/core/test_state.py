@@ -840,7 +840,7 @@ def test_a_question_waits_for_its_answer() -> None:
     message = driver.refused(TurnFinished(step="b", path="b", attempt=1, text="x"), TransitionError)
     assert "asking" in message
     driver.decide("answer", "the red one")
-    assert b.answers == [("which?", "the red one")]
+    assert b.answers == (("which?", "the red one"),)
     assert b.last.asked_s == 1.0
     assert (driver.text("b"), driver.state.status) == ("said", "completed")
 

@@ -24,6 +24,7 @@ from cm_notebook.events import (
     TurnFinished,
     TurnStarted,
     Usage,
+    place,
 )
 from cm_notebook.prompts import digest, text_of
 from cm_notebook.render.text import event_line
@@ -70,7 +71,7 @@ class Story:
         self.go()
 
     def record(self, event: AnyEvent) -> Story:
-        event.seq, event.at = self.state.seq + 1, self.now
+        place(event, self.state.seq + 1, self.now)
         apply(self.state, event)
         if (line := event_line(self.state, event)) is not None:
             self.lines.append(line)
