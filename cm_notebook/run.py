@@ -92,7 +92,7 @@ from .steps import StepView
 from .team import CAP, AgentResult, Call, checked_calls
 from .tools import Permission, Tool, read_arguments
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
-from .workflow import Agent, Separator, Step, Workflow, as_step, sound
+from .workflow import Agent, Separator, Step, Workflow, as_step, fitted, sound
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
 Proposal = Callable[[], Iterable[AnyEvent]]
@@ -623,6 +623,11 @@ class Run:
     def _check_decision(self, gate: Gate, decision: Decision) -> None:
         """Refuse an answer that does not fit, also by the arguments that the tool takes, where it is known here."""
         meaning.check_decision(gate, decision)
+        agent = self._agents.get(self._state.find(gate.path).step.agent)
+        if decision.output is not None and gate.kind in ("review", "exhausted") and agent is not None:
+            wrong = fitted(agent.output, decision.output)[1] if isinstance(agent.output, type) else None
+            if wrong is not None:
+                raise TransitionError(f"the edited text does not fit {agent.output.__name__}: {wrong}")
         tool = self._tool(gate.path, meaning.tool_of(gate)[0]) if gate.kind == "permission" else None
         if tool is not None and decision.output is not None and tool.checker is not None:
             try:

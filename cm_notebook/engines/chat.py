@@ -24,14 +24,12 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticSerializationError
-
 from .. import keys
 from ..config import SETTINGS, setting, shown
 from ..errors import EngineAuthError, EngineError, EngineProtocolError, WorkflowError, did_you_mean
 from ..events import Usage
 from ..tools import Tool, read_arguments, text_of
+from ..workflow import fitted, unfenced
 from .base import AgentEvent, AgentRequest, Delta, ToolCalled, ToolReturned, TurnDone, UsageReported
 from .builtin import built_in
 from .functions import Raised, in_thread
@@ -245,7 +243,7 @@ class ChatEngine(abc.ABC):
                 if agent.output is None:
                     yield TurnDone(answer.text, note=note)
                     return
-                value, wrong = _fitted(agent.output, answer.text)
+                value, wrong = fitted(agent.output, unfenced(answer.text))
                 if wrong is None:
                     yield TurnDone(answer.text, output=value)
                     return
@@ -414,20 +412,6 @@ async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> 
     except BaseException as error:  # SystemExit too: raised in a task it would end the loop
         raised = error.error if isinstance(error, Raised) else error
         return failed(str(raised) if isinstance(raised, WorkflowError) else f"{type(raised).__name__}: {raised}")
-
-
-def _fitted(output: type[BaseModel], text: str) -> tuple[Any, str | None]:
-    """The answer as JSON-ready data, or what is wrong with it."""
-    text = text.strip()
-    if text.startswith("```"):  # the fence that models like to put around JSON
-        text = text.partition("\n")[2].rstrip("`").strip()
-    try:
-        return output.model_validate_json(text).model_dump(mode="json"), None
-    except ValidationError as error:
-        problems = error.errors(include_url=False)[:5]
-        return None, "; ".join(f"{'.'.join(map(str, each['loc'])) or 'the whole'}: {each['msg']}" for each in problems)
-    except PydanticSerializationError as error:
-        return None, f"it cannot be kept as JSON: {error}"
 
 
 # -- schemas ----------------------------------------------------------------------------------------------------------

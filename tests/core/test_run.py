@@ -1428,3 +1428,70 @@ def test_current_is_the_last_one() -> None:
     run = start("a")
     assert cm.current() is run
     run.wait(10)
+
+
+# -- answers that must fit a class ------------------------------------------------------------------------------------
+
+
+class Outline(BaseModel):
+    title: str
+    steps: list[str] = []
+
+
+class Answers:
+    """An engine that answers, and gives a value beside the text."""
+
+    name = "answers"
+
+    def __init__(self, said: str, output: Any = None) -> None:
+        self.said = TurnDone(said, output=output)
+
+    async def stream(self, request: AgentRequest) -> Any:
+        yield self.said
+
+
+def planned(engine: Any, steps: str = "planner? -> writer") -> cm.Run:
+    agents = [cm.Agent("planner", "Plan.", output=Outline), cm.Agent("writer", "{{ planner.title }}")]
+    if engine is not None:
+        agents[1] = cm.agent("writer")(lambda turn: turn.outputs["planner"])
+    return cm.Workflow("w", agents=agents, steps=steps).start(engine=engine, journal=":memory:")
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        Answers('{"title": "T"}'),
+        Answers('```json\n{"title": "T"}\n```'),
+        Answers("I call it T.", {"title": "T"}),
+        cm.ScriptedEngine({"planner": '{"title": "T"}'}),
+    ],
+)
+def test_whoever_answers_the_output_is_of_the_agents_class(engine: Any) -> None:
+    run = planned(engine)
+    gate(run)
+    run.approve().wait(20)
+    assert run["planner"].output == {"title": "T", "steps": []}
+
+
+@pytest.mark.parametrize("engine", [Answers("I call it T."), Answers("T", {"title": 3}), Answers('{"title": 3}')])
+def test_whoever_answers_what_does_not_fit_is_no_answer(engine: Any) -> None:
+    run = planned(engine)
+    asked = gate(run)
+    assert asked.kind == "failed"
+    assert "planner: the answer does not fit Outline: " in asked.payload["error"]
+    run.stop()
+
+
+def test_where_no_model_is_called_nothing_has_to_fit() -> None:
+    run = planned(None, "planner")
+    assert "no model was called" in run.wait(20)["planner"].text
+
+
+def test_an_edited_output_fits_the_class_too() -> None:
+    run = planned(Answers('{"title": "T"}'))
+    gate(run)
+    for edited in ('{"title": 3}', "T", '```json\n{"title": "U"}\n```'):
+        with pytest.raises(cm.TransitionError, match="the edited text does not fit Outline: "):
+            run.approve(output=edited)
+    run.approve(output='{"title": "U", "steps": ["a"]}').wait(20)
+    assert run["planner"].output == {"title": "U", "steps": ["a"]}
