@@ -141,7 +141,7 @@ class Run:
         self._questions: dict[str, asyncio.Future[Decision]] = {}
         self._calls: dict[tuple[str, int], asyncio.Future[None]] = {}
         self._asked: set[str] = set()
-        self._stuck: Gate | None = None
+        self._unheard: dict[str, Gate] = {}
         self._rejected: set[str] = set()
         self._folder: Path | None = None
         self._shown_in: int | None = None
@@ -860,6 +860,7 @@ class Run:
         again: str | None = None,
         later: bool = False,
         limits: Mapping[str, Any] | None = None,
+        on_gate: GatePolicy | None = None,
     ) -> Run:
         """Go on, ended or paused or not: what running a cell again comes to, as one change.
 
@@ -873,6 +874,8 @@ class Run:
             A step to run again, as for :meth:`rerun`.
         limits
             What the run may use in all from now on: ``max_cost_usd, max_tokens, max_turns``.
+        on_gate
+            Who answers in place of a person from now on, the gates that are open included.
 
         Raises
         ------
@@ -901,6 +904,11 @@ class Run:
             held = state.paused or state.until_reached or (state.until, state.until_once) != (until, once)
             if held if state.ended is None else until is not None:  # resuming lifts every limit
                 events.append(RunUnpaused(until=until, once=once))
+            if on_gate is not None:  # the gates that are open are put to it when this pass ends
+                self._on_gate = on_gate
+                self._asked.clear()
+                self._unheard.clear()
+                self._wait_anew()
             return events
 
         self._go_on(propose)
@@ -1220,7 +1228,8 @@ class Run:
             waiting.set_result(None)
 
     def _forget_troubles(self, event: RunResumed) -> None:
-        self.error, self._stuck = None, None
+        self.error = None
+        self._unheard.clear()
 
     def _look_out(self) -> None:
         """Look now and then whether another process has decided something."""
@@ -1237,9 +1246,8 @@ class Run:
     def _resting(self) -> bool:
         """Whether the run goes no further until somebody does something."""
         state = self._state
-        if self._stuck is not None and self._stuck.id not in state.gates:
-            self._stuck = None
-        if self._stuck is not None and not state.at_work and not state.backing_off:
+        self._unheard = {id: gate for id, gate in self._unheard.items() if id in state.gates}
+        if self._unheard and not state.at_work and not state.backing_off:
             return True  # else others go on beside it
         return state.ended is not None or (state.paused and state.status == "paused")
 
@@ -1258,8 +1266,9 @@ class Run:
             failed.__cause__ = self.error
             as_itself = self.error is not None and not isinstance(self.error, EngineError)
             self._rest.set_exception(self.error if as_itself and self.error is not None else failed)
-        elif self._stuck is not None and state.ended is None:
-            self._rest.set_exception(GatePending(_nobody_there(self._stuck), gate=self._stuck, run=self))
+        elif self._unheard and state.ended is None:
+            gate = next(iter(self._unheard.values()))
+            self._rest.set_exception(GatePending(_nobody_there(gate), gate=gate, run=self))
         else:
             self._rest.set_result(None)
 
@@ -1361,7 +1370,7 @@ class Run:
             reason = f"{gate.step}: {gate.payload.get('error', 'failed')}"
             self._propose(lambda: [RunFinished(status="failed", reason=reason)], wait=False)
         else:
-            self._stuck = gate
+            self._unheard[gate.id] = gate
 
     def _allow_alike(self) -> None:
         """A tool was allowed for longer: others who wait for the same need not be asked."""
@@ -1771,7 +1780,7 @@ def resume(
     max_cost_usd, max_tokens, max_turns
         How much it may use in all, what it has used included; by default as before.
     **options
-        ``engine, on_gate, tape, loop`` of :meth:`Run.start`.
+        ``engine, on_gate, tape, loop`` of :meth:`Run.start`; of a run that is driven here already, ``on_gate`` alone.
 
     Raises
     ------
@@ -1784,7 +1793,7 @@ def resume(
     limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
     run = Run.open(run_id, journal)
     if run._driving:
-        return run.go_on(workflow, inputs, until=until, limits=limits)
+        return run.go_on(workflow, inputs, until=until, limits=limits, on_gate=options.get("on_gate"))
     with run.reading() as state:
         if state.ended == "completed":
             raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")
@@ -1946,9 +1955,11 @@ def _nobody_there(gate: Gate) -> str:
             f"{text.limit_words(gate.payload)} Nobody can answer here. Go on with more in all (`{option}`), play a "
             "tape with a decision (`--tape`), or pass `--on-gate approve` if that is what you want."
         )
+    else_ = "pass `--on-gate approve` if that is what you want."
+    if "approve" not in gate.actions:  # a question
+        else_ = "have a function answer: on_gate=lambda gate: cm.Decision(action='answer', feedback='…')."
     return (
-        f'Stopped at the gate "{gate.path}": nobody can answer here. Play a tape with a decision (`--tape`), '
-        "or pass `--on-gate approve` if that is what you want."
+        f'Stopped at the gate "{gate.path}": nobody can answer here. Play a tape with a decision (`--tape`), or {else_}'
     )
 
 

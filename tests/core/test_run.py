@@ -1399,6 +1399,37 @@ def test_a_policy_answers(policy: Any, status: str, attempts: int) -> None:
 
 
 @pytest.mark.usefixtures("headless")
+@pytest.mark.parametrize("policy", ["approve", lambda gate: "approve"])
+def test_a_policy_for_a_run_that_waits_here_answers_the_gate_that_is_open(policy: Any) -> None:
+    run = start("planner? -> implementer?")
+    with pytest.raises(cm.GatePending):
+        run.wait(10)
+    assert cm.resume(run.id, journal=run._journal, on_gate=policy).wait(10).status == "completed"
+
+
+@pytest.mark.usefixtures("headless")
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_gates_that_nobody_answers_the_other_one_still_ends_the_wait(first: int) -> None:
+    @cm.agent("asks")
+    async def asks(turn: cm.Turn) -> str:
+        return await turn.ask_human("Which?")
+
+    @cm.agent("leads")
+    async def leads(turn: cm.Turn) -> str:
+        return " ".join(result.text for result in await turn.run_agents("asks 'a' & asks 'b'"))
+
+    run = cm.Workflow("w", agents=[asks, leads], steps="leads", sub_agents=["asks"]).start(journal=":memory:")
+    words = "have a function answer: on_gate="
+    with pytest.raises(cm.GatePending, match=words):
+        run.wait(10)
+    paths = ["leads/asks#1", "leads/asks#2"]
+    run.answer("blue", paths.pop(first))
+    with pytest.raises(cm.GatePending, match=f'gate "{paths[0]}"'):
+        run.wait(10)
+    assert run.answer("blue", paths[0]).wait(10)["leads"].text == "blue blue"
+
+
+@pytest.mark.usefixtures("headless")
 def test_rejecting_by_policy_ends() -> None:
     run = start("planner?", on_gate="reject")
     with pytest.raises(cm.GatePending):
