@@ -234,7 +234,8 @@ class ChatEngine(abc.ABC):
                     for call in answer.calls:
                         arguments = call.arguments
                         yield ToolCalled(call.call_id, call.name, call.written if arguments is None else arguments)
-                        returned.append(await _use(call, tools, request))
+                        told = await _use(call, tools, request)
+                        returned.append(replace(told, text=keys.hide(told.text)))  # what the journal shows, no more
                         yield returned[-1]
                     body["messages"] += [answer.message, *self.results(returned)]
                     continue
@@ -251,8 +252,8 @@ class ChatEngine(abc.ABC):
                     problem = f"the answer does not fit {agent.output.__name__}, told so once: {wrong}"
                     raise self._error(problem, EngineProtocolError, line=answer.text[:2000])
                 corrected = True
-                told = f"This does not fit: {wrong}. Answer again, with JSON that fits the schema and nothing else."
-                body["messages"] += [answer.message, {"role": "user", "content": told}]
+                again = f"This does not fit: {wrong}. Answer again, with JSON that fits the schema and nothing else."
+                body["messages"] += [answer.message, {"role": "user", "content": again}]
         raise self._error(f"the model went on calling tools for {MOST_ROUNDS} rounds and did not answer.")
 
     async def _exchange(self, connection: Connection, body: dict[str, Any], reader: Reader) -> AsyncIterator[Delta]:
