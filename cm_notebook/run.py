@@ -692,7 +692,7 @@ class Run:
                 raise AlreadyDecided(f"{found.path!r} was {meaning.already(last.decision)}")
             if state.last_gate is not None and state.last_gate.path == found.path:
                 self._check_answered(state, state.last_gate)
-            raise TransitionError(f"{found.path!r} has no open gate: it is {meaning.status_word(state, found)}.")
+            raise TransitionError(f"{found.path!r} has no open gate: it {meaning.standing(state, found)}.")
 
     def _check_answered(self, state: RunState, gate: Gate) -> None:
         """Say what became of a gate that is open no more."""

@@ -320,10 +320,11 @@ def _tool_line(told: ToolCalled | ToolReturned) -> str:
 def too_late(turn: LiveTurn) -> Ending:
     """The ending of a turn whose time is over."""
     id, limit_s = turn.started.step, turn.step.timeout_s or 0.0
+    whose = turn.started.path.partition("/")[0]  # an agent that another one calls has the time of that step
     more = f"{2.5 * limit_s:g}"
     text = (
         f"{id} did not finish within {limit_s:g} s ({turn.silence()}). "
-        f"Retry, or give it more time: `%cm step {id} --timeout {more}`, in Python timeout_s={more}."
+        f"Retry, or give it more time: `%cm step {whose} --timeout {more}`, in Python timeout_s={more}."
     )
     return failed(turn, EngineTimeout(text), None)
 
