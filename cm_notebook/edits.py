@@ -158,7 +158,8 @@ def _redefinition(state: RunState, workflow: Workflow, inputs: Mapping[str, Any]
     engine = (workflow.engine or "") if workflow.engine != state.engine else None
     team = workflow.sub_agents if workflow.sub_agents != state.sub_agents else None
     agents = _others(state, (workflow.agent(name) for name in workflow.sub_agents))
-    limits = {name: most for name, most in limits_of(workflow).items() if state.default_limits.get(name) != most}
+    have, want = state.default_limits, limits_of(workflow)
+    limits = {name: want.get(name) for name in {**have, **want} if have.get(name) != want.get(name)}
     places = workflow.max_concurrency if workflow.max_concurrency != state.max_concurrency else None
     if not new and not agents and not limits and (mode, engine, team, places) == (None,) * 4:
         return []

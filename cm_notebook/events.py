@@ -245,7 +245,8 @@ class WorkflowChanged(BaseEvent):
 
     ``defaults``: inputs whose value is another one in the definition; ``inputs``: those that were given besides.
     ``engine``: ``""`` where the definition names none any more; ``agents``: the sub-agents that are others now.
-    ``limits``: what may be used in all, by option, as a person says now; ``default_limits``: as the definition does.
+    ``limits``: what may be used in all, by option, as a person says now; ``default_limits``: as the definition does,
+    ``None`` of a limit that it has no more.
     """
 
     inputs: dict[str, Any] = Field(default_factory=dict)
@@ -256,7 +257,7 @@ class WorkflowChanged(BaseEvent):
     agents: list[dict[str, Any]] = Field(default_factory=list)
     max_concurrency: int | None = None
     limits: dict[str, int | float] | None = None
-    default_limits: dict[str, int | float] | None = None
+    default_limits: dict[str, int | float | None] | None = None
 
 
 class StepAdded(BaseEvent):

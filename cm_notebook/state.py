@@ -361,6 +361,12 @@ class Budget(Plain):
         self.limits |= amounts
         self.waived -= amounts.keys()
 
+    def lift(self, name: str) -> None:
+        """From now on as much as is needed."""
+        self.amounts.pop(name, None)
+        self.limits.pop(name, None)
+        self.waived.discard(name)
+
     def reached(self, ahead: int = 0) -> dict[str, Any] | None:
         """The limit at which a person is to be asked: it is reached, or nobody can say whether it is.
 
@@ -822,8 +828,14 @@ def _workflow_changed(state: RunState, event: WorkflowChanged) -> None:
         state.sub_agents = event.sub_agents
     state.max_concurrency = event.max_concurrency or state.max_concurrency
     if event.limits or event.default_limits:
-        state.default_limits |= event.default_limits or {}
-        state.budget.permit({**(event.default_limits or {}), **(event.limits or {})})
+        for name, most in (event.default_limits or {}).items():
+            if most is None:
+                state.default_limits.pop(name, None)
+                state.budget.lift(name)
+            else:
+                state.default_limits[name] = most
+                state.budget.permit({name: most})
+        state.budget.permit(event.limits or {})
         _let_go(state)
     _take_agents(state, event.agents)
     state.defaults = {**state.defaults, **event.defaults}

@@ -886,6 +886,9 @@ def _left_out(count: int) -> str:
     return f" and {count} more" if count > 0 else ""
 
 
+_LIMITED = {"max_cost_usd": "cost", "max_tokens": "tokens", "max_turns": "turns"}
+
+
 def _redefined(event: WorkflowChanged) -> Iterator[str]:
     yield from (f"input {one_line(name, 80)}" for name in {**event.defaults, **event.inputs})
     if event.autonomous_mode is not None:
@@ -897,7 +900,8 @@ def _redefined(event: WorkflowChanged) -> Iterator[str]:
         yield f"at most {event.max_concurrency} at work"
     if event.engine is not None:
         yield f"engine {one_line(event.engine, 80) or 'as configured'}"
-    yield from (f"limit {amount(name, most)}" for name, most in (event.default_limits or {}).items())
+    for name, most in (event.default_limits or {}).items():
+        yield f"limit {amount(name, most)}" if most is not None else f"no limit of {_LIMITED[name]}"
 
 
 def gate_step(gate_id: str) -> str:

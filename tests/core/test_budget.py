@@ -366,6 +366,24 @@ def test_a_limit_that_is_edited_counts_at_once() -> None:
     assert run.workflow.max_turns == 4, "that is the definition's"
 
 
+def test_a_limit_that_the_definition_has_no_more_holds_nothing() -> None:
+    run = start(five(max_turns=2, max_cost_usd=9))
+    gate(run)
+    assert run.revise(five(max_cost_usd=9)) == []
+    assert run.wait(20).status == "completed"
+    assert (run.workflow.max_turns, run.workflow.max_cost_usd) == (None, 9)
+    with run.reading() as state:
+        said = [text.event_line(state, event) for event in run.events if event.type == "WorkflowChanged"]
+    assert said == ["cm: the workflow is defined anew: no limit of turns"]
+
+
+def test_a_limit_given_at_the_start_is_no_matter_of_the_definition() -> None:
+    run = start(five(), max_turns=2)
+    opened = gate(run)
+    run.revise(five(inputs={"unread": 1}))
+    assert [one.id for one in run.gates] == [opened.id]
+
+
 # -- what is shown ----------------------------------------------------------------------------------------------------
 
 
