@@ -46,6 +46,7 @@ from ..render import text as say
 from ..render.markdown import BlockStream, clean
 from ..run import Run
 from ..state import RunState, StepState, apply
+from ..workflow import Parallel
 from . import bridge
 
 ViewMode = Literal["full", "html", "log"]
@@ -346,7 +347,8 @@ def _row_record(
 
 
 def _step_record(state: RunState, step: StepState, now: float | None) -> dict[str, Any]:
-    writing = step.status == "running"  # one that asks shows its question
+    # One that asks shows its question; what a parallel step gives is there when it has ended.
+    writing = step.status in ("running", "calling") and not isinstance(step.step, Parallel)
     return {
         "key": step.path,
         "step": step.path,

@@ -216,12 +216,11 @@ def _members(state: RunState, step: StepState, limit: int) -> str:
 def _lanes(state: RunState, step: StepState, shown: Container[str], limit: int) -> str:
     columns, parts = say.lanes(state, step, shown)
     return "".join(
-        _line(part, f"{_SMALL};font-weight:600") if isinstance(part, str) else _lane(state, part, shown, limit, columns)
-        for part in parts
+        _line(part) if isinstance(part, str) else _lane(state, part, shown, limit, columns) for part in parts
     )
 
 
-_BESIDE = {2: ("44%", "320px"), 3: ("28%", "205px")}
+_BESIDE = {2: ("44%", "300px"), 3: ("28%", "185px")}
 """By the number of columns: how wide a lane is at least, and its words; what opens in it may take the whole row."""
 
 
@@ -234,11 +233,11 @@ def _lane(state: RunState, member: StepState, shown: Container[str], limit: int,
         style += f";display:inline-block;vertical-align:top;min-width:{width};max-width:100%;margin:4px 6px 4px 0"
     else:
         style += ";margin:4px 0"
-    words_style = f"display:block;{_SMALL}" + (f";width:{words_width}" if width else "")
     last = say.last_words(member)
     line = _summary(state, member, seen, None, open=False)
-    line = f'<span style="display:block;width:{words_width}">{line}</span>' if width else line
-    line += f'\n<span style="{words_style}">{_esc(last)}</span>' if last else ""
+    line += f'\n<span style="display:block;{_SMALL}">{_esc(last)}</span>' if last else ""
+    if width:
+        line = f'<span style="display:inline-block;vertical-align:top;width:{words_width}">{line}</span>'
     body = _body(state, member, limit)
     inner = _lanes(state, member, shown, limit)
     if body:

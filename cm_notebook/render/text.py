@@ -919,7 +919,7 @@ def last_line(text: str) -> str:
     """The last line of a text that has words, without its Markdown marks."""
     for line in reversed(text[-600:].splitlines()):
         if any(char.isalnum() for char in line):
-            return one_line(line.strip(" \t#>*-`|"), 160)
+            return one_line(line.strip(" \t#>*-|").replace("**", "").replace("`", ""), 160)
     return ""
 
 
