@@ -72,7 +72,7 @@ class Card {
     const before = this.record, { lane, body, caption, columns } = this.record = record;
     this.node.className = caption !== undefined ? "cm-small cm-caption" : lane ? "cm-card cm-lane" : "cm-card";
     if (caption !== undefined) { this.node.textContent = caption || "—"; return; }
-    this.node.classList.toggle("cm-on", record.writing > 0);
+    this.node.classList.toggle("cm-on", record.writing > 0 && !record.lanes);
     this.node.style.borderLeft = `3px ${record.stale ? "dashed" : "solid"} ${record.colour}`;
     if (record.step) this.node.dataset.step = record.step;
     const main = body ? this.details : this.flat;

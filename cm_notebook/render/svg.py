@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import html
 import urllib.parse
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
@@ -412,11 +413,15 @@ def graph(state: RunState, format: Literal["svg", "mermaid", "text"] = "svg", *,
 def graph_img(state: RunState) -> str:
     """The picture as an ``<img>`` for saved notebooks, with its meaning in words as ``alt``."""
     plan = _place(state)
-    lines = [line.replace('"', "'") for line in _draw(state, plan, live=False, said="")]  # its words are the ``alt``
-    uri = "\n".join(urllib.parse.quote(line, safe="/:;=,'()!*~$@+?") for line in lines)
+    return as_img(_draw(state, plan, live=False, said=""), plan.width, plan.height, describe(state))  # words: ``alt``
+
+
+def as_img(lines: Iterable[str], width: float, height: float, alt: str) -> str:
+    """A picture of these lines that survives where SVG and style sheets are taken out."""
+    uri = "\n".join(urllib.parse.quote(line.replace('"', "'"), safe="/:;=,'()!*~$@+?") for line in lines)
     return (
-        f'<img width="{plan.width:.0f}" height="{plan.height:.0f}" style="max-width:100%;height:auto"\n'
-        f'alt="{html.escape(describe(state))}"\n'
+        f'<img width="{width:.0f}" height="{height:.0f}" style="max-width:100%;height:auto"\n'
+        f'alt="{html.escape(alt)}"\n'
         f'src="data:image/svg+xml;charset=utf-8,{uri}">'
     )
 
@@ -465,9 +470,14 @@ def _draw(state: RunState, plan: _Plan, live: bool, said: str) -> list[str]:
         lines += _stack_head(state, node, plan, live) if node.fans else _box(state, node, plan, live)
         lines += _member_boxes(node, plan, live)
     if not live:  # the page that shows it live has `live_css`; always the same, so that a step forward changes nothing
-        fills, strokes = _recolour("", "{1}")
-        lines[1:1] = [f"<style>@media (prefers-color-scheme:dark){{{fills}", f"{strokes}}}</style>"]
+        lines[1:1] = dark_style()
     return [*lines, "</svg>"]
+
+
+def dark_style() -> list[str]:
+    """The style sheet that gives a picture its dark colours on a dark page."""
+    fills, strokes = _recolour("", "{1}")
+    return [f"<style>@media (prefers-color-scheme:dark){{{fills}", f"{strokes}}}</style>"]
 
 
 def _recolour(place: str, colour: str) -> list[str]:

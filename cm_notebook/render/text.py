@@ -930,7 +930,7 @@ def last_words(step: StepState, draft: str = "") -> str:
     last = step.last
     if last is None or step.status in ("pending", "ready"):
         return ""
-    if step.status == "running":
+    if step.status in ("running", "calling"):
         return last_line(draft)
     if last.answer is None and last.error is not None:
         return one_line(last.error.message, 160)

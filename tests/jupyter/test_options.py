@@ -31,7 +31,7 @@ TWINS: dict[str, set[str]] = {
     "answer": parameters(cm.Run.answer),
     "retry": parameters(cm.Run.retry),
     "show": parameters(cm.StepView.attempt) | {"full"},
-    "graph": parameters(cm.Workflow.graph),
+    "graph": parameters(cm.Run.graph),
 }
 SHORT = {"--input", "--autonomous", "--timeout", "--effort", "--attempt", "-o"}
 

@@ -158,7 +158,7 @@ def test_whom_a_step_has_called_hangs_below_it() -> None:
         "coordinator/qa-engineer#1",
     ]
     assert "0 of 3 finished" in texts(root)
-    assert "coordinator (waits for its team, 0 of 3 finished) calls frontend-dev (running), " in svg.graph(
+    assert "coordinator? (waits for its team, 0 of 3 finished) calls frontend-dev (running), " in svg.graph(
         state, "text"
     )
     assert '  s2 -.-> s2m1["frontend-dev<br/>running"]' in svg.graph(state, "mermaid")
