@@ -396,6 +396,7 @@ def lane_records(
                     **_step_record(state, member, now),
                     **(_team_record(state, member, shown) if member.members else {}),
                     "lane": True,
+                    "team": say.team_words(member),
                     "open": False,
                     "tail": say.last_words(member, (tails or {}).get(member.path, "")),
                 }
@@ -766,7 +767,13 @@ class Display:
 
     def _tell_lanes(self, lanes: dict[str, dict[str, Any]]) -> None:
         """Tell the pages the lanes that are others now, before the cards say where they stand."""
-        changed = [lane for path, lane in lanes.items() if lane != self.lanes.get(path)]
+        changed = []
+        for path, lane in lanes.items():
+            told = self.lanes.get(path, {})
+            if _still(lane) != _still(told):
+                changed.append(lane)
+            else:
+                lane["tail"] = told["tail"]  # what came since is told by the next piece
         self.lanes = lanes
         if changed and self.pages:
             self.send("live", pieces=[["lane", lane["key"], lane] for lane in changed])
@@ -779,7 +786,7 @@ class Display:
             if (
                 lane is not None
                 and lane["writing"] > 0
-                and (last := say.last_line(self.tails.get(path, ""))) != lane["tail"]
+                and (last := say.last_line(self.tails.get(path, ""), grows=True)) != lane["tail"]
             ):
                 lane["tail"] = last
                 pieces.append(["tail", path, last])
@@ -829,6 +836,12 @@ class Display:
         if self.widget is not None:
             self.number += 1
             self.widget.send({"kind": kind, "number": self.number, **content})
+
+
+def _still(lane: Mapping[str, Any]) -> dict[str, Any]:
+    """What a lane says beside its seconds and what it writes: both have pieces of their own."""
+    moving = ("summary", "tail") if lane.get("writing", 0) > 0 else ()
+    return {name: value for name, value in lane.items() if name not in moving}
 
 
 def _moves(state: RunState, step: StepState) -> bool:

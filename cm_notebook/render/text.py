@@ -915,11 +915,12 @@ def lane_name(member: StepState) -> str:
     return member.path.rpartition("/")[2].removesuffix("#1")
 
 
-def last_line(text: str) -> str:
-    """The last line of a text that has words, without its Markdown marks."""
+def last_line(text: str, *, grows: bool = False) -> str:
+    """The last line of a text that has words, without its Markdown marks; of one that `grows`, its end."""
     for line in reversed(text[-600:].splitlines()):
         if any(char.isalnum() for char in line):
-            return one_line(line.strip(" \t#>*-|").replace("**", "").replace("`", ""), 160)
+            words = one_line(line.strip(" \t#>*-|").replace("**", "").replace("`", ""), 600)
+            return f"…{words[-119:]}" if grows and len(words) > 120 else one_line(words, 160)
     return ""
 
 
@@ -931,7 +932,7 @@ def last_words(step: StepState, draft: str = "") -> str:
     if last is None or step.status in ("pending", "ready"):
         return ""
     if step.status in ("running", "calling"):
-        return last_line(draft)
+        return last_line(draft, grows=True)
     if last.answer is None and last.error is not None:
         return one_line(last.error.message, 160)
     return last_line(last.text)
