@@ -964,7 +964,7 @@ def shown_members(
             word = look(state, member).word
             words[word] = words.get(word, 0) + 1
     rest = ", ".join(f"{count} {word}" for word, count in words.items())
-    return chosen, f"{len(everybody) - len(chosen)}{' more' if chosen else ''}: {rest}"
+    return chosen, f"{len(everybody) - len(chosen)} more: {rest}"
 
 
 def member_lines(state: RunState, step: StepState, now: float | None = None) -> list[str]:
