@@ -1131,6 +1131,8 @@ class Hub:
                 self._writings.pop(path, None)
             return
         with self.run.reading() as state:  # nobody writes meanwhile: no text is lost and none comes twice
+            if path not in state.members:
+                return
             pieces, _any = self._take()
             display.opened.add((page, path))
             step = state.running.get(path)

@@ -485,10 +485,14 @@ def gates_of(state: RunState, steps: Sequence[str] | None = None) -> list[Gate]:
     return [gate for gate in state.gates.values() if held or gate.path in steps or gate.path.split("/")[0] in steps]
 
 
+_IN_BAR: set[str] = {"question", "permission"}
+"""Kinds of gates about which a lane says too little: their bars say all."""
+
+
 def beside(gate: Gate, steps: Sequence[str] | None) -> bool:
     """Whether what `gate` is about stands above: in one of the cards of those `steps`, or of all; or in a lane."""
-    if "/" in gate.path and gate.kind == "question":
-        return False  # a lane shows the beginning of it
+    if "/" in gate.path and gate.kind in _IN_BAR:
+        return False
     return steps is None or gate.path.partition("/")[0] in steps
 
 

@@ -596,6 +596,7 @@ def test_each_kind_of_gate_has_its_buttons(open_notebook, picture):
         assert [text.strip()[: len(label)] for text, label in zip(buttons(bar), labels, strict=True)] == labels
         picture(nb, f"kind-{name}", cell)
         assert nb.accessibility_violations(cell) == []
+        assert nb.output(cell).locator(".cm-head").get_by_role("button", name="Stop").is_visible()
     nb.wait_text(4, "again in")
     picture(nb, "kind-retrying", 4)
 
