@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import keys
+from .allowed import Permissions, permissions
 from .engines.base import (
     AgentEvent,
     AgentRequest,
@@ -101,6 +103,7 @@ __all__ = [
     "Module",
     "Parallel",
     "Permission",
+    "Permissions",
     "ReplayMismatch",
     "Reply",
     "Run",
@@ -125,8 +128,10 @@ __all__ = [
     "agent",
     "current",
     "doctor",
+    "keys",
     "module",
     "parallel",
+    "permissions",
     "register_engine",
     "resume",
     "runs",

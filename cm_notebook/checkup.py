@@ -1,6 +1,8 @@
 """What is here and what is missing: one finding a line, each problem with its remedy.
 
-Strategy: ask, change nothing, and let no question fail: a question that cannot be answered is itself a finding.
+Strategy: ask, change nothing, and let no question fail: a question that cannot be answered is itself a finding. No
+model is called; of a server on this machine it is asked whether anything listens there. What an engine says of itself
+are two attributes, ``about`` and ``remedy`` (``""``: it can be used), which any engine may have.
 """
 
 from __future__ import annotations
@@ -15,23 +17,27 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import config
-from .engines.base import engine_names, find_engine
+from . import config, keys
+from .engines.base import engine_names, find_engine, offered_by
 from .errors import CodeMachineError
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was asked, what was found, and when it is a problem, what to do about it."""
+    """What was asked, what was found, and when it is a problem, what to do about it.
+
+    ``needed``: the problem is in the way of what is set up; else it only matters to who wants to use that.
+    """
 
     about: str
     found: str
     remedy: str = ""
+    needed: bool = True
 
     @property
     def word(self) -> str:
-        """``ok`` or ``look``."""
-        return "look" if self.remedy else "ok"
+        """``ok``, ``look`` (at a problem), or ``off`` (it cannot be used as it is, and nothing needs it)."""
+        return "ok" if not self.remedy else "look" if self.needed else "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +48,8 @@ class Report:
 
     @property
     def problems(self) -> list[Finding]:
-        """Those that have a remedy."""
-        return [finding for finding in self.findings if finding.remedy]
+        """Those that are in the way."""
+        return [finding for finding in self.findings if finding.word == "look"]
 
     @property
     def text(self) -> str:
@@ -67,7 +73,7 @@ class Report:
         rows = []
         for finding in self.findings:
             remedy = f"<div>→ {html.escape(finding.remedy)}</div>" if finding.remedy else ""
-            word = f"<b>{finding.word}</b>" if finding.remedy else finding.word
+            word = f"<b>{finding.word}</b>" if finding.word == "look" else finding.word
             rows.append(
                 f'<tr>\n<td style="{cell}">{word}</td>\n'
                 f'<th scope="row" style="{cell}">{html.escape(finding.about)}</th>\n'
@@ -169,18 +175,24 @@ def _journal() -> Iterator[Finding]:
 
 
 def _engines() -> Iterator[Finding]:
-    for name in engine_names():
+    chosen, where = config.lookup("engine")
+    in_force, names = chosen.partition(":")[0], engine_names()
+    for name in names:
+        package = offered_by(name)
+        of = f" (package {package})" if package not in ("", "cm-notebook") else ""
+        needed = name == in_force
         try:
             engine = find_engine(name)
-        except Exception as error:  # somebody else's plug-in
-            yield Finding(f"engine {name}", f"cannot be loaded: {error}", "update or remove the package that offers it")
+            said, remedy = str(getattr(engine, "about", "can be named")), str(getattr(engine, "remedy", ""))
+        except (Exception, SystemExit) as error:  # somebody else's plug-in, which may do anything
+            cause = error.__cause__ or error
+            wrong = keys.hide(f"cannot be loaded: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+            update = f"update {package} or remove it: pip install -U {package}" if package else "register another"
+            yield Finding(f"engine {name}{of}", wrong, update, needed or bool(package))
         else:
-            yield Finding(f"engine {name}", str(getattr(engine, "about", "can be named")))
-    chosen, where = config.lookup("engine")
-    if chosen.partition(":")[0] not in engine_names():
-        yield Finding(
-            "engine in force", f"{chosen} ({where}) is not there", f"name one of: {', '.join(engine_names())}"
-        )
+            yield Finding(f"engine {name}{of}", said, remedy, needed)
+    if in_force not in names:
+        yield Finding("engine in force", f"{chosen} ({where}) is not there", f"name one of: {', '.join(names)}")
     else:
         yield Finding("engine in force", f"{chosen} ({where})")
 
@@ -189,7 +201,7 @@ def _settings() -> Iterator[Finding]:
     for name in config.SETTINGS:
         value, where = config.lookup(name)
         if where != "default" and name != "engine":
-            yield Finding(f"CM.{name}", f"{value!r} ({where})")
+            yield Finding(f"CM.{name}", f"{config.shown(value)!r} ({where})")
 
 
 def _programs() -> Iterator[Finding]:

@@ -35,8 +35,21 @@ from typing import IO, Any, NoReturn
 
 from . import config, options
 from . import run as runs
+from .allowed import permissions
 from .errors import CodeMachineError, GatePending, TransitionError, WorkflowError, did_you_mean
-from .events import Action, AnyEvent, Decision, Gate, GateOpened, RunFinished, TurnFailed, TurnFinished, TurnStarted
+from .events import (
+    GATE_DEADLINE,
+    Action,
+    AnyEvent,
+    Decision,
+    Gate,
+    GateOpened,
+    RunFinished,
+    TurnCutShort,
+    TurnFailed,
+    TurnFinished,
+    TurnStarted,
+)
 from .feed import LiveText
 from .journal import open_journal
 from .loops import SLICE_S, engine_loop, run_sync
@@ -46,7 +59,7 @@ from .render import text as say
 from .render.markdown import clean
 from .run import Run, somebody
 from .state import RunState, StepState, apply
-from .workflow import Workflow
+from .workflow import LIMITS, Workflow
 
 DONE, FAILED, USAGE, WAITING, STOPPED = range(5)
 """Exit codes."""
@@ -57,7 +70,7 @@ ENDING_S = 5.0
 # -- what can be asked for ---------------------------------------------------------------------------------------------
 
 _DEBUG = Option("debug", "show where an error comes from", "switch", own=True)
-_SHARED = ("until", "inputs", "engine", "tape", "on_gate", "workspace")
+_SHARED = ("until", "inputs", "engine", "tape", "on_gate", "workspace", *LIMITS)
 
 RUN = Command(
     "run",
@@ -86,6 +99,13 @@ TUTORIAL = Command(
         _DEBUG,
     ),
 )
+PERMISSIONS = Command(
+    "permissions",
+    "The tools that may always be called unasked; revoke NAME: ask again before that one.",
+    "cm.permissions(…)",
+    COMMANDS["permissions"].arguments,
+    (Option("journal", "beside which the list is kept", example="FILE"), _DEBUG),
+)
 DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.", "cm.doctor()", (), (_DEBUG,))
 DOCTOR_CODES = "Exit codes: 0 all is well; 1 there is something to look at.\n"
 
@@ -94,6 +114,7 @@ cm-notebook: workflows of AI agents, with you deciding at the right moments.
 
   cm-notebook tutorial [NAME]    copy the notebooks and open them in JupyterLab
   cm-notebook run FILE           run the workflow in a .py or .json file
+  cm-notebook permissions        the tools that may always be called unasked
   cm-notebook doctor             what is here, what is missing, how to mend it
   cm-notebook COMMAND --help     more about one of them
   cm-notebook --version
@@ -264,7 +285,12 @@ def _dispatch(words: list[str]) -> int:
     if name in ("-V", "--version"):
         print(f"cm-notebook {version()}")
         return DONE
-    commands: dict[str, Callable[[list[str]], int]] = {"run": _run, "tutorial": _tutorial, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": _run,
+        "tutorial": _tutorial,
+        "permissions": _permissions,
+        "doctor": _doctor,
+    }
     if name not in commands:
         raise _Misunderstood(f"there is no command {name!r}. {did_you_mean(name, commands, 'Commands')}")
     return commands[name](words[1:])
@@ -279,6 +305,19 @@ def version() -> str:
         return installed("cm-notebook")
     except PackageNotFoundError:
         return "(from its sources)"
+
+
+def _permissions(words: list[str]) -> int:
+    asked = _Parser(PERMISSIONS).read(words)
+    if asked is None:
+        return DONE
+    found = permissions(asked.get("journal"))
+    if asked["what"] is not None:
+        if asked["what"] != "revoke" or asked["tool"] is None:
+            raise _Misunderstood("permissions lists them; permissions revoke NAME takes one back.")
+        found.revoke(asked["tool"])
+    print(clean(repr(found)))
+    return DONE
 
 
 def _doctor(words: list[str]) -> int:
@@ -340,7 +379,7 @@ def _beginning(asked: dict[str, Any], policy: Any) -> Callable[[], tuple[Run, in
     runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
     inputs = asked.get("inputs", {})
-    given = {name: asked[name] for name in ("engine", "tape", "until") if name in asked}
+    given = {name: asked[name] for name in ("engine", "tape", "until", *LIMITS) if name in asked}
     if "resume" not in asked:
         workspace = asked.get("workspace")
         return lambda: (
@@ -471,10 +510,33 @@ def _choose(module: ModuleType, file: str, name: str | None) -> Workflow:
 
 _KEYS: dict[str, str] = {
     **{"approve": "a", "reject": "r", "edit": "e", "skip": "s", "stop": "t"},
-    **{"retry": "y", "prompt": "p", "rerun": "f"},
+    **{"retry": "y", "prompt": "p", "rerun": "f", "run": "u", "always": "w"},
 }
 _LONG, _HEAD, _TAIL = 60, 40, 12
 """Lines of an output: from how many on it is cut, and how many then remain of its beginning and end."""
+_STREAMED = 32_000
+"""Characters of an attempt that are printed as they are written; of what comes then, as many from its end."""
+
+
+class Streamed:
+    """What an agent has written in one attempt, and how much of it was printed."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self.printed = self.left_out = 0
+
+    def take(self, text: str) -> str:
+        """The part of `text` that is to be printed now."""
+        self._pieces.append(text)
+        shown = text[: max(0, _STREAMED - self.printed)]
+        self.printed += len(shown)
+        self.left_out += len(text) - len(shown)
+        return shown
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self._pieces)
 
 
 class Session:
@@ -497,8 +559,8 @@ class Session:
         self._awake = threading.Event()
         self._rests = False
         self._ended: BaseException | None = None
-        self._written: dict[tuple[str, int], list[str]] = {}
-        """What has been printed of an attempt's text, in pieces."""
+        self._thinks = False
+        self._written: dict[tuple[str, int], Streamed] = {}
 
     def see_through(self, again: str | None, until: str | None = None, ready: Callable[[], None] = lambda: None) -> int:
         """Follow the run until it rests; returns the exit code, having said why if it is not 0.
@@ -539,8 +601,10 @@ class Session:
     def _take(self, take: Callable[[], Iterable[AnyEvent | LiveText]]) -> None:
         """Tell what there is, and ask about a gate that is open then; until there is nothing more."""
         self._tell(take())
-        while self._asks and (gate := next(iter(self._state.gates.values()), None)) is not None:
-            self._put(gate)
+        chosen: str | None = None
+        while self._asks and (gates := self._state.gates):
+            gate = gates.get(chosen or "") or next(iter(gates.values()))
+            chosen = self._put(gate, take)
             self._tell(take())
 
     def _await_rest(self) -> None:
@@ -566,7 +630,9 @@ class Session:
     def _tell(self, things: Iterable[AnyEvent | LiveText]) -> None:
         for thing in things:
             if isinstance(thing, LiveText):
-                if self._verbose:
+                if self._verbose and thing.kind == "thinking":
+                    self._think(thing.text)
+                elif self._verbose:
                     self._write(thing.path, thing.attempt, thing.text)
             elif thing.seq > self._state.seq:
                 apply(self._state, thing)
@@ -577,10 +643,8 @@ class Session:
     def _tell_event(self, event: AnyEvent) -> None:
         if isinstance(event, TurnStarted):
             self._written.pop((event.path, event.attempt), None)
-        if isinstance(event, TurnFinished) and self._verbose and not self._is_written(event, event.text):
-            self._console.fresh_line()
-            self._written.pop((event.path, event.attempt), None)
-            self._write(event.path, event.attempt, event.text)
+        if isinstance(event, (TurnFinished, TurnFailed, TurnCutShort)) and self._verbose:
+            self._tell_rest(event)
         if isinstance(event, GateOpened) and (self._asks or event.gate.kind == "failed"):
             return  # the question says it, or the failure was the line before
         if (line := say.event_line(self._state, event)) is not None:
@@ -588,12 +652,49 @@ class Session:
             good = isinstance(event, RunFinished) and event.status == "completed"
             self._console.line(line, "red" if bad else "green" if good else "")
 
+    def _think(self, text: str) -> None:
+        """What an agent thinks stands apart, and is no part of its answer."""
+        if not self._thinks:
+            self._console.fresh_line()
+        self._thinks = True
+        self._console.live(clean(text), "dim")
+
     def _write(self, path: str, attempt: int, text: str) -> None:
-        self._written.setdefault((path, attempt), []).append(text)
-        self._console.live(clean(text))
+        if self._thinks:
+            self._console.fresh_line()
+        self._thinks = False
+        self._console.live(clean(self._written.setdefault((path, attempt), Streamed()).take(text)))
+
+    def _tell_rest(self, event: TurnFinished | TurnFailed | TurnCutShort) -> None:
+        """What is left to be printed of an attempt's text as it ends: the end of a long one, or all that came late."""
+        if isinstance(event, TurnFinished) and not self._is_written(event, event.text):
+            self._console.fresh_line()
+            self._written.pop((event.path, event.attempt), None)
+            self._write(event.path, event.attempt, event.text)
+        written = self._written.get((event.path, event.attempt))
+        if written is None or not written.left_out:
+            return
+        rest = written.text[-written.left_out :][-_STREAMED:]
+        omitted = written.left_out - len(rest)
+        written.left_out = 0
+        if omitted:
+            kept = isinstance(event, TurnFinished)
+            whole = f" Show all: `{self._in_python(f'[{event.path!r}].text')}`" if kept else ""
+            self._console.line(f"… {omitted:,} characters left out.{whole} …", "dim")
+        self._console.live(clean(rest))
+
+    def _in_python(self, what: str) -> str:
+        """What shows something of this run in Python; where nothing is kept, what would keep it."""
+        path = self._run._journal.path
+        if path == ":memory:":
+            return "--journal FILE"
+        usual = os.path.realpath(str(config.setting("journal"))) == path
+        return f"cm.Run.open({self._run.id!r}{'' if usual else f', {path!r}'}){what}"
 
     def _is_written(self, place: TurnFinished | Gate, text: str) -> bool:
-        return "".join(self._written.get((place.path, place.attempt), ())).strip() == text.strip()
+        """Whether all of `text` stands on the screen."""
+        written = self._written.get((place.path, place.attempt))
+        return written is not None and written.text.strip() == text.strip()
 
     def _end(self, again: str | None, why: str, until: str | None) -> int:
         """The exit code; what is not 0 is explained on stderr."""
@@ -611,7 +712,7 @@ class Session:
             "paused": "" if as_asked else f"{say.one_line(state.name, 80)} is paused: {state.pause_reason}.",
         }
         if message := str(self._ended or said.get(status, "")):
-            _complain(message, more=f"cm.Run.open({self._run.id!r}).state.reason")
+            _complain(message, more=self._in_python(".state.reason"))
         if again is not None:
             _complain(f"Go on with it: {again}", sign="")
         if as_asked:
@@ -620,47 +721,109 @@ class Session:
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    def _put(self, gate: Gate) -> None:
-        """Show the gate and take answers until it is closed, here or by somebody else."""
+    def _put(self, gate: Gate, take: Callable[[], Iterable[AnyEvent | LiveText]]) -> str | None:
+        """Show the gate and take answers until it is closed, here or by somebody else.
+
+        Returns the id of another open gate when the person wants to go to that one.
+        """
         step = self._state.find(gate.path)
         self._show(gate, step)
         while self._is_open(gate):
-            line = self._console.ask("answer> " if gate.kind == "question" else "> ", lambda: not self._is_open(gate))
+            others = f"{gate.path} " if len(self._state.gates) > 1 else ""
+            prompt = f"{others}answer> " if gate.kind == "question" else f"{others.strip()}> "
+            line = self._console.ask(prompt, lambda: not self._is_open(gate) or self._opened())
             if line is None:
-                self._console.line("(answered elsewhere)", "dim")
-                return
+                if self._is_open(gate):  # another one was opened meanwhile; this one is still asked about
+                    self._tell(take())
+                    if tray := self._tray(gate):
+                        self._console.say(tray)
+                    continue
+                break
             try:
+                if (other := self._other(gate, line.strip())) is not None:
+                    return other
                 decision = self._decision(gate, step, line.strip())
                 if decision is not None:
                     self._run.decide(gate.id, decision, digest=gate.digest)
-                    return
+                if decision is not None or not self._is_open(gate):
+                    return None
             except CodeMachineError as error:
                 self._console.say(str(error), "yellow")
+        self._console.line(self._closed_by(gate), "dim")
+        return None
 
     def _is_open(self, gate: Gate) -> bool:
         with self._run.reading() as state:
             return gate.id in state.gates
 
+    def _opened(self) -> bool:
+        """Whether there is an open gate that the person has not been told of."""
+        with self._run.reading() as state:
+            return not state.gates.keys() <= self._state.gates.keys()
+
+    def _closed_by(self, gate: Gate) -> str:
+        with self._run.reading() as state:
+            decision = state.decisions.get(gate.id)
+        in_vain = decision is not None and decision.by == GATE_DEADLINE
+        return "(its time is over)" if in_vain else "(answered elsewhere)"
+
+    def _tray(self, gate: Gate) -> str:
+        """Which gates are open, when it is more than one, and how to go to another."""
+        gates = [*self._state.gates.values()]
+        if len(gates) < 2 or gate not in gates:
+            return ""
+        named = "  ".join(f"[{number}] {one.path} ({one.kind})" for number, one in enumerate(gates, 1))
+        here = gates.index(gate) + 1
+        how = "an empty line goes to the next" if gate.kind == "question" else "g goes to the next, g 2 to the second"
+        return f"{len(gates)} gates are open: {named}. This is {here}; {how}."
+
+    def _other(self, gate: Gate, line: str) -> str | None:
+        """The id of the open gate that `line` asks to go to.
+
+        Raises
+        ------
+        WorkflowError    There is no such gate.
+        """
+        ids = [*self._state.gates]
+        asked = re.fullmatch(r"" if gate.kind == "question" else r"[gG](?:ate)?(?:\s+(\S+))?", line)
+        if asked is None or len(ids) < 2:
+            return None
+        number = asked[1] if gate.kind != "question" else None
+        if number is None:
+            return ids[(ids.index(gate.id) + 1) % len(ids)]
+        if number not in map(str, range(1, len(ids) + 1)):
+            raise WorkflowError(f"there is no gate {number!r}. Open: 1 to {len(ids)}.")
+        return ids[int(number) - 1]
+
     def _show(self, gate: Gate, step: StepState) -> None:
-        shown = self._subject(gate, step)
+        shown, asks = self._subject(gate, step), gate.kind == "question"
         if shown and not self._is_written(gate, shown):
             self._console.say(f"--- {gate.path}{f', attempt {gate.attempt}' if gate.attempt > 1 else ''}", "dim")
-            lines = say.bounded(shown, "v").splitlines()
-            if len(lines) > _LONG:
+            more = self._in_python(f".gate({gate.path!r}).payload['question']") if asks else "v"
+            lines = say.bounded(shown, more).splitlines()
+            if len(lines) > _LONG and not asks:  # there, what is typed is the answer, so nothing can be asked for
                 left_out = len(lines) - _HEAD - _TAIL
                 lines[_HEAD:-_TAIL] = [f"… {left_out} lines more: v shows all …"]
             self._console.say("\n".join(lines))
             self._console.say("---", "dim")
-        self._console.say(clean(say.gate_sentence(self._state, gate)), "bold")
+        beside = gate.kind == "permission" or (asks and bool(shown))
+        self._console.say(clean(say.gate_sentence(self._state, gate, beside=beside)), "bold")
         self._console.forget_typed()
+        if tray := self._tray(gate):
+            self._console.say(tray)
         self._console.say(self._choices(gate, step))
 
     def _subject(self, gate: Gate, step: StepState) -> str:
         """The text that is decided about."""
         if gate.kind == "start":
             return self._state.text(step.redo.prompt) if step.redo is not None else ""
-        if gate.kind == "question":
+        if gate.kind == "budget":
             return ""
+        if gate.kind == "permission":
+            return say.requested(gate)
+        if gate.kind == "question":
+            question = str(gate.payload.get("question", ""))
+            return "" if say.one_line(question, say.QUESTION) == question else question  # else the sentence has it
         last = step.last
         if gate.kind == "failed":
             return (last.error.detail or "") if last is not None and last.error is not None else ""
@@ -669,8 +832,8 @@ class Session:
     def _choices(self, gate: Gate, step: StepState) -> str:
         if gate.kind == "question":
             return "Type the answer. Ctrl+C stops the run."
-        found = [f"[{_KEYS[way.action]}] {way.label}" for way in say.ways(self._state, gate)]
-        if len(step.attempts) > 1 and gate.kind != "start":
+        found = [f"[{_KEYS[way.name]}] {way.label}" for way in say.ways(self._state, gate)]
+        if len(step.attempts) > 1 and gate.kind not in ("start", "permission", "budget"):
             found.append("[d] Diff")
         return "  ".join([*found, "[?] Help"])
 
@@ -685,7 +848,7 @@ class Session:
             return Decision(action="answer", feedback=line) if line else None
         word, _, rest = line.partition(" ")
         word, rest = word.lower(), rest.strip()
-        ways = {way.action: way for way in say.ways(self._state, gate)}
+        ways = {way.name: way for way in say.ways(self._state, gate)}
         known: dict[str, str] = {"d": "diff", "v": "view", "?": "help"}
         for name in ways:
             known |= {_KEYS[name]: name, name: name}
@@ -693,15 +856,20 @@ class Session:
         if action is None:
             self._console.say(self._choices(gate, step))
             return None
-        if action in ("diff", "view", "help"):
+        if action == "diff":
+            self._console.say(self._diff(gate, step, whole=rest.lower() == "all"))
+            return None
+        if action in ("view", "help"):
             self._console.say(getattr(self, f"_{action}")(gate, step))
             return None
+        if rest and action == "approve" and gate.kind == "budget":
+            return Decision(action="approve", **options.limit_in_words(gate.payload["limit"], rest))
         if rest and action not in ("reject", "retry"):
             raise WorkflowError(f"{action} takes no words; nothing was decided.")
         if action == "rerun":
             self._run.rerun(step.id, later=True)
             return None
-        return self._made(gate, step, ways[action], rest)  # type: ignore[index]
+        return self._made(gate, step, ways[action], rest)
 
     def _made(self, gate: Gate, step: StepState, way: say.Way, rest: str) -> Decision | None:
         action = way.action
@@ -723,7 +891,7 @@ class Session:
                 raise WorkflowError("retry takes a number, and only where a loop is used up: y 2")
             return Decision(action="retry", count=int(rest))
         made: Action = action  # type: ignore[assignment]
-        return Decision(action=made, count=way.times)
+        return Decision(action=made, count=way.times, scope=way.scope)
 
     def _asked(self, question: str, gate: Gate) -> str:
         return (self._console.ask(question, lambda: not self._is_open(gate)) or "").strip()
@@ -735,12 +903,19 @@ class Session:
     def _view(self, gate: Gate, step: StepState) -> str:
         return clean(self._subject(gate, step)) or "There is no text."
 
-    def _diff(self, gate: Gate, step: StepState) -> str:
-        return clean(self._run[gate.path].diff()) if len(step.attempts) > 1 else "There is only one attempt."
+    def _diff(self, gate: Gate, step: StepState, *, whole: bool) -> str:
+        if len(step.attempts) < 2:
+            return "There is only one attempt."
+        changes = self._run[gate.path].diff()
+        return clean(changes) if whole else say.bounded(changes, "d all")
 
     def _help(self, gate: Gate, step: StepState) -> str:
         meanings = {
-            "approve": "go on with what is shown",
+            "approve": "go on with what is shown"
+            if gate.kind != "budget"
+            else "go on with the same amount again; a 2 with two, in the limit's unit",
+            "run": "the same, and do not ask about this tool again in this run",
+            "always": "the same, and never ask about this tool again; cm-notebook permissions lists them",
             "reject": "send it back; r WORDS says why",
             "edit": "change the text in your editor ($EDITOR), and go on with that",
             "prompt": "change its prompt in your editor ($EDITOR), and try that",
@@ -749,10 +924,12 @@ class Session:
             "skip": "go on without it",
             "stop": "end the run; it can be resumed",
         }
-        rows = [[_KEYS[way.action], way.label, meanings[way.action]] for way in say.ways(self._state, gate)]
+        rows = [[_KEYS[way.name], way.label, meanings[way.name]] for way in say.ways(self._state, gate)]
         if len(step.attempts) > 1:
             rows.append(["d", "Diff", "what changed since the attempt before"])
         rows.append(["v", "View", "all of the text"])
+        if len(self._state.gates) > 1:
+            rows.append(["g", "Gate", "the next open gate; g 2 is the second"])
         rows += [["Ctrl+C", "", "stop the run"], ["Ctrl+D", "", "leave; the gate stays open"]]
         return "\n".join(f"  {line}" for line in say.table(rows))
 
@@ -788,10 +965,10 @@ class Console:
         self.fresh_line()
         self._write(self._out, _painted(self._out, text, look) + "\n")
 
-    def live(self, text: str) -> None:
+    def live(self, text: str, look: str = "") -> None:
         """A piece of text as it is written."""
         if text:
-            self._write(self._out, text)
+            self._write(self._out, _painted(self._out, text, look))
             self._mid_line = not text.endswith("\n")
 
     def fresh_line(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +85,11 @@ def lookup(name: str) -> tuple[Any, str]:
         if name in values:
             return _fitting(name, kind, values[name], f"{file}: {name}"), file
     return SETTINGS[name].default, "default"
+
+
+def shown(value: Any) -> Any:
+    """The value as it may be shown: an address without the name and the password in it."""
+    return re.sub(r"//[^/@]*@", "//", value) if isinstance(value, str) else value
 
 
 def _fitting(name: str, kind: Kind, value: Any, where: str) -> Any:

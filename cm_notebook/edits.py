@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import WorkflowError
-from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, WorkflowChanged, sound
+from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, WorkflowChanged
 from .prompts import agent_facts, check_templates, fingerprint
 from .state import RunState, cut_all
-from .workflow import Agent, Separator, Step, Workflow, check_inputs, step_data
+from .workflow import Agent, Separator, Step, Workflow, check_inputs, limits_of, sound, step_data
 
 _MISSING = object()
 
@@ -72,6 +72,7 @@ def changed(
         autonomous_mode=state.autonomous_mode,
         inputs=values,
         engine=state.engine,
+        **state.default_limits,
     )
     check_templates(made, values)
     return made
@@ -157,8 +158,9 @@ def _redefinition(state: RunState, workflow: Workflow, inputs: Mapping[str, Any]
     engine = (workflow.engine or "") if workflow.engine != state.engine else None
     team = workflow.sub_agents if workflow.sub_agents != state.sub_agents else None
     agents = _others(state, (workflow.agent(name) for name in workflow.sub_agents))
+    limits = {name: most for name, most in limits_of(workflow).items() if state.default_limits.get(name) != most}
     places = workflow.max_concurrency if workflow.max_concurrency != state.max_concurrency else None
-    if not new and not agents and (mode, engine, team, places) == (None,) * 4:
+    if not new and not agents and not limits and (mode, engine, team, places) == (None,) * 4:
         return []
     given = {name: value for name, value in new.items() if name not in defaults}
     return [
@@ -170,6 +172,7 @@ def _redefinition(state: RunState, workflow: Workflow, inputs: Mapping[str, Any]
             sub_agents=team,
             agents=agents,
             max_concurrency=places,
+            default_limits=limits or None,
         )
     ]
 

@@ -7,20 +7,29 @@ in one event only; whoever needs it again holds a ``Ref`` to that event. What an
 Annotations are evaluated here, as in ``workflow.py``: from text, pydantic would compile each of them at every import.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+import json
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic_core import to_json
 
+from . import keys
 from .errors import CodeMachineError
-from .workflow import AutonomousMode, Model, Verdict
+from .workflow import AutonomousMode, GateDefault, Model, Verdict, Workflow
 
 Mode = Literal["step-by-step", "gates", "unattended"]
 """Who drives: a pause after every step, a pause where a step asks for one, or no pause at all."""
 
 RunEnd = Literal["completed", "stopped", "failed"]
 
-GateKind = Literal["review", "start", "verdict", "exhausted", "failed", "stale", "question", "may_have_run"]
+GateKind = Literal[
+    "review", "start", "verdict", "exhausted", "failed", "stale", "question", "permission", "may_have_run", "budget"
+]
 Action = Literal["approve", "reject", "retry", "skip", "answer", "stop"]
+Scope = Literal["once", "run", "always"]
+"""For how long a permission counts: for this call, for this tool in this run, for this tool for ever."""
+GATE_DEADLINE = "deadline"
+"""Who decided at a gate that nobody has answered in time."""
 
 ACTIONS: dict[GateKind, tuple[Action, ...]] = {
     "review": ("approve", "reject", "skip", "stop"),
@@ -30,12 +39,16 @@ ACTIONS: dict[GateKind, tuple[Action, ...]] = {
     "failed": ("retry", "skip", "stop"),
     "stale": ("approve", "retry", "skip", "stop"),
     "question": ("answer", "stop"),
+    "permission": ("approve", "reject", "stop"),
     "may_have_run": ("approve", "retry", "skip", "stop"),
+    "budget": ("approve", "stop"),
 }
 """What may be decided at each kind of gate."""
 
-EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted")
-"""Where approving may carry an edited text."""
+EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted", "permission")
+"""Where approving may carry an edited text; for a permission, the arguments as a JSON object."""
+ASKED_BY_TURNS: tuple[GateKind, ...] = ("question", "permission")
+"""Those that a turn opens in its midst, and for whose answer it waits."""
 OTHER_WORDS = "your words reached no model"
 """So ends the note of a turn whose answer was recorded for another prompt."""
 
@@ -91,13 +104,18 @@ class Gate(Fact):
     kind
         What is to be decided, see ``ACTIONS``.
     payload
-        What the person should know: ``reason``, ``question``, ``error``, ``note``.
+        What the person should know: ``reason``, ``question``, ``error``, ``note``; of a permission ``tool`` and its
+        ``arguments``.
     digest
         SHA-256 of the text that is decided about; what was approved is what runs.
     actions
         The decisions that are possible.
-    opened_at
-        Unix time in seconds.
+    timeout_s
+        Seconds after which it is decided without a person; ``None``: it waits for ever.
+    default
+        What is decided then; ``None``: the run stops. Never ``approve``.
+    opened_at, deadline
+        Unix time in seconds; the deadline is when `timeout_s` is over.
     """
 
     id: str
@@ -108,7 +126,10 @@ class Gate(Fact):
     payload: dict[str, Any] = Field(default_factory=dict)
     digest: str
     actions: tuple[Action, ...]
+    timeout_s: float | None = None
+    default: GateDefault | None = None
     opened_at: float = Field(default=0.0, exclude=True)
+    deadline: float | None = Field(default=None, exclude=True)
 
 
 class Decision(Model):
@@ -121,13 +142,17 @@ class Decision(Model):
     feedback
         Why it is rejected, or the answer to a question.
     output
-        The edited text to go on with (approve).
+        The edited text to go on with (approve); at ``permission`` the arguments, as a JSON object.
     prompt
         The edited prompt to try again with (retry).
     count
         How many more iterations (retry at ``exhausted``).
+    scope
+        For how long a tool is allowed (approve at ``permission``): ``once``, ``run``, ``always``; ``None``: once.
+    max_cost_usd, max_tokens, max_turns
+        How much more may be used (approve at ``budget``); ``None``: the same amount again.
     by
-        Who decided: ``"you"``, ``"tape"``, ``"on_gate"``, ``"unattended mode"`` …
+        Who decided: ``"you"``, ``"tape"``, ``"on_gate"``, ``"unattended mode"``, ``"deadline"`` …
     at
         Unix time in seconds; set when it is recorded.
     """
@@ -137,35 +162,50 @@ class Decision(Model):
     output: str | None = None
     prompt: str | None = None
     count: int = Field(default=1, ge=1)
+    scope: Scope | None = None
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_turns: int | None = Field(default=None, ge=1)
     by: str = "you"
     at: float = Field(default=0.0, exclude=True)
 
 
 class BaseEvent(Fact):
-    """A fact with its place and time. Both are columns of the journal, so the body leaves them out."""
+    """A fact with its kind, place and time.
 
-    seq: int = Field(default=0, exclude=True)
-    at: float = Field(default=0.0, exclude=True)
+    These three are columns of the journal and no fields: the body leaves them out, and nobody but :func:`place` gives
+    them. (Fields that all events share would also be copied for each kind, at every import.)
+    """
+
+    type: ClassVar[str]
+    seq: ClassVar[int] = 0
+    at: ClassVar[float] = 0.0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.type = cls.__name__
 
 
 class RunStarted(BaseEvent):
-    """The run exists. ``recorded``: the name under which its tape was recorded."""
+    """The run exists. ``recorded``: the name under which its tape was recorded.
 
-    type: Literal["RunStarted"] = Field(default="RunStarted", exclude=True)
+    ``limits``: what it may use, by option, where that is not as the workflow says.
+    """
+
     run_id: str
-    workflow: dict[str, Any]
+    workflow: Annotated[Workflow, PlainSerializer(Workflow.to_dict)]
     inputs: dict[str, Any] = Field(default_factory=dict)
     fingerprints: dict[str, str] = Field(default_factory=dict)
     until: str | None = None
     workspace: str | None = None
     recorded: str | None = None
     max_concurrency: int | None = None
+    limits: dict[str, int | float] | None = None
 
 
 class RunResumed(BaseEvent):
     """The run goes on after it had ended or its process had died."""
 
-    type: Literal["RunResumed"] = Field(default="RunResumed", exclude=True)
     by: str = "you"
     reason: str = ""
     until: str | None = None
@@ -174,7 +214,6 @@ class RunResumed(BaseEvent):
 class RunPaused(BaseEvent):
     """Nothing new starts until ``RunUnpaused``; what runs may finish."""
 
-    type: Literal["RunPaused"] = Field(default="RunPaused", exclude=True)
     reason: str = ""
 
 
@@ -184,7 +223,6 @@ class RunUnpaused(BaseEvent):
     ``once``: as far as that step has run once, even if it is a module that sends the run back.
     """
 
-    type: Literal["RunUnpaused"] = Field(default="RunUnpaused", exclude=True)
     until: str | None = None
     once: bool = False
 
@@ -192,14 +230,12 @@ class RunUnpaused(BaseEvent):
 class ModeChanged(BaseEvent):
     """Somebody else drives from now on."""
 
-    type: Literal["ModeChanged"] = Field(default="ModeChanged", exclude=True)
     mode: Mode
 
 
 class RunFinished(BaseEvent):
     """Nothing goes on by itself any more."""
 
-    type: Literal["RunFinished"] = Field(default="RunFinished", exclude=True)
     status: RunEnd
     reason: str = ""
 
@@ -209,9 +245,9 @@ class WorkflowChanged(BaseEvent):
 
     ``defaults``: inputs whose value is another one in the definition; ``inputs``: those that were given besides.
     ``engine``: ``""`` where the definition names none any more; ``agents``: the sub-agents that are others now.
+    ``limits``: what may be used in all, by option, as a person says now; ``default_limits``: as the definition does.
     """
 
-    type: Literal["WorkflowChanged"] = Field(default="WorkflowChanged", exclude=True)
     inputs: dict[str, Any] = Field(default_factory=dict)
     defaults: dict[str, Any] = Field(default_factory=dict)
     autonomous_mode: AutonomousMode | None = None
@@ -219,12 +255,13 @@ class WorkflowChanged(BaseEvent):
     sub_agents: list[str] | None = None
     agents: list[dict[str, Any]] = Field(default_factory=list)
     max_concurrency: int | None = None
+    limits: dict[str, int | float] | None = None
+    default_limits: dict[str, int | float] | None = None
 
 
 class StepAdded(BaseEvent):
     """A step was put first, after the step ``after``, or last; with agents and inputs that came with it."""
 
-    type: Literal["StepAdded"] = Field(default="StepAdded", exclude=True)
     step: dict[str, Any]
     after: str | None = None
     first: bool = False
@@ -236,7 +273,6 @@ class StepAdded(BaseEvent):
 class StepChanged(BaseEvent):
     """A step is defined anew; if it had run, its output is stale now."""
 
-    type: Literal["StepChanged"] = Field(default="StepChanged", exclude=True)
     step: dict[str, Any]
     agents: list[dict[str, Any]] = Field(default_factory=list)
     inputs: dict[str, Any] = Field(default_factory=dict)
@@ -246,14 +282,12 @@ class StepChanged(BaseEvent):
 class StepRemoved(BaseEvent):
     """The step is no longer part of the workflow."""
 
-    type: Literal["StepRemoved"] = Field(default="StepRemoved", exclude=True)
     step: str
 
 
 class StepSkipped(BaseEvent):
     """The step was passed over by rule; an output it had is kept."""
 
-    type: Literal["StepSkipped"] = Field(default="StepSkipped", exclude=True)
     step: str
     path: str
     reason: str
@@ -262,7 +296,6 @@ class StepSkipped(BaseEvent):
 class TurnStarted(BaseEvent):
     """A prompt was sent. The text is that of ``prompt`` and then ``context``; ``digest`` is its SHA-256."""
 
-    type: Literal["TurnStarted"] = Field(default="TurnStarted", exclude=True)
     step: str
     path: str
     attempt: int
@@ -278,7 +311,6 @@ class TurnStarted(BaseEvent):
 class SessionOpened(BaseEvent):
     """The agent said by which id its conversation can be continued, whatever becomes of the turn."""
 
-    type: Literal["SessionOpened"] = Field(default="SessionOpened", exclude=True)
     step: str
     path: str
     attempt: int
@@ -286,10 +318,37 @@ class SessionOpened(BaseEvent):
     session_id: str
 
 
-class TurnFinished(BaseEvent):
-    """The agent answered. ``duration_s`` only where it was not measured here (a tape); ``note`` is said beside it."""
+class ToolCalled(BaseEvent):
+    """The agent called a tool; ``arguments``: as JSON, or as it wrote them; long ones are cut in the middle."""
 
-    type: Literal["TurnFinished"] = Field(default="TurnFinished", exclude=True)
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    call_id: str
+    name: str
+    arguments: str = ""
+
+
+class ToolReturned(BaseEvent):
+    """What the agent was told of that call, cut in the middle; ``failed``: it raised, was refused, or was no call."""
+
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    call_id: str
+    name: str
+    text: str
+    failed: bool = False
+
+
+class TurnFinished(BaseEvent):
+    """The agent answered. ``duration_s`` only where it was not measured here (a tape); ``note`` is said beside it.
+
+    ``cost_estimated``: the cost was computed from a table of prices.
+    """
+
     step: str
     path: str
     attempt: int
@@ -299,38 +358,45 @@ class TurnFinished(BaseEvent):
     verdict: Verdict | None = None
     usage: Usage | None = None
     cost_usd: float | None = None
+    cost_estimated: bool | None = None
     session_id: str | None = None
     duration_s: float | None = None
     note: str | None = None
 
 
 class TurnFailed(BaseEvent):
-    """The turn failed; it is tried again in ``retry_in_s`` seconds, or (``None``) not unasked."""
+    """The turn failed; it is tried again in ``retry_in_s`` seconds, or (``None``) not unasked.
 
-    type: Literal["TurnFailed"] = Field(default="TurnFailed", exclude=True)
+    ``usage``, ``cost_usd``: what it is known to have used; that is paid all the same.
+    """
+
     step: str
     path: str
     attempt: int
     turn: int = 1
     error: ErrorInfo
     retry_in_s: float | None = None
+    usage: Usage | None = None
+    cost_usd: float | None = None
+    cost_estimated: bool | None = None
 
 
 class TurnCutShort(BaseEvent):
-    """The turn was stopped, or its process died, before it ended."""
+    """The turn was stopped, or its process died, before it ended; ``usage``, ``cost_usd``: as of ``TurnFailed``."""
 
-    type: Literal["TurnCutShort"] = Field(default="TurnCutShort", exclude=True)
     step: str
     path: str
     attempt: int
     turn: int = 1
     reason: str = ""
+    usage: Usage | None = None
+    cost_usd: float | None = None
+    cost_estimated: bool | None = None
 
 
 class GateOpened(BaseEvent):
     """The run waits for a decision. ``prompt`` and ``context``: the prompt that a ``start`` gate asks about."""
 
-    type: Literal["GateOpened"] = Field(default="GateOpened", exclude=True)
     gate: Gate
     prompt: tuple[Part, ...] | None = None
     context: tuple[Part, ...] | None = None
@@ -339,7 +405,6 @@ class GateOpened(BaseEvent):
 class GateDecided(BaseEvent):
     """The gate has its answer, the only one it will ever have."""
 
-    type: Literal["GateDecided"] = Field(default="GateDecided", exclude=True)
     gate_id: str
     decision: Decision
 
@@ -365,7 +430,6 @@ class AgentsCalled(BaseEvent):
     it belongs to, which of a parallel step begins with it.
     """
 
-    type: Literal["AgentsCalled"] = Field(default="AgentsCalled", exclude=True)
     step: str
     path: str
     attempt: int
@@ -378,7 +442,6 @@ class AgentsCalled(BaseEvent):
 class AgentsReturned(BaseEvent):
     """The agents that the step had called have all ended, or are not waited for any more."""
 
-    type: Literal["AgentsReturned"] = Field(default="AgentsReturned", exclude=True)
     step: str
     path: str
     call: int
@@ -387,7 +450,6 @@ class AgentsReturned(BaseEvent):
 class StepFailed(BaseEvent):
     """A called agent has failed for good, as nobody was there to decide about it; its caller is told."""
 
-    type: Literal["StepFailed"] = Field(default="StepFailed", exclude=True)
     step: str
     path: str
     reason: str
@@ -396,7 +458,6 @@ class StepFailed(BaseEvent):
 class LoopedBack(BaseEvent):
     """A module sent the run back to the step ``to``; ``iteration`` is the pass that begins."""
 
-    type: Literal["LoopedBack"] = Field(default="LoopedBack", exclude=True)
     module: str
     to: str
     iteration: int
@@ -406,7 +467,6 @@ class LoopedBack(BaseEvent):
 class Rewound(BaseEvent):
     """The step ``to`` runs again; later outputs are stale, or (``later``) are made again too."""
 
-    type: Literal["Rewound"] = Field(default="Rewound", exclude=True)
     to: str
     later: bool = False
 
@@ -425,6 +485,8 @@ AnyEvent = (
     | StepSkipped
     | TurnStarted
     | SessionOpened
+    | ToolCalled
+    | ToolReturned
     | TurnFinished
     | TurnFailed
     | TurnCutShort
@@ -440,26 +502,29 @@ TYPES: dict[str, type[BaseEvent]] = {kind.__name__: kind for kind in get_args(An
 """The kinds of event, by name."""
 
 
-def sound(value: Any) -> Any:
-    """`value` without what UTF-8 cannot hold: lone surrogates, as undecodable bytes or half an emoji leave them."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, dict):
-        return {sound(key): sound(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [sound(inner) for inner in value]
-    return value
-
-
 def body(event: BaseEvent) -> str:
     """The event as JSON, without what the journal keeps in columns."""
-    return event.model_dump_json(exclude_none=True)
+    return to_json(event, exclude_none=True).decode()
+
+
+def without_keys(event: AnyEvent) -> AnyEvent:
+    """The event, with no key of a service in it, whoever may have written one."""
+    known = keys.known()
+    if not known:
+        return event
+    secrets = [json.dumps(secret)[1:-1] for secret in known]
+    text = body(event)
+    if not any(secret in text for secret in secrets):
+        return event
+    for secret in secrets:
+        text = text.replace(secret, keys.SHOWN)
+    return read(event.type, event.seq, event.at, text)
 
 
 def place(event: BaseEvent, seq: int, at: float) -> None:
-    """Give `event` its place and time; past pydantic's ``__setattr__``, which costs more than all the rest."""
-    fields = event.__dict__
-    fields["seq"], fields["at"] = seq, at
+    """Give `event` its place and time."""
+    own = event.__dict__
+    own["seq"], own["at"] = seq, at
 
 
 def read(type_name: str, seq: int, at: float, text: str) -> AnyEvent:

@@ -10,17 +10,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from .events import AnyEvent
+from .plain import Plain
 
 
-@dataclass(slots=True)
-class LiveText:
-    """Text that an agent wrote just now. It is not an event: what counts is the answer at the end of the turn."""
+@dataclass(slots=True, eq=False, repr=False)
+class LiveText(Plain):
+    """Text that an agent wrote just now. It is not an event: what counts is the answer at the end of the turn.
+
+    ``kind``: what an agent thinks before it writes comes to the views alone, not to ``run.stream()``.
+    """
 
     path: str
     attempt: int
     text: str
+    kind: Literal["text", "thinking"] = "text"
 
 
 class Feed:
@@ -35,7 +41,7 @@ class Feed:
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
         self._lock = threading.Lock()
-        self._things: list[AnyEvent | tuple[str, int, list[str]]] = []
+        self._things: list[AnyEvent | tuple[str, int, list[str], Literal["text", "thinking"]]] = []
         self._woken = False
 
     def wake(self) -> None:
@@ -51,16 +57,16 @@ class Feed:
             self._things.append(event)
         self.wake()
 
-    def put_text(self, path: str, attempt: int, text: str) -> None:
+    def put_text(self, path: str, attempt: int, text: str, kind: Literal["text", "thinking"] = "text") -> None:
         """Add live text; what stands last and is of the same turn grows."""
         with self._lock:
             last = self._things[-1] if self._things else None
-            if isinstance(last, tuple) and last[0] == path and last[1] == attempt:
+            if isinstance(last, tuple) and last[0] == path and last[1] == attempt and last[3] == kind:
                 last[2].append(text)
                 if len(last[2]) > 4096:
                     last[2][:] = ["".join(last[2])]
             else:
-                self._things.append((path, attempt, [text]))
+                self._things.append((path, attempt, [text], kind))
         self.wake()
 
     def take(self) -> list[AnyEvent | LiveText]:
@@ -68,5 +74,6 @@ class Feed:
         with self._lock:
             things, self._things, self._woken = self._things, [], False
         return [
-            LiveText(thing[0], thing[1], "".join(thing[2])) if isinstance(thing, tuple) else thing for thing in things
+            LiveText(thing[0], thing[1], "".join(thing[2]), thing[3]) if isinstance(thing, tuple) else thing
+            for thing in things
         ]

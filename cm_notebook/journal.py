@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import events as facts
 from .errors import JournalBusy, JournalError, RunLocked, did_you_mean
@@ -129,6 +129,26 @@ class MemoryJournal:
         self._leases.discard(run_id)
 
 
+class _Translated:
+    """What SQLite and the file system raise in the block, as a ``JournalError``."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, sqlite3.Error):
+            made = JournalBusy if _is_busy(error) else JournalError
+            raise made(_explain(self.path, error), path=self.path) from error
+        if isinstance(error, OSError):
+            problem = f"the journal {self.path} cannot be opened: {error.strerror or error}."
+            raise JournalError(problem, path=self.path) from error
+
+
 class Journal:
     """A journal in a file.
 
@@ -156,8 +176,7 @@ class Journal:
         with self._translated():
             _make(Path(self.path))
             self._check_owner()
-            self._place = Path(self.path)
-            self._file = self._place.stat()
+            self._file = os.stat(self.path)  # noqa: PTH116 - asked in every pass, and a Path asks four times as slowly
             self._writer = self._connect()
             self._migrate()
             self._writer.execute(f"PRAGMA busy_timeout={round(BEGIN_S * 1000)}")
@@ -192,7 +211,7 @@ class Journal:
     def in_place(self) -> bool:
         """Whether the file that is open here is still the one of this name."""
         try:
-            return os.path.samestat(self._file, self._place.stat())
+            return os.path.samestat(self._file, os.stat(self.path))  # noqa: PTH116
         except OSError:
             return False
 
@@ -233,17 +252,8 @@ class Journal:
         execute("SELECT no, id, name, notebook, created_at FROM runs LIMIT 1")
         execute("SELECT id, at, type, body FROM events LIMIT 1")
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            kind = JournalBusy if _is_busy(error) else JournalError
-            raise kind(_explain(self.path, error), path=self.path) from error
-        except OSError as error:
-            raise JournalError(
-                f"the journal {self.path} cannot be opened: {error.strerror or error}.", path=self.path
-            ) from error
+    def _translated(self) -> _Translated:
+        return _Translated(self.path)
 
     def create(self, run_id: str, name: str, notebook: str | None) -> None:
         """Name a new run; it is written together with its first events."""
@@ -414,18 +424,12 @@ class Journal:
         return Path(self.path + "-locks", f"{run_id}.lock")
 
     def _lock(self, run_id: str, timeout_s: float) -> BaseFileLock:
-        """The lock of this run. Its file may be removed by who lets go of it just now: then it is locked anew."""
+        """The lock of this run. Its file may be removed by who lets go of it just now: then filelock makes it anew."""
         from filelock import FileLock  # only durable runs need it
 
-        file = self._lock_file(run_id)
-        while True:
-            lock = FileLock(file, mode=0o600, thread_local=False)
-            lock.acquire(timeout=timeout_s, poll_interval=0.02)
-            held = os.fstat(cast("int", lock._context.lock_file_fd))
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(held, file.stat()):
-                    return lock
-            lock.release()
+        lock = FileLock(self._lock_file(run_id), mode=0o600, thread_local=False)
+        lock.acquire(timeout=timeout_s, poll_interval=0.02)
+        return lock
 
     def _unlock(self, run_id: str, lock: BaseFileLock) -> None:
         """Remove the file, and only then let go of it: what has the name is never free while somebody drives."""

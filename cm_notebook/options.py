@@ -90,6 +90,8 @@ class Command:
         What the body of its cell is.
     words
         Name of what the rest of the line is, taken as it stands; for words of the person's.
+    unsaid
+        What is said about words that are too much, in place of repeating them.
     twin
         The same in Python.
     """
@@ -103,6 +105,7 @@ class Command:
     body: str = ""
     words: str = ""
     examples: tuple[str, ...] = ()
+    unsaid: str = ""
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -112,10 +115,31 @@ INPUTS = Option(
 )
 OUT = Option("out", "store the result under this name", short=("-o",), example="run", own=True)
 _ENGINE = Option("engine", "which engine does the work", example="offline")
+LIMITS = (
+    Option(
+        "max_cost_usd",
+        "US dollars that may be spent before you are asked",
+        "number",
+        ("--max-cost",),
+        example="0.50",
+        above=0,
+    ),
+    Option("max_tokens", "tokens that may be used before you are asked", "count", example="50000", above=0),
+    Option("max_turns", "turns that may start before you are asked", "count", example="20", above=0),
+)
 _STEP_OPTIONS = (
     Option("agent", "who does it, if not the agent of the step's name", example="planner"),
     Option("interactive", "pause for a person, or not", "switch", off="--auto"),
     Option("gate", "where the pause falls", "choice", choices=("before", "after", "both")),
+    Option(
+        "gate_timeout_s",
+        "seconds a gate waits; then the run stops, or --gate-default is decided",
+        "number",
+        ("--gate-timeout",),
+        example="3600",
+        above=0,
+    ),
+    Option("gate_default", "what is decided then", "choice", choices=("reject", "skip", "stop")),
     Option("timeout_s", "seconds a turn may take", "number", ("--timeout",), example="300", above=0),
     Option("retries", "how often a dropped connection is tried again", "count", example="2", above=-1),
     Option("context", "which outputs it sees: previous, all, none, or names of steps", "context", example="previous"),
@@ -125,6 +149,7 @@ _STEP_OPTIONS = (
     Option("execute_once", "not repeated when a loop goes over it again", "switch"),
     Option("idempotent", "may run again after a crash, or ask first", "switch", off="--not-idempotent"),
     Option("raw", "leave {{ braces }} as they are", "switch"),
+    *LIMITS,
     Option("after", "put it behind this step", example="planner"),
     Option("no_run", "only add it", "switch", own=True),
     OUT,
@@ -158,6 +183,7 @@ COMMANDS: dict[str, Command] = {
                 _ENGINE,
                 Option("tape", "play a recorded run", example="tapes/01.jsonl"),
                 Option("workspace", "folder the agents work in", example="site"),
+                *LIMITS,
                 Option("new", "begin a new run, whatever there was", "switch", own=True),
                 OUT,
             ),
@@ -229,6 +255,7 @@ COMMANDS: dict[str, Command] = {
                 _ENGINE,
                 Option("tape", "play a recorded run", example="tapes/01.jsonl"),
                 Option("workspace", "folder the agents work in", example="site"),
+                *LIMITS,
                 Option(
                     "on_gate",
                     "answer to gates that nobody else answers",
@@ -243,7 +270,17 @@ COMMANDS: dict[str, Command] = {
         Command(
             "next", "Run exactly one step here, with its gate.", "run.next()", options=(OUT,), examples=("%cm next",)
         ),
-        Command("approve", "Go on with what the gate shows.", "run.approve(…)", (_STEP,), examples=("%cm approve",)),
+        Command(
+            "approve",
+            "Go on with what the gate shows; allow a tool; where a limit is reached, go on with so much more.",
+            "run.approve(…)",
+            (_STEP,),
+            (
+                Option("scope", "for how long a tool is allowed", "choice", choices=("once", "run", "always")),
+                *LIMITS,
+            ),
+            examples=("%cm approve", "%cm approve --scope run", "%cm approve --max-cost 1.00"),
+        ),
         Command(
             "reject",
             "Have it made again; your words go to the agent.",
@@ -340,10 +377,30 @@ COMMANDS: dict[str, Command] = {
             examples=("%cm resume r-1f2e3d4c",),
         ),
         Command(
+            "permissions",
+            "The tools that may always be called unasked; revoke NAME: ask again before that one.",
+            "cm.permissions()",
+            (Argument("what", "what to do", "choice", "?", ("revoke",)), Argument("tool", "which tool", many="?")),
+            (OUT,),
+            examples=("%cm permissions", "%cm permissions revoke write_file"),
+        ),
+        Command(
             "config",
             "Each setting, its value, and where that came from.",
             "cm_notebook.config",
             examples=("%cm config",),
+        ),
+        Command(
+            "keys",
+            "Which engines have a key and from where; set one, typed hidden and kept for this session, or forget it.",
+            "cm.keys.set(…)",
+            (
+                Argument("action", "what to do", many="?", choices=("set", "forget")),
+                Argument("name", "the engine", many="?"),
+            ),
+            examples=("%cm keys", "%cm keys set anthropic", "%cm keys forget anthropic"),
+            unsaid="a key is never written in a cell, where it would be saved: take it out of this one. "
+            "`%cm keys set NAME` asks for it in a hidden field.",
         ),
         Command(
             "doctor",
@@ -525,6 +582,8 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("the following arguments are required"):
             example = f" For instance: {command.examples[0].splitlines()[0]}" if command.examples else ""
             raise WorkflowError(f"`%cm {command.name}` needs {message.partition(': ')[2]}.{example}")
+        if message.startswith("unrecognized arguments") and command.unsaid:
+            raise WorkflowError(command.unsaid)
         if message.startswith("unrecognized arguments"):
             takes = " ".join(argument.shown for argument in command.arguments) or "no arguments"
             more = message.partition(": ")[2]
@@ -581,6 +640,17 @@ def _number(text: str, where: str, given: Option | Argument) -> int | float:
 
 
 _UNIT = {"--timeout": " seconds"}
+
+
+def limit_in_words(parameter: str, text: str) -> dict[str, Any]:
+    """The limit of that parameter, as a person types it: ``$1``, ``20000``.
+
+    Raises
+    ------
+    WorkflowError    It is no amount of that.
+    """
+    option = next(option for option in LIMITS if option.parameter == parameter)
+    return {parameter: _number(text.strip().removeprefix("$"), option.usual, option)}
 
 
 def pair(text: str) -> tuple[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import WorkflowError, did_you_mean
 from .events import Part, Ref
-from .workflow import NAME, RESERVED, Agent, Module, Parallel, Separator, Step, Workflow
+from .workflow import NAME, RESERVED, Agent, Module, Separator, Step, Workflow
 
 if TYPE_CHECKING:
     from .state import Attempt, RunState, StepState
@@ -95,15 +95,11 @@ def step_names(steps: Iterable[Step | Separator]) -> dict[str, str]:
     names: dict[str, str] = {}
     for item in steps:
         if not isinstance(item, Separator):
-            for id in _voices(item):
-                names.setdefault(id.replace("-", "_"), id)
+            for id in item.voices:
+                if "-" in id:
+                    names.setdefault(id.replace("-", "_"), id)
                 names[id] = id
     return names
-
-
-def _voices(item: Step) -> tuple[str, ...]:
-    """Under what names a step gives an output."""
-    return (item.id, *item.members) if isinstance(item, Parallel) else (item.id,)
 
 
 def check_templates(workflow: Workflow, inputs: Mapping[str, Any]) -> None:
@@ -123,7 +119,7 @@ def check_templates(workflow: Workflow, inputs: Mapping[str, Any]) -> None:
     for index, item in enumerate(order):
         if isinstance(item, Module):
             inside = order[max(0, index - item.loop_steps) : index + 1]
-            loops.append({name for other in inside for name in _voices(other)})
+            loops.append({name for other in inside for name in other.voices})
     agents = {agent.id: agent for agent in workflow.agents}
     earlier: set[str] = set()
     for item in order:
@@ -131,7 +127,7 @@ def check_templates(workflow: Workflow, inputs: Mapping[str, Any]) -> None:
             for template in item.prompts(agents.get(agent) or workflow.agent(agent)):
                 for hole in holes(template, item.raw):
                     _check_hole(item, hole, inputs, names, earlier, loops)
-        earlier.update(_voices(item))
+        earlier.update(item.voices)
     for agent in workflow.sub_agents:
         task = Step(agent=agent)
         for template in task.prompts(agents[agent]):
@@ -200,6 +196,9 @@ def check_read(workflow: Workflow, given: Iterable[str], declared: Iterable[str]
     declared
         Those that the workflow has of itself.
     """
+    given = list(given)
+    if not given:
+        return
     named = {
         hole.name
         for item in workflow.tasks
@@ -229,9 +228,12 @@ def fingerprint(
     Its options, what decides about its agents (`facts`, where :func:`agent_facts` is at hand already), and the values
     of the inputs that its templates name.
     """
-    agents, raw = list(agents), step.raw
-    templates = [text for agent in agents for text in step.prompts(agent)]
-    used = {hole.name: inputs[hole.name] for text in templates for hole in holes(text, raw) if hole.name in inputs}
+    agents, used = list(agents), dict[str, object]()
+    for agent in agents:
+        for template in step.prompts(agent):
+            for hole in holes(template, step.raw):
+                if hole.name in inputs:
+                    used[hole.name] = inputs[hole.name]
     said = json.dumps(used, sort_keys=True) if used else ""
     known = facts if facts is not None else map(agent_facts, agents)
     return digest("\n".join((step.model_dump_json(exclude_defaults=True), *known, said)))[:16]

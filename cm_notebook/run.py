@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import gc
 import os
 import secrets
@@ -33,12 +34,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
-from . import edits
+from . import allowed, edits
 from . import state as meaning
 from .config import setting
-from .engines.base import AgentRequest, Engine, configured_engine, find_engine, is_engine
+from .engines.base import AgentRequest, Engine, configured_engine, find_engine, is_engine, unpriced
 from .engines.functions import FunctionEngine
 from .errors import (
     AlreadyDecided,
@@ -61,6 +62,7 @@ from .events import (
     Decision,
     Gate,
     GateDecided,
+    GateOpened,
     Mode,
     ModeChanged,
     Rewound,
@@ -69,6 +71,7 @@ from .events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    Scope,
     SessionOpened,
     StepFailed,
     TurnCutShort,
@@ -76,8 +79,9 @@ from .events import (
     TurnFinished,
     TurnStarted,
     Usage,
+    WorkflowChanged,
     place,
-    sound,
+    without_keys,
 )
 from .feed import Feed, LiveText
 from .journal import OWN_FOLDER, AnyJournal, open_journal, own_folder
@@ -86,8 +90,9 @@ from .prompts import check_read, check_templates, digest, missing_field, text_of
 from .state import Record, RunState, StartTurn, Status, apply, next_actions
 from .steps import StepView
 from .team import CAP, AgentResult, Call, checked_calls
+from .tools import Permission, Tool, read_arguments
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
-from .workflow import Agent, Separator, Step, Workflow, as_step
+from .workflow import Agent, Separator, Step, Workflow, as_step, sound
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
 Proposal = Callable[[], Iterable[AnyEvent]]
@@ -133,7 +138,7 @@ class Run:
         self._on_gate: GatePolicy | None = None
         self._somebody = True
         self._turns: dict[str, LiveTurn] = {}
-        self._questions: dict[str, asyncio.Future[str]] = {}
+        self._questions: dict[str, asyncio.Future[Decision]] = {}
         self._calls: dict[tuple[str, int], asyncio.Future[None]] = {}
         self._asked: set[str] = set()
         self._stuck: Gate | None = None
@@ -156,6 +161,9 @@ class Run:
         workspace: str | os.PathLike[str] | None = None,
         until: str | None = None,
         max_concurrency: int | None = None,
+        max_cost_usd: float | None = None,
+        max_tokens: int | None = None,
+        max_turns: int | None = None,
         on_gate: GatePolicy | None = None,
         tape: Any = None,
         loop: Literal["thread", "kernel"] = "thread",
@@ -178,9 +186,13 @@ class Run:
         max_concurrency
             How many agents that others called, or of a parallel step, may work at the same time; by default as the
             workflow says, else 4.
+        max_cost_usd, max_tokens, max_turns
+            How much the run may use before a person is asked, in place of what the workflow says; see
+            :class:`~cm_notebook.workflow.Workflow`.
         on_gate
             Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
-            that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open.
+            that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open. ``"approve"``
+            approves gates of kind ``budget`` too, each time for the same amount again; mode ``unattended`` never does.
         tape
             A recorded run to play instead of calling engines.
         loop
@@ -192,7 +204,7 @@ class Run:
         Raises
         ------
         WorkflowError     A template names what is not there, an input cannot be kept, `until` is no step, `workspace`
-                          cannot be made.
+                          cannot be made, the price of a model is not known and a limit on cost needs it.
         EngineNotFound    A step's engine is not there.
         JournalError      The journal cannot be used.
         """
@@ -201,6 +213,7 @@ class Run:
         check_read(workflow, inputs or {}, workflow.inputs)
         tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
         _check_places("max_concurrency", max_concurrency)
+        limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
             raise WorkflowError(f"until={until!r} is not a step. {did_you_mean(until, known, 'Steps')}")
         if workspace is not None:
@@ -210,20 +223,20 @@ class Run:
         run.notebook = notebook
         run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, loop=loop)
         run._state.engine = workflow.engine
-        for item in workflow.tasks:
-            run._engine_for(item)
+        run._check_prices(workflow, limits)
         run._journal.create(run.id, workflow.name, notebook)
         run._drive()
         try:
             started = RunStarted(
                 run_id=run.id,
-                workflow=sound(workflow.to_dict()),
+                workflow=workflow.kept(),
                 inputs=values,
                 fingerprints=edits.fingerprints(workflow, values),
                 until=until,
                 workspace=str(Path(workspace).absolute()) if workspace is not None else None,
                 recorded=run._tape.run_name if run._tape is not None else None,
                 max_concurrency=max_concurrency,
+                limits=limits or None,
             )
             run._propose(lambda: [started])
         except BaseException:
@@ -256,7 +269,7 @@ class Run:
             self._read_on()
 
     def _read_on(self) -> list[AnyEvent]:
-        """Bring the state up to what the journal holds; returns what was new."""
+        """Bring the state up to what the journal holds; returns what was new, for those who watch."""
         found = []
         for event in self._journal.read(self.id, self._state.seq):
             try:
@@ -266,7 +279,8 @@ class Run:
                     f"run {self.id!r} in {self._journal.path} does not make sense at event {event.seq}: {error}",
                     path=self._journal.path,
                 ) from error
-            found.append(event)
+            if self._feeds:  # else it need not be kept: a long run is read in half the memory
+                found.append(event)
         return found
 
     def _catch_up(self) -> None:
@@ -280,16 +294,22 @@ class Run:
                     if self._journal.events(self.id, self._state.seq):
                         self._find_again()  # somebody else goes on with it
                 return
+            known = self._state.seq
             self._show(self._read_on())
+            if self._state.seq > known:
+                self._wait_anew()
             if self._state.ended is not None:
                 self._come_to_rest()
 
     def _show(self, events: list[AnyEvent]) -> None:
-        """Tell those who watch what is on disk now, and let those who wait from now on wait for what comes."""
+        """Tell those who watch what is on disk now."""
         for feed in self._feeds:
             for event in events:
                 feed.put(event)
-        if events and self._rest.done():
+
+    def _wait_anew(self) -> None:
+        """The run went on: those who wait from now on wait for what comes."""
+        if self._rest.done():
             self._rest = concurrent.futures.Future()
 
     def _prepare(
@@ -392,6 +412,7 @@ class Run:
                 autonomous_mode=state.autonomous_mode,
                 inputs=dict(state.inputs),
                 engine=state.engine,
+                **state.default_limits,
             )
 
     def __getitem__(self, step: str) -> StepView:
@@ -442,7 +463,8 @@ class Run:
                 over = self._over()
                 things = feed.take()
                 for thing in things:
-                    yield thing
+                    if not isinstance(thing, LiveText) or thing.kind == "text":
+                        yield thing
                 if over and not things:
                     return
                 if not things:
@@ -529,9 +551,27 @@ class Run:
 
     # -- deciding -----------------------------------------------------------------------------------------------------
 
-    def approve(self, step: str | None = None, *, output: str | None = None) -> Run:
-        """Go on with what the gate shows, or with `output` in its place."""
-        return self._answer(step, Decision(action="approve", output=output))
+    def approve(
+        self,
+        step: str | None = None,
+        *,
+        output: str | None = None,
+        scope: Scope | None = None,
+        max_cost_usd: float | None = None,
+        max_tokens: int | None = None,
+        max_turns: int | None = None,
+    ) -> Run:
+        """Go on with what the gate shows, or with `output` in its place.
+
+        Where a limit is reached: with the same amount again, or so much more as is said here.
+        Where a tool is to be called, `scope` says for how long it is allowed: ``"once"`` (as ``None``), ``"run"``: in
+        this run, ``"always"``: see :func:`permissions`. `output` are then the arguments to call it with, as JSON.
+        """
+        scopes = get_args(Scope)
+        if scope is not None and scope not in scopes:
+            raise WorkflowError(f"scope={scope!r} is not known. {did_you_mean(str(scope), scopes, 'Scopes')}")
+        more = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
+        return self._answer(step, Decision(action="approve", output=output, scope=scope, **more))
 
     def reject(self, feedback: str, step: str | None = None) -> Run:
         """Have it made again, with `feedback`."""
@@ -572,10 +612,37 @@ class Run:
             gate = meaning.gate_of(self._state, gate_id)
             if digest is not None and digest != gate.digest:
                 raise AlreadyDecided(f"{gate.step!r} shows something else by now; nothing was changed. Look again.")
+            self._check_decision(gate, decision)
+            if decision.scope == "always":  # first, as the run may ask again at once
+                self._allow_always(gate)
             return [GateDecided(gate_id=gate_id, decision=decision)]
 
         self._propose(propose)
         return self
+
+    def _check_decision(self, gate: Gate, decision: Decision) -> None:
+        """Refuse an answer that does not fit, also by the arguments that the tool takes, where it is known here."""
+        meaning.check_decision(gate, decision)
+        tool = self._tool(gate.path, meaning.tool_of(gate)[0]) if gate.kind == "permission" else None
+        if tool is not None and decision.output is not None and tool.checker is not None:
+            try:
+                tool.check(read_arguments(decision.output))
+            except ValueError as error:
+                raise TransitionError(f"{tool.name} does not take these arguments: {error}.") from None
+
+    def _tool(self, path: str, name: str) -> Tool | None:
+        agent = self._agents.get(self._state.find(path).step.agent)
+        return next((tool for tool in agent.tools if tool.name == name), None) if agent is not None else None
+
+    def _allow_always(self, gate: Gate) -> None:
+        tool, implementation = meaning.tool_of(gate)
+        rule = allowed.Rule(tool=tool, implementation=implementation, run=self.id, step=gate.step, at=time.time())
+        try:
+            allowed.keep(self._journal, rule)
+        except CodeMachineError as error:
+            raise CodeMachineError(
+                f"that {tool} may always be called cannot be kept, so nothing is decided: {error}"
+            ) from None
 
     def _answer(self, step: str | None, decision: Decision) -> Run:
         return self.decide(self.gate(step).id, decision)
@@ -674,7 +741,10 @@ class Run:
         return self
 
     def set_mode(self, mode: Mode) -> Run:
-        """Who drives from now on: ``step-by-step``, ``gates`` or ``unattended``; an open gate stays open."""
+        """Who drives from now on: ``step-by-step``, ``gates`` or ``unattended``; an open gate stays open.
+
+        ``unattended`` approves the gates that open later, but for those of kind ``budget``: a limit holds.
+        """
         modes = ("step-by-step", "gates", "unattended")
         if mode not in modes:
             raise WorkflowError(f"there is no mode {mode!r}. {did_you_mean(str(mode), modes, 'Modes')}")
@@ -784,6 +854,7 @@ class Run:
         once: bool = False,
         again: str | None = None,
         later: bool = False,
+        limits: Mapping[str, Any] | None = None,
     ) -> Run:
         """Go on, ended or paused or not: what running a cell again comes to, as one change.
 
@@ -795,6 +866,8 @@ class Run:
             Id of a step: pause when it is done, or (``once``) has run once. ``None``: no limit.
         again, later
             A step to run again, as for :meth:`rerun`.
+        limits
+            What the run may use in all from now on: ``max_cost_usd, max_tokens, max_turns``.
 
         Raises
         ------
@@ -814,7 +887,7 @@ class Run:
         def propose() -> list[AnyEvent]:
             state = self._state
             different = edits.revision(state, workflow, values) if workflow is not None else []
-            events = [*different]
+            events = [*different, *_permitting(limits)]
             if again is not None:
                 if again in state.steps:
                     meaning.check_rewind(state, again)  # before anything is cut short for it
@@ -974,28 +1047,28 @@ class Run:
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
-        replies: list[concurrent.futures.Future[None] | None] = []
-        refusals: list[Exception | None] = []
-        starts: list[TurnStarted] = []
-        prompts: list[str] = []
+        answers: list[tuple[concurrent.futures.Future[None], Exception | None]] = []
+        starts: list[tuple[TurnStarted, str]] = []
         begun = False
         with self._lock:
             batch = self._batch = []
             try:
-                self._find_again()
+                if self._lost is not None:
+                    self._find_again()
                 seen = self._journal.begin(self.id, self._state.seq)
                 begun, self._busy_since = True, None
                 for event in seen:
                     apply(self._state, event)
                 while self._inbox:
-                    proposal, reply = self._inbox.popleft()
-                    replies.append(reply)
+                    proposal, reply = self._inbox[0]  # it stays there until then, so that its proposer hears of a bug
                     refused = self._record_all(proposal)
-                    if reply is None and refused is not None and not isinstance(refused, CodeMachineError):
+                    if reply is not None:
+                        answers.append((reply, refused))
+                    elif refused is not None and not isinstance(refused, CodeMachineError):
                         raise refused  # nobody else would hear of it
-                    refusals.append(refused)
+                    self._inbox.popleft()
                 if self._driving:
-                    self._act(starts, prompts)
+                    self._act(starts)
                 begun = False
                 if batch:
                     self._journal.commit(self.id, batch)
@@ -1006,19 +1079,20 @@ class Run:
                     self._journal.rollback()
                 elif isinstance(error, JournalBusy) and (delay := self._try_again_in()) is not None:
                     return delay
-                self._pass_failed(error, replies)
+                self._pass_failed(error, [reply for reply, _refused in answers])
                 return 0.0
             finally:
                 self._batch = []
-            shown = [*seen, *batch]
-            self._show(shown)  # before the proposers go on: they may wait for the run next
+            shown = [*seen, *batch] if seen else batch
+            if shown:  # before the proposers go on: they may wait for the run next
+                self._show(shown)
+                self._wait_anew()
         try:
             if self._driving:
-                self._follow(shown, starts, prompts)
+                self._follow(shown, starts)
         finally:  # last, so that who proposed finds the run as it is now
-            for reply, refused in zip(replies, refusals, strict=True):
-                if reply is not None:
-                    reply.set_exception(refused) if refused is not None else reply.set_result(None)
+            for reply, refused in answers:
+                reply.set_exception(refused) if refused is not None else reply.set_result(None)
         return 0.0
 
     def _try_again_in(self) -> float | None:
@@ -1037,55 +1111,57 @@ class Run:
         return delay
 
     def _record_all(self, proposal: Proposal) -> Exception | None:
+        """Record what is proposed, all of it or nothing; returns why not."""
         try:
             events = list(proposal())
         except Exception as error:  # nothing was changed: it is between the proposer and us
             return error
-        try:
-            self.record(*events)
-        except CodeMachineError as error:
-            return error
-        return None
-
-    def record(self, *events: AnyEvent) -> None:
-        """Give `events` their place and time, check them, apply them: the only way anything happens in a run.
-
-        They are made durable, and only then shown, at the end of the pass that records them.
-
-        Raises
-        ------
-        TransitionError    One is not legal now; nothing was changed.
-        """
         kept = len(self._batch)
         try:
             for event in events:
-                place(event, self._state.seq + 1, max(time.time(), self._state.at))
-                apply(self._state, event)
-                self._batch.append(event)
-        except CodeMachineError:
+                self.record(event)
+        except CodeMachineError as error:
             if len(self._batch) > kept:  # a state cannot go back: it is made anew, without these
                 del self._batch[kept:]
                 self._reload()
                 for event in self._batch:
                     apply(self._state, event)
-            raise
+            return error
+        return None
 
-    def _act(self, starts: list[TurnStarted], prompts: list[str]) -> None:
+    def record(self, event: AnyEvent) -> None:
+        """Give `event` its place and time, check it, apply it: the only way anything happens in a run.
+
+        It is made durable, and only then shown, at the end of the pass that records it.
+
+        Raises
+        ------
+        TransitionError    It is not legal now; nothing was changed.
+        """
+        if type(event) is TurnCutShort and (turn := self._turns.get(event.path)) is not None and turn.used:
+            event = event.model_copy(update=turn.used)  # who cut it short does not know
+        event, state = without_keys(event), self._state
+        place(event, state.seq + 1, max(time.time(), state.at))
+        apply(state, event)
+        self._batch.append(event)
+
+    def _act(self, starts: list[tuple[TurnStarted, str]]) -> None:
         """Record all that follows from the state, until only turns and people can go on."""
         progress = True
         while progress:
             progress, later = False, list[float]()
             for action in next_actions(self._state, self._engine_name):
-                if isinstance(action, Record):
+                if action.not_before is not None and action.not_before > time.time():
+                    later.append(action.not_before)
+                elif isinstance(action, Record):
                     self.record(action.event)
                     progress = True
-                elif action.not_before is not None and action.not_before > time.time():
-                    later.append(action.not_before)
+                    if action.not_before is not None:
+                        break
                 else:
-                    started, text = self._turn_started(action)
-                    self.record(started)
-                    starts.append(started)
-                    prompts.append(text)
+                    start = self._turn_started(action)
+                    self.record(start[0])
+                    starts.append(start)
         if later:
             self._schedule_in(max(0.0, min(later) - time.time()))
 
@@ -1107,39 +1183,43 @@ class Run:
         )
         return started, text
 
-    def _follow(self, events: list[AnyEvent], starts: list[TurnStarted], prompts: list[str]) -> None:
+    def _follow(self, events: list[AnyEvent], starts: list[tuple[TurnStarted, str]]) -> None:
         """What is on disk now has its effect outside: turns start and stop, gates are put to whoever may answer."""
-        state = self._state
         for event in events:
-            if type(event) is TurnCutShort:
-                running = self._turns.pop(event.path, None)
-                if running is not None:
-                    running.cancel()
-            elif type(event) is GateDecided:
-                self._tell_turn(event)
-            elif type(event) is AgentsReturned:
-                waiting = self._calls.pop((event.path, event.call), None)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(None)
-            elif type(event) is RunResumed:
-                self.error, self._stuck = None, None
-        for started, prompt in zip(starts, prompts, strict=True):
+            if event.type in _EFFECTS:
+                _EFFECTS[event.type](self, event)
+        for started, prompt in starts:
             self._launch(started, prompt)
-        self._asked.intersection_update(state.gates)
-        for gone in [id for id in self._questions if id not in state.gates]:
+        state = self._state
+        if self._asked or state.gates:
+            self._asked.intersection_update(state.gates)
+            for gate in list(state.gates.values()):
+                if gate.id not in self._asked:
+                    self._asked.add(gate.id)
+                    self._put_to(gate)
+        for gone in [id for id in self._questions if id not in state.gates] if self._questions else ():
             del self._questions[gone]
-        for over in [call for call in self._calls if call[0] not in state.calls]:
+        for over in [call for call in self._calls if call[0] not in state.calls] if self._calls else ():
             del self._calls[over]
-        for gate in list(state.gates.values()):
-            if gate.id not in self._asked:
-                self._asked.add(gate.id)
-                self._put_to(gate)
         self._look_out()
         self._come_to_rest()
 
+    def _cancel_turn(self, event: TurnCutShort) -> None:
+        running = self._turns.pop(event.path, None)
+        if running is not None:
+            running.cancel()
+
+    def _tell_caller(self, event: AgentsReturned) -> None:
+        waiting = self._calls.pop((event.path, event.call), None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    def _forget_troubles(self, event: RunResumed) -> None:
+        self.error, self._stuck = None, None
+
     def _look_out(self) -> None:
         """Look now and then whether another process has decided something."""
-        if self._driving and self._journal.durable and self._lookout is None:
+        if self._lookout is None and self._journal.durable and self._driving:
             self._lookout = cast("asyncio.AbstractEventLoop", self._loop).call_later(POLL_S, self._look)
 
     def _look(self) -> None:
@@ -1156,7 +1236,7 @@ class Run:
             self._stuck = None
         if self._stuck is not None and not state.at_work and not state.backing_off:
             return True  # else others go on beside it
-        return state.ended is not None or state.status == "paused"
+        return state.ended is not None or (state.paused and state.status == "paused")
 
     def _come_to_rest(self) -> None:
         """Tell those who wait that the run goes no further by itself, and how it ended."""
@@ -1178,7 +1258,7 @@ class Run:
         else:
             self._rest.set_result(None)
 
-    def _pass_failed(self, error: BaseException, replies: list[concurrent.futures.Future[None] | None]) -> None:
+    def _pass_failed(self, error: BaseException, replies: list[concurrent.futures.Future[None]]) -> None:
         """Nothing of this pass was kept: go back to what is on disk, and tell everybody who waits."""
         waiting = [*replies, *(reply for _proposal, reply in self._inbox)]
         self._inbox.clear()
@@ -1197,7 +1277,8 @@ class Run:
 
     def _put_to(self, gate: Gate) -> None:
         """Ask those who may answer in place of a person: the mode, the tape, the policy; else it waits."""
-        if self._state.mode == "unattended" and "approve" in gate.actions:
+        # A budget is what holds a run that nobody watches: being unattended must not lift it.
+        if self._state.mode == "unattended" and "approve" in gate.actions and gate.kind != "budget":
             self._decide_soon(gate, Decision(action="approve", by="unattended mode"))
             return
         taped = self._tape.decision(gate) if self._tape is not None and not self._somebody else None
@@ -1210,8 +1291,9 @@ class Run:
         elif self._on_gate is not None and self._on_gate in gate.actions and gate.path not in self._rejected:
             feedback = None
             if self._on_gate == "reject":
-                self._rejected.add(gate.path)
                 feedback = POLICY_FEEDBACK
+                if gate.kind != "permission":  # of those, every one
+                    self._rejected.add(gate.path)
             self._decide_soon(gate, Decision(action=self._on_gate, feedback=feedback, by="on_gate"))
         else:
             self._unanswered(gate)
@@ -1227,7 +1309,7 @@ class Run:
             elif said is not None:
                 raise TransitionError(f"on_gate returned {said!r}; it returns a Decision, an action's name or None.")
             if decision is not None:
-                meaning.check_decision(gate, decision)
+                self._check_decision(gate, decision)
         except Exception as error:
             self.error = error
             reason = f"on_gate at {gate.step}: {error}"
@@ -1244,6 +1326,9 @@ class Run:
             self._loop.call_soon_threadsafe(self._nobody_answered, gate)
 
     def _decide_soon(self, gate: Gate, decision: Decision) -> None:
+        if decision.scope == "always":  # the person's own list is for persons to write
+            decision = decision.model_copy(update={"scope": "run"})
+
         def propose() -> list[AnyEvent]:
             if gate.id not in self._state.gates:
                 return []  # a person was faster
@@ -1256,7 +1341,7 @@ class Run:
         self._come_to_rest()
 
     def _unanswered(self, gate: Gate) -> None:
-        if self._somebody:
+        if self._somebody or gate.default is not None:  # without one it could only stop, and later
             return
         if gate.kind == "failed" and gate.path in self._state.members:
             why = str(gate.payload.get("error", "failed"))
@@ -1273,6 +1358,13 @@ class Run:
         else:
             self._stuck = gate
 
+    def _allow_alike(self) -> None:
+        """A tool was allowed for longer: others who wait for the same need not be asked."""
+        for gate in self._state.gates.values():
+            given = self._state.allowed.get(meaning.tool_of(gate)) if gate.kind == "permission" else None
+            if given is not None:
+                self._decide_soon(gate, Decision(action="approve", by=given.by))
+
     # -- turns --------------------------------------------------------------------------------------------------------
 
     def _engine_for(self, step: Step) -> Engine:
@@ -1286,6 +1378,27 @@ class Run:
             return find_engine(name)
         return configured_engine()
 
+    def _check_prices(self, workflow: Workflow, limits: Mapping[str, Any]) -> None:
+        """Refuse a step whose engine is not there, or whose cost is limited and would not be known.
+
+        Raises
+        ------
+        EngineNotFound    There is no engine of that name.
+        WorkflowError     A price is not known.
+        """
+        most = limits.get("max_cost_usd", workflow.max_cost_usd)
+        own = {name: item.max_cost_usd for item in workflow.executable for name in item.agents if item.max_cost_usd}
+        called = next(iter(own.values()), None)
+        for item in workflow.tasks:
+            engine, agent = self._engine_for(item), workflow.agent(item.agent)
+            limit = most or own.get(agent.id) or (called if agent.id in workflow.sub_agents else None)
+            why = unpriced(engine, item.model or agent.model) if limit is not None else None
+            if why is not None:
+                raise WorkflowError(
+                    f"max_cost_usd={limit:g} cannot be held: the cost of {item.id!r} would not be known. {why} "
+                    "Or limit max_tokens instead."
+                )
+
     def _engine_name(self, step: Step) -> str:
         try:
             return self._engine_for(step).name
@@ -1293,29 +1406,45 @@ class Run:
             return error.engine or "unknown"
 
     def _launch(self, started: TurnStarted, prompt: str) -> None:
-        state = self._state.find(started.path)
-        turn = LiveTurn(started, state.step, self._too_late)
-        turn.failures = state.attempts[-1].failures
-        self._turns[started.path] = turn
+        step = self._state.find(started.path)
+        turn = self._turns[started.path] = LiveTurn(started, step.step, self._too_late)
+        turn.failures = step.attempts[-1].failures
         turn.task = cast("asyncio.AbstractEventLoop", self._loop).create_task(self._turn(turn, prompt))
 
     async def _turn(self, turn: LiveTurn, prompt: str) -> None:
         """Do one turn and propose how it ended. Cancelled when the turn was cut short, which is recorded by then."""
 
-        def write(text: str) -> None:
-            text = sound(text)
+        def write(text: str, last: bool = False) -> None:
             with self._lock:  # who begins to watch meanwhile gets each piece once
+                text = turn.hide(sound(text), last=last)
+                if last and not text:
+                    return
                 turn.write(text)
                 for feed in self._feeds:
                     feed.put_text(turn.started.path, turn.started.attempt, text)
 
+        def think(text: str, last: bool = False) -> None:
+            with self._lock:
+                text = turn.hide_thoughts(sound(text), last=last)
+                for feed in self._feeds if text else ():
+                    feed.put_text(turn.started.path, turn.started.attempt, text, "thinking")
+
         def opened(session_id: str) -> None:
-            self._propose(lambda: self._session_opened(turn, session_id), wait=False)
+            where = {"step": turn.started.step, "path": turn.started.path, "attempt": turn.started.attempt}
+            record(SessionOpened(**where, turn=turn.started.turn, session_id=session_id))
+
+        def record(event: AnyEvent) -> None:
+            def propose() -> list[AnyEvent]:
+                return [event] if self._turns.get(turn.started.path) is turn else []  # else it was cut short
+
+            self._propose(propose, wait=False)
 
         turn.run_clock()
         try:
             engine, request = self._engine_for(turn.step), self._request(turn, prompt, write)
-            ending = await take_turn(turn, engine, request, write, opened)
+            ending = await take_turn(turn, engine, request, write, think, opened, record)
+            write("", last=True)
+            think("", last=True)
         except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
             ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
             self._propose(lambda: self._turn_ended(turn, ending), wait=False)
@@ -1330,14 +1459,6 @@ class Run:
     def _too_late(self, turn: LiveTurn) -> None:
         self._propose(lambda: self._turn_ended(turn, too_late(turn)), wait=False)
         turn.cancel()
-
-    def _session_opened(self, turn: LiveTurn, session_id: str) -> list[AnyEvent]:
-        """That its agent's conversation has this id, as an event; none when the turn was cut short meanwhile."""
-        started = turn.started
-        if self._turns.get(started.path) is not turn:
-            return []
-        where = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
-        return [SessionOpened(**where, session_id=session_id)]
 
     def _turn_ended(self, turn: LiveTurn, ending: Ending) -> list[AnyEvent]:
         """The end of a turn as events; none when the turn was cut short meanwhile."""
@@ -1362,16 +1483,11 @@ class Run:
         with self._lock:
             state = self._state
             step = state.find(started.path)
-            if (wrong := missing_field(state, step)) is not None:
+            if started.prompt and (wrong := missing_field(state, step)) is not None:
                 raise EngineError(wrong)
-            agent = self._agents.get(step.step.agent) or state.agents[step.step.agent]
-            feedback = step.redo.feedback if step.redo is not None else None
-            loop = state.loops.get(step.looped_by) if step.looped_by is not None else None
-            if feedback is None and loop is not None:
-                reason = loop.reason
-                said: str | None = reason if isinstance(reason, str) else state.text(reason)
-            else:
-                said = state.text(feedback) if feedback is not None else None
+            task = step.step
+            agent = self._agents.get(task.agent) or state.agents[task.agent]
+            history = step.said[: started.turn - 1]
             return AgentRequest(
                 agent=agent,
                 prompt=prompt,
@@ -1382,17 +1498,19 @@ class Run:
                 iteration=started.iteration,
                 ordinal=step.attempts[-1].ordinal,
                 system=agent.system,
-                model=step.step.model or agent.model,
-                reasoning_effort=step.step.reasoning_effort or agent.reasoning_effort,
+                model=task.model or agent.model,
+                reasoning_effort=task.reasoning_effort or agent.reasoning_effort,
                 session_id=started.session_id,
-                history=[(state.text(asked), state.text(got)) for asked, got in step.said[: started.turn - 1]],
-                feedback=said or None,
+                history=[(state.text(asked), state.text(got)) for asked, got in history] if history else (),
+                feedback=meaning.feedback_on(state, step) or None,
                 inputs=MappingProxyType(state.inputs),
                 outputs=_Outputs(self),
                 workspace=self._workspace(),
-                timeout_s=step.step.timeout_s,
+                timeout_s=task.timeout_s,
                 emit=write,
                 ask_human=lambda question: self._ask_human(turn, question),
+                may_ask=meaning.may_ask(state, step),
+                ask_permission=lambda name, arguments: self._ask_permission(turn, name, arguments),
                 sub_agents=meaning.may_call(state, step),
                 run_agents=lambda asked, limit=None: self._run_agents(turn, asked, limit),
             )
@@ -1408,36 +1526,65 @@ class Run:
         return self._folder
 
     async def _ask_human(self, turn: LiveTurn, question: str) -> str:
-        """Open a ``question`` gate and wait for its answer, one at a time; the turn's time stands still."""
+        """Ask a person; what was answered before the process died is not asked again."""
         question = sound(str(question))
-        if turn.asking is None:
-            turn.asking = asyncio.Lock()
-        async with turn.asking:
+        async with turn.one_at_a_time():
             step = self._state.find(turn.started.path)
             for place, (asked, said) in enumerate(step.resent):
                 if asked == question and place not in turn.recalled:
                     turn.recalled.add(place)
-                    return said  # answered before the process died
-            answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+                    return said
+            decision = await self._ask(turn, lambda: meaning.ask(self._state, step, question))
+            return decision.feedback or ""
 
-            def propose() -> list[AnyEvent]:
-                opened = meaning.ask(self._state, step, question)
-                self._questions[opened.gate.id] = answer
-                return [opened]
+    async def _ask_permission(self, turn: LiveTurn, name: str, arguments: Mapping[str, Any]) -> Permission:
+        """Ask a person whether a tool may be called, unless it was allowed for longer."""
+        arguments, path = sound(dict(arguments)), turn.started.path
+        tool = self._tool(path, name)
+        which = (name, tool.implementation if tool is not None else "")
+        note = ""
+        async with turn.one_at_a_time():
+            while True:
+                given = self._state.allowed.get(which)
+                if (given is not None and given.scope == "run") or allowed.allows(self._journal, *which):
+                    return Permission(True)
+                opening = functools.partial(
+                    meaning.ask_permission, self._state, self._state.find(path), which, arguments, note
+                )
+                decision = await self._ask(turn, opening)
+                if decision.action == "reject":
+                    return Permission(False, reason=decision.feedback or "")
+                if decision.output is None:
+                    return Permission(True)
+                edited = read_arguments(decision.output)
+                try:
+                    if tool is not None:
+                        tool.check(edited)
+                except ValueError as error:  # by somebody who could not know, as in another process
+                    note = f"The edited arguments do not fit: {error}."
+                else:
+                    return Permission(True, edited)
 
-            turn.stop_clock()
-            self._propose(propose)
-            said = await answer
-            turn.run_clock()
-            return said
+    async def _ask(self, turn: LiveTurn, opening: Callable[[], GateOpened]) -> Decision:
+        """Open a gate in the midst of a turn and wait for its answer; the turn's time stands still."""
+        answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+
+        def propose() -> list[AnyEvent]:
+            opened = opening()
+            self._questions[opened.gate.id] = answer
+            return [opened]
+
+        turn.stop_clock()
+        self._propose(propose)
+        decision = await answer
+        turn.run_clock()
+        return decision
 
     async def _run_agents(self, turn: LiveTurn, asked: object, limit: int | None = None) -> list[AgentResult]:
         """Have other agents work for a turn and wait for them all; the turn's time stands still."""
         groups = checked_calls(asked, self._state.sub_agents)
         _check_places("run_agents: max_concurrency", limit)
-        if turn.asking is None:
-            turn.asking = asyncio.Lock()
-        async with turn.asking:
+        async with turn.one_at_a_time():
             named = any(call.input_files for group in groups for call in group)
             files = await asyncio.to_thread(_read_files, self._workspace(), groups) if named else {}
             ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -1478,7 +1625,9 @@ class Run:
     def _tell_turn(self, event: GateDecided) -> None:
         waiting = self._questions.pop(event.gate_id, None)
         if waiting is not None and not waiting.done():
-            waiting.set_result(event.decision.feedback or "")
+            waiting.set_result(event.decision)
+        if event.decision.scope in ("run", "always"):
+            self._allow_alike()
 
     # -- showing ------------------------------------------------------------------------------------------------------
 
@@ -1518,6 +1667,15 @@ class Run:
             return when.draw(self.events, format, None if self.state.ended is not None else time.time())
         with self.reading() as state:
             return svg.graph(state, format)
+
+
+_EFFECTS: dict[str, Callable[[Run, Any], None]] = {
+    "TurnCutShort": Run._cancel_turn,
+    "GateDecided": Run._tell_turn,
+    "AgentsReturned": Run._tell_caller,
+    "RunResumed": Run._forget_troubles,
+}
+"""What an event does outside the state, once it is on disk."""
 
 
 class _Outputs(Mapping[str, str]):
@@ -1589,6 +1747,9 @@ def resume(
     agents: Iterable[Agent] = (),
     until: str | None = None,
     reason: str = "",
+    max_cost_usd: float | None = None,
+    max_tokens: int | None = None,
+    max_turns: int | None = None,
     **options: Any,
 ) -> Run:
     """Go on with a run from its journal; finished steps and decisions are kept.
@@ -1605,6 +1766,8 @@ def resume(
         Id of a step: pause when it is done.
     reason
         What had happened, for those who look; by default, where its process had not ended it, that.
+    max_cost_usd, max_tokens, max_turns
+        How much it may use in all, what it has used included; by default as before.
     **options
         ``engine, on_gate, tape, loop`` of :meth:`Run.start`.
 
@@ -1616,9 +1779,10 @@ def resume(
     WorkflowError      A function is missing, or `workflow` is no edit of this run's.
     """
     check_options(**{name: value for name, value in options.items() if name != "loop"})
+    limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
     run = Run.open(run_id, journal)
     if run._driving:
-        return run.go_on(workflow, inputs, until=until)
+        return run.go_on(workflow, inputs, until=until, limits=limits)
     with run.reading() as state:
         if state.ended == "completed":
             raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")
@@ -1639,7 +1803,7 @@ def resume(
         why = reason or ("" if run._state.ended is not None else "the process that drove it had ended")
         cut = meaning.cut_all(run._state, why)
         changes = [event for event in different if not isinstance(event, TurnCutShort)]  # it was not the edit that cut
-        return [RunResumed(reason=why, until=until), *cut, *changes]
+        return [RunResumed(reason=why, until=until), *cut, *changes, *_permitting(limits)]
 
     try:
         run._read_on()  # what the one who drove it before wrote until the last moment
@@ -1686,6 +1850,31 @@ def check_options(
     from .tape import Tape
 
     return tape if isinstance(tape, Tape) else Tape.read(tape)
+
+
+def checked_limits(**given: Any) -> dict[str, int | float]:
+    """Those of the limits that are given, by option.
+
+    Raises
+    ------
+    WorkflowError    One is not an amount that can be reached.
+    """
+    found: dict[str, int | float] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        whole = name != "max_cost_usd"
+        fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not fits or not 0 < value < float("inf"):
+            right = f"a number of {name[4:]} from 1 on" if whole else "an amount of US dollars, such as 0.50"
+            raise WorkflowError(f"{name}={value!r} is not {right}.")
+        found[name] = value
+    return found
+
+
+def _permitting(limits: Mapping[str, Any] | None) -> list[AnyEvent]:
+    """The event that says what the run may use from now on, if that is another amount."""
+    return [WorkflowChanged(limits=checked_limits(**limits))] if limits else []
 
 
 def _check_places(what: str, number: object) -> None:
@@ -1747,6 +1936,14 @@ def _kernel_host() -> Any:
 
 
 def _nobody_there(gate: Gate) -> str:
+    if gate.kind == "budget":
+        from .render import text
+
+        option = f"--{gate.payload['limit'].replace('_usd', '').replace('_', '-')}"
+        return (
+            f"{text.limit_words(gate.payload)} Nobody can answer here. Go on with more in all (`{option}`), play a "
+            "tape with a decision (`--tape`), or pass `--on-gate approve` if that is what you want."
+        )
     return (
         f'Stopped at the gate "{gate.path}": nobody can answer here. Play a tape with a decision (`--tape`), '
         "or pass `--on-gate approve` if that is what you want."

@@ -21,6 +21,9 @@ the same table, at a path below its caller's. Members wait in line for one of th
 One that calls others gives its place back until they have ended. All that is needed to say who is next is kept as it
 changes: see "members" below.
 
+A turn is not started when the run, or its step, has used what it may (``Budget``): the step that comes next waits at
+a ``budget`` gate, and while that is open nothing starts; see "budgets".
+
 The cursor stands on the first step that is not settled. Nothing here scans or copies what grows with the run.
 """
 
@@ -37,7 +40,9 @@ from typing import Any, Literal, cast
 from .errors import AlreadyDecided, TransitionError, WorkflowError, did_you_mean
 from .events import (
     ACTIONS,
+    ASKED_BY_TURNS,
     EDITABLE,
+    GATE_DEADLINE,
     Action,
     AgentsCalled,
     AgentsReturned,
@@ -67,16 +72,35 @@ from .events import (
     StepFailed,
     StepRemoved,
     StepSkipped,
+    ToolCalled,
+    ToolReturned,
     TurnCutShort,
     TurnFailed,
     TurnFinished,
     TurnStarted,
     Usage,
     WorkflowChanged,
+    place,
 )
+from .plain import Plain
 from .prompts import EDITED, compose, digest, missing_field, pieces, text_of
 from .team import CAP, MOST_DEPTH, AgentResult, Groups, last_lines
-from .workflow import Agent, AutonomousMode, Module, Parallel, Separator, Step, Verdict, Workflow, as_step
+from .tools import read_arguments, write_arguments
+from .workflow import (
+    GATE_OPTIONS,
+    LIMITS,
+    Agent,
+    AutonomousMode,
+    GateDefault,
+    Module,
+    Parallel,
+    Separator,
+    Step,
+    Verdict,
+    Workflow,
+    as_step,
+    limits_of,
+)
 
 StepStatus = Literal[
     "pending",
@@ -97,7 +121,7 @@ Status = Literal["running", "waiting", "paused", "completed", "stopped", "failed
 TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
     "pending": {
         "TurnStarted": ("running",),
-        "GateOpened": ("waiting",),  # start
+        "GateOpened": ("waiting",),  # start, budget
         "AgentsCalled": ("calling",),  # a parallel step
         "StepSkipped": ("skipped",),
         "Rewound": ("ready",),
@@ -105,19 +129,23 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
     "ready": {
         "TurnStarted": ("running",),
         "AgentsCalled": ("calling",),
-        "GateOpened": ("waiting",),  # start, of a chained prompt
+        "GateOpened": ("waiting",),  # start, of a chained prompt; budget
         "Rewound": ("ready",),
     },
     "running": {
         "SessionOpened": ("running",),
+        "ToolCalled": ("running",),
+        "ToolReturned": ("running",),
         "TurnFinished": ("ready", "due", "looping", "finished"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
-        "GateOpened": ("asking",),  # question
+        "GateOpened": ("asking",),  # question, permission
         "AgentsCalled": ("calling",),
     },
     "calling": {
         "SessionOpened": ("calling",),
+        "ToolCalled": ("calling",),
+        "ToolReturned": ("calling",),
         "AgentsReturned": ("running", "due", "finished"),
         "TurnFinished": ("ready", "due", "looping", "finished"),
         "TurnFailed": ("retrying", "due"),
@@ -125,6 +153,8 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
     },
     "asking": {
         "SessionOpened": ("asking",),
+        "ToolCalled": ("asking",),
+        "ToolReturned": ("asking",),
         "GateDecided": ("running", "asking"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
@@ -154,10 +184,11 @@ SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
     "StepChanged": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
     "AgentsCalled": {"failed": ("ready",)},
     # a member whose caller waits for it no more
-    "AgentsReturned": {"waiting": ("due",)},
-    "TurnFinished": {"waiting": ("due",)},
-    "TurnFailed": {"waiting": ("due",)},
-    "TurnCutShort": {"waiting": ("due",)},
+    "AgentsReturned": {"waiting": ("due", "pending", "ready")},
+    "TurnFinished": {"waiting": ("due", "pending", "ready")},
+    "TurnFailed": {"waiting": ("due", "pending", "ready")},
+    "TurnCutShort": {"waiting": ("due", "pending", "ready")},
+    "WorkflowChanged": {"waiting": ("pending", "ready")},  # its limit is another one
 }
 """What an event may make of the steps that it is not about (and ``StepChanged`` of its own), by their status."""
 
@@ -191,8 +222,24 @@ NO_FIELDS = "The edited text is not the JSON of the output any more, so it has n
 """Said beside an edited output that had a structure."""
 
 
-@dataclass(slots=True, repr=False)
-class Attempt:
+@dataclass(slots=True, eq=False, repr=False)
+class ToolUse(Plain):
+    """A tool that an agent called, and what it was told: ``None`` while it has not returned.
+
+    Long texts are cut in the middle; ``called_at`` and ``returned_at`` are Unix seconds.
+    """
+
+    call_id: str
+    name: str
+    arguments: str
+    text: str | None = None
+    failed: bool = False
+    called_at: float = 0.0
+    returned_at: float | None = None
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Attempt(Plain):
     """One attempt of a step: what was sent, what came back, what was decided about it.
 
     ``prompt`` and ``text`` are texts; ``started_at`` and ``ended_at`` Unix seconds; ``asked_s`` the seconds in which
@@ -214,10 +261,14 @@ class Attempt:
     verdict: Verdict | None = None
     usage: Usage | None = None
     cost_usd: float | None = None
+    cost_estimated: bool = False
+    """The cost, or a part of it, was computed from a table of prices."""
+    tools: list[ToolUse] = field(default_factory=list)
+    """What it did with tools, in that order."""
     session_id: str | None = None
     note: str | None = None
     decision: Decision | None = None
-    errors: list[ErrorInfo] = field(default_factory=list)
+    errors: tuple[ErrorInfo, ...] = ()
     failures: int = 0
     """Failures of the present turn, each tried again by itself."""
     edited: bool = False
@@ -260,8 +311,8 @@ class Attempt:
         return None if self.ended_at is None else max(0.0, self.ended_at - self.started_at - self.asked_s)
 
 
-@dataclass(slots=True)
-class Due:
+@dataclass(slots=True, eq=False, repr=False)
+class Due(Plain):
     """A gate that is to be opened, and what it should tell."""
 
     kind: GateKind
@@ -269,8 +320,8 @@ class Due:
     text: tuple[Part, ...] = ()
 
 
-@dataclass(slots=True)
-class Redo:
+@dataclass(slots=True, eq=False, repr=False)
+class Redo(Plain):
     """Why the next attempt runs, so that its prompt can be composed again after a crash."""
 
     feedback: Ref | None = None
@@ -283,8 +334,44 @@ class Redo:
     """No next attempt at all: the one there is goes on with a chained prompt that was asked about."""
 
 
-@dataclass(slots=True)
-class StepState:
+@dataclass(slots=True, eq=False, repr=False)
+class Budget(Plain):
+    """What a run, or a step with all its attempts and members, may use and has used.
+
+    ``amounts``, by option: what was permitted, and what an approval permits again; ``limits``: where a person is asked.
+    """
+
+    amounts: dict[str, int | float] = field(default_factory=dict)
+    limits: dict[str, int | float] = field(default_factory=dict)
+    used: dict[str, int | float] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0))
+    unknown: dict[str, int] = field(default_factory=dict)
+    """Turns that ended without saying what they used, by option."""
+    waived: set[str] = field(default_factory=set)
+    """Where a person knows that and goes on."""
+
+    def permit(self, amounts: Mapping[str, int | float]) -> None:
+        """From now on so much in all."""
+        self.amounts |= amounts
+        self.limits |= amounts
+        self.waived -= amounts.keys()
+
+    def reached(self, ahead: int = 0) -> dict[str, Any] | None:
+        """The limit at which a person is to be asked: it is reached, or nobody can say whether it is.
+
+        `ahead`: so many turns are about to start.
+        """
+        for name, most in self.limits.items():
+            used = self.used[name] + (ahead if name == "max_turns" else 0)
+            found = {"limit": name, "amount": self.amounts[name], "most": most, "used": used}
+            if used >= most * (1 - 1e-9):  # a sum of amounts in binary may be a little less than it should
+                return found
+            if name in self.unknown and name not in self.waived:
+                return {**found, "unknown": self.unknown[name]}
+        return None
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class StepState(Plain):
     """Where one step stands. ``path`` is its place in the run; a step of the workflow has its id as path."""
 
     step: Step
@@ -314,14 +401,14 @@ class StepState:
     """The agent's own conversation, to be continued; a step that begins anew begins a new one."""
     session_engine: str = ""
     """The engine that it was had with, the only one that knows it."""
-    said: list[tuple[Ref, Ref | None]] = field(default_factory=list)
+    said: tuple[tuple[Ref, Ref | None], ...] = ()
     """The prompts of the turns before this one, and their answers: what an engine without sessions is told again."""
     retry_at: float | None = None
     looped_by: str | None = None
     """The module that sent the run back, at the first repeated step that runs."""
-    answers: list[tuple[str, str]] = field(default_factory=list)
+    answers: tuple[tuple[str, str], ...] = ()
     """Questions of this attempt and their answers."""
-    resent: list[tuple[str, str]] = field(default_factory=list)
+    resent: tuple[tuple[str, str], ...] = ()
     """Answers given in an attempt that was cut short: they need not be asked for again."""
     note: str | None = None
     caller: str = ""
@@ -339,10 +426,12 @@ class StepState:
     """Calls made so far."""
     asked: tuple[str, str] = ("", "")
     """Who was asked what: its agent, and a digest of request and files."""
-    team: list[StepState] = field(default_factory=list)
+    team: tuple[StepState, ...] = ()
     """Those that its present turn has called."""
-    recall: dict[tuple[str, str], list[StepState]] = field(default_factory=dict)
+    recall: dict[tuple[str, str], list[StepState]] | None = None
     """Those of a turn that did not end, by what they were asked: asked the same again, they need not begin anew."""
+    budget: Budget | None = None
+    """Of a step of the workflow that has limits of its own."""
 
     @property
     def id(self) -> str:
@@ -370,8 +459,8 @@ class StepState:
         return self.attempts[-1] if self.attempts else None
 
 
-@dataclass(slots=True)
-class Loop:
+@dataclass(slots=True, eq=False, repr=False)
+class Loop(Plain):
     """A module's loop: jumps made, jumps granted beyond the limit, and what it said last."""
 
     count: int = 0
@@ -381,8 +470,8 @@ class Loop:
     output: Ref | None = None
 
 
-@dataclass(slots=True)
-class Call:
+@dataclass(slots=True, eq=False, repr=False)
+class Call(Plain):
     """Members that are waited for: groups one after the other."""
 
     number: int
@@ -401,8 +490,8 @@ class Call:
     """Those that go on after a pause: they come first."""
 
 
-@dataclass(slots=True)
-class Ordinals:
+@dataclass(slots=True, eq=False, repr=False)
+class Ordinals(Plain):
     """Numbers the turns of an agent; the number of one that was cut short is given again."""
 
     last: int = 0
@@ -416,8 +505,8 @@ class Ordinals:
         return self.last
 
 
-@dataclass(slots=True)
-class StartTurn:
+@dataclass(slots=True, eq=False, repr=False)
+class StartTurn(Plain):
     """Action: send a prompt: the text of ``prompt`` and then ``context``; not before ``not_before`` (Unix seconds)."""
 
     step: StepState
@@ -429,15 +518,16 @@ class StartTurn:
     not_before: float | None = None
 
 
-@dataclass(slots=True)
-class Record:
-    """Action: write down what follows from the state."""
+@dataclass(slots=True, eq=False, repr=False)
+class Record(Plain):
+    """Action: write down what follows from the state; not before ``not_before`` (Unix seconds)."""
 
     event: AnyEvent
+    not_before: float | None = None
 
 
-@dataclass(slots=True)
-class RunState:
+@dataclass(slots=True, eq=False, repr=False)
+class RunState(Plain):
     """All that a run is, as its events say. Nobody but ``apply`` changes it."""
 
     run_id: str = ""
@@ -465,6 +555,9 @@ class RunState:
     last_gate: Gate | None = None
     """The one that opened last, open or not."""
     decisions: dict[str, Decision] = field(default_factory=dict)
+    allowed: dict[tuple[str, str], Decision] = field(default_factory=dict)
+    """The decisions by which a tool (its name, its implementation) needs no further permission here; one with the scope
+    ``always`` counts as long as the person's own list has it, see ``allowed.py``."""
     inputs: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     """The inputs as the workflow's definition has them."""
@@ -512,6 +605,14 @@ class RunState:
     """Members that are tried again by themselves; they keep their places."""
     usage: Usage = field(default_factory=Usage)
     cost_usd: float = 0.0
+    cost_estimated: bool = False
+    budget: Budget = field(default_factory=Budget)
+    default_limits: dict[str, int | float] = field(default_factory=dict)
+    """The limits as the workflow's definition has them."""
+    held: tuple[StepState, StepStatus] | None = None
+    """The step whose ``budget`` gate is open, and how it stood."""
+    last_turn: str = ""
+    """The path of the turn that ended last."""
     workspace: str | None = None
     recorded: str | None = None
     resumed: list[RunResumed] = field(default_factory=list)
@@ -524,7 +625,9 @@ class RunState:
     def of(cls, workflow: Workflow) -> RunState:
         """The state of `workflow` before anything ran, for drawing it."""
         state = cls()
-        apply(state, RunStarted(seq=1, run_id="", workflow=workflow.to_dict()))
+        started = RunStarted(run_id="", workflow=workflow.kept())
+        place(started, 1, 0.0)
+        apply(state, started)
         return state
 
     @property
@@ -566,7 +669,7 @@ class RunState:
 
     def find(self, path: str) -> StepState:
         """The step or member at `path`; a ``TransitionError`` lists the right names."""
-        return self.members.get(path) or self.step(path)
+        return self.steps.get(path) or self.members.get(path) or self.step(path)
 
     def step(self, id: str) -> StepState:
         """The step named `id`; a ``TransitionError`` lists the right names."""
@@ -609,16 +712,16 @@ def apply(state: RunState, event: AnyEvent) -> None:
     TransitionError    The event is not legal now (``AlreadyDecided``: its gate has its answer); nothing was changed.
     """
     kind = event.type
-    if state.run_id or state.seq:
-        if kind == "RunStarted":
+    begun = state.run_id or state.seq
+    if kind == "RunStarted":
+        if begun:
             raise TransitionError(f"run {state.run_id!r} has started already.")
-        if state.ended is not None and kind not in ("RunResumed", "GateDecided"):
-            raise TransitionError(f"run {state.run_id!r} is {state.ended}; resume it first.")
-    elif kind != "RunStarted":
+    elif not begun:
         raise TransitionError(f"{kind} comes before RunStarted.")
+    elif state.ended is not None and kind not in ("RunResumed", "GateDecided"):
+        raise TransitionError(f"run {state.run_id!r} is {state.ended}; resume it first.")
     _HANDLERS[kind](state, event)
-    state.at = event.at
-    state.seq = event.seq
+    state.at, state.seq = event.at, event.seq
 
 
 def _met(state: RunState, path: str, kind: str) -> StepState:
@@ -633,8 +736,9 @@ def _met(state: RunState, path: str, kind: str) -> StepState:
 
 
 def _turn_met(
-    state: RunState, event: SessionOpened | TurnFinished | TurnFailed | TurnCutShort
+    state: RunState, event: SessionOpened | ToolCalled | ToolReturned | TurnFinished | TurnFailed | TurnCutShort
 ) -> tuple[StepState, Attempt]:
+    """The turn that an event is about, which runs now; one that ends it needs all that it has called to have ended."""
     step = _met(state, event.path, event.type)
     last = step.attempts[-1] if step.attempts else None
     if last is None or last.number != event.attempt or step.turn != event.turn:
@@ -642,13 +746,13 @@ def _turn_met(
             f"{event.type} names attempt {event.attempt}, turn {event.turn} of step {step.id!r}, "
             f"which is at attempt {step.attempt}, turn {step.turn}."
         )
-    if step.path in state.calls:
+    if step.path in state.calls and not isinstance(event, (SessionOpened, ToolCalled, ToolReturned)):
         _check_alone(state, step)
     return step, last
 
 
 def _run_started(state: RunState, event: RunStarted) -> None:
-    workflow = Workflow.restore(event.workflow)
+    workflow = event.workflow
     state.run_id, state.name, state.engine = event.run_id, workflow.name, workflow.engine
     state.agents = {agent.id: agent for agent in workflow.agents}
     _take_autonomy(state, workflow.autonomous_mode)
@@ -656,6 +760,8 @@ def _run_started(state: RunState, event: RunStarted) -> None:
     state.max_concurrency = event.max_concurrency or workflow.max_concurrency or CAP
     state.workspace, state.recorded, state.started_at = event.workspace, event.recorded, event.at
     state.defaults = workflow.inputs
+    state.default_limits = limits_of(workflow)
+    state.budget.permit({**state.default_limits, **(event.limits or {})})
     _take_inputs(state, event.seq, {**workflow.inputs, **event.inputs})
     for item in workflow.steps:
         _append(state, item)
@@ -711,6 +817,10 @@ def _workflow_changed(state: RunState, event: WorkflowChanged) -> None:
     if event.sub_agents is not None:
         state.sub_agents = event.sub_agents
     state.max_concurrency = event.max_concurrency or state.max_concurrency
+    if event.limits or event.default_limits:
+        state.default_limits |= event.default_limits or {}
+        state.budget.permit({**(event.default_limits or {}), **(event.limits or {})})
+        _let_go(state)
     _take_agents(state, event.agents)
     state.defaults = {**state.defaults, **event.defaults}
     _take_inputs(state, event.seq, {**event.defaults, **event.inputs})
@@ -774,6 +884,7 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
     state.items[place] = item
     _hear(state, step.step, item)
     step.step, step.fingerprint, step.agents = item, event.fingerprint, agents
+    step.budget = _budget_of(item, step)
     _close(state, step, reopen=True)
     if step.status in ("finished", "skipped"):
         step.stale = True
@@ -785,7 +896,7 @@ def _step_changed(state: RunState, event: StepChanged) -> None:
 
 
 def _agents_of(state: RunState, item: Step) -> tuple[Agent, ...]:
-    return tuple(state.agents[name] for name in item.agents if name in state.agents)
+    return tuple([state.agents[name] for name in item.agents if name in state.agents])
 
 
 def _what_changed(old: Step, were: tuple[Agent, ...], new: Step, agents: tuple[Agent, ...]) -> tuple[str, ...]:
@@ -848,12 +959,17 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
             f"attempt {event.attempt}, turn {event.turn} of step {step.id!r} cannot start; attempt "
             f"{number}, turn {step.turn} is next."
         )
+    if step.status != "retrying" and (state.held is not None or _over(state, step) is not None):
+        raise TransitionError(f"{step.path!r} cannot start: a person is asked first, as a limit is reached.")
     if not step.attempts or number > step.attempts[-1].number:
         step.attempts.append(Attempt(state.texts, number, event.iteration, engine=event.engine, started_at=event.at))
-        step.answers = []
+        step.answers = ()
     last = step.attempts[-1]
     if step.redo is not None:
         step.redo.goes_on = False  # cut short, it is the next attempt
+    if step.status != "retrying":
+        for budget in _budgets(state, step):
+            budget.used["max_turns"] += 1
     if step.status == "retrying":
         last.turns.pop()
         last.started_at = event.at  # waiting between two tries is not work
@@ -862,7 +978,7 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
     last.ended_at, last.engine = None, event.engine
     last.turns.append(seq)
     last.session_id = event.session_id
-    state.texts[Ref(seq, "prompt")] = event.prompt + (context or ())
+    state.texts[Ref(seq, "prompt")] = event.prompt if context is None else event.prompt + context
     if context is not None:
         here = Ref(seq, "context")
         state.texts[here] = context
@@ -873,7 +989,9 @@ def _turn_started(state: RunState, event: TurnStarted) -> None:
         _take_place(state, step)
     else:
         _doubt_later(state, step)
-    last.ordinal = state.ordinals.setdefault(step.step.agent, Ordinals()).take()
+    if step.step.agent not in state.ordinals:
+        state.ordinals[step.step.agent] = Ordinals()
+    last.ordinal = state.ordinals[step.step.agent].take()
     step.status, step.retry_at, step.note = "running", None, None
     state.running[step.path] = step
 
@@ -884,27 +1002,39 @@ def _session_opened(state: RunState, event: SessionOpened) -> None:
     step.session, step.session_engine = last.session_id, last.engine
 
 
+def _tool_called(state: RunState, event: ToolCalled) -> None:
+    _step, last = _turn_met(state, event)
+    last.tools.append(ToolUse(event.call_id, event.name, event.arguments, called_at=event.at))
+
+
+def _tool_returned(state: RunState, event: ToolReturned) -> None:
+    _step, last = _turn_met(state, event)
+    called = (
+        use for use in reversed(last.tools) if (use.call_id, use.name, use.text) == (event.call_id, event.name, None)
+    )
+    use = next(called, None)
+    if use is None:
+        raise TransitionError(f"{event.name!r} returned to {event.path!r}, which had not called it.")
+    use.text, use.failed, use.returned_at = event.text, event.failed, event.at
+
+
 def _turn_finished(state: RunState, event: TurnFinished) -> None:
     step, last = _turn_met(state, event)
     del state.running[step.path]
-    _end_calls(state, step, event.at)
-    step.team, step.recall, step.resent = [], {}, []
+    if step.path in state.calls:
+        _end_calls(state, step, event.at)
+    step.team, step.recall, step.resent = (), None, ()
     here = Ref(event.seq)
     state.texts[here] = event.text
-    usage = event.usage
     last.failures = 0
     last.answer, last.output, last.verdict, last.ended_at = here, event.output, event.verdict, event.at
     last.session_id, last.note = event.session_id or last.session_id, event.note
     step.session, step.session_engine = last.session_id, last.engine
-    _take_fields(state, event.seq, event.output)
+    if event.output is not None:
+        _take_fields(state, event.seq, event.output)
     if event.duration_s is not None:
         last.measured_s = (last.measured_s or 0.0) + event.duration_s
-    if usage is not None:
-        last.usage = usage if last.usage is None else last.usage + usage
-        state.usage = state.usage + usage
-    if event.cost_usd is not None:
-        last.cost_usd = (last.cost_usd or 0.0) + event.cost_usd
-        state.cost_usd += event.cost_usd
+    _pay(state, step, last, event)
     _judge(state, step, last)
 
 
@@ -939,7 +1069,7 @@ def _note(state: RunState, step: StepState) -> dict[str, Any]:
 
 def _next_prompt(step: StepState, last: Attempt) -> None:
     """The next of the chained prompts is sent."""
-    step.said = [*step.said[: step.turn - 1], (Ref(last.turns[-1], "prompt"), last.answer)]
+    step.said = (*step.said[: step.turn - 1], (Ref(last.turns[-1], "prompt"), last.answer))
     step.turn += 1
     step.status, step.redo = "ready", None
 
@@ -967,7 +1097,7 @@ def _conclude(state: RunState, step: StepState, last: Attempt) -> None:
     reason = last.verdict.reason if last.verdict is not None else ""
     if action == "error":
         info = ErrorInfo(kind="Verdict", message=reason or f"{step.id} reports an error.")
-        last.errors.append(info)
+        last.errors += (info,)
         _owe(step, Due("failed", {"error": info.message}, (info.message,)))
     elif action == "stop":
         _settle(state, step, "finished", last.answer)
@@ -1012,7 +1142,8 @@ def _owe(step: StepState, due: Due) -> None:
 def _turn_failed(state: RunState, event: TurnFailed) -> None:
     step, last = _turn_met(state, event)
     _stop_running(state, step, event.at)
-    last.errors.append(event.error)
+    _pay(state, step, last, event)
+    last.errors += (event.error,)
     last.failures += 1
     last.ended_at = event.at
     if event.retry_in_s is not None:
@@ -1030,9 +1161,10 @@ def _turn_cut_short(state: RunState, event: TurnCutShort) -> None:
         heapq.heappush(state.ordinals[step.step.agent].free, last.ordinal)
     state.backing_off.pop(step.path, None)
     _stop_running(state, step, event.at)
+    _pay(state, step, last, event)
     last.cut_short, last.ended_at = event.reason or "stopped", event.at
     step.retry_at = None
-    step.resent = [*step.resent, *step.answers]
+    step.resent += step.answers
     if step.step.idempotent or isinstance(step.step, Parallel):  # of that, its members say it
         step.status = "ready"
         step.redo = step.redo or Redo()
@@ -1057,20 +1189,24 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
     gate = event.gate
     step = _met(state, gate.path, event.type)
     chained = step.turn > 1 and step.redo is None
-    fits = {
+    fits: dict[str, GateKind | None] = {
         "pending": "start",
         "ready": "start" if chained else None,
-        "running": "question",
-        "due": step.due and step.due.kind,
+        "running": gate.kind if gate.kind in ASKED_BY_TURNS else None,
+        "due": step.due.kind if step.due is not None else None,
     }
     without = {"stale": not step.stale, "start": bool(step.caller) or isinstance(step.step, Parallel)}
-    if gate.kind != fits.get(step.status, "stale") or without.get(gate.kind):
+    held = gate.kind == "budget" and step.status in ("pending", "ready") and state.held is None
+    if held and _over(state, step) is not None:
+        state.held = (step, step.status)
+    elif gate.kind != fits.get(step.status, "stale") or without.get(gate.kind):
         raise TransitionError(f"a {gate.kind!r} gate cannot open while step {step.id!r} is {step.status}.")
     if gate.kind == "start" and event.prompt is None:
         raise TransitionError(f"a 'start' gate of step {step.id!r} asks about a prompt, and none is there.")
     gate.opened_at = event.at
+    gate.deadline = event.at + gate.timeout_s if gate.timeout_s is not None else None
     state.owed.pop(step.path, None)
-    step.status = "asking" if gate.kind == "question" else "waiting"
+    step.status = "asking" if gate.kind in ASKED_BY_TURNS else "waiting"
     step.gate = gate
     step.gates += 1
     if event.prompt is not None:
@@ -1141,8 +1277,25 @@ def check_decision(gate: Gate, decision: Decision) -> None:
         raise TransitionError(
             f"an edited text goes with approve at {', '.join(EDITABLE)}, not with {decision.action} at {gate.kind}."
         )
+    if decision.scope is not None and (decision.action, gate.kind) != ("approve", "permission"):
+        raise TransitionError(
+            f"a scope goes with approve at a permission, not with {decision.action} at {gate.kind}: it says for how "
+            "long a tool is allowed."
+        )
+    if gate.kind == "permission" and decision.output is not None:
+        if decision.scope not in (None, "once"):
+            raise TransitionError("edited arguments are for this call alone: leave out the scope.")
+        try:
+            read_arguments(decision.output)
+        except ValueError as error:
+            raise TransitionError(f"the arguments are a JSON object; these cannot be read: {error}.") from None
     if decision.prompt is not None and decision.action != "retry":
         raise TransitionError("an edited prompt goes with retry.")
+    for name in limits_of(decision):
+        if gate.kind != "budget" or decision.action != "approve":
+            raise TransitionError(f"{name} goes with approve at budget, not with {decision.action} at {gate.kind}.")
+        if (about := gate.payload.get("limit", name)) != name:
+            raise TransitionError(f"the gate of {gate.step!r} is about {about}, not {name}; nothing was changed.")
 
 
 def _gate_decided(state: RunState, event: GateDecided) -> None:
@@ -1159,7 +1312,7 @@ def _gate_decided(state: RunState, event: GateDecided) -> None:
     _close(state, step)
     state.decisions[gate.id] = decision
     last = step.last
-    if last is not None and gate.kind not in ("start", "question", "stale"):
+    if last is not None and gate.kind not in ("start", "stale", "budget", *ASKED_BY_TURNS):
         last.decision = decision
     if decision.action == "stop":
         _stop_at(state, step, gate, due, decision)
@@ -1168,14 +1321,17 @@ def _gate_decided(state: RunState, event: GateDecided) -> None:
 
 
 def _stop_at(state: RunState, step: StepState, gate: Gate, due: Due | None, decision: Decision) -> None:
-    state.ending = ("stopped", f"stopped by {decision.by} at {step.id}")
-    if gate.kind == "question":
+    reason = f"stopped by {decision.by} at {step.id}"
+    if decision.by == GATE_DEADLINE:
+        reason = f"stopped by the deadline of a gate: nobody decided about {step.id} in time"
+    state.ending = ("stopped", reason)
+    if gate.kind in ASKED_BY_TURNS:
         step.status = "asking"  # its turn is cut short next
     elif gate.kind == "stale":
         step.status, step.stale = "finished", True
     elif gate.kind == "start":
         _ask_again(step)
-    else:
+    elif gate.kind != "budget":
         step.status, step.due = "due", due
 
 
@@ -1284,8 +1440,19 @@ def _did_run(state: RunState, step: StepState, gate: Gate, decision: Decision, s
 
 
 def _answer(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
+    step.answers += ((str(gate.payload.get("question", "")), decision.feedback or ""),)
+    _answered(state, step, gate, decision, seq)
+
+
+def _allow(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
+    if decision.scope in ("run", "always"):
+        state.allowed[tool_of(gate)] = decision
+    _answered(state, step, gate, decision, seq)
+
+
+def _answered(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
+    """The turn that had asked goes on; the time it waited is not its own."""
     step.attempts[-1].asked_s += max(0.0, decision.at - gate.opened_at)
-    step.answers.append((str(gate.payload.get("question", "")), decision.feedback or ""))
     step.status = "running"
 
 
@@ -1305,6 +1472,9 @@ _DECIDED: dict[tuple[GateKind, Action], _Effect] = {
     ("may_have_run", "approve"): _did_run,
     ("may_have_run", "retry"): _retry,
     ("question", "answer"): _answer,
+    ("permission", "approve"): _allow,
+    ("permission", "reject"): _answered,
+    ("budget", "approve"): lambda *given: _grant(*given),
     **{(kind, "skip"): _skip for kind, actions in ACTIONS.items() if "skip" in actions},
 }
 
@@ -1373,6 +1543,8 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "StepSkipped": _step_skipped,
     "TurnStarted": _turn_started,
     "SessionOpened": _session_opened,
+    "ToolCalled": _tool_called,
+    "ToolReturned": _tool_returned,
     "TurnFinished": _turn_finished,
     "TurnFailed": _turn_failed,
     "TurnCutShort": _turn_cut_short,
@@ -1392,7 +1564,7 @@ def _settle(state: RunState, step: StepState, status: Literal["finished", "skipp
         _hand_on(state, step)
     step.status, step.approved = status, output
     _trust(step)
-    step.due, step.redo, step.looped_by, step.resent = None, None, None, []
+    step.due, step.redo, step.looped_by, step.resent = None, None, None, ()
     if step.caller:
         _member_ended(state, step)
         return
@@ -1421,7 +1593,7 @@ def _hand_on(state: RunState, step: StepState) -> None:
 
 def _doubt_later(state: RunState, step: StepState) -> None:
     """What was made after `step` is stale: from now on the output that it builds on is another."""
-    for later in state.order[step.index + 1 : state.frontier]:
+    for later in state.order[step.index + 1 : state.frontier] if step.index < state.frontier else ():
         if later.status in ("finished", "skipped"):
             later.stale, later.outdated_by = True, step.id
 
@@ -1444,7 +1616,7 @@ def _begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
     One that may have run does not in the run's course: its gate asks first.
     """
     step.turn, step.redo, step.retry_at, step.session = 1, None, None, None
-    step.team, step.recall = [], {}
+    step.team, step.recall = (), None
     if status == "pending" and _may_have_run(step):
         step.status = "due"
         return
@@ -1462,9 +1634,13 @@ def _next_attempt(step: StepState) -> int:
 
     After a person's own text comes another one, so that theirs stays what it was.
     """
+    if not step.attempts:
+        return 1
+    last = step.attempts[-1]
+    if step.status == "retrying":
+        return last.number
     asked = step.redo is not None and not step.redo.goes_on
-    goes_on = step.turn > 1 and not asked and step.last is not None and not step.last.edited
-    return step.attempt if goes_on or step.status == "retrying" else step.attempt + 1
+    return last.number if step.turn > 1 and not asked and not last.edited else last.number + 1
 
 
 def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
@@ -1474,13 +1650,16 @@ def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
     kind = step.gate.kind
     state.gates.pop(step.gate.id, None)
     step.gate = None
+    if kind == "budget":
+        _release(state)
+        return
     if not reopen:
         return
     if kind == "stale":
         step.status, step.stale = "finished", True
     elif kind == "start":
         _ask_again(step)
-    elif kind != "question":
+    elif kind not in ASKED_BY_TURNS:
         step.status = "due"
         _owe_member(state, step)
 
@@ -1488,11 +1667,13 @@ def _close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
 def _append(state: RunState, item: Step | Separator) -> None:
     state.items.append(item)
     if not isinstance(item, Separator):
-        _hear(state, None, item)
-        made = StepState(item, item.id, len(state.order), agents=_agents_of(state, item))
+        if isinstance(item, Parallel):
+            _hear(state, None, item)
+        id, agents, budget = item.id, _agents_of(state, item), _budget_of(item)
+        made = state.steps[id] = StepState(item, id, len(state.order), agents=agents, budget=budget)
         state.order.append(made)
-        state.steps[item.id] = made
-        state.names.setdefault(item.id.replace("-", "_"), item.id)
+        if "-" in id:
+            state.names.setdefault(id.replace("-", "_"), id)
 
 
 def _reindex(state: RunState) -> None:
@@ -1502,7 +1683,9 @@ def _reindex(state: RunState) -> None:
     state.order, state.names = [], {}
     for item in state.items:
         if not isinstance(item, Separator):
-            step = known.get(id(item)) or StepState(item, item.id, 0, agents=_agents_of(state, item))
+            step = known.get(id(item)) or StepState(
+                item, item.id, 0, agents=_agents_of(state, item), budget=_budget_of(item)
+            )
             step.index = len(state.order)
             state.order.append(step)
             state.steps[item.id] = step
@@ -1550,7 +1733,9 @@ def as_text(value: Any) -> str:
 
 
 def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None) -> list[StartTurn | Record]:
-    """What to do now, in this order. Empty: wait for a turn to end or a person to decide.
+    """What to do now, or at its time, in this order. Nothing for now: wait for a turn to end or a person to decide.
+
+    After one that had to wait for its time, ask again: what comes behind it need not be right any more.
 
     Parameters
     ----------
@@ -1561,6 +1746,34 @@ def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None
         return []
     if state.ending is not None:
         return _end(state)
+    return [*_deadlines(state), *_next_in_course(state, engine_of)]
+
+
+def _deadlines(state: RunState) -> list[StartTurn | Record]:
+    """What is decided at the open gates if nobody does, and when."""
+    return [
+        Record(GateDecided(gate_id=gate.id, decision=_by_default(gate)), not_before=gate.deadline)
+        for gate in state.gates.values()
+        if gate.deadline is not None
+    ]
+
+
+def _by_default(gate: Gate) -> Decision:
+    words = "Nobody has looked at this in time. Look it over again." if gate.default == "reject" else None
+    return Decision(action=gate.default or "stop", feedback=words, by=GATE_DEADLINE)
+
+
+def _gate_default(step: StepState, kind: GateKind) -> GateDefault | None:
+    """What is decided at a gate of `step` if nobody does, where it can be; nobody's "no" is said only once."""
+    default = step.step.gate_default
+    if default is None or default not in ACTIONS[kind]:
+        return None
+    said = (attempt.decision for attempt in step.attempts)
+    again = default == "reject" and any(one.action == "reject" and one.by == GATE_DEADLINE for one in said if one)
+    return None if again else default
+
+
+def _next_in_course(state: RunState, engine_of: Callable[[Step], str] | None) -> list[StartTurn | Record]:
     if state.calls:
         return _members_next(state, engine_of)
     step = state.current
@@ -1570,7 +1783,7 @@ def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None
         return [Record(_open(state, step, cast("Due", step.due)))]
     if step.status == "looping":
         return [Record(_loop_back(state, step))]
-    if step.status == "waiting" or state.running or state.paused:
+    if step.status == "waiting" or state.running or state.paused or state.held is not None:
         return []
     if state.until_reached:
         return [Record(RunPaused(reason=f"as far as {state.until}"))]
@@ -1615,7 +1828,7 @@ def _open(
     whole = hashlib.sha256()
     for piece in pieces(due.text, state.texts):
         whole.update(piece.encode("utf-8", "surrogatepass"))
-    attempt = _next_attempt(step) if due.kind == "start" else step.attempt
+    attempt = _next_attempt(step) if due.kind in ("start", "budget") else step.attempt
     gate = Gate(
         id=f"{state.run_id}/{step.path}/{attempt}/{step.gates + 1}",
         kind=due.kind,
@@ -1625,13 +1838,40 @@ def _open(
         payload=due.payload,
         digest=whole.hexdigest(),
         actions=ACTIONS[due.kind],
+        timeout_s=step.step.gate_timeout_s,
+        default=_gate_default(step, due.kind),
     )
     return GateOpened(gate=gate, prompt=prompt, context=context)
+
+
+def feedback_on(state: RunState, step: StepState) -> str:
+    """Why the turn of `step` runs again: the words of who rejected it, else of the module that sent the run back."""
+    if step.redo is not None and step.redo.feedback is not None:
+        return state.text(step.redo.feedback)
+    loop = state.loops.get(step.looped_by) if step.looped_by is not None else None
+    if loop is None:
+        return ""
+    return loop.reason if isinstance(loop.reason, str) else state.text(loop.reason)
 
 
 def ask(state: RunState, step: StepState, question: str) -> GateOpened:
     """The event with which the running turn of `step` asks a person."""
     return _open(state, step, Due("question", {"question": question}, (question,)))
+
+
+def ask_permission(
+    state: RunState, step: StepState, tool: tuple[str, str], arguments: Mapping[str, Any], note: str = ""
+) -> GateOpened:
+    """The event with which the running turn of `step` asks for permission to call `tool`: name and implementation."""
+    name, implementation = tool
+    payload = {"tool": name, "arguments": dict(arguments), "implementation": implementation, "note": note}
+    given = {key: value for key, value in payload.items() if value != ""}
+    return _open(state, step, Due("permission", given, (f"{name}\n{write_arguments(arguments)}",)))
+
+
+def tool_of(gate: Gate) -> tuple[str, str]:
+    """The tool that a permission is about: its name, its implementation."""
+    return str(gate.payload.get("tool", "")), str(gate.payload.get("implementation", ""))
 
 
 def _loop_back(state: RunState, step: StepState) -> LoopedBack:
@@ -1652,7 +1892,12 @@ def _skip_reason(state: RunState, step: StepState) -> str | None:
     return None
 
 
-def _start(state: RunState, step: StepState, engine_of: Callable[[Step], str] | None) -> StartTurn | Record:
+def _start(
+    state: RunState, step: StepState, engine_of: Callable[[Step], str] | None, ahead: int = 0
+) -> StartTurn | Record:
+    """Begin `step`, or ask first; `ahead`: so many others begin before it."""
+    if step.status != "retrying" and (over := _over(state, step, ahead)) is not None:
+        return Record(_open(state, step, over))
     if isinstance(step.step, Parallel):
         return Record(_call_members(state, step, step.step))
     session = step.session
@@ -1679,6 +1924,106 @@ def _asks_first(state: RunState, step: StepState) -> bool:
     if step.turn > 1:
         return step.status == "ready" and step.redo is None and state.mode == "step-by-step"
     return step.status == "pending" and (step.redo is None or not step.redo.answered)
+
+
+# -- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def _budget_of(item: Step, before: StepState | None = None) -> Budget | None:
+    """The budget of a step as it is defined now; what it used `before` counts."""
+    limits = limits_of(item)
+    if not limits:
+        return None
+    budget = Budget()
+    budget.permit(limits)
+    if before is not None and before.budget is not None:
+        budget.used, budget.unknown = before.budget.used, before.budget.unknown
+    elif before is not None:
+        everybody = [before]
+        for one in everybody:
+            everybody += one.members
+            for attempt in one.attempts:
+                if not attempt.edited:
+                    budget.used["max_turns"] += len(attempt.turns)
+                    _add(budget, attempt.usage, attempt.cost_usd, ended=attempt.answer is not None)
+    return budget
+
+
+def _budgets(state: RunState, step: StepState) -> tuple[Budget, ...]:
+    """The budgets from which `step` is paid: the run's, and that of the workflow's step that it belongs to."""
+    own = (state.steps[step.path.partition("/")[0]] if step.caller else step).budget
+    return (state.budget,) if own is None else (state.budget, own)
+
+
+def _pay(state: RunState, step: StepState, last: Attempt, event: TurnFinished | TurnFailed | TurnCutShort) -> None:
+    """What the turn is known to have used counts, whatever became of it."""
+    usage, cost_usd = event.usage, event.cost_usd
+    if usage is not None:
+        last.usage = usage if last.usage is None else last.usage + usage
+        state.usage = state.usage + usage
+    if cost_usd is not None:
+        last.cost_usd = (last.cost_usd or 0.0) + cost_usd
+        state.cost_usd += cost_usd
+    if event.cost_estimated:
+        last.cost_estimated = state.cost_estimated = True
+    state.last_turn = step.path
+    for budget in _budgets(state, step):
+        _add(budget, usage, cost_usd, ended=event.type == "TurnFinished")
+
+
+def _add(budget: Budget, usage: Usage | None, cost_usd: float | None, *, ended: bool) -> None:
+    """Count what was used; of a turn that `ended` and does not say, that it is not known.
+
+    One that says that it cost nothing has asked no model: where it counts no tokens, there are none.
+    """
+    if usage is not None:
+        budget.used["max_tokens"] += usage.input_tokens + usage.output_tokens
+    elif ended and cost_usd != 0:
+        budget.unknown["max_tokens"] = budget.unknown.get("max_tokens", 0) + 1
+    if cost_usd is not None:
+        budget.used["max_cost_usd"] += cost_usd
+    elif ended:
+        budget.unknown["max_cost_usd"] = budget.unknown.get("max_cost_usd", 0) + 1
+
+
+def _over(state: RunState, step: StepState, ahead: int = 0) -> Due | None:
+    """The gate that comes before the next turn of `step`, once `ahead` others have started; ``None``: it may start."""
+    for budget in _budgets(state, step):
+        if budget.limits and (payload := budget.reached(ahead)) is not None:
+            if budget is not state.budget:
+                payload["of"] = step.path.partition("/")[0]
+            if state.last_turn:
+                payload["after"] = state.last_turn
+            return Due("budget", payload, (json.dumps(payload),))
+    return None
+
+
+def _grant(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
+    """So much more may be used, counted from what is used by now; what was only unknown is not asked about again."""
+    name = gate.payload["limit"]
+    budget = state.budget if "of" not in gate.payload else state.steps[gate.payload["of"]].budget
+    more = getattr(decision, name)
+    if budget is None:
+        return
+    if "unknown" in gate.payload:
+        budget.waived.add(name)
+    elif more is None:
+        more = budget.amounts[name]
+        setattr(decision, name, more)  # said in the event, for whoever reads it
+    if more is not None:
+        budget.limits[name] = max(budget.limits[name], budget.used[name]) + more
+
+
+def _release(state: RunState) -> None:
+    """The step that was held stands as it did."""
+    step, status = cast("tuple[StepState, StepStatus]", state.held)
+    step.status, state.held = status, None
+
+
+def _let_go(state: RunState) -> None:
+    """Close a ``budget`` gate that asks about a limit which is another one now; if it is reached too, it asks again."""
+    if state.held is not None:
+        _close(state, state.held[0])
 
 
 # -- members ----------------------------------------------------------------------------------------------------------
@@ -1730,6 +2075,15 @@ def may_call(state: RunState, step: StepState) -> tuple[str, ...]:
     return tuple(name for name in state.sub_agents if name not in above)
 
 
+def may_ask(state: RunState, step: StepState) -> bool:
+    """Whether the model at work in `step` is told that it can ask a person.
+
+    Not where nobody wants to be asked: in unattended mode, and in a workflow that is locked to run by itself, but for
+    the steps that pause there anyway.
+    """
+    return step.step.interactive is True or (state.mode != "unattended" and state.locked != "always")
+
+
 def _above(state: RunState, caller: StepState) -> dict[str, str]:
     """The agents that wait for `caller`, and its own: where each is at work."""
     above = {caller.step.agent: caller.path}
@@ -1751,7 +2105,7 @@ def _called(
     files: Mapping[str, str],
     limit: int | None,
 ) -> AgentsCalled:
-    known = {key: deque(members) for key, members in caller.recall.items()}
+    known = {key: deque(members) for key, members in (caller.recall or {}).items()}
     numbers: dict[str, int] = {}
 
     def path(agent: str, prompt: str, named: tuple[str, ...]) -> str:
@@ -1797,7 +2151,7 @@ def _agents_called(state: RunState, event: AgentsCalled) -> None:
             f"AgentsCalled names attempt {event.attempt}, call {event.call} of {caller.path!r}; attempt {number}, call "
             f"{caller.called + 1} is next."
         )
-    known = {member.path: member for members in caller.recall.values() for member in members}
+    known = {member.path: member for members in (caller.recall or {}).values() for member in members}
     state.named_calls.update(_check_called(state, caller, event, known))
     before = _rejected_answers(caller)
     if parallel is not None:
@@ -1827,7 +2181,7 @@ def _agents_called(state: RunState, event: AgentsCalled) -> None:
             member.tail, member.index = one.tail, caller.index
             member.group = (event.call, number, len(event.groups))
             groups[-1].append(member)
-    caller.team += [member for group in groups for member in group]
+    caller.team += tuple(member for group in groups for member in group)
     if caller.caller:
         _leave_place(state, caller)
     call = state.calls[caller.path] = Call(event.call, groups, event.max_concurrency)
@@ -1861,8 +2215,8 @@ def _task(step: Step, agent: str) -> Step:
     """What a member has to do: in a parallel step, that; called by a turn, what it is asked in the call."""
     if isinstance(step, Parallel):
         return step.member(agent)
-    same = {"timeout_s": step.timeout_s, "retries": step.retries, "idempotent": step.idempotent}
-    return Step(agent=agent, context="none", **same)
+    own = ("timeout_s", "retries", "idempotent", *GATE_OPTIONS)
+    return Step(agent=agent, context="none", **{name: getattr(step, name) for name in own})
 
 
 def _new_member(
@@ -1892,7 +2246,7 @@ def _new_member(
 
 def _take_again(caller: StepState, member: StepState) -> None:
     """A member of a turn that did not end is called again: what it has done counts; if it failed, it is tried anew."""
-    caller.recall[member.asked].remove(member)
+    cast("dict[tuple[str, str], list[StepState]]", caller.recall)[member.asked].remove(member)
     if member.status == "failed":
         member.status, member.note = "ready", None
         member.redo = Redo(feedback=member.redo.feedback if member.redo is not None else None, answered=True)
@@ -2054,9 +2408,11 @@ def _end_calls(state: RunState, caller: StepState, at: float) -> None:
 
 def _keep_team(step: StepState) -> None:
     """The turn did not end: whom it has called can be called again without beginning anew."""
-    for member in step.team:
-        step.recall.setdefault(member.asked, []).append(member)
-    step.team = []
+    if step.team:
+        step.recall = step.recall or {}
+        for member in step.team:
+            step.recall.setdefault(member.asked, []).append(member)
+        step.team = ()
 
 
 def _agents_returned(state: RunState, event: AgentsReturned) -> None:
@@ -2079,10 +2435,10 @@ def _agents_returned(state: RunState, event: AgentsReturned) -> None:
     if wrong:
         _keep_team(caller)
         error = ErrorInfo(kind="MemberFailed", message=" ".join(wrong))
-        last.errors.append(error)
+        last.errors += (error,)
         _owe(caller, Due("failed", {"error": error.message}, (error.message,)))
         return
-    caller.team, caller.recall = [], {}
+    caller.team, caller.recall = (), None
     last.answer = Ref(event.seq)
     parts: tuple[Part, ...] = ()
     for member in members:
@@ -2110,7 +2466,7 @@ def _members_next(state: RunState, engine_of: Callable[[Step], str] | None) -> l
     ]
     if not state.paused:
         actions += [_start(state, member, engine_of) for member in state.backing_off.values()]
-    free = state.max_concurrency - state.busy
+    free, ahead = state.max_concurrency - state.busy, 0
     for line in reversed(state.lines):
         for step in line.values():
             if step.caller and free <= 0:
@@ -2118,10 +2474,13 @@ def _members_next(state: RunState, engine_of: Callable[[Step], str] | None) -> l
             if step.status == "calling":
                 call = state.calls[step.path]
                 actions.append(Record(AgentsReturned(step=step.id, path=step.path, call=call.number)))
-            elif state.paused:
+            elif state.paused or state.held is not None:
                 break  # who was at work stands before those that begin
             else:
-                actions.append(_start(state, step, engine_of))
+                actions.append(_start(state, step, engine_of, ahead))
+                ahead += step.status != "retrying"
+                if isinstance(actions[-1], Record):  # its budget is used up: nobody else begins
+                    return actions
             free -= 1
     return actions
 

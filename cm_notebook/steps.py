@@ -48,6 +48,13 @@ class StepView:
             return meaning.status_word(state, self._step)
 
     @property
+    def retry_at(self) -> float | None:
+        """When it is tried again by itself, in Unix seconds; ``None`` while it is not about to be."""
+        with self.run.reading():
+            step = self._step
+            return step.retry_at if step.status == "retrying" else None
+
+    @property
     def stale(self) -> bool:
         """Whether something it builds on has changed since."""
         with self.run.reading():

@@ -12,9 +12,10 @@ every other line is one turn or one decision, and says itself where in a run it 
 
 (the last three are one line). A turn needs ``path``, ``attempt`` and ``text``; ``turn`` counts chained prompts.
 ``events`` says how the text arrived, ``[ms since the start, characters]`` each, and never repeats it. Where nothing is
-said about the prompt, any will do. ``tool_calls`` are what the agent asked of its run when it had written that; agents
-that it called have lines of their own, with paths like ``coordinator/frontend-dev#1``. A reader takes the versions that
-it knows, and refuses by name every key that it does not.
+said about the prompt, any will do. ``tool_calls`` are what the agent asked of its run before that text, each with what
+it had ``said`` until then; agents that it called have lines of their own, with paths like ``lead/qa-engineer#1``. A
+turn that failed has an ``error`` (``kind`` and ``message``), and as ``text`` what it had written. A reader takes the
+versions that it knows, and refuses by name every key that it does not.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from .errors import TransitionError, WorkflowError, did_you_mean
-from .events import ACTIONS, Decision, Fact, Gate, GateKind, Usage
+from .errors import EngineError, TransitionError, WorkflowError, did_you_mean
+from .events import ACTIONS, Decision, ErrorInfo, Fact, Gate, GateKind, Usage
 from .prompts import digest
 from .state import check_decision
 from .team import ToolCall
@@ -84,6 +85,16 @@ class Prompt(Fact):
         return f"somewhere after {_short(self.start, end=True)!r} (the tape keeps no more of it), now {_short(rest)!r}"
 
 
+class TapedCall(ToolCall):
+    """What an agent asked of its run; ``said``: what it had written before."""
+
+    said: str = ""
+
+
+_KINDS: list[type[EngineError]] = [EngineError, *EngineError.__subclasses__()]
+_ERRORS = {kind.__name__: kind for kind in _KINDS}
+
+
 class TapedTurn(Fact):
     """One turn as it was recorded. ``session_id``: of the conversation that later turns continued, if there was one."""
 
@@ -94,12 +105,28 @@ class TapedTurn(Fact):
     session_id: str | None = None
     events: list[tuple[Millis, Length]] = Field(default_factory=list)
     text: str
-    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_calls: list[TapedCall] = Field(default_factory=list)
+    error: ErrorInfo | None = None
     output: Any = None
     verdict: Verdict | None = None
     usage: Usage | None = None
     cost_usd: Amount | None = None
     duration_s: Amount | None = None
+
+    @field_validator("error")
+    @classmethod
+    def _of_a_known_kind(cls, error: ErrorInfo | None) -> ErrorInfo | None:
+        if error is not None and error.kind not in _ERRORS:
+            raise ValueError(f"there is no error {error.kind!r}. {did_you_mean(error.kind, _ERRORS, 'Possible')}")
+        return error
+
+    def failure(self) -> EngineError | None:
+        """The error with which it ended, if it did. The last one: what was tried again unasked is not on a tape."""
+        if self.error is None:
+            return None
+        made = _ERRORS[self.error.kind](self.error.message)
+        made.detail, made.retryable = self.error.detail, False
+        return made
 
     def pieces(self) -> list[tuple[float, str]]:
         """The text as it arrived: seconds since the start, and a piece. All of it, also when it was edited since."""
@@ -136,7 +163,8 @@ _PARTS: dict[str, type[BaseModel]] = {
     "decision": Decision,
     "prompt": Prompt,
     "usage": Usage,
-    "tool_calls": ToolCall,
+    "error": ErrorInfo,
+    "tool_calls": TapedCall,
 }
 _Line = TypeVar("_Line", bound=Fact)
 
@@ -226,11 +254,12 @@ class Tape:
         return self.turns.get((path, attempt, turn))
 
     def nearest(self, path: str, attempt: int, turn: int = 1) -> TapedTurn | None:
-        """What stands in for a turn that is not there: the last one before it at that `path`, else the first after."""
+        """What stands in for a turn that is not there: the last answer before it at that `path`, else the next."""
 
-        def closeness(taped: TapedTurn) -> tuple[bool, bool, int, int]:
+        def closeness(taped: TapedTurn) -> tuple[bool, bool, bool, int, int]:
             before = taped.attempt <= attempt
-            return taped.turn == turn, before, taped.attempt if before else -taped.attempt, taped.turn
+            nearer = taped.attempt if before else -taped.attempt
+            return taped.error is None, taped.turn == turn, before, nearer, taped.turn
 
         return max((taped for taped in self.turns.values() if taped.path == path), key=closeness, default=None)
 
@@ -303,7 +332,8 @@ def _checked(kind: type[_Line], value: dict[str, Any]) -> _Line:
         raise WorkflowError(f"there is no {where!r}. {did_you_mean(str(last), owner.model_fields, 'Possible')}")
     if problem["type"] == "missing":
         raise WorkflowError(f"{where!r} is missing.")
-    raise WorkflowError(f"{where} = {_short(repr(problem['input']))}: {problem['msg'].removeprefix('Value error, ')}.")
+    wrong = problem["msg"].removeprefix("Value error, ").removesuffix(".")
+    raise WorkflowError(f"{where} = {_short(repr(problem['input']))}: {wrong}.")
 
 
 def _check_answer(taped: TapedDecision) -> None:

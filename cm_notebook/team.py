@@ -5,8 +5,6 @@ Strategy: groups run one after the other, the members of a group side by side. H
 starts, and refused with what is wrong and where. Nothing here runs; what a call means stands in ``state.py``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,12 +20,11 @@ MOST_DEPTH = 3
 CAP = 4
 """Members that run at the same time, where nothing else is said."""
 
-_SPACE = re.compile(r"\s*")
-_AGENT = re.compile(NAME)
-_OPTIONS = re.compile(r"\[([^\]]*)\]")
-_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
-_ESCAPED = re.compile(r"\\(['\"\\])")
-_JOIN = re.compile(r"&&|&|$")
+_SPACE = r"\s*"
+_OPTIONS = r"\[([^\]]*)\]"
+_QUOTED = r"(?s)'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\""
+_ESCAPED = r"\\(['\"\\])"
+_JOIN = r"&&|&|$"
 
 
 class Call(Model):
@@ -77,21 +74,28 @@ class ToolCall(Model):
     arguments: dict[str, Any]
 
     @model_validator(mode="after")
-    def _has_its_arguments(self) -> ToolCall:
-        given = set(self.arguments)
-        if self.name == "ask_human":
-            right = given == {"question"}
-        else:
-            right = len(given & {"groups", "script"}) == 1 and given <= {"groups", "script", "max_concurrency"}
-        if not right:
-            wanted = "'question'" if self.name == "ask_human" else "either 'groups' or 'script'"
-            raise ValueError(f"{self.name} takes {wanted}, not {', '.join(map(repr, sorted(given))) or 'nothing'}")
+    def _has_its_arguments(self) -> "ToolCall":
+        if (wrong := wrong_arguments(self.name, self.arguments)) is not None:
+            raise ValueError(wrong)
         return self
 
     @property
     def asked(self) -> Any:
         """Whom to call, or what to ask."""
         return self.arguments.get("groups", self.arguments.get("script", self.arguments.get("question")))
+
+
+def wrong_arguments(name: str, arguments: Collection[str]) -> str | None:
+    """What is wrong with the names of the arguments of such a call; ``None``: nothing."""
+    given = set(arguments)
+    if name == "ask_human":
+        right = given == {"question"}
+    else:
+        right = len(given & {"groups", "script"}) == 1 and given <= {"groups", "script", "max_concurrency"}
+    if right:
+        return None
+    wanted = "'question'" if name == "ask_human" else "either 'groups' or 'script'"
+    return f"{name} takes {wanted}, not {', '.join(map(repr, sorted(given))) or 'nothing'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +151,7 @@ def parse_calls(script: str) -> Groups:
     while True:
         call, at = _call(script, at)
         groups[-1].append(call)
-        join = _JOIN.match(script, at)
+        join = _match(_JOIN, script, at)
         if join is None:
             raise _wrong(script, at, "'&' (beside it), '&&' (after it) or the end")
         if not join[0]:
@@ -158,22 +162,22 @@ def parse_calls(script: str) -> Groups:
 
 
 def _call(script: str, at: int) -> tuple[Call, int]:
-    name = _AGENT.match(script, at)
+    name = _match(NAME, script, at)
     if name is None:
         raise _wrong(script, at, "an agent's id")
     at = name.end()
     given: dict[str, Any] = {}
-    options = _OPTIONS.match(script, at)
+    options = _match(_OPTIONS, script, at)
     if options is not None:
         given = _options(script, at + 1, options[1])
         at = options.end()
     elif script.startswith("[", at):
         raise _wrong(script, at, "a ']' that closes this '['")
     at = _skip(script, at)
-    quoted = _QUOTED.match(script, at)
+    quoted = _match(_QUOTED, script, at)
     if quoted is None:
         raise _wrong(script, at, f"what {name[0]} is asked, in quotes")
-    prompt = _ESCAPED.sub(r"\1", quoted[1] if quoted[1] is not None else quoted[2])
+    prompt = re.sub(_ESCAPED, r"\1", quoted[1] if quoted[1] is not None else quoted[2])
     if not prompt.strip():
         raise _wrong(script, at, f"what {name[0]} is asked, not an empty text")
     return Call(agent=name[0], prompt=prompt, **given), _skip(script, quoted.end())
@@ -194,8 +198,12 @@ def _options(script: str, at: int, text: str) -> dict[str, Any]:
     return given
 
 
+def _match(pattern: str, script: str, at: int) -> re.Match[str] | None:
+    return re.compile(pattern).match(script, at)  # compiled when it is needed, and kept by re
+
+
 def _skip(script: str, at: int) -> int:
-    space = _SPACE.match(script, at)
+    space = _match(_SPACE, script, at)
     return space.end() if space is not None else at
 
 

@@ -15,9 +15,9 @@ import sys
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NotRequired, overload
+from typing import TYPE_CHECKING, Any, NotRequired, overload
 
-from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError
 from pydantic_core import PydanticUndefined, to_json
 
 from .errors import WorkflowError
@@ -27,10 +27,16 @@ if sys.version_info >= (3, 12):
 else:  # pydantic reads the one of typing from 3.12 on
     from typing_extensions import TypedDict
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 LONGEST_RESULT = 200_000
 """Characters of a result that a model is told; what is longer is cut in the middle."""
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+BUILT_IN = ("run_agents", "ask_human")
+"""Tools that models have without being given them; see ``engines/builtin.py``."""
+
+_NAME = r"[A-Za-z0-9_-]{1,64}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,7 @@ def tool(
 
     def decorate(function: Callable[..., Any]) -> Tool:
         called = name or str(getattr(function, "__name__", type(function).__name__))
-        if not _NAME.fullmatch(called):
+        if not re.fullmatch(_NAME, called):
             raise WorkflowError(f"tool {called!r}: a name holds letters, digits, '-' and '_'. Give it one: name=….")
         checker, schema = _arguments(called, function)
         return Tool(
@@ -156,9 +162,14 @@ def as_tool(given: Any) -> Tool:
 
     Raises
     ------
-    WorkflowError    It is none of these.
+    WorkflowError    It is none of these, or its name is that of a tool that every model has.
     """
     if isinstance(given, Tool):
+        if given.name in BUILT_IN:
+            raise WorkflowError(
+                f"tools: {given.name!r} is the name of a tool that models have anyway. Give yours another: "
+                "@cm.tool(name=…)."
+            )
         return given
     if isinstance(given, Mapping):
         try:
@@ -167,11 +178,13 @@ def as_tool(given: Any) -> Tool:
             raise WorkflowError(f"tools: {given!r} is not a tool: {error.errors()[0]['msg']}.") from None
     if not callable(given) or isinstance(given, type):
         raise WorkflowError(f"tools: {given!r} is not a tool. Write @cm.tool above a function and give its name.")
-    return tool(given)
+    return as_tool(tool(given))
 
 
 def _arguments(name: str, function: Callable[..., Any]) -> tuple[TypeAdapter[Any], dict[str, Any]]:
     """What checks a call's arguments, and their JSON schema."""
+    from pydantic import TypeAdapter  # only for who has tools
+
     try:
         signature = inspect.signature(function)
         annotated: Any = function if inspect.isroutine(function) else vars(type(function)).get("__call__", function)
@@ -206,6 +219,31 @@ def _arguments(name: str, function: Callable[..., Any]) -> tuple[TypeAdapter[Any
     return checker, schema
 
 
+def read_arguments(written: str) -> dict[str, Any]:
+    """The arguments of a call as they were written: a JSON object.
+
+    Raises
+    ------
+    ValueError    It is none.
+    """
+
+    def no_number(name: str) -> Any:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        value = json.loads(written, parse_constant=no_number) if written.strip() else {}
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
+def write_arguments(arguments: Mapping[str, Any]) -> str:
+    """The arguments of a call, for a person to read and to edit."""
+    return json.dumps(arguments, indent=2, ensure_ascii=False)
+
+
 def _plain(value: Any) -> Any:
     try:
         return json.loads(to_json(value))
@@ -215,10 +253,14 @@ def _plain(value: Any) -> Any:
 
 def text_of(value: Any) -> str:
     """What a model is told of a tool's result."""
-    text = value if isinstance(value, str) else to_json(value, fallback=str).decode()
-    if len(text) <= LONGEST_RESULT:
+    return shortened(value if isinstance(value, str) else to_json(value, fallback=str).decode(), LONGEST_RESULT)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text; of one that is longer than that, the beginning and the end."""
+    if len(text) <= most:
         return text
-    half = LONGEST_RESULT // 2
+    half = most // 2
     return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters are left out …]\n{text[-half:]}"
 
 

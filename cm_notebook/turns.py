@@ -7,7 +7,6 @@ gates or journals: ``take_turn`` hands live text on, and returns how the turn en
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import threading
 import time
@@ -15,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from . import events, keys
 from .engines.base import (
     AgentRequest,
     Delta,
@@ -26,14 +26,17 @@ from .engines.base import (
     UsageReported,
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
-from .events import ErrorInfo, TurnFailed, TurnFinished, TurnStarted, sound
-from .workflow import Module, Step, Verdict, not_json
+from .events import AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted
+from .tools import shortened
+from .workflow import Module, Step, Verdict, not_json, sound
 
 YIELD_EVERY = 64
 """After so many pieces of text other turns get their chance."""
 MOST_PIECES = 4096
 """So many pieces of text are kept apart; joined, they take a tenth of the memory."""
 LONGEST_BACKOFF_S = 60
+LONGEST_KEPT = 2_000
+"""Characters that are kept of a tool's arguments and result."""
 LONGEST_LINE = 200
 """Characters that are shown of a tool's arguments and result."""
 
@@ -66,16 +69,22 @@ class LiveTurn:
         "_timer",
         "asking",
         "failures",
+        "hide",
+        "hide_thoughts",
         "recalled",
         "started",
         "step",
         "task",
+        "used",
     )
 
     def __init__(self, started: TurnStarted, step: Step, late: Callable[[LiveTurn], None]) -> None:
         self.started, self.step = started, step
         self.task: asyncio.Task[None] | None = None
         self.failures = 0
+        self.hide, self.hide_thoughts = keys.Hider(), keys.Hider()
+        self.used: dict[str, Any] = {}
+        """What it has said so far that it used, as its last event keeps it."""
         self.asking: asyncio.Lock | None = None
         self.recalled: set[int] = set()
         self._late = late
@@ -84,6 +93,12 @@ class LiveTurn:
         self._timer: asyncio.TimerHandle | None = None
         self._parts: list[str] = []
         self._heard_at: float | None = None
+
+    def one_at_a_time(self) -> asyncio.Lock:
+        """Held while it asks somebody for something: a turn waits for one thing at a time."""
+        if self.asking is None:
+            self.asking = asyncio.Lock()
+        return self.asking
 
     def write(self, text: str) -> None:
         """Append to what it has written."""
@@ -129,7 +144,9 @@ async def take_turn(
     engine: Engine,
     request: AgentRequest,
     write: Callable[[str], None],
+    think: Callable[[str], None],
     opened: Callable[[str], None],
+    record: Callable[[AnyEvent], None],
 ) -> Ending:
     """Do `turn`: send the request to the engine and pass on what it writes.
 
@@ -137,8 +154,12 @@ async def take_turn(
     ----------
     write
         Gets the live text.
+    think
+        Gets what it thinks before it writes.
     opened
         Gets the id of the agent's conversation as soon as it is known.
+    record
+        Gets what the agent does with tools, as events.
 
     Raises
     ------
@@ -146,29 +167,26 @@ async def take_turn(
     """
     started, step = turn.started, turn.step
     done: TurnDone | None = None
-    usage: UsageReported | None = None
     session_id: str | None = None
     pieces = 0
     try:
-        async with contextlib.aclosing(_stream(engine, request)) as stream:
+        stream = _stream(engine, request)
+        try:
             async for told in stream:
-                if isinstance(told, (Delta, TurnDone)) and not isinstance(told.text, str):
-                    raise EngineProtocolError(
-                        f"the engine {engine.name!r} gave {type(told).__name__}({told.text!r}), whose text is none.",
-                        engine=engine.name,
-                    )
                 if isinstance(told, Delta):
-                    if told.kind == "text":
-                        write(told.text)
+                    (write if told.kind == "text" else think)(_text_of(told, engine))
                     pieces += 1
                     if pieces % YIELD_EVERY == 0:
                         await asyncio.sleep(0)
                 elif isinstance(told, TurnDone):
                     done = told
                 elif isinstance(told, UsageReported):
-                    usage = told
+                    turn.used = {"usage": told.usage, "cost_usd": told.cost_usd}
+                    if told.cost_estimated:
+                        turn.used["cost_estimated"] = True
                 elif isinstance(told, (ToolCalled, ToolReturned)):
                     write(_tool_line(told))
+                    record(_tool_event(started, told))
                 elif isinstance(told, SessionStarted):
                     if told.session_id not in (session_id, started.session_id):
                         opened(told.session_id)
@@ -179,25 +197,27 @@ async def take_turn(
                         "the end cm.TurnDone(…).",
                         engine=engine.name,
                     )
+        finally:
+            await stream.aclose()
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
-        output, verdict = sound(done.output), _verdict(step, done)
-        for what, value in (("output", output), ("score", verdict.score if verdict is not None else None)):
-            if value is not None and (wrong := not_json(value)) is not None:
-                problem = (
-                    f"{started.step}: its {what} holds {wrong}, a number that JSON does not have. Give null instead."
-                )
-                raise EngineProtocolError(problem, engine=started.engine, step=started.step)
+        text, verdict = sound(_text_of(done, engine)), _verdict(step, done)
+        output = sound(done.output) if done.output is not None else None
+        if output is not None:
+            _check_json("output", output, started)
+        if verdict is not None and verdict.score is not None:
+            _check_json("score", verdict.score, started)
+        if turn.used.get("cost_usd") is None and getattr(engine, "free", False):
+            turn.used["cost_usd"] = 0.0
         event = TurnFinished(
             step=started.step,
             path=started.path,
             attempt=started.attempt,
             turn=started.turn,
-            text=sound(done.text),
+            text=text,
             output=output,
             verdict=verdict,
-            usage=usage.usage if usage is not None else None,
-            cost_usd=usage.cost_usd if usage is not None else None,
+            **turn.used,
             session_id=session_id,
             duration_s=done.duration_s,
             note=done.note,
@@ -231,6 +251,32 @@ def _stream(engine: Engine, request: AgentRequest) -> Any:
         "write `async def stream(self, request)` with `yield cm.TurnDone(…)` in it.",
         engine=engine.name,
     )
+
+
+def _text_of(told: Delta | TurnDone, engine: Engine) -> str:
+    """The text of what the engine told, which may be anybody's."""
+    if not isinstance(told.text, str):
+        raise EngineProtocolError(
+            f"the engine {engine.name!r} gave {type(told).__name__}({told.text!r}), whose text is none.",
+            engine=engine.name,
+        )
+    return told.text
+
+
+def _check_json(what: str, value: Any, started: TurnStarted) -> None:
+    if (wrong := not_json(value)) is not None:
+        problem = f"{started.step}: its {what} holds {wrong}, a number that JSON does not have. Give null instead."
+        raise EngineProtocolError(problem, engine=started.engine, step=started.step)
+
+
+def _tool_event(started: TurnStarted, told: ToolCalled | ToolReturned) -> AnyEvent:
+    """What is kept of it."""
+    about = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
+    about |= {"call_id": sound(told.call_id), "name": sound(told.name)}
+    if isinstance(told, ToolReturned):
+        return events.ToolReturned(**about, text=shortened(sound(told.text), LONGEST_KEPT), failed=told.failed)
+    said = told.arguments if isinstance(told.arguments, str) else json.dumps(told.arguments, ensure_ascii=False)
+    return events.ToolCalled(**about, arguments=shortened(sound(said), LONGEST_KEPT))
 
 
 def _tool_line(told: ToolCalled | ToolReturned) -> str:
@@ -287,5 +333,6 @@ def failed(turn: LiveTurn, error: Exception, retry_in_s: float | None, *, fatal:
         turn=started.turn,
         error=ErrorInfo(kind=type(error).__name__, message=message, detail=sound(detail) if detail else None),
         retry_in_s=retry_in_s,
+        **turn.used,
     )
     return Ending(event, error, fatal)

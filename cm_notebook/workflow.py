@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
 
 AutonomousMode = Literal["never", "always"] | bool
 GatePlace = Literal["after", "before", "both"]
+GateDefault = Literal["reject", "skip", "stop"]
 NAME = r"[A-Za-z_](?:\w|-(?!>))*"
 _NAME = re.compile(NAME)
-_MEANT = re.compile(r"""["']action["']\s*:""")
+_MEANT = r"""["']action["']\s*:"""
 RESERVED = ("previous", "feedback", "loop")
 """Template names with a meaning of their own; no step or input may take them."""
+LIMITS = ("max_cost_usd", "max_tokens", "max_turns")
+"""Options that say how much a run, or a step, may use before a person is asked."""
 
 
 class Model(BaseModel):
@@ -52,14 +56,43 @@ def _one_line(model: type[BaseModel], data: Mapping[str, Any], error: Validation
     problem = error.errors(include_url=False)[0]
     first, *rest = problem["loc"] or ("",)
     where = ".".join(str(part) for part in (first, *(part for part in rest if isinstance(part, int))))
-    owner = data.get("id") or data.get("agent") or data.get("name")
-    subject = f"{model.__name__.lower()} {owner!r}" if owner else model.__name__.lower()
+    subject = _subject(model, data)
     if problem["type"] == "extra_forbidden":
         known = [name for name, field in model.model_fields.items() if field.repr]  # the others are not for people
         return f"{subject}: there is no option {where!r}. {did_you_mean(where, known, 'Options')}"
     if problem["type"] == "missing":
         return f"{subject}: {where!r} is missing."
     return f"{subject}: {where}={problem['input']!r} is not valid: {problem['msg'].removeprefix('Value error, ')}."
+
+
+def _subject(model: type[BaseModel], data: Mapping[str, Any]) -> str:
+    owner = data.get("id") or data.get("agent") or data.get("name")
+    return f"{model.__name__.lower()} {owner!r}" if owner else model.__name__.lower()
+
+
+class Fixed(Model):
+    """Data that stays as it was checked, so a run can have it without a copy."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise WorkflowError(
+            f"{_subject(type(self), self.__dict__)}: {name} cannot be changed any more. Make another one with another "
+            f"{name}."
+        )
+
+
+def sound(value: Any) -> Any:
+    """`value` without what UTF-8 cannot hold: lone surrogates, as undecodable bytes or half an emoji leave them."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {sound(key): sound(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [sound(inner) for inner in value]
+    return value
+
+
+Text = Annotated[str, AfterValidator(sound)]
+"""A text that can be kept."""
 
 
 class Verdict(Model):
@@ -93,7 +126,7 @@ class Verdict(Model):
             if found is not None and end < found_end:
                 break  # it stands before the last one
             found, found_end = value, end  # the last one, or one around it
-        if not isinstance(found, dict) or "action" not in found or _MEANT.search(tail, found_end):
+        if not isinstance(found, dict) or "action" not in found or re.compile(_MEANT).search(tail, found_end):
             return None  # none, or a later one was meant and cannot be read
         try:
             return cls(**{key: found[key] for key in ("action", "reason", "score") if found.get(key) is not None})
@@ -143,11 +176,11 @@ class Agent(Model):
     """
 
     id: str
-    prompt: str = ""
-    system: str | None = None
-    engine: str | None = None
-    model: str | None = None
-    reasoning_effort: str | None = None
+    prompt: Text = ""
+    system: Text | None = None
+    engine: Text | None = None
+    model: Text | None = None
+    reasoning_effort: Text | None = None
     tools: Annotated[tuple[Tool, ...], BeforeValidator(_tools)] = ()
     output: Annotated[Any, BeforeValidator(_output), PlainSerializer(_output_schema)] = None
     implementation: str | None = Field(default=None, repr=False)
@@ -197,35 +230,56 @@ def agent(id: str, **options: Any) -> Callable[[_Function], Agent]:
     return decorate
 
 
-class Step(Model):
+def _gate_default(given: Any) -> Any:
+    if given == "approve":
+        raise WorkflowError("gate_default='approve': nothing is approved by default. Use 'reject', 'skip' or 'stop'.")
+    return given
+
+
+class Step(Fixed):
     """One step of a workflow; make it with :func:`step`, where the fields are explained."""
 
     kind: Literal["step"] = "step"
     agent: str
     id: str = ""
     interactive: StrictBool | None = None
-    prompt: str | list[str] | None = None
-    engine: str | None = None
-    model: str | None = None
-    reasoning_effort: str | None = None
+    prompt: Text | list[Text] | None = None
+    engine: Text | None = None
+    model: Text | None = None
+    reasoning_effort: Text | None = None
     execute_once: StrictBool = False
     context: Literal["previous", "all", "none"] | list[str] = "previous"
     gate: GatePlace = "after"
+    gate_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    gate_default: Annotated[GateDefault | None, BeforeValidator(_gate_default)] = None
     timeout_s: float | None = Field(default=None, gt=0)
     retries: int = Field(default=2, ge=0)
     idempotent: StrictBool = True
     raw: StrictBool = False
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_turns: int | None = Field(default=None, ge=1)
 
     def model_post_init(self, context: Any, /) -> None:
         """The id defaults to the agent's name."""
         if not self.id:
-            self.id = self.agent
+            self.__dict__["id"] = self.agent
         _check_name("step", self.id)
+        if self.gate_default is not None and self.gate_timeout_s is None:
+            raise WorkflowError(
+                f"step {self.id!r}: gate_default={self.gate_default!r} is for a gate that nobody has answered in time. "
+                "Say how long it waits: gate_timeout_s=…"
+            )
 
     @property
     def agents(self) -> tuple[str, ...]:
         """The ids of the agents that do it."""
         return (self.agent,)
+
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """Under what names it gives an output."""
+        return (self.id,)
 
     @property
     def turns(self) -> int:
@@ -261,7 +315,7 @@ class Parallel(Step):
 
     def model_post_init(self, context: Any, /) -> None:
         """The id defaults to the members' names."""
-        self.id = self.id or "-".join(self.members)
+        self.__dict__["id"] = self.id or "-".join(self.members)
         super().model_post_init(context)
         where = f"parallel step {self.id!r}"
         for number, name in enumerate(self.members):
@@ -280,17 +334,26 @@ class Parallel(Step):
         """The ids of its members."""
         return tuple(self.members)
 
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """Its own id and those of its members, of which a single one may be the same."""
+        return tuple(dict.fromkeys((self.id, *self.members)))
+
     def member(self, agent: str) -> Step:
         """What the agent of that id has to do in it."""
         own = ("prompt", "engine", "model", "reasoning_effort", "context", "timeout_s", "retries", "idempotent", "raw")
-        return Step(agent=agent, **{name: getattr(self, name) for name in own})
+        return Step(agent=agent, **{name: getattr(self, name) for name in (*own, *GATE_OPTIONS)})
 
 
-class Separator(Model):
+GATE_OPTIONS = ("gate_timeout_s", "gate_default")
+"""Those options of a step that are about all gates in it, also of agents that it calls."""
+
+
+class Separator(Fixed):
     """A line in the timeline; it is passed over and does not count in ``loop_steps``."""
 
     kind: Literal["separator"] = "separator"
-    text: str = ""
+    text: Text = ""
 
 
 AnyStep = Step | Module | Parallel | Separator
@@ -309,10 +372,15 @@ def step(
     execute_once: bool = False,
     context: Literal["previous", "all", "none"] | list[str] = "previous",
     gate: GatePlace = "after",
+    gate_timeout_s: float | None = None,
+    gate_default: GateDefault | None = None,
     timeout_s: float | None = None,
     retries: int = 2,
     idempotent: bool = True,
     raw: bool = False,
+    max_cost_usd: float | None = None,
+    max_tokens: int | None = None,
+    max_turns: int | None = None,
 ) -> Step:
     """A step in which `agent` does its work.
 
@@ -337,6 +405,12 @@ def step(
     gate
         Where the pause of a step that pauses (see `interactive`) falls: ``"after"`` the turn, ``"before"`` it (the
         prompt is approved), or ``"both"``.
+    gate_timeout_s
+        Seconds that a gate of this step waits for a decision; then `gate_default` is decided, or, where nothing is
+        said or it does not fit the gate, the run stops. ``None`` waits for ever.
+    gate_default
+        ``"skip"``, ``"stop"``, or ``"reject"``, which is done once: if nobody looks at what comes of it, the run stops.
+        Nothing is approved by default.
     timeout_s
         Seconds a turn may take, waiting for a person not counted; ``None`` waits for ever.
     retries
@@ -345,6 +419,9 @@ def step(
         ``False``: after a crash in mid-turn a person is asked before it runs again.
     raw
         ``True``: the prompt is sent as written, ``{{ }}`` included.
+    max_cost_usd, max_tokens, max_turns
+        How much it may use: all its attempts and all agents that it calls count. Where that is reached, a person is
+        asked before its next turn starts; see :class:`Workflow`.
 
     Raises
     ------
@@ -419,7 +496,12 @@ def separator(text: str = "") -> Separator:
     return Separator(text=text)
 
 
-START_OPTIONS = ("engine", "journal", "workspace", "until", "max_concurrency", "on_gate", "tape", "loop")
+START_OPTIONS = ("engine", "journal", "workspace", "until", "max_concurrency", *LIMITS, "on_gate", "tape", "loop")
+
+
+def limits_of(source: Any) -> dict[str, int | float]:
+    """The limits that a workflow, a step or a decision names, by option."""
+    return {name: value for name in LIMITS if (value := getattr(source, name)) is not None}
 
 
 class Workflow(Model):
@@ -445,21 +527,34 @@ class Workflow(Model):
         Default values of template names.
     engine
         Engine of all agents and steps that name none.
+    max_cost_usd
+        US dollars that a run may spend. Where they are spent a gate of kind ``budget`` opens before the next turn
+        starts; what runs finishes. Approving it permits the same amount again. The cost of a turn is known when it
+        ends, so a run may go over its limit by the turns under way. A model whose price is not known is refused at
+        the start; an engine that says no cost is asked about after its first turn: nothing unknown counts as nothing.
+        Python functions, scripts and tapes cost nothing.
+        What a turn that was cut short used after its last report is not known and does not count.
+    max_tokens, max_turns
+        The same for tokens (input and output) and turns (prompts sent; one that is tried again by itself counts
+        once).
 
     Raises
     ------
     WorkflowError    Unknown agent, duplicate step id, a loop beyond the start, an empty prompt, …
     """
 
-    name: str
+    name: Text
     steps: list[Step | Module | Parallel | Separator] = Field(default_factory=list)
     agents: list[Agent] = Field(default_factory=list)
     sub_agents: list[str] = Field(default_factory=list)
     max_concurrency: int | None = Field(default=None, ge=1)
     autonomous_mode: AutonomousMode = True
     inputs: dict[str, Any] = Field(default_factory=dict)
-    specification: str | None = None
-    engine: str | None = None
+    specification: Text | None = None
+    engine: Text | None = None
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_turns: int | None = Field(default=None, ge=1)
 
     @by_name("cm.Workflow")
     def __init__(self, name: str, **data: Any) -> None:
@@ -496,7 +591,10 @@ class Workflow(Model):
         """What each agent has to do: in a step, as a member of a parallel one, or when it is called."""
         found: list[Step] = []
         for item in self.executable:
-            found += [item.member(agent) for agent in item.members] if isinstance(item, Parallel) else [item]
+            if isinstance(item, Parallel):
+                found += [item.member(agent) for agent in item.members]
+            else:
+                found.append(item)
         return [*found, *(Step(agent=agent) for agent in self.sub_agents)]
 
     @by_name("workflow.start", *START_OPTIONS)
@@ -508,8 +606,8 @@ class Workflow(Model):
         inputs
             Values of template names, over the workflow's own.
         **options
-            Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until,
-            max_concurrency, on_gate, tape, loop``.
+            Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until, max_concurrency,
+            max_cost_usd, max_tokens, max_turns, on_gate, tape, loop``.
         """
         from .run import Run  # the run knows the workflow, not the other way round; this is only the short way to it
 
@@ -533,14 +631,14 @@ class Workflow(Model):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data from which :meth:`from_dict` builds the same workflow (functions by name only)."""
-        data = self.model_dump(mode="json", exclude_defaults=True, exclude={"steps"})
-        data["steps"] = [step_data(item) for item in self.steps]
-        return data
+        return {**self._data(), "steps": [step_data(item) for item in self.steps]}
 
-    @classmethod
-    def restore(cls, data: Mapping[str, Any]) -> "Workflow":
-        """The workflow of a journal: its functions are known by name only and can be looked at, not run."""
-        return cls(**data)
+    def _data(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", sound(self.model_dump(mode="json", exclude_defaults=True, exclude={"steps"})))
+
+    def kept(self) -> "Workflow":
+        """The workflow as a journal has it: checked, functions by name only; no part can be changed from here."""
+        return Workflow(**self._data(), steps=self.steps)
 
     @classmethod
     def from_dict(cls, data: Any, agents: Iterable[Agent] = ()) -> "Workflow":
@@ -607,37 +705,44 @@ def check(workflow: Workflow) -> None:
     for number, item in enumerate(workflow.steps, 1):
         if isinstance(item, Separator):
             continue
-        where = f"step {number}"
-        # the members of a parallel step are named in prompts as steps are
-        for name in dict.fromkeys((item.id, *(item.members if isinstance(item, Parallel) else ()))):
-            if name in seen:
-                another = "" if isinstance(item, Parallel) else f': cm.step({item.agent!r}, id="{item.id}-2")'
-                raise WorkflowError(
-                    f"{where}: the id {name!r} is already step {seen[name]}. Give one of them another{another}."
-                )
-            if (other := read_as.setdefault(name.replace("-", "_"), name)) != name:
-                raise WorkflowError(
-                    f"{where}: a prompt cannot tell {name!r} from {other!r} (step {seen.get(other, number)}): "
-                    f"{{{{ {name.replace('-', '_')} }}}} names both. Give one of them another id."
-                )
-            if name in RESERVED:
-                raise WorkflowError(f"{where}: the id {name!r} is taken by templates. Use another.")
+        for name in item.voices:
+            _check_id(number, item, name, seen, read_as)
         for name in item.agents:
             if name not in agents:
-                raise WorkflowError(f"{where}: {_no_agent(name, workflow.agents)}")
+                raise WorkflowError(f"step {number}: {_no_agent(name, workflow.agents)}")
             if agents[name].implementation is None:
                 for prompt in item.prompts(agents[name]):
                     if not prompt.strip():
                         said = item.id if name == item.agent else name
-                        raise WorkflowError(f"{where} ({said!r}): the prompt is empty. Write what the agent should do.")
+                        raise WorkflowError(
+                            f"step {number} ({said!r}): the prompt is empty. Write what the agent should do."
+                        )
         if isinstance(item, Module):
-            _check_loop(where, item, executable)
+            _check_loop(f"step {number}", item, executable)
         if isinstance(item.context, list):
             for name in item.context:
                 if name not in seen:
-                    raise WorkflowError(f"{where}: context names {name!r}. {did_you_mean(name, seen, 'Earlier steps')}")
-        seen.update(dict.fromkeys((item.id, *item.members) if isinstance(item, Parallel) else (item.id,), number))
+                    known = did_you_mean(name, seen, "Earlier steps")
+                    raise WorkflowError(f"step {number}: context names {name!r}. {known}")
+        for name in item.voices:
+            seen[name] = number
         executable.append(item)
+
+
+def _check_id(number: int, item: Step, name: str, seen: Mapping[str, int], read_as: dict[str, str]) -> None:
+    """Refuse a name that an earlier step gives its output under, or that a prompt could not tell from it."""
+    if name in seen:
+        another = "" if isinstance(item, Parallel) else f': cm.step({item.agent!r}, id="{item.id}-2")'
+        raise WorkflowError(
+            f"step {number}: the id {name!r} is already step {seen[name]}. Give one of them another{another}."
+        )
+    if (other := read_as.setdefault(name.replace("-", "_"), name)) != name:
+        raise WorkflowError(
+            f"step {number}: a prompt cannot tell {name!r} from {other!r} (step {seen.get(other, number)}): "
+            f"{{{{ {name.replace('-', '_')} }}}} names both. Give one of them another id."
+        )
+    if name in RESERVED:
+        raise WorkflowError(f"step {number}: the id {name!r} is taken by templates. Use another.")
 
 
 def check_inputs(inputs: Any) -> None:
@@ -729,7 +834,7 @@ def step_data(item: AnyStep) -> dict[str, Any]:
     return {"kind": item.kind, **item.model_dump(mode="json", exclude_defaults=True)}
 
 
-_TOKEN = re.compile(
+_TOKEN = (
     rf"\s*(?:(?P<arrow>->|→)"
     rf"|(?:(?P<name>{NAME})(?P<rest>\s*\((?P<options>[^()]*)\))?|\[(?P<members>\s*{NAME}(?:\s*\|\s*{NAME})*\s*)\])"
     rf"\s*(?P<ask>\?)?)"
@@ -749,7 +854,7 @@ def parse_steps(text: str) -> list[AnyStep]:
     steps: list[AnyStep] = []
     position, want_name = 0, True
     while text[position:].strip():
-        found = _TOKEN.match(text, position)
+        found = re.compile(_TOKEN).match(text, position)
         start = position + len(text[position:]) - len(text[position:].lstrip())
         if found is None or bool(found["arrow"]) is want_name:
             here = text[start : start + 12].strip()

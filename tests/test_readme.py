@@ -99,7 +99,7 @@ def test_commands(tmp_path: Path) -> None:
     programs = {"cm-notebook": "cm_notebook", "papermill": "papermill", "jupyter": "jupyter"}
     folder = tmp_path
     for line in "".join(blocks("sh")).splitlines():
-        program, *words = shlex.split(line)
+        program, *words = shlex.split(line, comments=True)
         if program == "cd":
             folder = folder / words[0]
             continue

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 from .. import config
-from ..errors import EngineNotFound, WorkflowError, did_you_mean
+from ..errors import EngineError, EngineNotFound, WorkflowError, did_you_mean
 from ..events import Usage
+from ..plain import Plain
 from ..team import AgentResult
 from ..tools import Permission
 from ..workflow import Agent, Verdict
 
 
-@dataclass(slots=True)
-class AgentRequest:
+@dataclass(slots=True, eq=False, repr=False)
+class AgentRequest(Plain):
     """One turn to be done.
 
     Attributes
@@ -53,6 +54,8 @@ class AgentRequest:
         Shows text now, from any thread; for agents that speak beside their stream.
     ask_human
         Asks a person and returns the answer; waiting is not counted in `timeout_s`.
+    may_ask
+        Whether its model should be told that it can: not where the person said not to be asked.
     sub_agents
         Ids of the agents that this turn may call; where there are none, its agent needs no tool for it.
     run_agents
@@ -84,28 +87,29 @@ class AgentRequest:
     timeout_s: float | None = None
     emit: Callable[[str], None] | None = None
     ask_human: Callable[[str], Awaitable[str]] | None = None
+    may_ask: bool = True
     sub_agents: tuple[str, ...] = ()
     run_agents: Callable[..., Awaitable[list[AgentResult]]] | None = None
     ask_permission: Callable[[str, Mapping[str, Any]], Awaitable[Permission]] | None = None
 
 
-@dataclass(slots=True)
-class Delta:
+@dataclass(slots=True, eq=False, repr=False)
+class Delta(Plain):
     """A piece of what is written: of the answer, or of the thinking before it. Live only, never journaled."""
 
     text: str
     kind: Literal["text", "thinking"] = "text"
 
 
-@dataclass(slots=True)
-class SessionStarted:
+@dataclass(slots=True, eq=False, repr=False)
+class SessionStarted(Plain):
     """The agent's conversation has this id and can be continued."""
 
     session_id: str
 
 
-@dataclass(slots=True)
-class ToolCalled:
+@dataclass(slots=True, eq=False, repr=False)
+class ToolCalled(Plain):
     """The agent calls a tool. ``arguments`` is the text it wrote when that cannot be read as a JSON object."""
 
     call_id: str
@@ -113,8 +117,8 @@ class ToolCalled:
     arguments: dict[str, Any] | str
 
 
-@dataclass(slots=True)
-class ToolReturned:
+@dataclass(slots=True, eq=False, repr=False)
+class ToolReturned(Plain):
     """What the agent was told of that call; ``failed``: the tool raised, was refused, or could not be called."""
 
     call_id: str
@@ -123,16 +127,20 @@ class ToolReturned:
     failed: bool = False
 
 
-@dataclass(slots=True)
-class UsageReported:
-    """What the turn used so far; the last report counts."""
+@dataclass(slots=True, eq=False, repr=False)
+class UsageReported(Plain):
+    """What the turn used so far; the last report counts.
+
+    ``cost_estimated``: the cost was computed from a table of prices; the service did not say it.
+    """
 
     usage: Usage
     cost_usd: float | None = None
+    cost_estimated: bool = False
 
 
-@dataclass(slots=True)
-class TurnDone:
+@dataclass(slots=True, eq=False, repr=False)
+class TurnDone(Plain):
     """The whole answer. Every stream ends with exactly one.
 
     ``output``: a validated value (JSON-ready) when the agent gave one. ``verdict``: when the agent gave one apart from
@@ -152,7 +160,14 @@ AgentEvent = Delta | SessionStarted | ToolCalled | ToolReturned | UsageReported 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Turns a prompt into a stream of agent events."""
+    """Turns a prompt into a stream of agent events.
+
+    Two more attributes count where there is a limit on cost (``max_cost_usd``), if an engine has them: ``free``, true
+    of one that never costs anything; and ``unpriced(model)``, which returns why the cost of a turn with that model
+    would not be known, or ``None``. Of any other engine, a turn that ends without a cost has one that is not known.
+    ``about`` and ``remedy`` are what the doctor says of it: where it is, and what to do before it can be used (``""``:
+    nothing).
+    """
 
     name: str
 
@@ -201,11 +216,28 @@ def engine_names() -> list[str]:
     return sorted({*_engines, *(point.name for point in offered)})
 
 
+def unpriced(engine: Engine, model: str | None) -> str | None:
+    """Why the cost of a turn would not be known, if that is known now; else ``None``."""
+    ask = getattr(engine, "unpriced", None)
+    found: str | None = ask(model) if ask is not None else None
+    return found
+
+
+def offered_by(name: str) -> str:
+    """The package that offers an engine of that name; ``""``: none, it was registered."""
+    points = importlib.metadata.entry_points(group="cm_notebook.engines", name=name)
+    return next((point.dist.name for point in points if point.dist is not None), "")
+
+
 class _WithModel:
     """An engine with the model that was named along with it, for requests that name none."""
 
     def __init__(self, engine: Engine, model: str) -> None:
         self.name, self._engine, self._model = engine.name, engine, model
+        self.free = getattr(engine, "free", False)
+
+    def unpriced(self, model: str | None) -> str | None:
+        return unpriced(self._engine, model or self._model)
 
     def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
         return self._engine.stream(request if request.model else replace(request, model=self._model))
@@ -217,13 +249,14 @@ def find_engine(name: str) -> Engine:
     Raises
     ------
     EngineNotFound    Nobody offers it; the message lists who is there.
+    EngineError       The package that offers it cannot be loaded.
     """
     name, _, model = name.partition(":")
     if model:
         return _WithModel(find_engine(name), model)
     if name not in _engines:
         for point in importlib.metadata.entry_points(group="cm_notebook.engines", name=name):
-            register_engine(point.load()())
+            register_engine(_loaded(point))
             break
         else:
             raise EngineNotFound(
@@ -232,6 +265,20 @@ def find_engine(name: str) -> Engine:
                 engine=name,
             )
     return _engines[name]
+
+
+def _loaded(point: importlib.metadata.EntryPoint) -> Engine:
+    """The engine of a package, which may do anything when it is imported."""
+    try:
+        engine: Engine = point.load()()
+    except (Exception, SystemExit) as error:
+        package = point.dist.name if point.dist is not None else point.value
+        raise EngineError(
+            f"the engine {point.name!r} of the package {package} cannot be loaded: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}. Update it (pip install -U {package}), or name another engine.",
+            engine=point.name,
+        ) from error
+    return engine
 
 
 def configured_engine() -> Engine:

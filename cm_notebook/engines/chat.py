@@ -17,23 +17,29 @@ import contextlib
 import functools
 import inspect
 import json
-import os
+import re
+import socket
+import urllib.parse
 from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
-from ..config import SETTINGS, setting
+from .. import keys
+from ..config import SETTINGS, setting, shown
 from ..errors import EngineAuthError, EngineError, EngineProtocolError, WorkflowError, did_you_mean
 from ..events import Usage
-from ..tools import Tool, text_of
+from ..tools import Tool, read_arguments, text_of
 from .base import AgentEvent, AgentRequest, Delta, ToolCalled, ToolReturned, TurnDone, UsageReported
+from .builtin import built_in
 from .functions import Raised, in_thread
 from .http import SILENCE_S, Complaint, Connection
 from .prices import Tokens, cost_usd, price_of
 
+LISTENS_S = 0.5
+"""So long a server on this machine may take to be there."""
 MOST_ROUNDS = 100
 """So often a model may call tools in one turn."""
 CUT_OFF = "the answer is cut off: the model reached its limit of output tokens"
@@ -51,10 +57,9 @@ class Call:
     def arguments(self) -> dict[str, Any] | None:
         """The arguments; ``None`` when what was written is no JSON object."""
         try:
-            value = json.loads(self.written) if self.written.strip() else {}
-        except (ValueError, RecursionError):
+            return read_arguments(self.written)
+        except ValueError:
             return None
-        return value if isinstance(value, dict) else None
 
 
 @dataclass(slots=True)
@@ -92,17 +97,23 @@ class ChatEngine(abc.ABC):
     ----------
     name
         By which agents name it. The base URL is the setting ``<name>_base_url``, the key the variable
-        ``<NAME>_API_KEY``, read for each turn and kept nowhere.
+        ``<NAME>_API_KEY`` or what ``cm.keys.set(name)`` has asked for, looked up for each turn.
     base_url
         In place of the setting.
     silence_s
         Seconds without a byte after which the service is given up.
+    tells_cost
+        The service says what a turn costs, so no table of prices is needed.
     """
 
     path: ClassVar[str]
 
-    def __init__(self, name: str, *, base_url: str | None = None, silence_s: float = SILENCE_S) -> None:
-        self.name, self._base_url, self._silence_s = name, base_url, silence_s
+    def __init__(
+        self, name: str, *, base_url: str | None = None, silence_s: float = SILENCE_S, tells_cost: bool = False
+    ) -> None:
+        self.name, self._base_url, self._silence_s, self._tells_cost = name, base_url, silence_s, tells_cost
+        self._without_tools = set[str]()
+        """Models whose service said that they cannot call tools."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -110,8 +121,36 @@ class ChatEngine(abc.ABC):
     @property
     def about(self) -> str:
         """Where it is and whether there is a key, for ``cm.doctor()``."""
-        variable = f"{self.name.upper()}_API_KEY"
-        return f"{self._where()}; {variable} is {'set' if os.environ.get(variable, '').strip() else 'not set'}"
+        variable, where = keys.variable(self.name), keys.source(self.name)
+        said = f"{variable} is set" if where == variable else f"key {where}" if where else f"{variable} is not set"
+        return f"{shown(self._where())}; {said}"
+
+    @property
+    def remedy(self) -> str:
+        """What to do before it can be used; ``""``: nothing that could be found out without asking it."""
+        if self.needs_key and not keys.find(self.name):
+            return keys.missing(self.name)
+        address = urllib.parse.urlsplit(self._where())
+        if address.hostname not in ("localhost", "127.0.0.1", "::1"):
+            return ""
+        port = address.port or (443 if address.scheme == "https" else 80)
+        try:
+            socket.create_connection((address.hostname, port), timeout=LISTENS_S).close()
+        except OSError:
+            setting_name = f"{self.name}_base_url"
+            where = f"%config CM.{setting_name} = 'http://…/v1'" if setting_name in SETTINGS else "base_url=…"
+            return f"nothing listens there. Start its server, or say where it is: {where}"
+        return ""
+
+    def unpriced(self, model: str | None) -> str | None:
+        """Why the cost of a turn with `model` would not be known; ``None``: it is, or its service says it."""
+        if model is None or self._tells_cost or price_of(model) is not None:
+            return None  # a turn without a model fails by itself
+        return (
+            f"{self.name} has no price for {model!r}. Put it into a table of yours, "
+            f"""[models] "{model}" = {{ input = 0, output = 0 }} where it costs nothing, and name that: """
+            "%config CM.prices = 'prices.toml'."
+        )
 
     # -- what a dialect says
 
@@ -167,22 +206,31 @@ class ChatEngine(abc.ABC):
             price = price_of(request.model)  # now, as a table that cannot be read must not cost an answer
         except WorkflowError as error:
             raise self._error(str(error)) from None
-        body, tools = self.body(request), {tool.name: tool for tool in agent.tools}
-        usage, costs, written, corrected = Usage(), list[float | None](), False, False
+        tools = {tool.name: tool for tool in (*agent.tools, *built_in(request))}
+        if tools.keys() == {"ask_human"} and request.model in self._without_tools:
+            tools = {}
+        body = self.body(replace(request, agent=agent.model_copy(update={"tools": tuple(tools.values())})))
+        spent, written, corrected = _Spent(price), False, False
         async with self._connection() as connection:
             for _ in range(MOST_ROUNDS):
                 reader, begun = self.reader(), False
-                async with contextlib.aclosing(self._exchange(connection, body, reader)) as deltas:  # type: ignore[type-var]
-                    async for delta in deltas:
-                        if delta.kind == "text" and written and not begun:
-                            yield Delta("\n\n")
-                        begun = begun or delta.kind == "text"
-                        yield delta
-                answer, written = reader.answer(), written or begun
-                used, cost = _used(price, body, answer)
-                usage, costs = usage + used, [*costs, cost]
-                known = [cost for cost in costs if cost is not None]
-                yield UsageReported(usage, sum(known) if len(known) == len(costs) else None)
+                try:
+                    async with contextlib.aclosing(self._exchange(connection, body, reader)) as deltas:  # type: ignore[type-var]
+                        async for delta in deltas:
+                            if delta.kind == "text" and written and not begun:
+                                yield Delta("\n\n")
+                            begun = begun or delta.kind == "text"
+                            yield delta
+                except EngineError as error:
+                    if tools.keys() == {"ask_human"} and _cannot_use_tools(error) and body.pop("tools", None):
+                        self._without_tools.add(request.model)
+                        continue  # nobody gave it that tool: it does without
+                    if spent.add(body, _so_far(reader)):
+                        yield spent.report()
+                    raise
+                answer, written = _without_keys(reader.answer()), written or begun
+                spent.add(body, answer)
+                yield spent.report()
                 if answer.calls:
                     returned = []
                     for call in answer.calls:
@@ -241,14 +289,20 @@ class ChatEngine(abc.ABC):
             return [], connection.unreadable("an event of a shape that is not known", data)
 
     def _connection(self) -> Connection:
-        variable = f"{self.name.upper()}_API_KEY"
-        where, key = self._where(), os.environ.get(variable, "").strip()
-        standard = SETTINGS.get(f"{self.name}_base_url")
-        if not key and standard is not None and where == standard.default and where.startswith("https:"):
-            raise self._error(f"{variable} is not set. Put your key there.", EngineAuthError)
-        if not (key.isascii() and key.isprintable()):
-            raise self._error(f"{variable} holds what is in no key. Copy it again.", EngineAuthError)
-        return Connection(self.name, where, self.headers(key), secrets=(key,), silence_s=self._silence_s)
+        where, key = self._where(), keys.find(self.name)
+        if not key and self.needs_key:
+            raise EngineAuthError(keys.missing(self.name), engine=self.name)
+        if not (key.reveal().isascii() and key.reveal().isprintable()):
+            raise self._error(f"{keys.variable(self.name)} holds what is in no key. Copy it again.", EngineAuthError)
+        return Connection(
+            self.name, where, self.headers(key.reveal()), secrets=(key.reveal(),), silence_s=self._silence_s
+        )
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether it can do nothing without a key: where its service is one of the big ones' own."""
+        where, standard = self._where(), SETTINGS.get(f"{self.name}_base_url")
+        return standard is not None and where == standard.default and where.startswith("https:")
 
     def _where(self) -> str:
         if self._base_url is not None:
@@ -267,17 +321,58 @@ class ChatEngine(abc.ABC):
             raise self._error(f"the model said nothing: {why}.", EngineProtocolError)
 
     def _error(self, message: str, kind: type[EngineError] = EngineError, **more: Any) -> EngineError:
-        return kind(f"{self.name}: {' '.join(message.split())}", engine=self.name, **more)
+        return kind(keys.hide(f"{self.name}: {' '.join(message.split())}"), engine=self.name, **more)
 
 
-def _used(price: Mapping[str, float] | None, body: Mapping[str, Any], answer: Answer) -> tuple[Usage, float | None]:
-    """What an exchange used and cost; where the service does not count, four characters are taken for a token."""
-    tokens = answer.tokens
-    if tokens is None:
-        said = len(answer.text) + sum(len(call.written) for call in answer.calls)
-        tokens = Tokens(len(json.dumps(body, ensure_ascii=False)) // 4, said // 4)
-    counted = Usage(input_tokens=tokens.input, output_tokens=tokens.output, estimated=answer.tokens is None)
-    return counted, cost_usd(price, tokens)
+def _without_keys(answer: Answer) -> Answer:
+    """The answer, with no key in it: one that came in pieces is whole only here."""
+    if keys.known():
+        answer.text = keys.hide(answer.text)
+        answer.message = json.loads(keys.hide(json.dumps(answer.message)))
+        for call in answer.calls:
+            call.written = keys.hide(call.written)
+    return answer
+
+
+class _Spent:
+    """What the exchanges of a turn used and cost together."""
+
+    def __init__(self, price: Mapping[str, float] | None) -> None:
+        self._price = price
+        self._usage, self._costs, self._estimated = Usage(), list[float | None](), False
+
+    def add(self, body: Mapping[str, Any], answer: Answer | None) -> bool:
+        """Count an exchange; where the service does not, four characters are taken for a token."""
+        if answer is None:
+            return False
+        tokens = answer.tokens
+        if tokens is None:
+            said = len(answer.text) + sum(len(call.written) for call in answer.calls)
+            tokens = Tokens(len(json.dumps(body, ensure_ascii=False)) // 4, said // 4)
+        counted = Usage(input_tokens=tokens.input, output_tokens=tokens.output, estimated=answer.tokens is None)
+        self._usage, self._costs = self._usage + counted, [*self._costs, cost_usd(self._price, tokens)]
+        self._estimated = self._estimated or tokens.cost_usd is None
+        return True
+
+    def report(self) -> UsageReported:
+        """All so far; the cost only where it is known of each exchange."""
+        known = [cost for cost in self._costs if cost is not None]
+        whole = sum(known) if len(known) == len(self._costs) else None
+        return UsageReported(self._usage, whole, cost_estimated=whole is not None and self._estimated)
+
+
+def _so_far(reader: Reader) -> Answer | None:
+    """What came of an answer that was broken off, which is paid for too; ``None``: nothing."""
+    try:
+        answer = reader.answer()
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
+        return None
+    return answer if answer.tokens is not None or answer.text or answer.calls else None
+
+
+def _cannot_use_tools(error: EngineError) -> bool:
+    """Whether the service says that it cannot call tools at all, as those for small models do."""
+    return type(error) is EngineError and re.search(r"\btools?\b", str(error), re.IGNORECASE) is not None
 
 
 async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> ToolReturned:
@@ -301,6 +396,8 @@ async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> 
                 return failed(f"Refused by a person{': ' + permission.reason if permission.reason else '.'}")
             if permission.arguments is not None:
                 checked = tool.check(permission.arguments)
+    except WorkflowError as error:
+        return failed(str(error))
     except ValueError as error:
         return failed(f"The arguments do not fit: {error}")
     try:
@@ -316,7 +413,7 @@ async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> 
         raise
     except BaseException as error:  # SystemExit too: raised in a task it would end the loop
         raised = error.error if isinstance(error, Raised) else error
-        return failed(f"{type(raised).__name__}: {raised}")
+        return failed(str(raised) if isinstance(raised, WorkflowError) else f"{type(raised).__name__}: {raised}")
 
 
 def _fitted(output: type[BaseModel], text: str) -> tuple[Any, str | None]:

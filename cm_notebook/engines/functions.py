@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..errors import EngineError, EngineProtocolError, ReplayMismatch
+from ..plain import Plain
 from ..workflow import Verdict
 from .base import AgentEvent, AgentRequest, TurnDone
 
@@ -32,8 +33,8 @@ class _TurnOver(BaseException):
     """Ends a function whose turn nobody waits for. Not an ``Exception``: ``except Exception`` must not swallow it."""
 
 
-@dataclass(slots=True)
-class Turn:
+@dataclass(slots=True, eq=False, repr=False)
+class Turn(Plain):
     """What a function agent is told, and how it speaks while it works.
 
     A plain object: make one by hand to test a function, ``quality_gate(cm.Turn(step="quality-gate"))``.
@@ -186,8 +187,9 @@ class FunctionEngine:
     """
 
     name = "function"
+    free = True
 
-    async def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
+    def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
         """Call the function and yield what it returns; what it emits goes to ``request.emit`` meanwhile.
 
         Raises
@@ -196,6 +198,24 @@ class FunctionEngine:
                                it is, so that ``EngineRateLimited`` is tried again.
         EngineProtocolError    It returned something else than ``str``, ``Verdict`` or a pydantic model.
         """
+        return _Answer(request)
+
+
+class _Answer:
+    """The stream of a function: one event. No async generator, as the loop would enter each of them in its books."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: AgentRequest) -> None:
+        self._request: AgentRequest | None = request
+
+    def __aiter__(self) -> _Answer:
+        return self
+
+    async def __anext__(self) -> AgentEvent:
+        request, self._request = self._request, None
+        if request is None:
+            raise StopAsyncIteration
         function = request.agent.function
         if function is None:
             raise EngineError(
@@ -205,7 +225,10 @@ class FunctionEngine:
             )
         line = _Line(request)
         try:
-            value = await _call(function, _turn(request, line))
+            if _is_async(function):
+                value = await function(_turn(request, line))
+            else:
+                value = await _call_in_thread(function, _turn(request, line))
         except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
             raise
         except Raised as raised:
@@ -214,7 +237,10 @@ class FunctionEngine:
             raise _translated(request, error) from error
         finally:
             line.close()
-        yield _done(request, value)
+        return _done(request, value)
+
+    async def aclose(self) -> None:
+        """Nothing is open between two events."""
 
 
 def _turn(request: AgentRequest, line: _Line) -> Turn:
@@ -235,9 +261,7 @@ def _turn(request: AgentRequest, line: _Line) -> Turn:
 _is_async = functools.lru_cache(maxsize=1024)(inspect.iscoroutinefunction)
 
 
-async def _call(function: Callable[[Turn], Any], turn: Turn) -> Any:
-    if _is_async(function):
-        return await function(turn)
+async def _call_in_thread(function: Callable[[Turn], Any], turn: Turn) -> Any:
     value = await in_thread(functools.partial(function, turn), f"cm {turn.path}")
     # a decorated async function often looks like a sync one that returns a coroutine
     return await value if inspect.isawaitable(value) else value

@@ -14,6 +14,7 @@ import datetime
 import email.utils
 import functools
 import json
+import logging
 import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import httpx
 import httpx_sse
 
+from .. import keys
 from ..errors import (
     EngineAuthError,
     EngineError,
@@ -48,6 +50,20 @@ _TOO_LONG = re.compile(
 _PAGE = re.compile(r"<(?:!doctype|html|head|body)\b", re.IGNORECASE)
 _NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "billing_error")
 _Error = TypeVar("_Error", bound=EngineError)
+
+
+class _NoKeys(logging.Filter):
+    """Takes keys out of what the HTTP client logs: a service may send one back in its headers."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if (hidden := keys.hide(text)) != text:
+            record.msg, record.args = hidden, ()
+        return True
+
+
+for _name in ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy", "socks"))):
+    logging.getLogger(_name).addFilter(_NoKeys())
 
 
 class Complaint(NamedTuple):
@@ -148,7 +164,7 @@ class Connection:
                     async with contextlib.aclosing(httpx_sse.EventSource(bounded).aiter_sse()) as stream:  # type: ignore[arg-type]
                         async for event in stream:
                             bounded.since = 0
-                            yield event.event, event.data
+                            yield event.event, keys.hide(event.data)
                     return
                 failure = await self._no_stream(response, kind, complaint)
         except httpx.HTTPError as error:
@@ -165,7 +181,8 @@ class Connection:
         if kind in _NO_MONEY or status == 402:
             return tell(EngineError, f"the account at {self._where} has no credit left: {said}")
         if status == 401 or kind in ("authentication_error", "invalid_api_key"):
-            hint = f"Check {self._engine.upper()}_API_KEY in the environment."
+            where = keys.source(self._engine) or keys.variable(self._engine)
+            hint = f"Check the key ({where}), or put in another: `%cm keys set {self._engine}`."
             return tell(EngineAuthError, f"{self._where} does not accept the key: {said} {hint}")
         if status == 403 or kind == "permission_error":
             return tell(EngineAuthError, f"{self._where} does not permit this: {said}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from ..errors import ReplayMismatch
 from ..events import OTHER_WORDS, Usage
@@ -42,6 +42,7 @@ class OfflineEngine:
     """
 
     name = "offline"
+    free = True
     about = "no model is called: plays tapes"
     """For ``cm.doctor()``."""
 
@@ -57,6 +58,7 @@ class OfflineEngine:
         Raises
         ------
         ReplayMismatch    Strict, and the tape has no answer for this turn, or for another prompt than this.
+        EngineError       The recorded turn failed.
         """
         taped, note = self._found(request)
         if taped is None:
@@ -66,16 +68,19 @@ class OfflineEngine:
             return
         if taped.session_id is not None:
             yield SessionStarted(taped.session_id)
-        clock = asyncio.get_running_loop().time
-        start = clock()
-        for due_s, piece in self._paced(taped):
-            wait_s = start + due_s - clock()
-            if wait_s > _TICK_S:
-                await asyncio.sleep(wait_s)
+        for call in taped.tool_calls:
+            due = _clock()
+            for at_s, piece in self._paced(call.said.rstrip() + "\n\n" if call.said else ""):
+                await due(at_s)
+                yield Delta(piece)
+            if wrong := await use_tools(request, [call]):
+                note = " ".join(filter(None, (note, *wrong)))
+        due = _clock()
+        for at_s, piece in self._paced(taped.text, taped):
+            await due(at_s)
             yield Delta(piece)
-        wrong = await use_tools(request, taped.tool_calls)
-        if wrong:
-            note = " ".join(filter(None, (note, *wrong)))
+        if (failure := taped.failure()) is not None:
+            raise failure
         if taped.usage is not None or taped.cost_usd is not None:
             yield UsageReported(taped.usage or Usage(), taped.cost_usd)
         yield TurnDone(taped.text, output=taped.output, verdict=taped.verdict, duration_s=taped.duration_s, note=note)
@@ -112,16 +117,30 @@ class OfflineEngine:
         source = self.tape.source if self.tape is not None else "FILE"
         return f"Change the prompt back, or mend the tape ({source})."
 
-    def _paced(self, taped: TapedTurn) -> list[tuple[float, str]]:
+    def _paced(self, text: str, taped: TapedTurn | None = None) -> list[tuple[float, str]]:
         """The text as it was streamed, in at most `delay` seconds: when each piece is due, and the piece."""
         if self.delay <= 0:
-            return [(0.0, taped.text)] if taped.text else []
-        pieces = taped.pieces()
-        if not taped.events:
-            pieces = [(number * _WORD_S, word) for number, word in enumerate(words(taped.text), 1)]
+            return [(0.0, text)] if text else []
+        if taped is not None and taped.events:
+            pieces = taped.pieces()
+        else:
+            pieces = [(number * _WORD_S, word) for number, word in enumerate(words(text), 1)]
         total_s = pieces[-1][0] if pieces else 0.0
         pace = min(1.0, self.delay / total_s) if total_s else 0.0
         return [(at_s * pace, piece) for at_s, piece in pieces]
+
+
+def _clock() -> Callable[[float], Awaitable[None]]:
+    """Waits until that many seconds from now are over."""
+    now = asyncio.get_running_loop().time
+    start = now()
+
+    async def due(at_s: float) -> None:
+        wait_s = start + at_s - now()
+        if wait_s > _TICK_S:
+            await asyncio.sleep(wait_s)
+
+    return due
 
 
 def unsent(request: AgentRequest) -> str:

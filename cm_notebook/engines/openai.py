@@ -72,7 +72,7 @@ class OpenAI(ChatEngine):
 Ollama = functools.partial(OpenAI, "ollama")
 VLLM = functools.partial(OpenAI, "vllm")
 LMStudio = functools.partial(OpenAI, "lmstudio")
-OpenRouter = functools.partial(OpenAI, "openrouter")
+OpenRouter = functools.partial(OpenAI, "openrouter", tells_cost=True)
 
 
 class _Reader(Reader):

@@ -16,11 +16,12 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import EngineError, ReplayMismatch, WorkflowError, by_name, did_you_mean
+from ..errors import ReplayMismatch, WorkflowError, by_name, did_you_mean
 from ..events import Usage
 from ..team import ToolCall
 from ..workflow import Verdict
 from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
+from .builtin import use
 
 
 @by_name("cm.Reply")
@@ -100,6 +101,7 @@ class ScriptedEngine:
     """
 
     name = "scripted"
+    free = True
 
     def __init__(self, script: Mapping[str, str | Reply | Iterable[str | Reply]]) -> None:
         if not isinstance(script, Mapping):
@@ -180,14 +182,7 @@ async def use_tools(request: AgentRequest, calls: Iterable[ToolCall | Any]) -> l
     wrong = []
     for call in calls:
         try:
-            if call.name == "ask_human" and request.ask_human is not None:
-                await request.ask_human(str(call.asked))
-            elif call.name == "run_agents" and request.run_agents is not None:
-                await request.run_agents(call.asked, call.arguments.get("max_concurrency"))
-            else:
-                raise EngineError(
-                    f"{request.step!r} uses {call.name}, but is no part of a run here.", step=request.step
-                )
+            await use(request, call)
         except WorkflowError as refused:
             wrong.append(str(refused))
     return wrong

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from .. import keys
+from ..allowed import permissions
 from ..engines.base import engine_names
 from ..errors import CodeMachineError
 from ..options import COMMANDS, Command, Option
@@ -102,7 +104,7 @@ def _files(start: str, ending: str) -> list[str]:
     ]
 
 
-_NAMES = {("step", "id"): "agent", ("module", "id"): "agent", ("workflow", "name"): ""}
+_NAMES = {("keys", "name"): "key", ("step", "id"): "agent", ("module", "id"): "agent", ("workflow", "name"): ""}
 
 
 def _fitting(words: Iterable[str], start: str) -> list[str]:
@@ -134,9 +136,18 @@ def _values(notebook: Notebook, what: str, choices: tuple[str, ...]) -> list[str
         "after": lambda: _steps(notebook),
         "agent": lambda: notebook.agents,
         "engine": engine_names,
+        "key": keys.names,
         "run": notebook.run_ids,
+        "tool": _allowed_tools,
     }
     return sorted(dict.fromkeys(sources[what]())) if what in sources else []
+
+
+def _allowed_tools() -> list[str]:
+    try:
+        return [rule.tool for rule in permissions()]
+    except CodeMachineError:
+        return []
 
 
 def _steps(notebook: Notebook) -> list[str]:

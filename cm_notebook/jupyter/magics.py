@@ -16,8 +16,9 @@ from typing import Any
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
-from .. import config, options
+from .. import config, keys, options
 from .. import workflow as define
+from ..allowed import Permissions, permissions
 from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
 from ..events import EDITABLE, Decision, Ref
 from ..render import diff, html, svg, text, timeline
@@ -72,7 +73,7 @@ class Shown:
         else:
             view.show(thing.run, [thing.id])
 
-    TYPES = (Run, StepView, Workflow, Agent, Text, Runs, "cm_notebook.checkup.Report")
+    TYPES = (Run, StepView, Workflow, Agent, Text, Runs, Permissions, "cm_notebook.checkup.Report")
 
 
 @magics_class
@@ -103,7 +104,7 @@ class CMMagics(Magics):
         Building:  workflow  agent  step  module  remove
         Running:   run  next  pause  stop  resume  mode
         Deciding:  approve  reject  edit  skip  retry  answer
-        Looking:   show  diff  graph  status  runs  config  doctor
+        Looking:   show  diff  graph  status  runs  permissions  config  keys  doctor
 
         {{ name }} in a prompt is a step's output, an input (--input name=…), or a variable of the notebook.
         `%cm` alone says where things stand; `%cm step --help` says more about one subcommand.
@@ -253,7 +254,7 @@ class CMMagics(Magics):
     # -- deciding ------------------------------------------------------------------------------------------------------
 
     def _approve(self, values: Values, body: str | None) -> Run:
-        return self._decide(values.get("step"), action="approve")
+        return self._decide(action="approve", **{"step": None, **values})
 
     def _skip(self, values: Values, body: str | None) -> Run:
         return self._decide(values.get("step"), action="skip")
@@ -278,6 +279,8 @@ class CMMagics(Magics):
                 sent = step.redo.prompt if gate.kind == "start" and step.redo is not None else None
                 written = state.text(sent) if sent is not None else step.last.text if step.last is not None else ""
                 head, then = f"%%cm edit {gate.path}", "goes on with it"
+                if gate.kind == "permission":
+                    written, then = text.requested(gate), f"calls {gate.payload.get('tool')} with these arguments"
             elif "retry" in gate.actions:
                 turns = step.last.turns if step.last is not None else []
                 written = state.text(Ref(turns[-1], "prompt")) if turns else ""
@@ -301,7 +304,7 @@ class CMMagics(Magics):
         except ValueError as error:  # pydantic's
             raise WorkflowError(f"this is no decision: {decision}. {error}".splitlines()[0]) from error
         with run.reading() as state:
-            print(f"{gate.path}: {text.decided(state, state.decisions[gate.id])}.")
+            print(f"{gate.path}: {text.decided(state, state.decisions[gate.id], live=bridge.somebody())}.")
         return run
 
     # -- looking -------------------------------------------------------------------------------------------------------
@@ -379,15 +382,39 @@ class CMMagics(Magics):
         self._display("\n".join(lines) if rows else "There are no runs yet.", html.runs_html(rows))
         return found
 
+    def _permissions(self, values: Values, body: str | None) -> Permissions:
+        found = permissions()
+        if values.get("what") == "revoke":
+            if "tool" not in values:
+                hint = ", ".join(dict.fromkeys(rule.tool for rule in found)) or "none"
+                raise WorkflowError(f"`%cm permissions revoke` needs a tool's name. Always allowed: {hint}.")
+            found.revoke(values["tool"])
+        self._display(repr(found), found._repr_html_())
+        return found
+
     def _config(self, values: Values, body: str | None) -> None:
         rows = [["Setting", "Value", "From", "Meaning"]]
         for name, setting in config.SETTINGS.items():
             try:
                 value, where = config.lookup(name)
-                rows.append([f"CM.{name}", repr(value), where, setting.meaning])
+                rows.append([f"CM.{name}", repr(config.shown(value)), where, setting.meaning])
             except CodeMachineError as error:
                 rows.append([f"CM.{name}", "(wrong)", "", str(error)])
         print("\n".join([*text.table(rows), "", "To change one: %config CM.engine = 'offline'"]))
+
+    def _keys(self, values: Values, body: str | None) -> None:
+        action, name = values.get("action", ""), values.get("name", "")
+        if action not in ("", "set", "forget") or bool(action) is not bool(name):  # it may be a key: not repeated
+            raise WorkflowError("`%cm keys` takes set or forget, and an engine. For instance: %cm keys set anthropic")
+        if action == "set":
+            keys.set(name)
+            print(f"{name} has a key until this session ends. `%cm keys forget {name}` forgets it.")
+        elif action == "forget":
+            keys.forget(name)
+            print(f"The key of {name} is forgotten.")
+        else:
+            rows = [[engine, where or "none"] for engine, where in keys.sources().items()]
+            print("\n".join([*text.table([["Engine", "Key"], *rows]), "", "To set one: %cm keys set anthropic"]))
 
     def _doctor(self, values: Values, body: str | None) -> Any:
         from ..checkup import examine

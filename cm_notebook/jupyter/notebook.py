@@ -33,9 +33,9 @@ from ..errors import CodeMachineError, RunLocked, TransitionError, WorkflowError
 from ..events import Gate
 from ..journal import AnyJournal, open_journal
 from ..prompts import Hole, check_read, check_templates, holes, step_names
-from ..run import Run, check_options
+from ..run import Run, check_options, checked_limits
 from ..state import RunState, StepState
-from ..workflow import RESERVED, Agent, AnyStep, AutonomousMode, Separator, Step, Workflow
+from ..workflow import LIMITS, RESERVED, Agent, AnyStep, AutonomousMode, Separator, Step, Workflow, limits_of
 from . import bridge
 
 
@@ -50,6 +50,9 @@ class Plan:
     engine: str | None = None
     tape: str | None = None
     workspace: str | None = None
+    max_cost_usd: float | None = None
+    max_tokens: int | None = None
+    max_turns: int | None = None
     body: list[AnyStep] | None = None
     """The steps that the workflow's own cell writes down; ``None``: step cells bring them."""
     placed: dict[str, tuple[Step, str | None]] = field(default_factory=dict)
@@ -401,10 +404,12 @@ class Notebook:
         inputs
             Values of template names, over the workflow's.
         **options
-            ``engine, tape, workspace, on_gate`` of ``Workflow.start``, for a run that is started or taken up.
+            ``engine, tape, workspace, on_gate`` of ``Workflow.start``, for a run that is started or taken up; and
+            ``max_cost_usd, max_tokens, max_turns``: what it may use in all, from now on.
         """
         plan = self._planned()
-        check_options(**options)
+        check_options(**{name: value for name, value in options.items() if name not in LIMITS})
+        checked_limits(**{name: value for name, value in options.items() if name in LIMITS})
         before = plan.inputs
         if inputs:
             plan.inputs = {**plan.inputs, **inputs}
@@ -536,7 +541,7 @@ class Notebook:
         workflow = self._fresh(touched) if run is None else self._workflow(run, touched)
         self._check_inputs(plan, workflow, given)
         if run is not None and run is not self.found:
-            self._check_kept(run, options)
+            self._check_kept(run, {name: value for name, value in options.items() if name not in LIMITS})
         limit = _limit([item.id for item in workflow.executable], allowed)
         if run is None:
             with_ = {"tape": plan.tape, "workspace": plan.workspace, **options}
@@ -551,7 +556,8 @@ class Notebook:
                 if again is not None or once:
                     run.go_on(until=limit, once=once, again=again, later=later)
             else:
-                run.go_on(workflow, until=limit, once=once, again=again, later=later)
+                limits = {name: options[name] for name in LIMITS if name in options}
+                run.go_on(workflow, until=limit, once=once, again=again, later=later, limits=limits)
         self.run, self.found, self._allowed = run, None, allowed
         return run
 
@@ -617,7 +623,8 @@ class Notebook:
             made = edits.changed(state, items, agents, inputs)
         for name in plan.sub_agents:
             made.agent(name)  # refused by name, if nobody has defined it
-        return made.model_copy(update={"autonomous_mode": plan.autonomous_mode, "sub_agents": plan.sub_agents})
+        said = {"autonomous_mode": plan.autonomous_mode, "sub_agents": plan.sub_agents, **limits_of(plan)}
+        return made.model_copy(update=said)
 
     def _fresh(self, touched: list[AnyStep]) -> Workflow:
         """The workflow of a run that is to start."""
@@ -628,6 +635,7 @@ class Notebook:
         complete = all(name in agents for name in used)
         made = Workflow(
             plan.name,
+            **limits_of(plan),
             steps=items,
             # With one missing, all: the message says who there is.
             agents=[agent for agent in agents.values() if agent.id in used or not complete],
@@ -659,6 +667,7 @@ class Notebook:
                 autonomous_mode=plan.autonomous_mode,
                 inputs=plan.inputs,
                 engine=plan.engine,
+                **limits_of(plan),
             )
         except WorkflowError:
             return None

@@ -61,7 +61,11 @@ class Wait(NamedTuple):
         """What stands there while no gate is open."""
         if self.gate is not None:
             how = state.decisions.get(self.gate.id)
-            return f"{say.gate_step(self.gate.id)} {say.decided(state, how)}" if how is not None else ""
+            return (
+                f"{say.gate_step(self.gate.id)} {say.decided(state, how, live=bridge.somebody())}"
+                if how is not None
+                else ""
+            )
         if self.step is None or state.ended is not None:
             return say.sentence(state)
         if self.over(state):

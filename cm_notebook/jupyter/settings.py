@@ -17,12 +17,30 @@ from ..errors import CodeMachineError, did_you_mean
 from . import bridge
 
 
+class SettingRefused(BaseException):
+    """A setting of ``%config CM`` cannot be.
+
+    IPython's ``%config`` prints each ``Exception`` as a line and goes on with the cell, which would then run with what
+    nobody wanted; this one ends the cell.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
 class _Base(Configurable):
+    def update_config(self, config: Any) -> None:
+        """What ``%config`` calls."""
+        try:
+            super().update_config(config)
+        except traitlets.TraitError as error:
+            raise SettingRefused(str(error)) from None
+
     def _load_config(self, cfg: Any, section_names: Any = None, traits: Any = None) -> None:
         """Take what was configured: by ``%config``, or in IPython's own configuration file.
 
-        A trait tells only of a change, and choosing the default is no change to it: so not by observing. What is
-        refused here IPython says as one line under the cell, and nothing is changed.
+        A trait tells only of a change, and choosing the default is no change to it: so not by observing. When a
+        value is refused here, nothing is changed.
         """
         mine = self._find_my_config(cfg)
         for name in mine:

@@ -243,7 +243,7 @@ class Bar {
     this.busy = true;
     this.enable();
     this.say("");
-    this.view.tell({ decide: this.record.id, digest: this.record.digest, action: one.action, count: one.count, similar: one.similar, ...words });
+    this.view.tell({ decide: this.record.id, digest: this.record.digest, action: one.action, ...one.more, ...words });
     setTimeout(() => { if (this.busy && this.node.isConnected && this.view.live) this.say("Sent. The kernel is busy; it answers when it can."); }, 1500);
   }
 

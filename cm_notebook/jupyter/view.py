@@ -294,7 +294,9 @@ def _said(state: RunState, now: float | None) -> str:
     if state.gates:
         return ""
     last = next(reversed(state.decisions), None)
-    decided = f"{say.gate_step(last)}: {say.decided(state, state.decisions[last])}. " if last is not None else ""
+    decided = (
+        f"{say.gate_step(last)}: {say.decided(state, state.decisions[last], live=True)}. " if last is not None else ""
+    )
     said = html.inline(decided + say.sentence(state, now))
     return said if state.current is None else html.ticking(state, state.current, said, now)
 
@@ -453,7 +455,16 @@ _ASKS: dict[str, dict[str, Any]] = {
     },
     "rerun": {"do": "rerun"},
 }
-STOPS = ("exhausted", "failed")
+_ASKS_AT: dict[tuple[str, str], dict[str, Any]] = {
+    ("start", "edit"): {"label": "The prompt to send", "send": "Send this"},
+    ("permission", "edit"): {"label": "The arguments to call it with", "send": "Allow with these"},
+    ("permission", "reject"): {
+        "label": "Why not? The agent is told.",
+        "send": "Deny",
+        "empty": "Say why not: the agent is told, and may do better.",
+    },
+}
+STOPS = ("exhausted", "failed", "budget")
 """Kinds of gates that have Stop among their buttons, too; there is always one beside the run's state."""
 _FOR_ALL: dict[str, tuple[Action, str]] = {
     "failed": ("retry", "Retry all {} that failed"),
@@ -470,15 +481,15 @@ def gate_record(state: RunState, gate: Gate, *, beside: bool = True) -> dict[str
         if way.action == "stop" and gate.kind not in STOPS:
             continue  # there is one beside the run's state
         button: dict[str, Any] = {"action": way.action, "text": way.label, "magic": way.magic}
-        button |= _ASKS.get(way.action, {})
+        button |= _ASKS.get(way.action, {}) | _ASKS_AT.get((gate.kind, way.action), {})
         if way.times > 1:
-            button["count"] = way.times
-        if way.action == "edit" and gate.kind == "start":
-            button |= {"label": "The prompt to send", "send": "Send this"}
+            button["more"] = {"count": way.times}
+        if way.scope is not None:
+            button["more"] = {"scope": way.scope}
         if way.action == "skip":
             button["sure"] = f"Skip {gate.step}? It gives no output; what names it gets an empty text."
             button["send"] = "Skip it"
-        if key := _KEYS.get(way.action):
+        if key := _KEYS.get(way.name):
             button["key"] = key
         buttons.append(button)
     buttons += _for_all(state, gate)
@@ -540,7 +551,7 @@ def _for_all(state: RunState, gate: Gate) -> list[dict[str, Any]]:
             "action": action,
             "text": label.format(len(alike)),
             "magic": " · ".join(f"%cm {action} {one.path}" for one in alike[:3]) + (" …" if len(alike) > 3 else ""),
-            "similar": max(one.opened_at for one in alike),
+            "more": {"similar": max(one.opened_at for one in alike)},
         }
     ]
 
@@ -555,6 +566,8 @@ def body_record(state: RunState, path: str, attempt: int, tab: str) -> dict[str,
     """What a page asks for: an attempt's ``output``, ``diff`` or ``prompt`` as HTML; or, to be edited, a text."""
     step = state.find(path)
     found = next((one for one in step.attempts if one.number == attempt), step.last)
+    if tab == "edit-output" and step.gate is not None and step.gate.kind == "permission":
+        return {"text": say.requested(step.gate)}
     if tab == "edit-output":
         waits = step.gate is not None and step.gate.kind == "start" and step.redo is not None
         return {"text": state.text(step.redo.prompt) if waits and step.redo else found.text if found else ""}
@@ -594,9 +607,30 @@ class Writing:
         self.rest: list[str] = []
         self._stream: BlockStream | None = BlockStream()
         self._size = 0
+        self._thoughts: list[str] = []
+
+    def think(self, text: str) -> list[str]:
+        """Take more of what is thought: a line that moves, folded away as soon as something is written."""
+        closed = ""
+        if not self._thoughts and self._stream is not None and any(self.rest):
+            closed = self._close("".join(block.html for block in self._stream.finish()), "")[1]
+        self._thoughts.append(clean(text))
+        return ["block", closed, self._open()]
+
+    def _open(self) -> str:
+        thought = f"Thinking: {say.one_line(''.join(self._thoughts[-16:])[-160:])}" if self._thoughts else ""
+        return "\n\n".join(filter(None, ("".join(self.rest), thought)))
 
     def add(self, text: str) -> list[str]:
         """Take more of it; what to tell the pages."""
+        kind, *told = self._add(text)
+        if not self._thoughts:
+            return [kind, *told]
+        folded, self._thoughts = html.thinking_html("".join(self._thoughts)), []
+        self.blocks.insert(len(self.blocks) - (kind == "block"), folded)
+        return ["block", folded + (told[0] if kind == "block" else ""), "".join(self.rest)]
+
+    def _add(self, text: str) -> list[str]:
         self._size += len(text)
         if self._stream is not None and (len(text) > BURST or self._size > FORMATTED):
             return self._go_plain(text)
@@ -622,7 +656,7 @@ class Writing:
 
     def whole(self) -> list[Any]:
         """All there is, for a page that begins."""
-        return ["".join(self.blocks), "".join(self.rest)]
+        return ["".join(self.blocks), self._open()]
 
 
 # -- one place where a run is shown -----------------------------------------------------------------------------------
@@ -869,6 +903,7 @@ class Hub:
         self._writings: dict[str, Writing] = {}
         self._tails: dict[str, str] = {}
         self._grown = set[str]()
+        self._thinking = set[str]()
         self._tails_at = 0.0
         self._lock = threading.Lock()
         self._timer: Any = None
@@ -943,6 +978,7 @@ class Hub:
                 for path, step in state.running.items():
                     if step.caller:
                         self._tails[path] = self.run.draft(path)[-TAIL:]
+                        self._grown.add(path)
                     if self._covered(path):
                         self._write(path, step.attempt)
         for display in begun:
@@ -1015,18 +1051,18 @@ class Hub:
         for thing in things:
             if isinstance(thing, LiveText):
                 if thing.path in self._tails:
-                    self._tails[thing.path] = (self._tails[thing.path] + thing.text)[-TAIL:]
-                    self._grown.add(thing.path)
+                    self._grow(thing)
                 writing = self._writings.get(thing.path)
                 if writing is None or writing.attempt != thing.attempt:
                     continue
-                kind, *texts = writing.add(thing.text)
+                kind, *texts = (writing.add if thing.kind == "text" else writing.think)(thing.text)
                 pieces.append([kind, thing.path, *texts])
                 continue
             self._dirty = True
             if isinstance(thing, TurnStarted):
                 if "/" in thing.path:
                     self._tails[thing.path] = ""
+                    self._thinking.discard(thing.path)
                 if self._covered(thing.path):
                     self._writings[thing.path] = Writing(thing.attempt)
                     pieces.append(["start", thing.path])
@@ -1034,6 +1070,14 @@ class Hub:
                 if any(display.mode == "log" for display in self.displays):
                     self._lines += filter(None, [say.event_line(state, thing)])
         return pieces, bool(things)
+
+    def _grow(self, live: LiveText) -> None:
+        """Keep the end of what is written in a lane, or thought."""
+        thinks, thought = live.kind != "text", live.path in self._thinking
+        begin = "" if thinks == thought else "\nThinking: " if thinks else "\n"
+        (self._thinking.add if thinks else self._thinking.discard)(live.path)
+        self._tails[live.path] = (self._tails[live.path] + begin + live.text)[-TAIL:]
+        self._grown.add(live.path)
 
     def _draw(self, displays: Sequence[Display]) -> int:
         lines, self._lines = self._lines, []
@@ -1172,7 +1216,7 @@ class Hub:
         display.send("body", page=page, ticket=content.get("ticket"), **body)
 
     def _decide(self, content: Mapping[str, Any]) -> None:
-        names = ("feedback", "output", "prompt", "count")
+        names = ("feedback", "output", "prompt", "count", "scope")
         given = {name: content[name] for name in names if content.get(name) is not None}
         decision = Decision(action=content.get("action", ""), **given)
         id = str(content["decide"])

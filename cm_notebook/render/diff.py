@@ -2,7 +2,8 @@
 
 Strategy: one comparison, ``_changes``, over lists of lines or words, and five ways of showing it. Prose is Markdown:
 its words are compared as they are read, not as they are written. It is rendered, then flattened to words that know how
-they look. difflib's cost grows with the third power of a text made for it, so each comparison has a price, and all of
+they look; items of lists are compared with items, so that a new one is new as a whole, and a number that moved on is no
+change. difflib's cost grows with the third power of a text made for it, so each comparison has a price, and all of
 one call share ``BUDGET``. What is too dear at once is cut into small comparisons at the items that occur once in both
 texts; what is still too dear is shown as replaced as a whole: right, if coarse. Above the sizes below ``prose`` becomes
 ``words``, that becomes ``lines``, and ``lines`` becomes one sentence.
@@ -19,7 +20,7 @@ import itertools
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from html.parser import HTMLParser
 from typing import Literal, NamedTuple
 
@@ -35,6 +36,12 @@ CHAR_LIMIT = 2_000_000
 """Characters of both texts together beyond which nothing is compared."""
 BUDGET = 10_000_000
 """Steps that difflib may take in the worst case; about two seconds."""
+PAIRS = 2_500
+"""Pairs of list items beyond which a stretch of changed ones is not compared item by item, but as one text."""
+ALIKE = 0.5
+"""The share of the shorter one's words in common from which on one item counts as what became of another."""
+JOINED = 0.6
+"""The share of an item's words that must stand in another one for it to have been joined with that."""
 CONTEXT_LINES = 3
 CONTEXT_WORDS = 25
 """Unchanged lines and words that stay around a change; the rest is folded."""
@@ -75,10 +82,11 @@ def _compared(before: Sequence[_Word], after: Sequence[_Word]) -> str:
     """Both texts in one; ``""`` when there is no difference to be seen."""
     shown: list[str] = []
     differ = False
-    for change in _changes([word.key for word in before], [word.key for word in after]):
+    for change in _by_items(before, after):
         old, new = before[change.old : change.old_end], after[change.new : change.new_end]
         if change.same:
-            shown.append(_fold(new, at_start=change.old == 0, at_end=change.old_end == len(before)))
+            at_end = change.old_end == len(before) and change.new_end == len(after)
+            shown.append(_fold(new, at_start=not (change.old or change.new), at_end=at_end))
         else:
             shown += [_mark_words("del", old), _mark_words("ins", new)]
             differ = differ or any(word.text for word in (*old, *new))
@@ -194,6 +202,8 @@ class _Word(NamedTuple):
     text: str
     lead: str = ""
     look: str = ""
+    item: int = 0
+    """Which item of a list it belongs to, or which stretch between lists; counted through the text."""
 
 
 _LOOKS = {
@@ -205,6 +215,8 @@ _LOOKS = {
     "pre": "font-family:monospace;font-size:12px",
 }
 _BLOCKS = {"p", "div", "pre", "ul", "ol", "li", "tr", "table", "blockquote", "hr", "br"}
+_MARKS = ("1.", "•.")
+"""What stands for the marks of lists, whatever number they show, when words are compared; no word looks like that."""
 _PARAGRAPHS = {"p", "div", "pre", "table", "blockquote", "hr"}
 
 
@@ -224,6 +236,7 @@ class _Reader(HTMLParser):
         self.words: list[_Word] = []
         self._open: list[tuple[str, str]] = []  # tags and their looks
         self._lists: list[int] = []  # the number of the next item; 0: bullets
+        self._item = 0
         self._break = ""  # before the next word
         self._space = ""
         self._marked = False  # a list mark or a bar was the last: what follows stands beside it
@@ -238,8 +251,9 @@ class _Reader(HTMLParser):
         elif tag == "li" and self._lists:
             number = self._lists[-1]
             self._lists[-1] += bool(number)
+            self._item += 1
             mark = f"{number}." if number else "•"
-            self._add("1." if number else mark, mark, "    " * (len(self._lists) - 1), indents=True)
+            self._add(_MARKS[not number], mark, "    " * (len(self._lists) - 1), indents=True)
             self._space, self._marked = " ", True
         elif tag in ("td", "th") and self.words and not self._break:
             self._add("|", "|", " ")
@@ -257,6 +271,7 @@ class _Reader(HTMLParser):
         self._marked = self._marked and tag not in ("td", "th", "li")  # an empty one
         if tag in ("ul", "ol") and self._lists:
             self._lists.pop()
+            self._item += 1
         if tag == "a" and self._address.removeprefix("mailto:") != self._linked:
             self._add(self._address, f"({self._address})", " ")
         self._begin(tag)
@@ -288,10 +303,10 @@ class _Reader(HTMLParser):
 
     def _add(self, key: str, text: str, lead: str = "", *, indents: bool = False) -> None:
         if self._break:
-            self.words.append(_Word("\n", "", self._break))
+            self.words.append(_Word("\n", "", self._break, item=self._item))
             lead = lead if indents else ""
         look = ";".join(dict.fromkeys(look for _, look in self._open if look))
-        self.words.append(_Word(f"{key} {look}", text, lead, look))
+        self.words.append(_Word(f"{key} {look}", text, lead, look, self._item))
         self._break, self._space, self._marked = "", "", False
 
 
@@ -308,11 +323,24 @@ class _Change(NamedTuple):
     new_end: int
 
 
-def _changes(old: Sequence[str], new: Sequence[str]) -> list[_Change]:
+class _Purse:
+    """What the comparisons of one call may still cost together."""
+
+    def __init__(self) -> None:
+        self.left = BUDGET
+
+    def pays(self, price: int) -> bool:
+        """Whether it is enough; then it is paid."""
+        enough = price <= self.left
+        self.left -= price if enough else 0
+        return enough
+
+
+def _changes(old: Sequence[Hashable], new: Sequence[Hashable], purse: _Purse | None = None) -> list[_Change]:
     """List the steps from `old` to `new`, in order: what is the same and what is not take turns."""
     changes: list[_Change] = []
     at, to = 0, 0
-    for start, other, size in (*_matches(old, new), (len(old), len(new), 0)):
+    for start, other, size in (*_matches(old, new, purse or _Purse()), (len(old), len(new), 0)):
         if (at, to) != (start, other):
             changes.append(_Change(False, at, start, to, other))
         elif size and changes:
@@ -324,7 +352,7 @@ def _changes(old: Sequence[str], new: Sequence[str]) -> list[_Change]:
     return changes
 
 
-def _matches(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[int, int, int]]:
+def _matches(old: Sequence[Hashable], new: Sequence[Hashable], purse: _Purse) -> Iterator[tuple[int, int, int]]:
     """Where equal stretches start in `old` and `new`, and their lengths; in order, never overlapping."""
     shorter = min(len(old), len(new))
     head = next((index for index in range(shorter) if old[index] != new[index]), shorter)
@@ -332,16 +360,13 @@ def _matches(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[int, int,
     tail = next((index for index in range(rest) if old[-1 - index] != new[-1 - index]), rest)
     end, other_end = len(old) - tail, len(new) - tail
     yield 0, 0, head
-    budget = BUDGET
     anchors = [(end, other_end)]
-    if _price(old[head:end], new[head:other_end]) > budget:
+    if _price(old[head:end], new[head:other_end]) > purse.left:
         anchors = [*_anchors(old, new, head, end, other_end), *anchors]
     at, to = head, head
     for start, other in anchors:
         part, other_part = old[at:start], new[to:other]
-        price = _price(part, other_part)
-        if price <= budget:
-            budget -= price
+        if purse.pays(_price(part, other_part)):
             matcher = difflib.SequenceMatcher(None, part, other_part, autojunk=False)
             yield from (
                 (at + block.a, to + block.b, block.size) for block in matcher.get_matching_blocks() if block.size
@@ -352,13 +377,15 @@ def _matches(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[int, int,
     yield end, other_end, tail
 
 
-def _price(old: Sequence[str], new: Sequence[str]) -> int:
+def _price(old: Sequence[Hashable], new: Sequence[Hashable]) -> int:
     """Bound of difflib's steps: it looks at all equal pairs, and does so again for each stretch that it finds."""
     counts = Counter(old)
     return sum(counts[item] for item in new) * min(len(old), len(new)) + len(old) + len(new)
 
 
-def _anchors(old: Sequence[str], new: Sequence[str], head: int, end: int, other_end: int) -> list[tuple[int, int]]:
+def _anchors(
+    old: Sequence[Hashable], new: Sequence[Hashable], head: int, end: int, other_end: int
+) -> list[tuple[int, int]]:
     """Find what occurs once in both: the longest series that has the same order in both (patience diff)."""
     once = {item for item, count in Counter(old[head:end]).items() if count == 1}
     once &= {item for item, count in Counter(new[head:other_end]).items() if count == 1}
@@ -379,6 +406,113 @@ def _anchors(old: Sequence[str], new: Sequence[str], head: int, end: int, other_
         index, place, link = chains[link]
         series.append((index, place))
     return series[::-1]
+
+
+def _by_items(before: Sequence[_Word], after: Sequence[_Word]) -> Iterator[_Change]:
+    """The steps from one text to the other: items that stay are found first, then what became of the others."""
+    same: _Change | None = None  # what stays is told in one piece, however many items it goes through
+    for change in _item_changes(before, after):
+        if same is not None and change.same:
+            same = same._replace(old_end=change.old_end, new_end=change.new_end)
+            continue
+        if same is not None:
+            yield same
+        same = change if change.same else None
+        if same is None:
+            yield change
+    if same is not None:
+        yield same
+
+
+def _item_changes(before: Sequence[_Word], after: Sequence[_Word]) -> Iterator[_Change]:
+    purse, old, new = _Purse(), _items(before), _items(after)
+    keys, new_keys = (
+        [tuple(words[at].key for at in item if words[at].text) for item in items]
+        for words, items in ((before, old), (after, new))
+    )
+    at, to = 0, 0
+    for change in _changes(keys, new_keys, purse):
+        olds, news = old[change.old : change.old_end], new[change.new : change.new_end]
+        for mine, theirs in [(olds, news)] if change.same else _partners(before, after, olds, news):
+            end, other_end = mine[-1].stop if mine else at, theirs[-1].stop if theirs else to
+            if change.same or not mine or not theirs:
+                yield _Change(change.same, at, end, to, other_end)
+            else:
+                words = [word.key for word in before[at:end]], [word.key for word in after[to:other_end]]
+                # where an item went on in the one before it, its mark is not what somebody took out
+                marks = {item.start + 2 for item in mine[1:] if before[item.start + 1].key.startswith(_MARKS)}
+                for same, start, stop, other, other_stop in _changes(*words, purse):
+                    inside = [] if same else sorted(mark for mark in marks if at + start < mark <= at + stop)
+                    begin = at + start
+                    for mark in inside:
+                        yield _Change(False, begin, max(begin, mark - 2), to + other, to + other)
+                        begin = mark
+                    yield _Change(same, begin, at + stop, to + other, to + other_stop)
+            at, to = end, other_end
+
+
+def _items(words: Sequence[_Word]) -> list[range]:
+    """Where the items of lists, and the stretches between lists, begin and end."""
+    starts = [at for at in range(len(words)) if not at or words[at].item != words[at - 1].item]
+    return [range(start, end) for start, end in itertools.pairwise([*starts, len(words)])]
+
+
+_Partners = tuple[list[range], list[range]]
+
+
+def _partners(before: Sequence[_Word], after: Sequence[_Word], old: list[range], new: list[range]) -> list[_Partners]:
+    """Which items became which, in order: those that have most words in common; the others went, or are new.
+
+    One that has no partner, but whose words stand in its neighbour's, was joined with it or cut off from it.
+    """
+    if not old or not new or len(old) == len(new) == 1 or len(old) * len(new) > PAIRS:
+        return [(old, new)]
+    mine, theirs = (
+        [Counter(words[at].text for at in item[2:] if words[at].text[:1].isalnum()) for item in items]
+        for words, items in ((before, old), (after, new))
+    )
+    best = [[0.0] * (len(new) + 1) for _ in range(len(old) + 1)]  # of the items from there on
+    alike: dict[tuple[int, int], float] = {}
+    for i, j in itertools.product(reversed(range(len(old))), reversed(range(len(new)))):
+        both, sizes = (mine[i] & theirs[j]).total(), (mine[i].total(), theirs[j].total())
+        fits = both and both >= ALIKE * min(sizes)
+        alike[i, j] = both / min(sizes) + both / max(sizes) if fits else 0.0
+        best[i][j] = max(best[i + 1][j], best[i][j + 1], alike[i, j] + best[i + 1][j + 1])
+    found: list[_Partners] = []
+    rest: Counter[str] = Counter()  # the words of the last pair that stand on one side only
+    lone: list[tuple[_Partners, Counter[str]]] = []  # since that pair
+    i = j = 0
+    while i < len(old) or j < len(new):
+        if i < len(old) and j < len(new) and alike[i, j] and best[i][j] == alike[i, j] + best[i + 1][j + 1]:
+            pair = ([old[i]], [new[j]])
+            rest = (mine[i] - theirs[j]) + (theirs[j] - mine[i])
+            while lone and _is_within(lone[-1][1], rest):
+                (olds, news), _words = lone.pop()
+                found.pop()
+                pair = (olds + pair[0], news + pair[1])
+            found.append(pair)
+            lone = []
+            i, j = i + 1, j + 1
+            continue
+        gone = j == len(new) or (i < len(old) and best[i][j] == best[i + 1][j])
+        alone: _Partners = ([old[i]], []) if gone else ([], [new[j]])
+        words = mine[i] if gone else theirs[j]
+        i, j = (i + 1, j) if gone else (i, j + 1)
+        if found and not lone and _is_within(words, rest):
+            found[-1] = (found[-1][0] + alone[0], found[-1][1] + alone[1])
+            continue
+        lone.append((alone, words))
+        found.append(alone)
+    return found
+
+
+def _is_within(words: Counter[str], others: Counter[str]) -> bool:
+    """Whether most of `words` are among `others`, which then holds them no more."""
+    both = words & others
+    if not words or both.total() < JOINED * words.total():
+        return False
+    others -= both
+    return True
 
 
 def _hunks(changes: Sequence[_Change]) -> Iterator[list[_Change]]:
@@ -415,6 +549,12 @@ _CODE_LINE = re.compile(
 
 
 def _is_code(text: str) -> bool:
-    """Whether most lines look like program text or data rather than sentences."""
-    sample = [line for line in text[:50_000].split("\n") if line.strip()]
-    return bool(sample) and 2 * sum(1 for line in sample if _CODE_LINE.match(line)) > len(sample)
+    """Whether most lines look like program text or data rather than sentences; what Markdown fences in does."""
+    lines, code, fenced = 0, 0, False
+    for line in text[:50_000].split("\n"):
+        if line.lstrip().startswith(("```", "~~~")):
+            fenced = not fenced
+        elif line.strip():
+            lines += 1
+            code += fenced or _CODE_LINE.match(line) is not None
+    return 2 * code > lines

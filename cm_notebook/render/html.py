@@ -284,6 +284,9 @@ def _asked(state: RunState, step: StepState) -> list[str]:
     ]
     if step.gate is not None and step.gate.kind == "question":
         parts.append(_quote(_markdown(str(step.gate.payload.get("question", ""))[:8000]), "waiting"))
+    if step.gate is not None and step.gate.kind == "permission":
+        parts.append(_line(f"It wants to call `{one_line(step.gate.payload.get('tool', ''), 70)}` with:"))
+        parts.append(_shown(say.requested(step.gate), PROMPT_LIMIT, f"%cm show {step.path} --full", plain=True))
     if step.gate is not None and step.gate.kind == "start" and step.redo is not None:
         parts.append(_line("The prompt that would be sent:"))
         parts.append(_shown(state.text(step.redo.prompt), PROMPT_LIMIT, f"%cm show {step.path} --full", plain=True))
@@ -319,6 +322,13 @@ def _last(state: RunState, step: StepState, attempt: Attempt, limit: int) -> lis
     if previous is not None and attempt.text:
         changed = _bounded_diff(step, previous, attempt, limit)
         parts.append(_fold(f"What changed since attempt {previous.number}", changed))
+    if called := say.tool_words(attempt):
+        lines = "\n".join(say.tool_lines(attempt))
+        parts.append(
+            _fold(
+                _capital(called), _shown(lines, min(PROMPT_LIMIT, limit), say.show_command(step, attempt), plain=True)
+            )
+        )
     if prompt := attempt.prompt:
         shown = _shown(prompt, min(PROMPT_LIMIT, limit), f"%cm show {step.path} --full", plain=True)
         engine = f" sent to {attempt.engine}" if attempt.engine not in ("", "offline") else ""
@@ -393,10 +403,16 @@ def gate_bar(state: RunState, gate: Gate, *, beside: bool = False, again: bool =
 
 
 def sentence_html(state: RunState, gate: Gate, *, beside: bool = False) -> str:
-    """The gate's sentence, its step in bold; without what the card `beside` it shows: the error, or the question."""
-    said = say.gate_sentence(state, gate, beside=beside)
+    """The gate's sentence, its step in bold; without what the card `beside` it shows: the error, or the question.
+
+    Of a tool's call all is shown, here or beside: nobody allows what cannot be read.
+    """
+    asked = gate.kind == "permission" and not beside
+    said = say.gate_sentence(state, gate, beside=beside or asked)
     rest = said.removeprefix(gate.step)
-    return f"<b>{_esc(gate.step)}</b>{inline(rest)}" if rest != said else inline(said)
+    made = f"<b>{_esc(gate.step)}</b>{inline(rest)}" if rest != said else inline(said)
+    more = f"%cm show {gate.path} --full"
+    return made + ("\n" + _shown(say.requested(gate), PROMPT_LIMIT, more, plain=True) if asked else "")
 
 
 def _way(way: say.Way) -> str:
@@ -643,6 +659,8 @@ def output_html(state: RunState, step: StepState, attempt: Attempt | None) -> st
         parts.append(_line(f"Stale: {say.stale_words(state, step)}."))
     if attempt is not None:
         parts += _result(state, step, attempt, STEP_LIMIT)
+        if called := say.tool_words(attempt):
+            parts.append(_line(f"{_capital(called)}."))
     return "".join([*parts, *(_asked(state, step) if newest else ())])
 
 
@@ -659,6 +677,12 @@ def prompt_html(step: StepState, attempt: Attempt) -> str:
     """The exact prompt of an attempt, and to whom it was sent."""
     sent = f"Sent to {attempt.engine}:" if attempt.engine not in ("", "offline") else "No model was called. The prompt:"
     return _line(sent) + _shown(attempt.prompt, STEP_LIMIT, f"%cm show {step.path} --full", plain=True)
+
+
+def thinking_html(text: str) -> str:
+    """What an agent thought before it wrote, folded and faint; it is shown while the turn runs, and kept nowhere."""
+    words = f"Thinking, {len(text):,} characters"
+    return _fold(words, f'<div style="{_FAINT};white-space:pre-wrap">{_esc(clip(text, OLD_LIMIT).head)}</div>\n')
 
 
 def plain_html(text: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..events import (
     EDITABLE,
+    GATE_DEADLINE,
     OTHER_WORDS,
     Action,
     AgentsCalled,
@@ -34,19 +35,23 @@ from ..events import (
     RunResumed,
     RunStarted,
     RunUnpaused,
+    Scope,
     StepAdded,
     StepChanged,
     StepFailed,
     StepRemoved,
     StepSkipped,
+    ToolCalled,
+    ToolReturned,
     TurnCutShort,
     TurnFailed,
     TurnFinished,
     Usage,
     WorkflowChanged,
 )
-from ..state import STATUS_WORDS, Attempt, RunState, StepState, status_word, why_stale
-from ..workflow import Module, Parallel, Separator
+from ..state import STATUS_WORDS, Attempt, Budget, RunState, StepState, status_word, why_stale
+from ..tools import BUILT_IN, write_arguments
+from ..workflow import Module, Parallel, Separator, limits_of
 from .markdown import Clipped, clean, clip
 
 Tone = Literal["done", "waiting", "running", "failed", "pending", "skipped"]
@@ -89,6 +94,13 @@ def cost(usd: float | None, estimated: bool = False) -> str:
         return ""
     digits = 2 if usd >= 0.995 else 3 if usd >= 0.0005 else 4
     return f"{'~' if estimated else ''}${usd:.{digits}f}" if usd >= 0.00005 else "<$0.0001"
+
+
+def amount(name: str, value: float) -> str:
+    """So much of what the limit of that option limits: ``$0.50``, ``20,000 tokens``, ``1 turn``."""
+    if name == "max_cost_usd":
+        return f"${value:,.2f}" if round(value, 2) == round(value, 6) else cost(value)
+    return f"{value:,.0f} {name[4:] if value != 1 else name[4:-1]}"
 
 
 def clock(at: float) -> str:
@@ -167,20 +179,34 @@ class Spent(NamedTuple):
     seconds: float | None
     usage: Usage | None
     cost_usd: float
+    cost_estimated: bool = False
+    budget: Budget | None = None
 
     def words(self) -> list[str]:
-        """Time, tokens and cost, those that are known."""
+        """Time, tokens and cost, those that are known; each of the limits with what there is of it."""
         estimated = self.usage is not None and self.usage.estimated
         count = self.usage.input_tokens + self.usage.output_tokens if self.usage is not None else 0
-        said = [duration(self.seconds), tokens(count, estimated), cost(self.cost_usd, estimated)]
-        return [word for word in said if word]
+        computed = estimated or self.cost_estimated
+        said = {"max_tokens": tokens(count, estimated), "max_cost_usd": cost(self.cost_usd, computed)}
+        if self.budget is not None:
+            paid = amount("max_cost_usd", self.cost_usd) if self.cost_usd else "$0"
+            used = {
+                "max_cost_usd": f"{'~' if computed and self.cost_usd else ''}{paid}",
+                "max_tokens": said["max_tokens"].removesuffix(" tok") or "0",
+                "max_turns": f"{self.budget.used['max_turns']:,}",
+            }
+            said |= {name: f"{used[name]} of {amount(name, most)}" for name, most in self.budget.limits.items()}
+        return [word for word in (duration(self.seconds), *(said.get(name, "") for name in _ORDER)) if word]
+
+
+_ORDER = ("max_turns", "max_tokens", "max_cost_usd")
 
 
 def total(state: RunState, attempts: Iterable[Attempt], now: float | None = None) -> Spent:
     """The sum over `attempts`."""
     seconds: float | None = None
     usage: Usage | None = None
-    paid = 0.0
+    paid, computed = 0.0, False
     for attempt in attempts:
         if (took := spent(state, attempt, now)) is not None:
             seconds = (seconds or 0.0) + took
@@ -189,7 +215,8 @@ def total(state: RunState, attempts: Iterable[Attempt], now: float | None = None
         if attempt.usage is not None:
             usage = attempt.usage if usage is None else usage + attempt.usage
         paid += attempt.cost_usd or 0.0
-    return Spent(seconds, usage, paid)
+        computed = computed or attempt.cost_estimated
+    return Spent(seconds, usage, paid, computed)
 
 
 def taken(state: RunState, step: StepState, now: float | None = None) -> Spent:
@@ -197,7 +224,7 @@ def taken(state: RunState, step: StepState, now: float | None = None) -> Spent:
     attempts = list(step.attempts)
     for _depth, member in team(step):
         attempts += member.attempts
-    return total(state, attempts, now)
+    return total(state, attempts, now)._replace(budget=step.budget)
 
 
 def team(step: StepState, depth: int = 1) -> Iterator[tuple[int, StepState]]:
@@ -212,7 +239,8 @@ def run_total(state: RunState, now: float | None = None) -> Spent:
     everybody = (*state.order, *state.members.values())
     seconds = total(state, (attempt for step in everybody for attempt in step.attempts), now).seconds
     usage = state.usage if state.usage.input_tokens + state.usage.output_tokens else None
-    return Spent(seconds, usage, state.cost_usd)
+    budget = state.budget if state.budget.limits else None
+    return Spent(seconds, usage, state.cost_usd, state.cost_estimated, budget)
 
 
 def source(state: RunState) -> str:
@@ -323,6 +351,13 @@ class Way(NamedTuple):
     magic: str
     times: int = 1
     """How often to retry."""
+    scope: Scope | None = None
+    """For how long to allow a tool."""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others: its action, or the scope of a permission that is for longer than once."""
+        return self.scope or self.action
 
 
 _LABELS: dict[tuple[str, str], str] = {
@@ -333,6 +368,8 @@ _LABELS: dict[tuple[str, str], str] = {
     ("exhausted", "retry"): "2 more",
     ("stale", "approve"): "Keep",
     ("stale", "retry"): "Run again",
+    ("permission", "approve"): "Allow once",
+    ("permission", "reject"): "Deny…",
     ("may_have_run", "approve"): "It did",
     ("may_have_run", "retry"): "Run again",
 }
@@ -340,6 +377,7 @@ _MAGICS = {"reject": "%%cm reject", "answer": "%%cm answer"}
 """Those with words of the person's: as a cell, because a line that ends in ``?`` opens IPython's help."""
 
 
+_SCOPES: dict[Scope, str] = {"run": "Allow for this run", "always": "Always allow"}
 _MEMBER_LABELS = {"retry": "Retry this one", "skip": "Continue without it"}
 
 
@@ -349,7 +387,9 @@ def ways(state: RunState, gate: Gate) -> list[Way]:
     failed_member = gate.kind == "failed" and gate.path in state.members
     found: list[Way] = []
     for action in gate.actions:
-        if action == "reject" and not isinstance(state.find(gate.path).step, Module) and gate.kind == "verdict":
+        if gate.kind == "budget" and action == "approve":
+            label = "Continue uncounted" if "unknown" in gate.payload else f"Continue with {_more(gate.payload)}"
+        elif action == "reject" and not isinstance(state.find(gate.path).step, Module) and gate.kind == "verdict":
             label = "Reject…"
         elif failed_member and action in _MEMBER_LABELS:
             label = _MEMBER_LABELS[action]
@@ -360,6 +400,11 @@ def ways(state: RunState, gate: Gate) -> list[Way]:
             magic += f" --step {gate.path}" if action in _MAGICS else f" {gate.path}" if action != "stop" else ""
         more = 2 if (gate.kind, action) == ("exhausted", "retry") else 1
         found.append(Way(action, label, magic if more == 1 else f"{magic} --count {more}", more))
+        if (gate.kind, action) == ("permission", "approve"):
+            found += [Way(action, said, f"{magic} --scope {scope}", scope=scope) for scope, said in _SCOPES.items()]
+    if gate.kind == "permission":
+        found.insert(1 + len(_SCOPES), Way("edit", "Edit…", f"%cm edit {gate.path}" if several else "%cm edit"))
+        return found
     place = next((index for index, way in enumerate(found) if way.action in ("skip", "stop")), len(found))
     no_prompt = isinstance(state.find(gate.path).step, Parallel)  # its members have theirs
     if (gate.kind in EDITABLE or gate.kind == "failed") and not (gate.kind == "failed" and no_prompt):
@@ -379,6 +424,21 @@ def similar(state: RunState, gate: Gate) -> list[Gate]:
     return [one for one in state.gates.values() if asked(one) == asked(gate)]
 
 
+def _more(said: Mapping[str, Any]) -> str:
+    return f"+{amount(said['limit'], said['amount'])}"
+
+
+def limit_words(said: Mapping[str, Any]) -> str:
+    """Which limit is reached, or cannot be held, as the payload of its gate says it."""
+    most, after, whose = amount(said["limit"], said["most"]), said.get("after"), said.get("of")
+    if "unknown" in said:
+        what = "cost" if said["limit"] == "max_cost_usd" else "number of tokens"
+        turns = "a turn" if said["unknown"] == 1 else f"{said['unknown']} turns"
+        owner = f"{whose}'s" if whose else "the"
+        return f"Paused: the {what} of {turns} is not known, so {owner} limit of {most} cannot be held."
+    return f"Paused: {most} limit{f' of {whose}' if whose else ''} reached{f' after {after}' if after else ''}."
+
+
 def following(state: RunState, step: StepState) -> str:
     """What comes after `step`: ``Next: deployer.``, or that none does so far: a notebook's next cell may add one."""
     after = state.after(step)
@@ -386,7 +446,29 @@ def following(state: RunState, step: StepState) -> str:
 
 
 def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
-    """What the run waits for at `gate`, why, and what the answers mean; without what a card `beside` it shows."""
+    """What the run waits for at `gate`, why, what the answers mean, until when; without what is shown `beside` it."""
+    return " ".join(filter(None, (_gate_words(state, gate, beside=beside), deadline_words(state, gate))))
+
+
+QUESTION = 600
+"""Characters of a question that a sentence holds."""
+_ELSE = {"reject": "it is rejected", "skip": "it is skipped"}
+
+
+def deadline_words(state: RunState, gate: Gate) -> str:
+    """Until when to decide, and what comes else: ``Decide by 14:05, else the run stops.``; ``""``: at any time."""
+    if gate.timeout_s is None or gate.deadline is None:
+        return ""
+    by = f"within {duration(gate.timeout_s)}"
+    if state.recorded is None:
+        near = gate.timeout_s < 600
+        local = time.localtime(gate.deadline)
+        day = "" if local[:3] == time.localtime(gate.opened_at)[:3] else time.strftime("%Y-%m-%d ", local)
+        by = f"by {day}{time.strftime('%H:%M:%S' if near else '%H:%M', local)}"
+    return f"Decide {by}, else {_ELSE.get(gate.default or '', 'the run stops')}."
+
+
+def _gate_words(state: RunState, gate: Gate, *, beside: bool) -> str:
     step = state.find(gate.path)
     said = gate.payload
     reason = _ended(one_line(said.get("reason", ""), 300))
@@ -413,14 +495,27 @@ def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
         if isinstance(step.step, Parallel):
             return f"{step.id} failed{times}{what} Retry those that failed, skip it, or stop."
         return f"{step.id} failed{times}{what} Retry, edit its prompt, skip it, or stop."
+    if gate.kind == "budget":
+        goes_on = "Continue without counting it?" if "unknown" in said else f"Continue with {_more(said)}?"
+        return f"{limit_words(said)} {goes_on}"
     if gate.kind == "stale":
         ways_on = "Keep it, run this step again, or run from here: it and all after it."
         return f"{step.id} is stale: {stale_words(state, step)}. {ways_on}"
+    if gate.kind == "permission":
+        what = "" if beside else f" with {one_line(write_arguments(said.get('arguments', {})), 300)}"
+        note = f" {one_line(said['note'], 300)}" if "note" in said else ""
+        ways_on = "Allow it, change its arguments, or deny it: the agent is told why."
+        return f"{step.id} wants to call {one_line(said.get('tool', ''), 80)}{what}.{note} {ways_on}"
     if gate.kind == "question" and beside:
         return f"{step.id} is waiting for your answer."
     if gate.kind == "question":
-        return f"{step.id} asks: {quoted(said.get('question', ''), 600)}"
+        return f"{step.id} asks: {quoted(said.get('question', ''), QUESTION)}"
     return f"{reason or f'{step.id} may have run.'} Did it? If not, run it again."
+
+
+def requested(gate: Gate) -> str:
+    """The arguments with which a permission's tool is to be called, to read and to edit."""
+    return write_arguments(gate.payload.get("arguments", {}))
 
 
 def caller_words(state: RunState, member: StepState) -> str:
@@ -497,7 +592,8 @@ def attempt_words(step: StepState) -> str:
 def retry_words(state: RunState, step: StepState, now: float | None = None) -> str:
     """The countdown of an automatic retry: ``rate limited, again in 4 s (2 of 3)``."""
     error = step.last.error if step.last is not None else None
-    why = one_line(error.message, 160).rstrip(".") if error is not None else "failed"
+    kind, message = (error.kind, error.message) if error is not None else ("", "failed")
+    why = _PASSING.get(kind) or one_line(message, 160).rstrip(".")
     return f"{why}, {_again(state, step, retry_left(state, step, now))}"
 
 
@@ -508,9 +604,12 @@ def retry_left(state: RunState, step: StepState, now: float | None = None) -> fl
     return max(0.0, step.retry_at - (state.at if now is None else now))
 
 
+_PASSING = {"EngineRateLimited": "rate limited", "EngineUnavailable": "not available"}
+
+
 def _again(state: RunState, step: StepState, in_s: float | None) -> str:
-    tried = len(step.last.errors) if step.last is not None else 0
-    wait = f" in {duration(in_s)}" if in_s is not None and state.recorded is None else ""
+    tried = step.last.failures if step.last is not None else 0
+    wait = f" in {duration(in_s).replace('.0 ', ' ')}" if in_s is not None and state.recorded is None else ""
     return f"again{wait} ({tried + 1} of {step.step.retries + 1})"
 
 
@@ -543,16 +642,24 @@ def note(step: StepState) -> str:
 _DONE = {"approve": "approved", "reject": "rejected", "retry": "retried", "skip": "skipped", "answer": "answered"}
 
 
-def clock_of(state: RunState, decision: Decision) -> str:
-    """When it was decided, or ``""``: a tape gives the same bytes each time, so it has no time of day."""
-    return clock(decision.at) if decision.at and decision.by != "tape" and state.recorded is None else ""
+def clock_of(state: RunState, decision: Decision, *, live: bool = False) -> str:
+    """When it was decided, or ``""``: what is kept of a tape is the same bytes each time, so it has no time of day."""
+    shown = decision.at and decision.by != "tape" and (live or state.recorded is None)
+    return clock(decision.at) if shown else ""
 
 
-def decided(state: RunState, decision: Decision, *, used_up: bool = False) -> str:
-    """The decision in words: ``rejected by you, 12:31: “name the tests”``; `used_up`: it ended a loop at its limit."""
+def decided(state: RunState, decision: Decision, *, used_up: bool = False, live: bool = False) -> str:
+    """The decision in words: ``rejected by you, 12:31: “name the tests”``.
+
+    `used_up`: it ended a loop at its limit; `live`: it is told to a person who is there.
+    """
     by = "(recorded)" if decision.by == "tape" else f"by {one_line(decision.by, 60)}"
-    at = clock_of(state, decision)
+    by = "at its deadline" if decision.by == GATE_DEADLINE else by
+    at = clock_of(state, decision, live=live)
     done = "edited and approved" if decision.output is not None else _DONE.get(decision.action, "stopped")
+    done = {"run": "allowed for this run", "always": "always allowed"}.get(decision.scope or "", done)
+    for name, more in limits_of(decision).items():
+        done = f"+{amount(name, more)} permitted"
     if used_up and done == "approved":
         done = "the last output accepted"
     why = f": {quoted(decision.feedback)}" if decision.feedback else ""
@@ -719,6 +826,19 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
         return f"{event.step} removed"
     if isinstance(event, StepSkipped):
         return f"{event.step} skipped: {one_line(event.reason)}"
+    if isinstance(event, ToolCalled):
+        # of these the gate or the call of agents has a line of its own
+        return (
+            None
+            if event.name in BUILT_IN
+            else f"{event.path} calls {_tool_name(event.name)} {one_line(event.arguments)}"
+        )
+    if isinstance(event, ToolReturned):
+        if event.name in BUILT_IN and not event.failed:
+            return None
+        return (
+            f"{event.path}: {_tool_name(event.name)} {'failed' if event.failed else 'returned'}: {one_line(event.text)}"
+        )
     if isinstance(event, TurnFinished):
         return _turn_line(state, event)
     if isinstance(event, TurnFailed):
@@ -750,6 +870,30 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
     if isinstance(event, Rewound):
         return f"back to {event.to}"
     return None
+
+
+def _tool_name(name: str) -> str:
+    return one_line(name, 80)
+
+
+def tool_lines(attempt: Attempt) -> list[str]:
+    """What an attempt did with tools: ``→ add {"a": 2}``, ``← 5`` or ``✗ why not``."""
+    lines = []
+    for use in attempt.tools:
+        lines.append(f"→ {_tool_name(use.name)} {one_line(use.arguments)}")
+        if use.text is not None:
+            lines.append(f"{'✗' if use.failed else '←'} {one_line(use.text)}")
+    return lines
+
+
+def tool_words(attempt: Attempt) -> str:
+    """Which tools an attempt called: ``called add (3 times), remove (failed)``; ``""`` for none."""
+    names: dict[str, int] = {}
+    for use in attempt.tools:
+        names[_tool_name(use.name)] = names.get(_tool_name(use.name), 0) + 1
+    failed = sum(use.failed for use in attempt.tools)
+    said = [f"{name} ({count} times)" if count > 1 else name for name, count in names.items()]
+    return f"called {', '.join(said)}{f'; {failed} failed' if failed else ''}" if said else ""
 
 
 def _left_out(count: int) -> str:
@@ -791,7 +935,8 @@ def _turn_line(state: RunState, event: TurnFinished) -> str:
     if event.verdict is not None and event.verdict.score is not None:
         word += f" ({event.verdict.score:g})"
     took = spent(state, attempt) if attempt is not None else None
-    words = [event.path, word, *_short(Spent(took, event.usage, event.cost_usd or 0.0).words())]
+    paid = Spent(took, event.usage, event.cost_usd or 0.0, bool(event.cost_estimated))
+    words = [event.path, word, *_short(paid.words())]
     if event.turn > 1:
         words.append(f"prompt {event.turn}")
     why = f": {one_line(event.verdict.reason)}" if event.verdict is not None and event.verdict.reason else ""
@@ -830,7 +975,8 @@ def status_rows(state: RunState, now: float | None = None) -> list[list[str]]:
 def _sums(taken: Spent) -> list[str]:
     estimated = taken.usage is not None and taken.usage.estimated
     count = taken.usage.input_tokens + taken.usage.output_tokens if taken.usage is not None else 0
-    return [duration(taken.seconds), tokens(count, estimated).removesuffix(" tok"), cost(taken.cost_usd, estimated)]
+    paid = cost(taken.cost_usd, estimated or taken.cost_estimated)
+    return [duration(taken.seconds), tokens(count, estimated).removesuffix(" tok"), paid]
 
 
 def status_table(state: RunState, now: float | None = None) -> str:
@@ -848,7 +994,7 @@ def step_lines(state: RunState, now: float | None = None) -> list[str]:
     """A line per step, with what became of it."""
     rows = []
     for step in state.order:
-        rows.append(_step_row(state, step, taken(state, step, now), waits_for(state, step)))
+        rows.append(_step_row(state, step, taken(state, step, now), now, waits_for(state, step)))
     made, lines = iter(table(rows)), list[str]()
     for item in state.items:
         if isinstance(item, Separator):
@@ -858,9 +1004,10 @@ def step_lines(state: RunState, now: float | None = None) -> list[str]:
     return lines
 
 
-def _step_row(state: RunState, step: StepState, took: Spent, waits: str = "") -> list[str]:
+def _step_row(state: RunState, step: StepState, took: Spent, now: float | None, waits: str = "") -> list[str]:
     spent_words = " ".join(took.words())
-    said = "; ".join(filter(None, (story(state, step), note(step), waits)))
+    again = retry_words(state, step, now) if step.status == "retrying" and state.ended is None else ""
+    said = "; ".join(filter(None, (again, story(state, step), note(step), waits)))
     name = step.path.rpartition("/")[2]
     return [name, look(state, step).word, f"{spent_words}{f'  ({said})' if said and spent_words else said}"]
 
@@ -970,7 +1117,7 @@ def shown_members(
 def member_lines(state: RunState, step: StepState, now: float | None = None) -> list[str]:
     """A line for each agent that `step` called, indented."""
     chosen, rest = shown_members(state, step)
-    rows = [_step_row(state, member, total(state, member.attempts, now)) for _depth, member in chosen]
+    rows = [_step_row(state, member, total(state, member.attempts, now), now) for _depth, member in chosen]
     lines = [f"  {'  ' * depth}{line}" for (depth, _member), line in zip(chosen, table(rows), strict=True)]
     return [*lines, f"    {rest}"] if rest else lines
 
@@ -991,12 +1138,16 @@ def show_text(state: RunState, step: StepState, attempt: Attempt | None = None, 
     if shown is not None:
         words += [f"attempt {shown.number} of {step.attempt}"] if step.attempt > 1 else []
         words += [*total(state, [shown]).words(), outcome(state, step, shown)]
+        words += [retry_words(state, step)] if step.status == "retrying" and shown is step.last else []
         if shown.note:
             words.append(one_line(shown.note))
     head = " · ".join(filter(None, words))
-    head = "\n".join([head, *member_lines(state, step)])
+    tools = [f"  {line}" for line in tool_lines(shown)] if shown is not None else []
+    head = "\n".join([head, *member_lines(state, step), *tools])
     text = ""
-    if shown is not None:
+    if step.gate is not None and step.gate.kind == "permission" and attempt is None:
+        text = clean(requested(step.gate))
+    elif shown is not None:
         text = clean(shown.text) if full else bounded(shown.text, show_command(step, shown))
     return f"{head}\n\n{text}" if text else head
 

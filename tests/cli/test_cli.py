@@ -20,6 +20,7 @@ import pytest
 
 import cm_notebook as cm
 from cm_notebook import cli, config
+from cm_notebook.allowed import Rule, keep
 from tests.helpers import until
 
 HEAD = "import time\nfrom pathlib import Path\nimport cm_notebook as cm\n"
@@ -125,7 +126,7 @@ def last_run() -> cm.Run:
 def test_a_run_is_a_line_per_event_and_ends_with_0() -> None:
     done = ran("run", write(TWO_STEPS), "--on-gate", "approve")
     assert (done.code, done.err) == (0, "")
-    assert [line.partition(" <")[0].partition(", ")[0] for line in done.lines[:6]] == [
+    assert [re.split(r" <?\d+\.\ds|, ", line)[0] for line in done.lines[:6]] == [
         "cm: demo started: 2 steps",
         "cm: planner ok",
         "cm: gate: planner is waiting for you. Next: coder.",
@@ -150,11 +151,41 @@ def test_verbose_prints_what_the_agents_write() -> None:
     assert "code for plan 1 for a CLI: no wishes" in done.lines
 
 
+def test_verbose_prints_what_an_agent_thinks_apart() -> None:
+    thinks = """
+class Thinks:
+    name = "thinks"
+    async def stream(self, request):
+        yield cm.Delta("hm, ", "thinking")
+        yield cm.Delta("well", "thinking")
+        yield cm.Delta("Yes.")
+        yield cm.TurnDone("Yes.")
+cm.register_engine(Thinks())
+wf = cm.Workflow("w", agents=[cm.Agent("a", "Well?", engine="thinks")], steps="a")
+"""
+    done = ran("run", write(HEAD + thinks), "-v", "--on-gate", "approve")
+    assert done.lines[1:3] == ["hm, well", "Yes."]
+    assert done.out.count("Yes.") == 1
+    assert "hm" not in ran("run", "flow.py", "--on-gate", "approve").out
+
+
 def test_verbose_does_not_repeat_what_was_streamed() -> None:
     text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    turn.emit('streamed text')\n    return 'streamed text'\n"
     done = ran("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a')\n"), "--verbose")
     assert done.out.count("streamed text") == 1
     assert done.lines[2].startswith("cm: a ok"), done.out
+
+
+@pytest.mark.parametrize("how", ["return text", "turn.emit(text)\n    return text"])
+def test_verbose_is_bounded_and_says_where_the_rest_is(how: str) -> None:
+    text = HEAD + f"\n@cm.agent('a')\ndef a(turn):\n    text = 'begin ' + 'x' * 300_000 + ' end'\n    {how}\n"
+    done = ran("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a')\n"), "--verbose")
+    assert len(done.out) < 70_000
+    assert re.search(r"\nbegin x+\n", done.out)
+    assert re.search(r"\nx+ end\n", done.out)
+    command = re.search(r"\n… 236,010 characters left out. Show all: `(cm\..*)` …\n", done.out)
+    assert command
+    assert eval(command[1]) == "begin " + "x" * 300_000 + " end"
 
 
 def test_inputs_come_from_the_command_line() -> None:
@@ -197,6 +228,16 @@ def test_until_pauses_and_is_a_success() -> None:
     assert done.code == 0
     assert done.err == f"Go on with it: cm-notebook run flow.py --resume {last_run().id}\n"
     assert last_run().status == "paused"
+
+
+def test_a_limit_holds_where_nobody_is_and_the_run_goes_on_with_more() -> None:
+    done = ran("run", write(TWO_STEPS.replace("planner? ->", "planner ->")), "--max-turns", "1")
+    assert done.code == 3
+    assert (
+        "cm-notebook: Paused: 1 turn limit reached after planner. Nobody can answer here. Go on with more" in done.err
+    )
+    assert "(`--max-turns`)" in done.err
+    assert ran("run", "flow.py", "--resume", last_run().id, "--max-turns", "2").code == 0
 
 
 def test_a_tape_decides_where_nobody_is() -> None:
@@ -619,6 +660,142 @@ def test_a_question_takes_a_line(terminal: Open) -> None:
     assert last_run()["a"].text == "port it's 80?"
 
 
+REMOVES = """
+class Removes:
+    name = "removes"
+    async def stream(self, request):
+        said = await request.ask_permission("remove", {"path": request.step})
+        yield cm.TurnDone(f"{said.allowed} {dict(said.arguments or {})} {said.reason}")
+
+@cm.tool(ask=True)
+def remove(path: str) -> str:
+    return path
+
+cm.register_engine(Removes())
+cleaner = cm.Agent("cleaner", "Clean.", engine="removes", tools=[remove])
+steps = [cm.step("cleaner", id=name) for name in "abcde"]
+wf = cm.Workflow("w", agents=[cleaner], steps=steps)
+"""
+
+
+def test_a_tool_is_denied_edited_and_allowed_for_good(
+    terminal: Open, here: Here, capsys: pytest.CaptureFixture[str]
+) -> None:
+    person = terminal("run", write(HEAD + REMOVES), VISUAL="sed -i s/b/zz/")
+    seen = person.answer("r not that one")
+    assert '--- a\n{\n  "path": "a"\n}\n---\na wants to call remove. Allow it' in seen
+    assert "[a] Allow once  [u] Allow for this run  [w] Always allow  [e] Edit…  [r] Deny…  [t] Stop  [?] Help" in seen
+    assert "b wants to call remove" in person.answer("e")
+    assert "and never ask about this tool again" in (person.answer("?"), person.answer("a"))[1]
+    person.answer("w")
+    assert person.end() == 0
+    texts = [last_run()[name].text for name in "abcde"]
+    assert texts == ["False {} not that one", "True {'path': 'zz'} ", "True {} ", "True {} ", "True {} "]
+    assert here("permissions") == (0, "")
+    assert here("permissions", "revoke") == (
+        2,
+        "cm-notebook: permissions lists them; permissions revoke NAME takes one back.\n",
+    )
+    assert here("permissions", "revoke", "remove") == (0, "")
+    assert cm.permissions() == []
+
+
+def test_the_list_of_tools_is_printed(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(cm.Journal(".cm_notebook/journal.db"), Rule(tool="remove", step="a", run="r-1"))
+    assert cli.main(["permissions"]) == 0
+    assert "remove  a (r-1)" in capsys.readouterr().out
+    assert cli.main(["permissions", "revoke", "remov", "--journal", ".cm_notebook/journal.db"]) == 1
+    assert "Did you mean 'remove'?" in capsys.readouterr().err
+
+
+def test_a_long_question_is_shown_whole(terminal: Open) -> None:
+    text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n"
+    text += "    return turn.ask_human('\\n'.join(f'{number}. a line of the question' for number in range(99)))\n"
+    person = terminal("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a')\n"))
+    seen = person.answer("yes", "answer> ")
+    assert all(f"\n{number}. a line of the question\n" in seen for number in range(99))
+    assert "\na is waiting for your answer.\nType the answer." in seen
+    assert person.end() == 0
+
+
+def test_a_question_has_a_limit_too_and_says_where_the_rest_is(terminal: Open) -> None:
+    text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    return turn.ask_human('Q' * 300_000)\n"
+    person = terminal("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a')\n"))
+    seen = person.see("answer> ")
+    assert len(seen) < 70_000
+    command = re.search(r"Show all 300 kB: `(cm\..*)` …", seen)
+    assert command
+    assert eval(command[1]) == "Q" * 300_000
+    person.answer("yes", "")
+    assert person.end() == 0
+
+
+def test_a_long_difference_is_bounded_and_can_be_seen_whole(terminal: Open) -> None:
+    text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    return f'{turn.attempt} some line\\n' * 9_000\n"
+    person = terminal("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a?')\n"))
+    person.answer("r again")
+    person.answer("d")
+    seen = person.answer("d all")
+    assert len(seen) < 70_000
+    assert re.search(r"\n… [0-9,]+ characters left out. Show all \d+ kB: `d all` …\n", seen)
+    seen = person.answer("t")
+    assert (seen.count("-1 some line"), seen.count("+2 some line")) == (9_000, 9_000)
+    assert person.end() == 4
+
+
+GATES = """
+@cm.agent("left")
+def left(turn):
+    return "left: " + DO
+
+@cm.agent("right")
+def right(turn):
+    while not Path("go").exists():
+        time.sleep(0.01)
+    return "right: " + DO
+
+workflow = cm.Workflow("pair", agents=[left, right], steps=[cm.parallel("left", "right", id="team")])
+"""
+
+
+def test_of_several_questions_the_person_picks_one(terminal: Open) -> None:
+    person = terminal("run", write(HEAD + GATES.replace("DO", "turn.ask_human('Which way?')")))
+    assert "left asks: “Which way?”" in person.see("answer> ")
+    Path("go").touch()
+    seen = person.answer("", "team/left#1 answer> ")
+    assert "2 gates are open: [1] team/left#1 (question)  [2] team/right#1 (question). This is 1" in seen
+    assert "right asks: “Which way?”" in person.answer("this one", "team/right#1 answer> ")
+    assert "left asks: “Which way?”" in person.answer("that one", "\nanswer> ")
+    assert person.end() == 0
+    assert last_run()["team"].text == "## left\n\nleft: that one\n\n## right\n\nright: this one"
+
+
+def test_of_several_gates_the_person_picks_one(terminal: Open) -> None:
+    failing = "    if turn.attempt == 1:\n        raise ValueError('no luck')\n    return"
+    person = terminal("run", write(HEAD + GATES.replace("DO", "'done'").replace("    return", failing)))
+    assert "left failed: agent 'left' raised ValueError: no luck" in person.see("\n> ")
+    Path("go").touch()
+    assert "This is 1; g goes to the next, g 2 to the second." in person.answer("g 3", "team/left#1> ")
+    assert "there is no gate '3'. Open: 1 to 2." in person.answer("g", "team/left#1> ")
+    assert "right failed: agent 'right' raised ValueError: no luck" in person.answer("?", "team/right#1> ")
+    assert "the next open gate" in person.answer("y", "team/right#1> ")
+    assert "left failed" in person.answer("s", "\n> ")
+    person.answer("y", "[y/N] ")
+    assert person.end() == 0
+    run = last_run()
+    assert (run["team/right#1"].text, run["team/left#1"].status) == ("right: done", "skipped")
+
+
+def test_a_gate_that_nobody_answers_in_time_says_so(terminal: Open) -> None:
+    limit = TWO_STEPS.replace(
+        '"planner? -> coder"', '[cm.step("planner", interactive=True, gate_timeout_s=2), "coder"]'
+    )
+    person = terminal("run", write(limit))
+    seen = person.see("(its time is over)\ncm: planner stopped at its deadline")
+    assert re.search(r"Next: coder\. Decide by \d\d:\d\d:\d\d, else the run stops\.\n", seen)
+    assert person.end() == 4
+
+
 def test_a_failed_step_is_retried_with_another_prompt(terminal: Open) -> None:
     text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    if turn.attempt == 1:\n        raise ValueError('no luck')\n"
     text += "    return 'at last'\nwf = cm.Workflow('w', agents=[a], steps='a')\n"
@@ -638,6 +815,18 @@ def test_an_exhausted_loop_gets_two_more(terminal: Open) -> None:
     assert "[y] 2 more" in person.answer("y 2")
     assert person.end() == 0
     assert len(last_run()["gate"].attempts) == 4
+
+
+def test_where_a_limit_is_reached_a_person_may_permit_more(terminal: Open) -> None:
+    text = HEAD + "\nwf = cm.Workflow('w', agents=[cm.Agent(x, 'Do it.') for x in 'abcd'], steps='a -> b -> c -> d')\n"
+    person = terminal("run", write(text), "--max-turns", "1")
+    seen = person.answer("a x")
+    assert "Paused: 1 turn limit reached after a. Continue with +1 turn?" in seen
+    assert "[a] Continue with +1 turn  [t] Stop  [?] Help" in seen
+    person.see("--max-turns 'x' is not a whole number")
+    person.answer("a 2")
+    assert "1 turn limit" not in person.answer("a")
+    assert person.end() == 0
 
 
 def test_ctrl_c_at_the_question_stops_and_the_gate_comes_again(terminal: Open) -> None:
@@ -715,7 +904,7 @@ def test_help_is_one_screen(here: Here, capsys: pytest.CaptureFixture[str]) -> N
     assert max(map(len, page.splitlines())) <= 80
     assert cli.main([]) == 2
     assert capsys.readouterr().out == page
-    for command in (cli.RUN, cli.TUTORIAL, cli.DOCTOR):
+    for command in (cli.RUN, cli.TUTORIAL, cli.PERMISSIONS, cli.DOCTOR):
         assert f"cm-notebook {command.name}" in page
         assert cli.main([command.name, "--help"]) == 0
         more = capsys.readouterr().out

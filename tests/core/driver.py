@@ -25,6 +25,7 @@ from cm_notebook.events import (
     TurnFailed,
     TurnFinished,
     TurnStarted,
+    Usage,
     body,
     read,
 )
@@ -38,6 +39,7 @@ from cm_notebook.state import (
     StepState,
     apply,
     ask,
+    ask_permission,
     call_agents,
     cut_all,
     next_actions,
@@ -48,7 +50,8 @@ from cm_notebook.workflow import AnyStep, Module, Verdict, Workflow
 
 @dataclass
 class Reply:
-    """What a turn comes to. ``calls``: whom it calls first; ``ask``: questions it asks then; ``error``: it fails."""
+    """What a turn comes to. ``calls``: whom it calls first; ``tools``: for which it asks permission then; ``ask``:
+    questions it asks then; ``error``: it fails."""
 
     text: str = ""
     verdict: Verdict | None = None
@@ -58,6 +61,9 @@ class Reply:
     retry_in_s: float | None = None
     session: str | None = None
     calls: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
+    usage: Usage | None = None
+    cost_usd: float | None = None
 
 
 Script = Mapping[str, Sequence[str | Reply]] | Callable[["Driver", StepState], str | Reply]
@@ -171,6 +177,8 @@ class Driver:
         """Do one thing: what follows from the state, else the end of a turn, else a decision of the policy."""
         actions = next_actions(self.state)
         assert actions == next_actions(self.state), "looking changes nothing"
+        deadlines = [one for one in actions if isinstance(one, Record) and one.not_before is not None]
+        actions = [one for one in actions if one not in deadlines]
         self.unasked = self.unasked + 1 if actions else 0
         assert self.unasked <= 3 * len(self.state.order) + 3, "too much happens without anyone's doing"
         for action in actions:
@@ -189,7 +197,9 @@ class Driver:
             if decision is not None:
                 self.record(GateDecided(gate_id=gate.id, decision=decision))
                 return True
-        return False
+        if deadlines:  # nobody has decided: time passes
+            self.record(min(deadlines, key=lambda one: one.not_before or 0.0).event)
+        return bool(deadlines)
 
     def until_running(self, step: str) -> Driver:
         """Go on until the turn of `step` runs."""
@@ -241,10 +251,14 @@ class Driver:
         """The turn asks its next question, or ends."""
         reply = self.reply(step) if reply is None else reply
         where: dict[str, Any] = {"step": step.id, "path": step.path, "attempt": step.attempt, "turn": step.turn}
-        if (calls := self.calls_of(step)) < len(reply.calls):
+        if (calls := self.count(step, "AgentsCalled")) < len(reply.calls):
             groups = checked_calls(reply.calls[calls], self.state.sub_agents)
             self.record(call_agents(self.state, step, groups, {}))
             return
+        if (asked := self.count(step, "permission")) < len(reply.tools):
+            self.record(ask_permission(self.state, step, (reply.tools[asked], ""), {"path": "x"}))
+            return
+        used: dict[str, Any] = {"usage": reply.usage, "cost_usd": reply.cost_usd}
         known = {question for question, _ in [*step.resent, *step.answers]}
         for question in reply.ask:
             if question not in known:
@@ -252,21 +266,22 @@ class Driver:
                 return
         if reply.error is not None:
             error = ErrorInfo(kind="EngineError", message=reply.error)
-            self.record(TurnFailed(**where, error=error, retry_in_s=reply.retry_in_s))
+            self.record(TurnFailed(**where, error=error, retry_in_s=reply.retry_in_s, **used))
             return
-        self.record(
-            TurnFinished(**where, text=reply.text, verdict=reply.verdict, output=reply.output, session_id=reply.session)
-        )
+        said = {"verdict": reply.verdict, "output": reply.output, "session_id": reply.session}
+        self.record(TurnFinished(**where, text=reply.text, **said, **used))
 
-    def calls_of(self, step: StepState) -> int:
-        """How many calls the present turn of `step` has made."""
-        calls = 0
+    def count(self, step: StepState, what: str) -> int:
+        """How many events of that type, or gates of that kind, the present turn of `step` has."""
+        count = 0
         for event in reversed(self.events):
-            if getattr(event, "path", "") == step.path:
+            if event.type == "GateOpened":
+                count += event.gate.path == step.path and event.gate.kind == what
+            elif getattr(event, "path", "") == step.path:
                 if event.type == "TurnStarted":
                     break
-                calls += event.type == "AgentsCalled"
-        return calls
+                count += event.type == what
+        return count
 
     # -- what people do
 

@@ -53,7 +53,9 @@ def test_any_text_survives(text: str, reason: str, value: Any) -> None:
 
 
 def cm_event(kind: str, **values: Any) -> Any:
-    return facts.TYPES[kind](seq=7, at=1.5, **values)
+    event = facts.TYPES[kind](**values)
+    facts.place(event, 7, 1.5)
+    return event
 
 
 def test_undecodable_text_of_an_agent_is_kept_harmlessly(tmp_path: Path) -> None:

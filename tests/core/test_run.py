@@ -29,8 +29,10 @@ from cm_notebook.events import (
     RunUnpaused,
     StepAdded,
     StepRemoved,
+    place,
 )
 from cm_notebook.journal import MemoryJournal
+from cm_notebook.render import html, text
 from cm_notebook.state import apply
 from cm_notebook.workflow import START_OPTIONS
 from tests.core.driver import Driver, folded
@@ -440,6 +442,114 @@ def test_a_sync_function_may_ask_too() -> None:
     assert run.wait(10)["asker"].text == "port 8080"
 
 
+# -- deadlines -------------------------------------------------------------------------------------------------------
+
+SOON_S = 0.02
+
+
+def timed(wait_s: float, default: Any = None, then: str = "b", **options: Any) -> cm.Run:
+    first = cm.step("a", prompt="Do it.", interactive=True, gate_timeout_s=wait_s, gate_default=default)
+    flow = cm.Workflow("w", agents=[cm.Agent("b", "Go on: {{ a }}")], steps=[first, cm.step(then)])
+    return flow.start(engine=Echo(), **{"journal": MemoryJournal(), **options})
+
+
+def decisions(run: cm.Run) -> list[tuple[str, str]]:
+    return [(event.decision.action, event.decision.by) for event in run.events if event.type == "GateDecided"]
+
+
+def test_a_gate_that_nobody_answers_in_time_stops_the_run_which_can_go_on() -> None:
+    run = timed(SOON_S).wait(20)
+    assert (run.status, run["a"].status, decisions(run)) == ("stopped", "not decided", [("stop", "deadline")])
+    assert run.state.reason == "stopped by the deadline of a gate: nobody decided about a in time"
+    (opened,) = [event.gate for event in run.events if event.type == "GateOpened"]
+    assert (opened.timeout_s, opened.default, opened.deadline) == (SOON_S, None, opened.opened_at + SOON_S)
+    with pytest.raises(cm.AlreadyDecided, match="already stopped by deadline at"):
+        run.decide(opened.id, cm.Decision(action="approve"))
+    again = cm.resume(run.id, journal=run._journal, engine=Echo(), on_gate="approve").wait(20)
+    assert (again.status, again["b"].text) == ("completed", "b 1")
+
+
+def test_a_default_that_fits_the_gate_is_decided_at_its_deadline() -> None:
+    run = timed(SOON_S, "skip").wait(20)
+    assert (run.status, run["a"].status, run["a"].text) == ("completed", "skipped", "")
+    run = timed(SOON_S, "reject").wait(20)
+    assert run.status == "stopped", "nobody looked at the second attempt either"
+    assert decisions(run) == [("reject", "deadline"), ("stop", "deadline")]
+    assert "Nobody has looked at this in time." in run["a"].attempts[1].prompt
+    assert [event.gate.default for event in run.events if event.type == "GateOpened"] == ["reject", None]
+
+
+def test_a_default_that_does_not_fit_the_gate_stops_the_run() -> None:
+    @cm.agent("a")
+    def asks(turn: cm.Turn) -> str:
+        return turn.ask_human("Which port?")
+
+    flow = cm.Workflow("w", agents=[asks], steps=[cm.step("a", gate_timeout_s=SOON_S, gate_default="skip")])
+    run = flow.start(journal=":memory:").wait(20)
+    assert (run.status, decisions(run)) == ("stopped", [("stop", "deadline")])
+
+
+def test_who_decides_before_the_deadline_is_first() -> None:
+    run = timed(600)
+    assert gate(run).deadline == gate(run).opened_at + 600
+    run.approve().wait(20)
+    assert (run.status, decisions(run)) == ("completed", [("approve", "you")])
+
+
+@pytest.mark.parametrize(("ago_s", "status"), [(0.0, "waiting"), (700.0, "stopped")])
+def test_the_deadline_of_a_gate_goes_on_while_nobody_drives_its_run(ago_s: float, status: str) -> None:
+    run = timed(600)
+    gate(run)
+    journal, kept = MemoryJournal(), [event.model_copy(deep=True) for event in run.events]
+    run.stop().wait(20)  # the copy of its journal knows nothing of that
+    for event in kept:
+        place(event, event.seq, event.at - ago_s)
+    journal.create(run.id, "w", None)
+    journal.commit(run.id, kept)
+    again = cm.resume(run.id, journal=journal, engine=Echo())
+    assert again.status == status
+    assert decisions(again) == ([] if status == "waiting" else [("stop", "deadline")])
+    again = again if status == "waiting" else cm.resume(run.id, journal=journal, engine=Echo())
+    again.approve().wait(20)
+    assert again["b"].text == "b 1"
+
+
+def test_of_two_deadlines_that_are_over_only_one_stops_the_run() -> None:
+    flow = cm.Workflow(
+        "w",
+        agents=[cm.Agent("a", "A."), cm.Agent("b", "B.")],
+        steps=[cm.parallel("a", "b", gate_timeout_s=SOON_S), cm.step("a", id="c")],
+    )
+    script = cm.ScriptedEngine({name: [cm.Reply(error=cm.EngineError("no luck"))] for name in "ab"})
+    run = flow.start(engine=script, journal=":memory:").wait(20)
+    assert run.status == "stopped"
+    assert set(decisions(run)) == {("stop", "deadline")}
+
+
+@pytest.mark.usefixtures("headless")
+def test_where_nobody_is_a_default_is_waited_for_and_without_one_nothing_is() -> None:
+    assert timed(SOON_S, "skip").wait(20).status == "completed"
+    run = timed(600)
+    with pytest.raises(cm.GatePending):
+        run.wait(20)
+    run.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gate_timeout_s": 60, "gate_default": "approve"}, "nothing is approved by default. Use 'reject'"),
+        ({"gate_timeout_s": 60, "gate_default": "retry"}, "step 'a': gate_default='retry' is not valid"),
+        ({"gate_default": "skip"}, "Say how long it waits: gate_timeout_s="),
+        ({"gate_timeout_s": 0}, "step 'a': gate_timeout_s=0 is not valid"),
+        ({"gate_timeout_s": float("inf")}, "step 'a': gate_timeout_s=inf is not valid"),
+    ],
+)
+def test_a_wrong_deadline_is_refused_by_name(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(cm.WorkflowError, match=re.escape(words)):
+        cm.step("a", **options)
+
+
 # -- waiting and watching --------------------------------------------------------------------------------------------
 
 
@@ -692,6 +802,45 @@ async def test_waiting_to_try_again_is_one_timer() -> None:
         run.set_mode("gates")
     timers = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
     assert len(timers) == 1
+    run.stop()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (cm.EngineRateLimited("openai: slow down", retry_after_s=600), "rate limited, again in 10 min 00 s (2 of 3)"),
+        (cm.EngineUnavailable("openai: gone", retry_after_s=4.5), "not available, again in 4.5 s (2 of 3)"),
+    ],
+)
+def test_a_step_that_is_tried_again_by_itself_says_why_when_and_how_often(error: cm.EngineError, said: str) -> None:
+    """The tries are those of the prompt that is sent now, not of chained ones before it."""
+    busy = cm.Reply(error=cm.EngineRateLimited("busy", retry_after_s=0))
+    flow = cm.Workflow("r", agents=[cm.Agent("a", "x")], steps=[cm.step("a", prompt=["one", "two"])])
+    run = flow.start(
+        engine=cm.ScriptedEngine({"a": [busy, "first", cm.Reply(error=error)]}), journal=":memory:", loop="thread"
+    )
+    until(lambda: run["a"].retry_at is not None and run.state.steps["a"].turn == 2, "the second prompt to fail")
+    at = run["a"].retry_at
+    assert at is not None
+    with run.reading() as state:
+        assert at == pytest.approx(state.at + (error.retry_after_s or 0))
+        assert text.sentence(state) == f"a: {said}."
+        assert said in text.run_text(state)
+        assert said in text.show_text(state, state.steps["a"])
+        assert said in html.run_html(state)
+        assert text.look(state, state.steps["a"]).word == "tries again"
+    run.stop()
+    assert run["a"].retry_at is None
+
+
+def test_a_member_that_is_tried_again_says_so() -> None:
+    busy = cm.Reply(error=cm.EngineRateLimited("busy", retry_after_s=600))
+    flow = cm.Workflow("r", agents=[cm.Agent("a", "x"), cm.Agent("b", "y")], steps="[a | b]")
+    run = flow.start(engine=cm.ScriptedEngine({"a": [busy], "b": ["done"]}), journal=":memory:")
+    until(lambda: run["a-b"].members and run["a-b"].members[0].retry_at is not None, "a to wait")
+    with run.reading() as state:
+        assert "rate limited, again in 10 min 00 s (2 of 3)" in text.run_text(state)
+        assert "rate limited, again in 10 min 00 s (2 of 3)" in html.run_html(state)
     run.stop()
 
 

@@ -41,6 +41,8 @@ from cm_notebook.events import (
     StepFailed,
     StepRemoved,
     StepSkipped,
+    ToolCalled,
+    ToolReturned,
     TurnCutShort,
     TurnFailed,
     TurnFinished,
@@ -48,8 +50,8 @@ from cm_notebook.events import (
     Usage,
     WorkflowChanged,
 )
-from cm_notebook.prompts import text_of
-from cm_notebook.state import SWEPT, TRANSITIONS, RunState, StartTurn, cut_all, cut_short, next_actions, why_stale
+from cm_notebook.prompts import digest, text_of
+from cm_notebook.state import SWEPT, TRANSITIONS, RunState, StartTurn, ask, cut_all, cut_short, next_actions, why_stale
 from cm_notebook.team import MOST_DEPTH
 from cm_notebook.workflow import Agent, Module, Parallel, Step, Verdict, Workflow, module, separator, step
 from tests.core.driver import Driver, Reply, approve, folded, go_on, loop, said
@@ -262,9 +264,13 @@ def at_gate(kind: GateKind) -> Driver:
             return driver.go()
         case "question":
             return run(work("a"), work("b"), work("z"), script={"b": [Reply("said", ask=("which?",))]})
+        case "permission":
+            return run(work("a"), work("b"), work("z"), script={"b": [Reply("said", tools=("remove",))]})
         case "may_have_run":
             driver = Driver(Workflow("W", steps=[work("a"), work("b", idempotent=False), work("z")]))
             return driver.until_running("b").cut().go()
+        case "budget":
+            return run(work("a"), work("b"), work("z"), limits={"max_turns": 1})
     raise AssertionError(kind)
 
 
@@ -295,10 +301,15 @@ EFFECTS: dict[tuple[str, str], tuple[str, str, int, str]] = {
     ("stale", "stop"): ("finished", "b 1", 1, "stopped"),
     ("question", "answer"): ("running", "said", 1, "completed"),
     ("question", "stop"): ("asking", "", 1, "stopped"),
+    ("permission", "approve"): ("running", "said", 1, "completed"),
+    ("permission", "reject"): ("running", "said", 1, "completed"),
+    ("permission", "stop"): ("asking", "", 1, "stopped"),
     ("may_have_run", "approve"): ("finished", "", 1, "completed"),
     ("may_have_run", "retry"): ("ready", "b 1", 2, "completed"),
     ("may_have_run", "skip"): ("skipped", "", 1, "completed"),
     ("may_have_run", "stop"): ("due", "", 1, "stopped"),
+    ("budget", "approve"): ("pending", "b 1", 1, "waiting"),
+    ("budget", "stop"): ("pending", "", 0, "stopped"),
 }
 WORDS = {"reject": "name the tests", "answer": "the red one"}
 ALL_ACTIONS = ("approve", "reject", "retry", "skip", "answer", "stop")
@@ -333,14 +344,17 @@ def test_decision(kind: Any, action: Any) -> None:
 @pytest.mark.parametrize("action", ALL_ACTIONS)
 def test_an_edited_text_goes_with_approve_at_some_gates_only(kind: Any, action: Any) -> None:
     driver = at_gate(kind)
-    decision = Decision(action=action, feedback=WORDS.get(action), output="edited")
+    edited = '{"path": "y"}' if kind == "permission" else "edited"
+    decision = Decision(action=action, feedback=WORDS.get(action), output=edited)
     if action != "approve" or kind not in EDITABLE:
         driver.refused(GateDecided(gate_id=driver.gate().id, decision=decision), TransitionError)
         return
     about = driver.state.steps[driver.gate().step]
-    driver.decide("approve", output="edited")
+    driver.decide("approve", output=edited)
     assert driver.state.status == "completed"
-    if kind == "start":
+    if kind == "permission":
+        assert [attempt.edited for attempt in about.attempts] == [False], "it is no output that was edited"
+    elif kind == "start":
         assert (about.attempts[-1].prompt, driver.text("b")) == ("edited", "b 1")
     else:
         assert (about.last.edited, about.last.text, driver.text(about.id)) == (True, "edited", "edited")
@@ -363,11 +377,48 @@ def test_retry_with_another_prompt(kind: Any) -> None:
         ("verdict", Decision(action="reject")),
         ("question", Decision(action="answer", feedback=" ")),
         ("review", Decision(action="approve", prompt="p")),
+        ("permission", Decision(action="reject")),
+        ("review", Decision(action="approve", scope="once")),
+        ("permission", Decision(action="reject", feedback="no", scope="run")),
+        ("permission", Decision(action="approve", output='{"path": "y"}', scope="run")),
+        ("permission", Decision(action="approve", output='{"path": "y"')),
+        ("permission", Decision(action="approve", output='{"path": NaN}')),
+        ("permission", Decision(action="approve", output="[1]")),
     ],
 )
 def test_a_decision_without_its_words_is_refused(kind: Any, decision: Decision) -> None:
     driver = at_gate(kind)
     driver.refused(GateDecided(gate_id=driver.gate().id, decision=decision), TransitionError)
+
+
+def test_what_a_turn_does_with_tools_is_kept_with_its_attempt() -> None:
+    driver = Driver(Workflow("W", steps=[work("b")]), {"b": [Reply("said")]}).until_running("b")
+    where = {"step": "b", "path": "b", "attempt": 1, "turn": 1}
+    driver.record(ToolCalled(**where, call_id="1", name="add", arguments='{"a": 1}'))
+    driver.record(ask(driver.state, driver.state.steps["b"], "which?"))
+    driver.record(ToolCalled(**where, call_id="2", name="add", arguments='{"a": 2}'))
+    driver.record(ToolReturned(**where, call_id="1", name="add", text="1"))
+    driver.refused(ToolReturned(**where, call_id="1", name="add", text="1"), TransitionError)
+    driver.refused(ToolReturned(**where, call_id="2", name="sub", text="1"), TransitionError)
+    driver.refused(ToolCalled(**{**where, "attempt": 2}, call_id="3", name="add"), TransitionError)
+    one, two = driver.state.steps["b"].attempts[0].tools
+    assert (one.arguments, one.text, one.failed) == ('{"a": 1}', "1", False)
+    assert one.returned_at is not None
+    assert (two.arguments, two.text, two.returned_at) == ('{"a": 2}', None, None)
+    driver.decide("answer", "this")
+    driver.refused(ToolReturned(**where, call_id="2", name="add", text="1"), TransitionError)
+    assert driver.state.status == "completed"
+
+
+def test_for_how_long_a_tool_is_allowed_is_in_the_events() -> None:
+    tools = ("remove", "write", "remove", "send")
+    driver = Driver(Workflow("W", steps=[work("b")]), {"b": [Reply("said", tools=tools)]}).go()
+    assert driver.gate().payload == {"tool": "remove", "arguments": {"path": "x"}}
+    assert driver.gate().digest == digest('remove\n{\n  "path": "x"\n}')
+    driver.decide("approve", scope="run").decide("approve").decide("approve", scope="once").decide("approve")
+    assert driver.state.status == "completed"
+    assert [name for name, _ in driver.state.allowed] == ["remove"]
+    assert [name for name, _ in folded(driver.events).allowed] == ["remove"]
 
 
 def test_the_second_answer_is_told_of_the_first() -> None:
@@ -424,7 +475,8 @@ def test_a_gate_opens_only_where_it_belongs(kind: Any, at: str) -> None:
     if at == "stale":
         driver.cut()
         change(driver, work("a", "other"))
-    fits = {"pending": "start", "running": "question", "due": "review", "finished": None, "stale": "stale"}[at]
+    asks = kind if kind in ("question", "permission") else None
+    fits = {"pending": "start", "running": asks, "due": "review", "finished": None, "stale": "stale"}[at]
     gate = Gate(id="r/x/1/1", kind=kind, step=about, path=about, attempt=1, digest="", actions=ACTIONS[kind])
     opening = GateOpened(gate=gate, prompt=("work",) if kind == "start" else None)
     if kind == fits:
@@ -788,7 +840,7 @@ def test_a_question_waits_for_its_answer() -> None:
     message = driver.refused(TurnFinished(step="b", path="b", attempt=1, text="x"), TransitionError)
     assert "asking" in message
     driver.decide("answer", "the red one")
-    assert b.answers == [("which?", "the red one")]
+    assert b.answers == (("which?", "the red one"),)
     assert b.last.asked_s == 1.0
     assert (driver.text("b"), driver.state.status) == ("said", "completed")
 
@@ -838,9 +890,10 @@ def test_a_process_that_dies_leaves_the_gate_open(kind: Any) -> None:
     driver = at_gate(kind)
     before = driver.gate()
     again = Driver(events=driver.events)
-    again.script = {"b": [Reply("said", ask=("which?",))]} if kind == "question" else {}
+    asked = {"question": Reply("said", ask=("which?",)), "permission": Reply("said", tools=("remove",))}.get(kind)
+    again.script = {"b": [asked]} if asked is not None else {}
     again.cut().go()
-    assert (again.gate().id == before.id) is (kind != "question"), "a question ends with its turn"
+    assert (again.gate().id == before.id) is (asked is None), "a question ends with its turn"
     assert again.gate().kind == kind
 
 
@@ -1245,6 +1298,9 @@ def test_the_workflow_may_be_looked_at_before_it_runs() -> None:
 
 TEAM = ["m0", "m1", "m2"]
 CONTEXTS = ("previous", "all", "none", "list")
+LIMITED = st.sampled_from(
+    [*[{}] * 5, {"max_turns": 2}, {"max_turns": 5}, {"max_cost_usd": 0.5}, {"max_tokens": 9, "max_turns": 4}]
+)
 COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
@@ -1264,6 +1320,7 @@ def some_steps(draw: st.DrawFn, index: int, ids: list[str]) -> Step:
         "gate": draw(st.sampled_from(("after", "after", "before", "both"))),
         "execute_once": draw(st.integers(0, 5)) == 0,
         "idempotent": draw(st.integers(0, 3)) > 0,
+        **draw(LIMITED),
     }
     if ids and draw(st.booleans()):
         back = draw(st.integers(1, min(3, len(ids))))
@@ -1298,6 +1355,7 @@ def workflows(draw: st.DrawFn) -> Workflow:
         agents=[Agent(name, f"{name} knows {{{{ previous }}}}") for name in TEAM],
         sub_agents=TEAM,
         max_concurrency=draw(st.sampled_from((None, 1, 2))),
+        **draw(LIMITED),
     )
 
 
@@ -1319,6 +1377,9 @@ OUTCOMES = st.sampled_from(
         Reply("asked", ask=("which?",)),
         Reply("asked twice", Verdict(action="continue"), ask=("which?", "where?")),
         Reply("session", session="z"),
+        Reply("paid", cost_usd=0.25, usage=Usage(input_tokens=4)),
+        Reply(error="paid all the same", cost_usd=0.25, retry_in_s=1.0),
+        Reply("free", cost_usd=0.0),
         Reply("called", calls=("m0 'a' & m1 'b' && m2 'c'",)),
         Reply("called twice", Verdict(action="continue"), calls=("m1 'x' & m1 'x' & m2 'y'", "m0 'z'"), ask=("why?",)),
         Reply(error="too much", calls=("m2 'x' & m0 'y'",), retry_in_s=1.0),
@@ -1376,6 +1437,8 @@ def policy_of(choices: list[int]) -> Any:
     def policy(driver: Checked, gate: Gate) -> Decision:
         if gate.kind == "may_have_run":
             return Decision(action="retry")
+        if gate.kind == "budget":  # turns that were cut short count, so there are more or fewer of these
+            return Decision(action="approve")
         if gate.path in driver.state.members:  # siblings have no order, so these count by themselves
             if gate.kind == "failed":
                 before = [e for e in driver.events if e.type == "GateDecided" and f"/{gate.path}/" in e.gate_id]
@@ -1385,7 +1448,9 @@ def policy_of(choices: list[int]) -> Any:
         own = [
             e
             for e in driver.events
-            if e.type == "GateDecided" and driver.kind_of[e.gate_id] != "may_have_run" and e.gate_id.count("/") == 3
+            if e.type == "GateDecided"
+            and driver.kind_of[e.gate_id] not in ("may_have_run", "budget")
+            and e.gate_id.count("/") == 3
         ]
         n = len(own)
         return decision_of(gate, choices[n], n) if n < len(choices) else approve(driver, gate)
@@ -1419,6 +1484,7 @@ class Checked(Driver):
             assert one.status != "due" or one.due is not None
         assert len(state.gates) == sum(one.gate is not None for one in everybody)
         self.hold_places()
+        self.hold_budgets(kept)
         assert state.current is None or not state.current.settled
         assert sum(not one.caller for one in state.running.values()) <= 1, "two turns at a time"
         if state.ended == "completed":
@@ -1450,6 +1516,21 @@ class Checked(Driver):
         for one in state.owed.values():
             assert one.status == "due"
             assert one.caller in state.calls
+
+    def hold_budgets(self, event: AnyEvent) -> None:
+        """While a budget is used up nothing begins; the sums are those of all events."""
+        state = self.state
+        opened = [gate for gate in state.gates.values() if gate.kind == "budget"]
+        assert [gate.path for gate in opened] == ([state.held[0].path] if state.held else [])
+        if event.type == "TurnStarted" and not state.find(event.path).last.failures:  # type: ignore[union-attr]
+            for budget in (state.budget, state.steps[event.path.split("/")[0]].budget):
+                for name, most in budget.limits.items() if budget is not None else ():
+                    used = budget.used[name] - (name == "max_turns")  # type: ignore[union-attr]
+                    assert used < most, f"{name}: {used} of {most}, and yet {event.path} began"
+        kinds = ("TurnFinished", "TurnFailed", "TurnCutShort")
+        paid = [e.cost_usd for e in self.events if e.type in kinds and e.cost_usd]  # type: ignore[union-attr]
+        if event.type in kinds:
+            assert state.budget.used["max_cost_usd"] == state.cost_usd == sum(paid)
 
     def begin(self, action: StartTurn) -> None:
         step = action.step
@@ -1509,6 +1590,40 @@ def test_cut_anywhere_a_run_comes_to_the_same_end(
         assert cut.statuses() == whole.statuses()
 
 
+@pytest.mark.parametrize(
+    "limits", [{"max_turns": 1}, {"max_turns": 3}, {"max_cost_usd": 0.5}, {"max_tokens": 7}], ids=str
+)
+def test_cut_at_every_event_a_limit_holds(limits: dict[str, Any]) -> None:
+    """Whatever the moment: what is left of the run asks again where it had asked, and comes to the same end."""
+
+    def script(driver: Driver, one: Any) -> Reply:
+        calls = ("m0 'x' & m1 'y' && m2 'z'",) if one.id == "b" else ()
+        n = driver.said_by(one.step.agent)
+        verdict = Verdict(action="loop" if one.id == "gate" and n == 0 else "continue")
+        use = Usage(input_tokens=3, output_tokens=1)
+        return Reply(f"{one.path} {n}", verdict, calls=calls, cost_usd=None if one.id == "m1" else 0.25, usage=use)
+
+    team = Parallel(members=["p", "q"], id="team", prompt="work")
+    steps = [work("a", ["one", "two"], interactive=True), work("b", max_turns=2), team, gate(1, 3), work("z")]
+    agents = [Agent(name, "work") for name in TEAM]
+    workflow = Workflow("W", steps=steps, agents=agents, sub_agents=TEAM, max_concurrency=1, **limits)
+    whole = to_the_end(Checked(workflow, script, policy=approve))
+    opened = [event.gate for event in whole.events if event.type == "GateOpened" and event.gate.kind == "budget"]
+    assert len(opened) > 1
+    for at in range(1, len(whole.events)):
+        cut = Checked(None, script, policy=approve, events=whole.events[:at])
+        asked = [gate.id for gate in cut.state.gates.values() if gate.kind == "budget"]
+        cut.cut()
+        assert [
+            gate.id for gate in cut.state.gates.values() if gate.kind == "budget" and gate.path in cut.state.steps
+        ] == [id for id in asked if id.count("/") == 3], (
+            "an open gate is the same gate; that of a member comes again with its caller"
+        )
+        to_the_end(cut)
+        assert told(cut) == told(whole)
+        assert cut.statuses() == whole.statuses()
+
+
 MOVES = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 20), st.integers(0, 20)), max_size=40)
 
 
@@ -1523,8 +1638,8 @@ def mostly_illegal(driver: Checked, kind: int, a: int, b: int) -> AnyEvent:
     decision = Decision(action=ALL_ACTIONS[b % 6], feedback="words")
     kinds = list(ACTIONS)
     opened = Gate(
-        id=f"r/{name}/1/{900 + len(driver.events)}", kind=kinds[b % 8], step=name, path=name, attempt=1, digest="",
-        actions=ACTIONS[kinds[b % 8]],
+        id=f"r/{name}/1/{900 + len(driver.events)}", kind=(kind_of := kinds[b % len(kinds)]), step=name, path=name,
+        attempt=1, digest="", actions=ACTIONS[kind_of],
     )  # fmt: skip
     return [
         TurnStarted(**where, prompt=("p",), digest="", engine="e"),
@@ -1547,7 +1662,9 @@ def mostly_illegal(driver: Checked, kind: int, a: int, b: int) -> AnyEvent:
         ),
         AgentsReturned(step=name, path=name, call=b % 3),
         StepFailed(step=name, path=name, reason="r"),
-    ][kind % 14]
+        ToolCalled(**where, call_id="1", name="t"),
+        ToolReturned(**where, call_id=str(b % 2), name="t", text="r"),
+    ][kind % 16]
 
 
 def propose(driver: Driver, event: AnyEvent) -> None:

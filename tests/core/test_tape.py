@@ -52,6 +52,8 @@ def test_all_that_there_is():
         "session_id": "s1",
         "events": [[120, 3], [400, 2]],
         "text": "Done.",
+        "tool_calls": [{"name": "ask_human", "arguments": {"question": "Which port?"}, "said": "I wonder."}],
+        "error": {"kind": "EngineTimeout", "message": "too late"},
         "output": {"n": [1, None]},
         "verdict": {"action": "loop", "reason": "no", "score": 0.5},
         "usage": {"input_tokens": 3, "output_tokens": 4, "estimated": True},
@@ -91,6 +93,14 @@ def test_the_file_gives_the_name_when_the_tape_does_not(tmp_path):
         ('{"path": "a", "attempt": 1, "text": "", "verdict": {"action": "go"}}', "verdict: action='go' is not valid"),
         ('{"path": "a", "attempt": 1, "text": "\\ud800"}', "not UTF-8"),
         ('{"path": "a", "attempt": %s, "text": ""}' % ("9" * 5000), "not JSON that can be read"),
+        (
+            '{"path": "a", "attempt": 1, "text": "", "error": {"kind": "Timeout", "message": "x"}}',
+            "Did you mean 'EngineTim",
+        ),
+        (
+            '{"path": "a", "attempt": 1, "text": "", "tool_calls": [{"name": "ask_human", "arguments": {}, "sad": 1}]}',
+            "Did you mean 'said'",
+        ),
         ("[" * 100_000, "not JSON"),
         ('{"gate": {"path": "a", "attempt": 1, "kind": "review"}}', "'decision' is missing"),
         (decided(kind="revew"), "gate.kind = 'revew'"),
@@ -209,12 +219,13 @@ def test_the_nearest_turn():
         '{"path": "a", "attempt": 2, "text": "2"}',
         '{"path": "a", "attempt": 2, "turn": 2, "text": "2.2"}',
         '{"path": "a", "attempt": 4, "text": "4"}',
+        '{"path": "a", "attempt": 5, "text": "", "error": {"kind": "EngineExited", "message": "no answer to repeat"}}',
     )
     assert [tape.nearest("a", attempt).text for attempt in (1, 2, 3, 4, 9)] == ["2", "2", "2", "4", "4"]
     assert tape.nearest("a", 9, 2).text == "2.2"
     assert tape.nearest("a", 9, 3).text == "4"
     assert tape.nearest("b", 1) is None
-    assert tape.attempts("a") == [2, 4]
+    assert tape.attempts("a") == [2, 4, 5]
 
 
 # -- decisions ---------------------------------------------------------------------------------------------------------

@@ -196,6 +196,28 @@ def test_a_tape_plays_members_too(headless: None) -> None:
         flow.start(tape="t.jsonl", journal=":memory:").wait(20)
 
 
+@pytest.mark.parametrize("kind", ["EngineTimeout", "EngineRateLimited"])
+def test_a_tape_plays_a_member_that_fails_and_is_retried(headless: None, kind: str) -> None:
+    """Also one that would be tried again unasked: the tape holds how it ended."""
+    tool = {"name": "run_agents", "arguments": {"script": "a 'x' & b 'y'"}, "said": "Both at once."}
+    place = {"path": "boss/a#1", "attempt": 1, "kind": "failed"}
+    lines = [
+        {"tape": 1},
+        {"path": "boss", "attempt": 1, "text": "Both are done.", "tool_calls": [tool]},
+        {"path": "boss/a#1", "attempt": 1, "text": "I beg", "error": {"kind": kind, "message": "a said no more"}},
+        {"gate": place, "decision": {"action": "retry"}},
+        {"path": "boss/a#1", "attempt": 2, "text": "one"},
+        {"path": "boss/b#1", "attempt": 1, "text": "two"},
+    ]
+    Path("t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flow = team(*(cm.Agent(name, "Be useful.") for name in ("boss", "a", "b")))
+    run = flow.start(tape="t.jsonl", journal=":memory:").wait(20)
+    first, second = run["boss/a#1"].attempts
+    assert (first.error.kind, first.error.message, first.text) == (kind, "a said no more", "")
+    assert (first.decision.action, second.text) == ("retry", "one")
+    assert run["boss"].text == "Both are done."
+
+
 def test_usage_of_members_counts_once_in_the_run_and_is_summed_for_their_caller() -> None:
     used = cm.Usage(input_tokens=10, output_tokens=1)
     call = [{"name": "run_agents", "arguments": {"script": "a 'x' & a 'y'"}}]

@@ -107,7 +107,7 @@ def test_data_keeps_all_but_the_functions():
     agent = cm.Agent("coder", "x", tools=[draw], output=Point)
     workflow = cm.Workflow("w", agents=[agent], steps="coder")
     data = workflow.to_dict()
-    kept = cm.Workflow.restore(data).agents[0]
+    kept = cm.Workflow(**data).agents[0]
     assert kept.missing == "has a tool that is a Python function (draw)"
     assert kept.tools[0].parameters == draw.parameters
     with pytest.raises(cm.WorkflowError, match=r"draw.*journal keeps only its name"):
@@ -116,7 +116,7 @@ def test_data_keeps_all_but_the_functions():
     with pytest.raises(cm.WorkflowError, match=r"'coder' has a tool .* agents=\[coder\]"):
         cm.Workflow.from_dict(data)
     assert cm.Workflow.from_dict(data, agents=[agent]) == workflow
-    assert cm.Workflow.restore(data).to_dict() == data
+    assert cm.Workflow(**data).to_dict() == data
 
 
 def test_a_tool_that_changes_is_another_implementation():

@@ -233,7 +233,7 @@ def test_functions_are_given_when_a_workflow_is_read() -> None:
     with pytest.raises(WorkflowError, match=r"from data\. Run the \.py file .*, or .*agents=\[check_it\]"):
         Workflow.from_dict(data)
     assert Workflow.from_dict(data, [made]).agent("check-it").function is made.function
-    looked_at = Workflow.restore(data).agent("check-it")
+    looked_at = Workflow(**data).agent("check-it")
     assert (looked_at.function, looked_at.implementation) == (None, made.implementation)
 
 
@@ -293,7 +293,7 @@ def any_workflow(draw: st.DrawFn) -> Workflow:
 @given(any_workflow())
 def test_a_workflow_comes_back_from_json_as_it_was(workflow: Workflow) -> None:
     data = json.loads(json.dumps(workflow.to_dict()))
-    for again in (Workflow.from_dict(data), Workflow.restore(data)):
+    for again in (Workflow.from_dict(data), Workflow(**data)):
         assert again == workflow
         assert [type(item) for item in again.steps] == [type(item) for item in workflow.steps]
         assert again.to_dict() == workflow.to_dict()

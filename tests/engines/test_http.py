@@ -18,13 +18,14 @@ import pytest
 from pydantic import BaseModel, Field
 
 import cm_notebook as cm
+from cm_notebook.allowed import Rule, allows, keep
 from cm_notebook.engines import chat, http
 from cm_notebook.engines.anthropic import Anthropic
 from cm_notebook.engines.base import Delta, ToolCalled, ToolReturned, TurnDone, UsageReported, find_engine
 from cm_notebook.engines.chat import ChatEngine, closed_schema
 from cm_notebook.engines.openai import OpenAI
 from cm_notebook.testing import answers, collect, fails, lets_go, request
-from tests.helpers import gate
+from tests.helpers import gate, until
 
 from .model_server import Asked, ModelServer, Said, anthropic_says, error, openai_says, sse
 
@@ -336,7 +337,7 @@ def test_a_password_in_a_base_url_is_not_told():
 @both
 def test_no_key(dialect, monkeypatch):
     monkeypatch.setenv(f"{dialect.upper()}_API_KEY", " ")
-    assert "_API_KEY is not set" in str(fails(find_engine(dialect), asked(), cm.EngineAuthError))
+    assert f"No key for {dialect}. Set {dialect.upper()}_API_KEY before" in str(fails(find_engine(dialect), asked()))
     with ModelServer(SAYS[dialect]("Hello.")) as server:  # a service of one's own may need none
         monkeypatch.setenv(f"CM_{dialect.upper()}_BASE_URL", server.url)
         assert answers(find_engine(dialect), asked()).text == "Hello."
@@ -704,6 +705,7 @@ def test_cost(dialect, model, more, expected, tokens):
     used = events[-2]
     assert used.usage == cm.Usage(input_tokens=tokens, output_tokens=20)
     assert used.cost_usd == (None if expected is None else pytest.approx(expected))
+    assert used.cost_estimated is (expected is not None and "cost" not in more)
 
 
 def test_tokens_that_nobody_counted_are_estimated():
@@ -748,7 +750,7 @@ def test_prices_of_ones_own(tmp_path, monkeypatch):
 
 
 def start(dialect: str, server: ModelServer, **options: Any) -> cm.Run:
-    agent = cm.Agent("planner", "Plan {{ goal }}.", model="test-model", **options.pop("agent", {}))
+    agent = cm.Agent("planner", "Plan {{ goal }}.", **{"model": "test-model", **options.pop("agent", {})})
     mode = options.pop("mode", "never")
     steps = options.pop("steps", [cm.step("planner")])
     workflow = cm.Workflow("w", agents=[agent], steps=steps, inputs={"goal": "it"}, autonomous_mode=mode)
@@ -819,6 +821,539 @@ def test_tools_are_shown_while_the_turn_runs_and_thinking_is_not(dialect):
         "✗ RuntimeError: out of order",
         "Done.",
     ]
+
+
+# -- other agents, and people ------------------------------------------------------------------------------------------
+
+WORKERS = ["frontend-dev", "backend-dev", "qa-engineer"]
+
+
+def prompt_of(sent: Asked) -> str:
+    """What the agent was asked: the first message that is not the system's."""
+    first = next(one for one in sent.body["messages"] if one["role"] == "user")
+    return str(first["content"])
+
+
+def told(sent: Asked) -> list[str]:
+    """What the model was told that its tools returned, last round only."""
+    found: list[str] = []
+    for message in sent.body["messages"]:
+        if message["role"] == "assistant":
+            found = []
+        elif message["role"] == "tool":
+            found.append(message["content"])
+        elif isinstance(message["content"], list):
+            found += [part["content"] for part in message["content"] if part["type"] == "tool_result"]
+    return found
+
+
+def offered(sent: Asked) -> dict[str, Any]:
+    """The tools that the model was offered, with the schema of each."""
+    listed = [one.get("function", one) for one in sent.body.get("tools", ())]
+    return {one["name"]: one.get("parameters", one.get("input_schema")) for one in listed}
+
+
+def call(name: str, **arguments: Any) -> tuple[str, str, str]:
+    return ("id1", name, json.dumps(arguments))
+
+
+def team_of(dialect: str, server: ModelServer, **options: Any) -> cm.Run:
+    agents = [cm.Agent("coordinator", "Build it.", model="m")]
+    agents += [cm.Agent(name, f"I am {name}.", model="m") for name in WORKERS]
+    workflow = cm.Workflow("team", agents=agents, steps=options.pop("steps", "coordinator"), sub_agents=WORKERS)
+    return workflow.start(engine=engine(dialect, server), journal=options.pop("journal", ":memory:"), **options)
+
+
+@both
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {
+            "groups": [
+                [{"agent": "frontend-dev", "prompt": "UI"}, {"agent": "backend-dev", "prompt": "API"}],
+                [{"agent": "qa-engineer", "prompt": "test"}],
+            ]
+        },
+        {"script": "frontend-dev 'UI' & backend-dev 'API' && qa-engineer 'test'", "groups": None},
+    ],
+    ids=["groups", "script"],
+)
+def test_a_model_calls_other_agents(dialect, arguments):
+    says = SAYS[dialect]
+
+    def script(sent: Asked) -> Said:
+        if not prompt_of(sent).startswith("Build it."):
+            return says(f"{prompt_of(sent)} Done.")
+        return says("All done.") if told(sent) else says("I delegate.", calls=[call("run_agents", **arguments)])
+
+    with ModelServer(script) as server:
+        run = team_of(dialect, server).wait(20)
+    assert run["coordinator"].text == "All done."
+    assert [member.path for member in run["coordinator"].members] == [f"coordinator/{name}#1" for name in WORKERS]
+    assert told(server.asked[-1]) == [
+        "## frontend-dev\n\nI am frontend-dev.\n\nUI Done.\n\n## backend-dev\n\nI am backend-dev.\n\nAPI Done.\n\n"
+        "## qa-engineer\n\nI am qa-engineer.\n\ntest Done."
+    ]
+    schema = offered(server.asked[0])["run_agents"]
+    asks = schema["properties"]["groups"]["items"]["items"]
+    assert asks["properties"]["agent"]["enum"] == WORKERS
+    assert asks["required"] == ["agent", "prompt"]
+    one = next(sent for sent in server.asked if prompt_of(sent).startswith("I am frontend-dev."))
+    asks = offered(one)["run_agents"]["properties"]["groups"]["items"]["items"]
+    assert asks["properties"]["agent"]["enum"] == ["backend-dev", "qa-engineer"], "nobody may call itself"
+    assert run.usage.input_tokens == 100 * len(server.asked)
+
+
+@both
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"groups": [[{"agent": "frontend", "prompt": "x"}]]}, "'frontend' cannot be called here. Did you mean 'front"),
+        ({"script": "frontend-dev 'x' & "}, "run_agents, column 20: expected an agent's id, found the end."),
+        ({"script": "coordinator 'x'"}, "run_agents: 'coordinator' cannot be called here."),
+        ({"groups": [[{"agent": "qa-engineer", "prompt": " "}]]}, "it is asked nothing"),
+        ({"groups": [[{"agent": "qa-engineer"}]]}, "call 'qa-engineer': 'prompt' is missing."),
+        ({"groups": []}, "run_agents: a group without a call."),
+        ({"groups": 5}, "run_agents takes a list of groups or a line, not int."),
+        ({"groups": [[{"agent": "qa-engineer", "prompt": "x"}] * 500]}, "run_agents: 500 agents at once are too many"),
+        ({}, "run_agents takes either 'groups' or 'script', not nothing."),
+        ({"groups": [], "script": "x"}, "run_agents takes either 'groups' or 'script', not 'groups', 'script'."),
+        (
+            {"groups": [[{"agent": "qa-engineer", "prompt": "x", "input_files": ["no.md"]}]]},
+            "the input file 'no.md' cannot be read: No such file or directory.",
+        ),
+    ],
+)
+def test_a_wrong_call_of_agents_is_told_to_the_model_and_the_turn_goes_on(dialect, arguments, words):
+    says = SAYS[dialect]
+    with ModelServer([says(calls=[call("run_agents", **arguments)]), says("I do it myself.")]) as server:
+        run = team_of(dialect, server).wait(20)
+    (line,) = told(server.asked[-1])
+    assert words in line
+    assert "\n" not in line
+    assert run["coordinator"].text == "I do it myself."
+    assert run["coordinator"].members == []
+
+
+@both
+def test_a_failed_member_is_told_to_the_model(dialect, headless):
+    says = SAYS[dialect]
+
+    def script(sent: Asked) -> Said:
+        if prompt_of(sent).startswith("I am qa-engineer"):
+            return error(400, complaint("invalid_request_error", "no such thing"))
+        if not prompt_of(sent).startswith("Build it."):
+            return says("Done.")
+        line = "frontend-dev 'x' & qa-engineer 'y' && backend-dev 'z'"
+        return says("I see.") if told(sent) else says(calls=[call("run_agents", script=line)])
+
+    with ModelServer(script) as server:
+        run = team_of(dialect, server).wait(20)
+    (said,) = told(server.asked[-1])
+    assert said.startswith("## frontend-dev\n\nDone.\n\n## qa-engineer (failed)\n\n")
+    assert said.endswith("## backend-dev (pending)\n\nit was not begun, because one before it failed")
+    assert run["coordinator"].text == "I see."
+
+
+@both
+def test_a_model_asks_a_person(dialect):
+    says = SAYS[dialect]
+    replies = [says("Hm.", calls=[call("ask_human", question="Which port?")]), says("On 80.")]
+    with ModelServer(replies) as server:
+        run = start(dialect, server, mode=True, steps=[cm.step("planner", timeout_s=20)])
+        opened = gate(run)
+        assert (opened.kind, opened.payload) == ("question", {"question": "Which port?"})
+        assert run["planner"].status == "asks you"
+        run.answer("80, please").wait(20)
+        assert told(server.asked[-1]) == ["80, please"]
+        assert run["planner"].text == "On 80."
+        assert run["planner"].attempts[0].asked_s > 0
+
+
+@both
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({}, "ask_human takes 'question', not nothing."), ({"question": " "}, "ask_human: the question is empty.")],
+)
+def test_a_question_that_is_none(dialect, arguments, words):
+    with ModelServer([SAYS[dialect](calls=[call("ask_human", **arguments)]), SAYS[dialect]("Well.")]) as server:
+        run = start(dialect, server, mode=True).wait(20)
+    assert run["planner"].text == "Well."
+    assert told(server.asked[-1])[0].startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("mode", "step", "expected"),
+    [
+        (True, cm.step("planner"), True),
+        (False, cm.step("planner"), True),
+        ("never", cm.step("planner"), True),
+        ("always", cm.step("planner"), False),
+        ("always", cm.step("planner", interactive=True), True),
+    ],
+)
+def test_who_wants_no_pause_is_asked_nothing(mode, step, expected):
+    with ModelServer(openai_says("Done.")) as server:
+        run = start("openai", server, mode=mode, steps=[step])
+        until(lambda: run.gates or run.status == "completed", "the end of the turn")
+        assert ("ask_human" in offered(server.asked[0])) is expected
+        if run.status != "completed":
+            run.stop().wait(20)
+
+
+def test_a_service_that_cannot_call_tools_is_asked_without():
+    """The tool that every agent has must not be in the way of models that know none."""
+
+    def script(sent: Asked) -> Said:
+        if "tools" in sent.body:
+            return error(400, {"error": {"message": "gemma3 does not support tools"}})
+        return openai_says("Hello.")
+
+    with ModelServer(script) as server:
+        made = engine("openai", server)
+        workflow = cm.Workflow("w", agents=[cm.Agent("planner", "Plan.", model="m")], steps="planner")
+        for _ in range(2):
+            assert workflow.start(engine=made, journal=":memory:").wait(20)["planner"].text == "Hello."
+        assert ["tools" in sent.body for sent in server.asked] == [True, False, False]
+        with_tool = cm.Agent("planner", "Plan.", model="m", tools=[add])
+        run = cm.Workflow("w", agents=[with_tool], steps="planner").start(engine=made, journal=":memory:")
+        assert "does not support tools" in gate(run).payload["error"]
+        run.stop().wait(20)
+
+
+@pytest.mark.parametrize("name", ["run_agents", "ask_human"])
+def test_a_tool_of_ones_own_is_not_called_like_one_that_is_there(name):
+    with pytest.raises(cm.WorkflowError, match=rf"tools: '{name}' is the name of a tool that models have anyway"):
+        cm.Agent("planner", "x", tools=[cm.tool(name=name)(lambda: "")])
+
+    def plain() -> str:
+        return ""
+
+    plain.__name__ = name
+    with pytest.raises(cm.WorkflowError, match=name):
+        cm.Agent("planner", "x", tools=[plain])
+
+
+# -- permission --------------------------------------------------------------------------------------------------------
+
+
+def asking(dialect: str, server: ModelServer, **options: Any) -> cm.Run:
+    given = {"mode": True, "agent": {"tools": [add, remove]}, **options}
+    return start(dialect, server, **given)
+
+
+def removes(dialect: str, *paths: str) -> list[Said]:
+    """A model that removes one file after the other, and then is done."""
+    says = SAYS[dialect]
+    return [*(says(calls=[call("remove", path=path)]) for path in paths), says("Done.")]
+
+
+def kinds(run: cm.Run) -> list[str]:
+    return [event.gate.kind for event in run.events if event.type == "GateOpened"]
+
+
+@both
+def test_a_tool_is_allowed_once(dialect):
+    with ModelServer(removes(dialect, "a", "b")) as server:
+        run = asking(dialect, server, steps=[cm.step("planner", timeout_s=20)])
+        opened = gate(run)
+        assert (opened.kind, opened.actions) == ("permission", ("approve", "reject", "stop"))
+        assert (opened.payload["tool"], opened.payload["arguments"]) == ("remove", {"path": "a"})
+        assert run["planner"].status == "asks you"
+        run.approve()
+        second = until(lambda: next((one for one in run.gates if one.id != opened.id), None), "the second call")
+        assert second.digest != opened.digest, "the arguments are part of what is decided"
+        run.approve(scope="once").wait(20)
+        assert told(server.asked[1]) == ["removed a"]
+        assert told(server.asked[2]) == ["removed b"]
+        assert run["planner"].attempts[0].asked_s > 0
+        assert run["planner"].attempts[0].decision is None, "it is about the tool, not about the attempt"
+
+
+@both
+def test_a_tool_is_denied_and_the_model_is_told_why(dialect):
+    with ModelServer(removes(dialect, "a")) as server:
+        run = asking(dialect, server)
+        gate(run)
+        with pytest.raises(cm.TransitionError, match="say why"):
+            run.reject(" ")
+        run.reject("not this one, it's mine").wait(20)
+        assert told(server.asked[1]) == ["Refused by a person: not this one, it's mine"]
+        assert run["planner"].text == "Done."
+
+
+@both
+def test_arguments_are_edited_and_checked_before_they_count(dialect):
+    with ModelServer(removes(dialect, "a")) as server:
+        run = asking(dialect, server)
+        opened = gate(run)
+        for wrong, words in [
+            ('{"way": "b"}', "remove does not take these arguments: path: Field required"),
+            ('{"path": "b"', "the arguments are a JSON object"),
+            ("[]", "the arguments are a JSON object"),
+        ]:
+            with pytest.raises(cm.TransitionError, match=words):
+                run.approve(output=wrong)
+        with pytest.raises(cm.TransitionError, match="edited arguments are for this call alone"):
+            run.approve(output='{"path": "b"}', scope="run")
+        assert run.gates == [opened]
+        run.approve(output='{"path": "b"}').wait(20)
+        assert told(server.asked[1]) == ["removed b"]
+
+
+def test_arguments_that_another_process_edited_are_asked_about_again(tmp_path):
+    """It does not know the tool: what does not fit opens the gate again, and says why."""
+    with ModelServer(removes("openai", "a")) as server:
+        run = asking("openai", server, journal=tmp_path / "j.db")
+        opened = gate(run)
+        other = cm.Run(run.id, cm.Journal(tmp_path / "j.db"))
+        other.approve(output='{"way": "b"}')
+        again = until(lambda: next((one for one in run.gates if one.id != opened.id), None), "the gate again")
+        assert again.payload["note"].startswith("The edited arguments do not fit: path: Field required")
+        assert "do not fit: path: Field required" in run._repr_mimebundle_()["text/plain"]
+        other.approve(output='{"path": "b"}')
+        run.wait(20)
+        assert told(server.asked[1]) == ["removed b"]
+
+
+@both
+def test_a_tool_is_allowed_for_the_run_also_after_a_resume(dialect, tmp_path):
+    journal = cm.Journal(tmp_path / "j.db")
+    replies = removes(dialect, "a", "b")
+    with ModelServer([*replies, *replies]) as server:
+        run = asking(dialect, server, mode="never", journal=journal)
+        gate(run)
+        run.approve(scope="run")
+        until(lambda: any(one.kind == "review" for one in run.gates), "the review")
+        assert kinds(run) == ["permission", "review"]
+        run.stop().wait(20)
+        agent = cm.Agent("planner", "Plan {{ goal }}.", model="test-model", tools=[add, remove])
+        again = cm.resume(run.id, journal=journal, engine=engine(dialect, server), agents=[agent])
+        gate(again)
+        again.reject("once more")
+        until(lambda: len(again["planner"].attempts) == 2 and again.gates, "the second review")
+        assert kinds(again) == ["permission", "review", "review", "review"]
+        assert not (tmp_path / "permissions.json").exists()
+        again.approve().wait(20)
+
+
+def test_a_tool_is_always_allowed_until_that_is_taken_back(tmp_path):
+    journal = cm.Journal(tmp_path / "j.db")
+    with ModelServer([*removes("openai", "a", "b"), *removes("openai", "c"), *removes("openai", "d")]) as server:
+        run = asking("openai", server, journal=journal)
+        gate(run)
+        run.approve(scope="always").wait(20)
+        assert kinds(run) == ["permission"]
+        assert kinds(asking("openai", server, journal=journal).wait(20)) == []
+        rules = cm.permissions(journal)
+        assert [(rule.tool, rule.run, rule.step) for rule in rules] == [("remove", run.id, "planner")]
+        rules.revoke("remove")
+        third = asking("openai", server, journal=journal)
+        assert gate(third).kind == "permission"
+        third.stop().wait(20)
+
+
+def test_where_the_list_cannot_be_kept_nothing_is_decided(tmp_path):
+    journal = cm.Journal(tmp_path / "j.db")
+    (tmp_path / "permissions.json").mkdir()
+    with ModelServer(removes("openai", "a")) as server:
+        run = asking("openai", server, journal=journal)
+        opened = gate(run)
+        with pytest.raises(cm.CodeMachineError, match=r"cannot be kept, so nothing is decided: .*Is a directory"):
+            run.approve(scope="always")
+        assert run.gates == [opened]
+        assert run.approve(scope="run").wait(20)["planner"].text == "Done."
+
+
+def test_a_tool_that_was_changed_is_asked_about_again(tmp_path):
+    """A rule is for the function that the person saw."""
+
+    @cm.tool(name="remove", ask=True)
+    def another(path: str) -> str:
+        return f"shredded {path}"
+
+    journal = cm.Journal(tmp_path / "j.db")
+    with ModelServer([*removes("openai", "a"), *removes("openai", "a")]) as server:
+        run = asking("openai", server, journal=journal)
+        gate(run)
+        run.approve(scope="always").wait(20)
+        other = asking("openai", server, journal=journal, agent={"tools": [another]})
+        assert gate(other).payload["tool"] == "remove"
+        other.stop().wait(20)
+
+
+def test_in_unattended_mode_it_is_recorded_who_allowed_it():
+    with ModelServer(removes("openai", "a", "b")) as server:
+        run = asking("openai", server)
+        gate(run)
+        run.set_mode("unattended")
+        run.approve().wait(20)
+    assert [decision.by for decision in run.state.decisions.values()] == ["you", "unattended mode"]
+
+
+def test_with_nobody_there_a_policy_answers_or_the_run_stops(headless):
+    with ModelServer(removes("openai", "a", "b")) as server:
+        run = asking("openai", server)
+        with pytest.raises(cm.GatePending, match=r'Stopped at the gate "planner": nobody can answer here'):
+            run.wait(20)
+        run.stop()
+
+    def policy(asked: cm.Gate) -> cm.Decision:
+        if asked.payload["arguments"]["path"] == "a":
+            return cm.Decision(action="approve", output='{"path": "x"}')
+        return cm.Decision(action="reject", feedback="no")
+
+    for on_gate, expected in [
+        ("approve", ["removed a", "removed b"]),
+        ("reject", ["Refused by a person: Rejected by the policy on_gate='reject'."] * 2),
+        (policy, ["removed x", "Refused by a person: no"]),
+    ]:
+        with ModelServer(removes("openai", "a", "b")) as server:
+            asking("openai", server, on_gate=on_gate).wait(20)
+            assert [told(sent)[0] for sent in server.asked[1:]] == expected
+
+
+def test_a_policy_writes_no_list_and_its_arguments_are_checked(headless, tmp_path):
+    journal = cm.Journal(tmp_path / "j.db")
+    always = cm.Decision(action="approve", scope="always")
+    with ModelServer([*removes("openai", "a", "b"), *removes("openai", "a")]) as server:
+        run = asking("openai", server, on_gate=lambda asked: always, journal=journal).wait(20)
+        assert kinds(run) == ["permission"], "it counts for the run"
+        assert cm.permissions(journal) == []
+        wrong = cm.Decision(action="approve", output='{"way": 1}')
+        with pytest.raises(cm.TransitionError, match="remove does not take these arguments"):
+            asking("openai", server, on_gate=lambda asked: wrong).wait(20)
+
+
+def test_what_is_allowed_for_the_run_answers_all_who_wait_for_it():
+    def script(sent: Asked) -> Said:
+        if prompt_of(sent).startswith("Build it."):
+            line = "frontend-dev 'x' & backend-dev 'y' & qa-engineer 'z'"
+            return openai_says("All done.") if told(sent) else openai_says(calls=[call("run_agents", script=line)])
+        return openai_says("Done.") if told(sent) else openai_says(calls=[call("remove", path=prompt_of(sent))])
+
+    agents = [cm.Agent("coordinator", "Build it.", model="m")]
+    agents += [cm.Agent(name, f"I am {name}.", model="m", tools=[remove]) for name in WORKERS]
+    workflow = cm.Workflow("team", agents=agents, steps="coordinator", sub_agents=WORKERS)
+    with ModelServer(script) as server:
+        run = workflow.start(engine=engine("openai", server), journal=":memory:")
+        until(lambda: len(run.gates) == 3, "all three")
+        assert {one.kind for one in run.gates} == {"permission"}
+        run.approve("coordinator/backend-dev#1", scope="run").wait(20)
+    assert run["coordinator"].text == "All done."
+    assert [decision.scope for decision in run.state.decisions.values()] == ["run", None, None]
+
+
+def test_stopped_while_it_asks_it_asks_again(tmp_path):
+    journal = cm.Journal(tmp_path / "j.db")
+    with ModelServer(removes("openai", "a")[0]) as server:
+        run = asking("openai", server, journal=journal)
+        opened = gate(run)
+        run.stop().wait(20)
+        with pytest.raises(cm.AlreadyDecided, match="closed"):
+            run.decide(opened.id, cm.Decision(action="approve"))
+        agent = cm.Agent("planner", "Plan {{ goal }}.", model="test-model", tools=[add, remove])
+        again = cm.resume(run.id, journal=journal, engine=engine("openai", server), agents=[agent])
+        assert gate(again).payload == opened.payload
+        again.stop().wait(20)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cm planner remove")]
+
+
+def test_the_list_of_tools_always_allowed(tmp_path):
+    path = tmp_path / "permissions.json"
+    assert repr(cm.permissions(tmp_path / "j.db")).startswith("No tool is always allowed")
+    assert not list(tmp_path.iterdir()), "looking makes nothing"
+    journal = cm.Journal(tmp_path / "j.db")
+    for name in ("remove", "send"):
+        keep(journal, Rule(tool=name, implementation="x", run="r-1", step="planner", at=1.7e9))
+    keep(journal, Rule(tool="send", implementation="x", run="r-2"))
+    assert path.stat().st_mode & 0o777 == 0o600
+    found = cm.permissions(tmp_path / "j.db")
+    assert [(rule.tool, rule.run) for rule in found] == [("remove", "r-1"), ("send", "r-2")]
+    assert "planner (r-1)" in repr(found)
+    with pytest.raises(cm.WorkflowError, match=r"'sent' is not always allowed\. Did you mean 'send'\?"):
+        found.revoke("sent")
+    assert [rule.tool for rule in found.revoke("remove")] == ["send"]
+    assert allows(journal, "send", "x")
+    assert not allows(journal, "send", "y")
+    for spoil in (lambda: path.write_text("{"), lambda: path.write_text('{"version": 1, "more": 2}')):
+        spoil()
+        assert not allows(journal, "send", "x"), "what cannot be read allows nothing"
+        with pytest.raises(cm.CodeMachineError, match="cannot be read"):
+            cm.permissions(journal)
+    path.write_text('{"always": [{"tool": "send", "implementation": "x"}]}')
+    assert allows(journal, "send", "x")
+    path.chmod(0o666)
+    assert not allows(journal, "send", "x"), "others could have written it"
+    with pytest.raises(cm.CodeMachineError, match="others can write it"):
+        cm.permissions(journal)
+
+
+@both
+def test_what_is_done_with_tools_is_journaled(dialect, tmp_path):
+    """Bounded, and whatever becomes of the turn; thinking is not."""
+
+    @cm.tool
+    def prints(lines: int) -> str:
+        return "x" * 50_000_000
+
+    calls = [("1", "prints", '{"lines": 2}'), ("2", "broken", "{}"), ("3", "add", '{"a": ')]
+    says = [SAYS[dialect]("Hm.", thinking="secret thoughts", calls=calls), error(400, complaint("invalid", "no"))]
+    with ModelServer(says) as server:
+        run = start(dialect, server, agent={"tools": [add, broken, prints]}, journal=tmp_path / "j.db")
+        gate(run)
+        run.stop().wait(20)
+    kept = [event for event in cm.Journal(tmp_path / "j.db").events(run.id) if event.type.startswith("Tool")]
+    assert [(event.type, event.call_id, event.name) for event in kept] == [
+        ("ToolCalled", "1", "prints"),
+        ("ToolReturned", "1", "prints"),
+        ("ToolCalled", "2", "broken"),
+        ("ToolReturned", "2", "broken"),
+        ("ToolCalled", "3", "add"),
+        ("ToolReturned", "3", "add"),
+    ]
+    assert "characters are left out …]" in kept[1].text
+    assert len(kept[1].text) < 2_100
+    assert [event.failed for event in kept if event.type == "ToolReturned"] == [False, True, True]
+    (attempt,) = run["planner"].attempts
+    assert [(use.name, use.arguments, use.failed) for use in attempt.tools] == [
+        ("prints", '{"lines": 2}', False),
+        ("broken", "{}", True),
+        ("add", '{"a": ', True),
+    ]
+    assert "secret thoughts" not in "".join(map(repr, run.events))
+    assert len(told(server.asked[1])[0]) < 200_100, "the model is told both ends of it"
+
+
+@both
+def test_what_a_failed_turn_used_counts(dialect):
+    """What was spent before it failed; of an answer that broke off, what had come of it."""
+    says = SAYS[dialect]
+    answers_in_turn = [
+        says(calls=[call("add", a=1)]),
+        says("x" * 400).first(4 if dialect == "anthropic" else 2, "reset"),
+        says("Done."),
+    ]
+    with ModelServer(answers_in_turn) as server:
+        run = start(dialect, server, mode="always", agent={"tools": [add], "model": "gpt-5-mini"}).wait(20)
+    failed = next(event for event in run.events if event.type == "TurnFailed")
+    (attempt,) = run["planner"].attempts
+    assert failed.usage.input_tokens > 100, "the first exchange, and what was sent for the second"
+    assert failed.usage.output_tokens > 20
+    assert attempt.usage.output_tokens == failed.usage.output_tokens + 20
+    assert attempt.usage == run.usage
+    if dialect == "openai":
+        assert (failed.cost_usd > 0, failed.cost_estimated) == (True, True)
+        assert attempt.cost_estimated
+        assert f"~${run.cost_usd:.3f}" in repr(run._repr_mimebundle_())
+
+
+def test_a_key_that_is_wrong_costs_nothing():
+    with ModelServer(error(401, complaint("authentication_error"))) as server:
+        run = start("openai", server, mode="always")
+        gate(run)
+        assert run.usage == cm.Usage()
+        run.stop().wait(20)
 
 
 def test_a_run_tries_again_what_may_help(monkeypatch):

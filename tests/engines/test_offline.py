@@ -8,11 +8,11 @@ import pytest
 from cm_notebook.engines import offline
 from cm_notebook.engines.base import Delta, SessionStarted, TurnDone, UsageReported, find_engine
 from cm_notebook.engines.offline import BESIDE, NOT_CALLED, REPEATED, OfflineEngine
-from cm_notebook.errors import ReplayMismatch
+from cm_notebook.errors import EngineExited, ReplayMismatch
 from cm_notebook.events import Usage
 from cm_notebook.prompts import digest
 from cm_notebook.tape import Tape
-from cm_notebook.testing import answers, collect, lets_go, request
+from cm_notebook.testing import answers, collect, fails, lets_go, request
 from cm_notebook.workflow import Verdict
 
 TAPE = """{"tape": 1, "run": "careful-builder"}
@@ -92,6 +92,32 @@ def test_a_long_text_takes_no_longer_than_it_may(monkeypatch):
     engine = OfflineEngine(tape('{"tape": 1}\n{"path": "planner", "attempt": 1, "text": "T"}'.replace("T", text)))
     assert answers(engine, request()).text == text
     assert max(slept) <= 1.0
+
+
+def test_what_was_said_before_a_call_is_written_before_it_and_the_answer_after():
+    order = []
+
+    async def run_agents(asked, limit):
+        order.append(asked)
+        return []
+
+    async def turn():
+        line = """{"path": "lead", "attempt": 1, "text": "They are done.", "tool_calls":
+            [{"name": "run_agents", "arguments": {"script": "a 'x'"}, "said": "I call a."}]}""".replace("\n", "")
+        asked = request("lead", run_agents=run_agents, sub_agents=("a",))
+        async for event in OfflineEngine(tape('{"tape": 1}\n' + line), delay=0).stream(asked):
+            order.append(event)
+
+    asyncio.run(turn())
+    assert order == [Delta("I call a.\n\n"), "a 'x'", Delta("They are done."), TurnDone("They are done.")]
+
+
+def test_a_recorded_failure():
+    line = (
+        """{"path": "planner", "attempt": 1, "text": "1. W", "error": {"kind": "EngineExited", "message": "no disk"}}"""
+    )
+    engine = OfflineEngine(tape(f'{{"tape": 1}}\n{line}'), delay=0)
+    assert str(fails(engine, request(), EngineExited)) == "no disk"
 
 
 def test_it_lets_go():

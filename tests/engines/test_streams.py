@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm_notebook.engines import http
@@ -93,6 +93,7 @@ def test_recorded_streams(file):
 
 
 @recorded
+@settings(deadline=None)
 @given(data=st.data())
 def test_however_the_bytes_arrive(file, data):
     whole = file.read_bytes().replace(b"look", "lö\u2028\u0085ok🙂".encode())
@@ -131,6 +132,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @recorded
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_damaged_stream_is_an_answer_or_an_error_of_the_engine(file, data):
     told = copy.deepcopy(events(file))

@@ -121,6 +121,41 @@ def test_interrupting_a_waiting_cell_leaves_the_run_going_on() -> None:
         manager.shutdown_kernel(now=True)
 
 
+def test_a_key_is_asked_for_in_a_hidden_field_and_refused_where_nobody_can_type() -> None:
+    manager, client = start_new_kernel(kernel_name="python3")
+    asked: list[dict[str, Any]] = []
+
+    def type_it(message: dict[str, Any]) -> None:
+        asked.append(message["content"])
+        client.input("sk-planted-0123456789abcdef")
+
+    def run(source: str, allow_stdin: bool = True) -> str:
+        said: list[str] = []
+        take = lambda message: said.append(str(message["content"]))  # noqa: E731
+        options: dict[str, Any] = {"stdin_hook": type_it} if allow_stdin else {}
+        client.execute_interactive(source, allow_stdin=allow_stdin, output_hook=take, timeout=60, **options)
+        return "".join(said)
+
+    try:
+        run("%load_ext cm_notebook")
+        assert "anthropic has a key until this session ends" in run("%cm keys set anthropic")
+        assert asked == [{"prompt": "Key for anthropic (not shown): ", "password": True}]
+        shown = (
+            run("%cm keys")
+            + run("%cm doctor")
+            + run("import os, sys; print(os.environ, vars(sys.modules['cm_notebook.keys']))")
+        )
+        assert "typed, for this session" in shown
+        assert "planted" not in shown
+        refused = run("%cm keys set openai", allow_stdin=False)
+        assert "nobody can type a key here. Set OPENAI_API_KEY in the environment" in refused.replace(
+            "Nobody", "nobody"
+        )
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
 def test_papermills_parameters_stand_in_prompts(tmp_path: Path) -> None:
     made = notebook(SETUP, GOAL, WORKFLOW.format("always"), PLANNER, "print(cm.current()['planner'].prompt)")
     made.cells[1].metadata.tags = ["parameters"]

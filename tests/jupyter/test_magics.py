@@ -19,10 +19,11 @@ from IPython.utils.capture import capture_output
 from traitlets.config import Config
 
 import cm_notebook as cm
-from cm_notebook import config, options
+from cm_notebook import config, keys, options
 from cm_notebook import run as runs
 from cm_notebook.jupyter import bridge
 from cm_notebook.jupyter import notebook as books
+from cm_notebook.jupyter.settings import SettingRefused
 from tests.helpers import gate, until
 
 REPLIES = {name: [f"{name} {n}" for n in range(1, 9)] for name in ("planner", "implementer", "reviewer", "deployer")}
@@ -380,6 +381,34 @@ def test_a_limit_outlives_a_stop(cells: Cells) -> None:
     assert cells.run["implementer"].status == "pending"
 
 
+def test_a_budget_in_cells(cells: Cells) -> None:
+    cells("%%cm workflow careful --autonomous always --max-turns 1\nplanner -> implementer -> reviewer -> deployer")
+    cells("%%cm agent planner\nPlan.", "%%cm agent implementer\nBuild.", "%%cm agent reviewer\nReview.")
+    cells("%%cm agent deployer\nDeploy.", "%cm run")
+    cells.to("implementer")
+    assert "Gate: Paused: 1 turn limit reached after planner. Continue with +1 turn?" in cells("%cm")
+    assert "Try: %cm approve · %cm stop" in cells.output
+    assert "is about max_turns, not max_cost_usd" in error(cells, "%cm approve --max-cost 1")
+    assert "implementer: +1 turn permitted by you" in cells("%cm approve")
+    cells.to("reviewer")
+    cells("%%cm workflow careful --autonomous always --max-turns 3\nplanner -> implementer -> reviewer -> deployer")
+    cells.to("deployer")
+    cells("%cm stop", "%cm run")
+    cells.to("deployer")
+    cells("%cm stop", "%cm run --max-turns 9")
+    cells.to("deployer", "done")
+    assert "--max-cost nan is too little" in error(cells, "%cm run --max-cost nan")
+
+
+def test_after_a_restart_a_run_goes_on_with_more(cells: Cells) -> None:
+    cells("%%cm agent planner\nPlan.", "%%cm agent implementer\nBuild.")
+    cells("%%cm workflow careful --autonomous always --max-turns 1\nplanner -> implementer", "%cm run")
+    cells.to("implementer")
+    cells.restart()
+    cells("%%cm workflow careful --autonomous always --max-turns 1\nplanner -> implementer", "%cm run --max-turns 2")
+    cells.to("implementer", "done")
+
+
 def test_after_a_restart_a_second_run_of_the_cell_is_a_new_attempt(cells: Cells) -> None:
     start(cells)
     cells("%cm approve")
@@ -507,6 +536,49 @@ def test_a_step_that_failed_runs_again_with_its_cell(cells: Cells) -> None:
     assert gate(cells.run).kind == "failed"
     cells("%cm retry")
     assert cells.run.wait(10).status == "completed"
+
+
+REMOVES = """
+import cm_notebook as cm
+class Removes:
+    name = "removes"
+    async def stream(self, request):
+        said = await request.ask_permission("remove", {"path": request.step})
+        yield cm.TurnDone(f"{said.allowed} {dict(said.arguments or {})} {said.reason}")
+cm.register_engine(Removes())
+@cm.tool(ask=True)
+def remove(path: str) -> str:
+    return path
+cleaner = cm.Agent("cleaner", "Clean.", engine="removes", tools=[remove])
+"""
+
+
+def test_a_tool_is_allowed_edited_denied_and_taken_back(cells: Cells) -> None:
+    cells(REMOVES, "%cm workflow w", *(f"%cm step {name} --agent cleaner" for name in "abcd"), "%cm run")
+    assert gate(cells.run, "a").kind == "permission"
+    cells("%cm edit")
+    assert cells.shell.rl_next_input == '%%cm edit a\n{\n  "path": "a"\n}'
+    assert "a calls remove with these arguments." in cells.output
+    assert "does not take these arguments" in error(cells, '%%cm edit a\n{"way": 1}')
+    cells('%%cm edit a\n{"path": "z"}')
+    gate(cells.run, "b")
+    cells("%cm reject why that one?")
+    gate(cells.run, "c")
+    assert "Did you mean 'run'?" in error(cells, "%cm approve --scope runs")
+    cells("%cm approve --scope always")
+    cells.to("d", "done")
+    assert [cells.run[name].text for name in "abcd"] == [
+        "True {'path': 'z'} ",
+        "False {} why that one?",
+        "True {} ",
+        "True {} ",
+    ]
+    assert "remove  c (r-" in cells("found = %cm permissions")
+    assert [rule.tool for rule in cells.shell.user_ns["found"]] == ["remove"]
+    assert "needs a tool's name. Always allowed: remove." in error(cells, "%cm permissions revoke")
+    cells("%cm permissions revoke remove")
+    assert cm.permissions() == []
+    assert "'remove' is not always allowed. None is." in error(cells, "%cm permissions revoke remove")
 
 
 # -- building ----------------------------------------------------------------------------------------------------------
@@ -1107,11 +1179,12 @@ def test_config_shows_and_sets(cells: Cells) -> None:
     ("engine = 'offlin'", "Did you mean 'offline'?"),
     ("veiw = 'full'", "There is no setting CM.veiw. Did you mean 'view'?"),
 ])  # fmt: skip
-def test_a_setting_that_cannot_be_is_refused_in_its_cell(
-    cells: Cells, said: str, words: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    cells(f"%config CM.{said}")
-    assert words in caplog.text  # IPython's way to say it: under the cell, where nobody has set up logging
+def test_a_setting_that_cannot_be_is_refused_in_its_cell(cells: Cells, said: str, words: str) -> None:
+    with pytest.raises(SettingRefused) as refused:
+        cells(f"%config CM.{said}\nafter = 1")
+    assert words in "\n".join(refused.value._render_traceback_())
+    assert "\n" not in str(refused.value)
+    assert "after" not in cells.shell.user_ns, "the cell ends there"
     assert config.chosen == {}, "nothing was changed"
     cells("%config CM.view = 'html'", "%config CM.on_gate = None")
     assert config.setting("view") == "html"
@@ -1167,6 +1240,23 @@ def test_completion_through_ipython(cells: Cells) -> None:
     assert offered("%%cm step x\nBuild {{ go") == {"%%cm step x\nBuild {{ goal"}
     cells("%%cm agent quality-gate\nJudge.")
     assert offered("%%cm workflow w\nplanner -> quality-g") == {"%%cm workflow w\nplanner -> quality-gate"}
+
+
+def test_keys(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "sk-planted-0123456789abcdef"
+    monkeypatch.setattr(keys, "_typed", {})
+    monkeypatch.setattr(keys, "_known", {})
+    monkeypatch.setattr("getpass.getpass", lambda prompt: key)
+    monkeypatch.setenv("OPENAI_API_KEY", key + "2")
+    assert "anthropic has a key until this session ends." in cells("%cm keys set anthropic")
+    said = [line.split(maxsplit=1) for line in cells("%cm keys").splitlines()]
+    assert ["anthropic", "typed, for this session"] in said
+    assert ["openai", "OPENAI_API_KEY"] in said
+    assert ["ollama", "none"] in said
+    assert key[:6] not in cells.output
+    for line in (f"set anthropic {key}", f"set {key}", key, f"{key} anthropic", "set", f"set anthropic --key={key}"):
+        assert key not in error(cells, f"%cm keys {line}")
+    assert "The key of anthropic is forgotten." in cells("%cm keys forget anthropic")
 
 
 def test_doctor_says_what_is_missing_and_how_to_mend_it(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,13 +27,14 @@ TWINS: dict[str, set[str]] = {
     "step": parameters(cm.step, cm.Run.add),
     "module": parameters(cm.module, cm.step, cm.Run.add),
     "run": parameters(cm.Run.start, Notebook.go),
+    "approve": parameters(cm.Run.approve),
     "reject": parameters(cm.Run.reject),
     "answer": parameters(cm.Run.answer),
     "retry": parameters(cm.Run.retry),
     "show": parameters(cm.StepView.attempt) | {"full"},
     "graph": parameters(cm.Run.graph),
 }
-SHORT = {"--input", "--autonomous", "--timeout", "--effort", "--attempt", "-o"}
+SHORT = {"--max-cost", "--input", "--autonomous", "--timeout", "--gate-timeout", "--effort", "--attempt", "-o"}
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,9 @@ READ: list[tuple[str, bool, dict[str, Any]]] = [
     ("diff a -2 -1", False, {"step": "a", "attempts": [-2, -1]}),
     ("approve", False, {}),
     ("approve planner", False, {"step": "planner"}),
+    ("approve --max-cost 1.00", False, {"max_cost_usd": 1.0}),
+    ("run --max-cost 0.50 --max-tokens 9000", False, {"max_cost_usd": 0.5, "max_tokens": 9000}),
+    ("step a --max-turns 3", False, {"id": "a", "max_turns": 3}),
     ("mode gates", False, {"mode": "gates"}),
 ]
 
@@ -98,6 +102,8 @@ MISTAKES: list[tuple[str, str]] = [
     ("step planner --timeout -5", "--timeout -5 is too little: it takes more than 0 seconds. For instance: --timeout"),
     ("step planner --timeout nan", "it takes more than 0 seconds"),
     ("step planner --retries -1", "--retries -1 is too little: it takes 0 or more."),
+    ("run --max-cost 0", "--max-cost 0 is too little: it takes more than 0. For instance: --max-cost 0.50"),
+    ("run --max-turns 1.5", "not a whole number"),
     ("module m --loop-steps 0", "--loop-steps 0 is too little: it takes 1 or more."),
     ("step planner --retries 1.5", "not a whole number"),
     ("step it's", "a quotation mark is not closed"),

@@ -639,10 +639,12 @@ class Team:
 
 def lanes(sent, page="p"):
     """The lanes as a page has them."""
-    known = {}
+    known, begun = {}, False
     for message in sent:
         if message["kind"] == "all" and message["page"] == page:
-            known = {lane["key"]: dict(lane) for lane in message["lanes"]}
+            known, begun = {lane["key"]: dict(lane) for lane in message["lanes"]}, True
+        if not begun:
+            continue
         for kind, path, *told in message.get("pieces", ()):
             if kind == "lane":
                 known[path] = dict(told[0])
@@ -706,7 +708,7 @@ def test_what_asks_the_same_is_answered_in_one_go_and_what_opened_later_is_not(n
     assert "2 decisions wait for you" in widget().head["tray"]
     team.tell(cm.EngineError("no"), to="c")
     waiting("c")
-    widget().says(decide=record["id"], digest=record["digest"], action="retry", similar=button["similar"])
+    widget().says(decide=record["id"], digest=record["digest"], action="retry", **button["more"])
     until(lambda: len(team.run.state.decisions) == 2, "two decisions")
     assert [one.step for one in team.run.gates] == ["c"]
     widget().says(decide=team.run.gates[0].id, digest=team.run.gates[0].digest, action="skip")
@@ -768,6 +770,9 @@ def test_buttons_of_each_kind_of_gate():
     assert labels(Story("planner?").answer("plan").state) == ["Approve", "Reject…", "Edit", "Skip"]
     failed = Story("planner").fail("no key")
     assert labels(failed.state) == ["Retry", "Edit prompt", "Skip", "Stop"]
+    spent = Story("planner -> coder", max_turns=1).answer("plan")
+    assert labels(spent.state) == ["Continue with +1 turn", "Stop"]
+    assert "1 of 1 turn" in view.head_record(spent.state)["words"]
     asks = Story("planner").ask("Which one?")
     assert labels(asks.state) == ["Answer…"]
     (record,) = view.gate_records(asks.state)
@@ -779,6 +784,42 @@ def test_every_button_names_its_magic_and_asks_only_for_what_its_decision_takes(
         for button in view.gate_records(state)[0]["buttons"]:
             assert "%cm " in button["magic"] or "cm.current()." in button["magic"]
             assert button.get("ask") in (None, "feedback", "output", "prompt")
+
+
+def test_thinking_is_a_moving_line_and_then_folded_away():
+    writing = view.Writing(1)
+    assert writing.think("Let me\nsee") == ["block", "", "Thinking: Let me see"]
+    assert writing.whole() == ["", "Thinking: Let me see"]
+    writing.think(" <b>")
+    kind, folded, rest = writing.add("Hello")
+    assert (kind, rest) == ("block", "Hello")
+    assert folded.startswith("<details style=")
+    assert "Thinking, 14 characters" in folded
+    assert "Let me\nsee &lt;b&gt;" in folded
+    assert writing.add(", you") == ["delta", ", you"]
+    kind, before, rest = writing.think("hm")
+    assert (kind, rest) == ("block", "Thinking: hm")
+    assert "Hello, you" in before
+    kind, again, rest = writing.add("And so on")
+    assert "Thinking, 2 characters" in again
+    assert writing.whole() == [folded + before + again, "And so on"]
+
+
+def test_a_permission_shows_all_that_is_decided_about():
+    """The buttons, and the arguments: in the card, or in the bar where there is no card; to be edited as they are."""
+    story = Story("a").permit("remove", path="x" * 3000)
+    assert labels(story.state) == ["Allow once", "Allow for this run", "Always allow", "Edit…", "Deny…"]
+    (record,) = view.gate_records(story.state)
+    once, for_run, always, edit, deny = record["buttons"]
+    assert [button.get("key") for button in record["buttons"]] == ["A", None, None, "E", "R"]
+    assert [button.get("more") for button in (once, for_run, always)] == [None, {"scope": "run"}, {"scope": "always"}]
+    assert (edit["label"], edit["send"]) == ("The arguments to call it with", "Allow with these")
+    assert (deny["ask"], deny["send"]) == ("feedback", "Deny")
+    assert "x" * 3000 not in record["words"]
+    assert "x" * 3000 in view.body_record(story.state, "a", 1, "output")["html"]
+    gate = story.state.gates[record["id"]]
+    assert "x" * 3000 in view.gate_record(story.state, gate, beside=False)["words"]
+    assert view.body_record(story.state, "a", 1, "edit-output")["text"] == f'{{\n  "path": "{"x" * 3000}"\n}}'
 
 
 def test_cards_fold_as_in_the_saved_view():

@@ -20,7 +20,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def write_prompts(path: Path, tape: Path) -> None:
         for id in ids:
             run = Run.open(id, journal)
             if run.state.recorded is not None:
-                sent |= {(view.id, one.number): one.prompt for view in run for one in view.attempts}
+                sent |= {(view.path, one.number): one.prompt for view in _with_members(run) for one in view.attempts}
     for line in lines:
         prompt = sent.get((line.get("path", ""), line.get("attempt", 0)))
         if prompt is not None:
@@ -139,7 +139,14 @@ def write_prompts(path: Path, tape: Path) -> None:
     _write_tape(tape, lines)
 
 
-_ORDER = ("path", "attempt", "turn", "prompt", "session_id", "events", "text")
+def _with_members(views: Iterable[Any]) -> Iterator[Any]:
+    """These steps, and the agents that they called."""
+    for view in views:
+        yield view
+        yield from _with_members(view.members)
+
+
+_ORDER = ("path", "attempt", "turn", "prompt", "session_id", "tool_calls", "events", "text")
 
 
 def _write_tape(tape: Path, lines: list[dict[str, Any]]) -> None:

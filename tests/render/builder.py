@@ -17,15 +17,18 @@ from cm_notebook.events import (
     Rewound,
     RunResumed,
     RunStarted,
+    ToolCalled,
+    ToolReturned,
     TurnCutShort,
     TurnFailed,
     TurnFinished,
     TurnStarted,
     Usage,
+    place,
 )
 from cm_notebook.prompts import digest, text_of
 from cm_notebook.render.text import event_line
-from cm_notebook.state import Record, RunState, StartTurn, apply, ask, next_actions
+from cm_notebook.state import Record, RunState, StartTurn, apply, ask, ask_permission, next_actions
 from cm_notebook.workflow import Agent, Separator, Verdict, Workflow, as_step, parse_steps, separator, step
 
 NOON = 1_700_049_600.0
@@ -69,7 +72,7 @@ class Story:
         self.go()
 
     def record(self, event: AnyEvent) -> Story:
-        event.seq, event.at = self.state.seq + 1, self.now
+        place(event, self.state.seq + 1, self.now)
         apply(self.state, event)
         self.events.append(event)
         if (line := event_line(self.state, event)) is not None:
@@ -78,7 +81,7 @@ class Story:
 
     def go(self) -> Story:
         """Do what is to be done, until a turn runs or a person is asked."""
-        while actions := next_actions(self.state):
+        while actions := [one for one in next_actions(self.state) if isinstance(one, StartTurn) or not one.not_before]:
             for action in actions:
                 if isinstance(action, Record):
                     self.record(action.event)
@@ -148,6 +151,19 @@ class Story:
     def ask(self, question: str) -> Story:
         """The agent that runs asks a person."""
         return self.record(ask(self.state, next(iter(self.state.running.values())), question))
+
+    def calls(self, name: str, arguments: str) -> Story:
+        """The agent that runs calls a tool."""
+        return self.record(ToolCalled(**self._turn, call_id="1", name=name, arguments=arguments))
+
+    def told(self, name: str, text: str, *, failed: bool = False) -> Story:
+        """And is told what came of it."""
+        return self.after(0.2).record(ToolReturned(**self._turn, call_id="1", name=name, text=text, failed=failed))
+
+    def permit(self, tool: str, **arguments: Any) -> Story:
+        """The agent that runs wants to call a tool."""
+        running = next(iter(self.state.running.values()))
+        return self.record(ask_permission(self.state, running, (tool, "f:1"), arguments))
 
     def decide(self, action: Any, feedback: str | None = None, *, by: str | None = None, **more: Any) -> Story:
         """The oldest open gate is answered a minute later, and the run goes on."""
@@ -261,7 +277,20 @@ def team() -> Story:
     return story.answer(PLAN_1).answer("Drew the page.").fail("No key for anthropic.", detail=TRACE).after(3)
 
 
+def permission() -> Story:
+    """A tool is to be called; another call of it was denied before."""
+    story = Story("planner -> cleaner -> reviewer").calls("read_file", '{"path": "todo.py"}')
+    story.told("read_file", "def add(db, text): ...").calls("run_agents", "{}").told("run_agents", "## qa").answer(
+        PLAN_1
+    )
+    story.calls("remove", '{"path": "notes.md"}').permit("remove", path="notes.md", force=True)
+    story.decide("reject", "not the notes").told("remove", "Refused by a person: not the notes", failed=True)
+    story.calls("remove", f'{{"path": "build/{HOSTILE}"}}')
+    return story.permit("remove", path=f"build/{HOSTILE}", why="It is made anew.")
+
+
 SITUATIONS = {
+    "permission": permission,
     "team": team,
     "waiting": waiting,
     "finished": finished,

@@ -156,7 +156,7 @@ def test_prose_holds_the_words_of_both(old, new):
     for text, tag in ((old, "del"), (new, "ins")):
         read = "".join(word.text for word in diff._flat(text))
         shown = page.side("div", tag)
-        assert re.sub(r"[\s\d.]", "", shown) == re.sub(r"[\s\d.]", "", read)  # the numbers of a list are the new one's
+        assert re.sub(r"[\s\d.•]", "", shown) == re.sub(r"[\s\d.•]", "", read)  # the marks of a list are the new one's
 
 
 def test_prose_is_compared_as_it_is_read():
@@ -167,7 +167,33 @@ def test_prose_is_compared_as_it_is_read():
         "Plan\n\n1. Read b.py\n2. Ask\n3. Fix it (https://x.y)\n\nwhat | when\ntests | now"
     )
     assert [data for tag, data in page.pieces if tag == "del"] == ["a", "it", "later"]
-    assert [data for tag, data in page.pieces if tag == "ins"] == ["b", "Ask\n3.", "it (https://x.y)", "now"]
+    assert [data for tag, data in page.pieces if tag == "ins"] == ["b", "2. Ask", "it (https://x.y)", "now"]
+
+
+def marked(old: str, new: str) -> list[tuple[str, str]]:
+    return [(tag, data) for tag, data in Page(diff.prose(old, new)).pieces if tag != "div"]
+
+
+def test_items_of_lists_are_compared_with_items():
+    old = "1. Store the items.\n2. Add one.\n3. List them, each with its number.\n4. Mark one as done.\n"
+    more = old.replace("4.", "4. Test it. It stays.\n5.")
+    assert marked(old, more) == [("ins", "4. Test it. It stays.")]
+    assert marked(more, old) == [("del", "4. Test it. It stays.")]
+    assert marked(old, old + "5. Ship it.\n") == [("ins", "5. Ship it.")]
+    fewer = "1. Store the items.\n2. Add one; list them, each with its number.\n3. Mark one as done.\n4. Test it.\n"
+    joined = [("del", "."), ("del", "List"), ("ins", "; list"), ("ins", "4. Test it.")]
+    assert marked(old, fewer) == joined  # no number is struck out: nobody has taken one out
+    assert marked(fewer, old) == [("del", "; list"), ("ins", ".\n3. List"), ("del", "4. Test it.")]
+    longer = old.replace("Add one.", "Add one: its text, and when it is due.").replace("3. List", "3. Ask.\n4. List")
+    assert marked(old, longer) == [("ins", ": its text, and when it is due"), ("ins", "3. Ask.")]
+    bullets = re.sub("[0-9]\\.", "-", old)
+    assert marked(bullets, bullets.replace("- Add one.\n", "")) == [("del", "• Add one.")]
+    assert marked(bullets + "\nThe end.", bullets + "\nAn end.") == [("del", "The"), ("ins", "An")]
+
+
+def test_a_change_at_the_end_has_its_context_before_it():
+    old = " ".join(f"word{number}" for number in range(200))
+    assert Page(diff.prose(old, old + "\n\n- new\n")).side("div", "ins").startswith("… word175 ")
 
 
 def test_what_only_the_source_shows_is_shown_as_source():
@@ -208,6 +234,8 @@ def test_markup_is_text(show):
         ('{\n  "a": 1,\n  "b": [2]\n}\n', True),
         ("x = 1\ny = 2\nrun(x)\n", True),
         ("function f() {\n  return 1;\n}\n", True),
+        ("It is used so:\n\n```console\n$ todo add milk\n$ todo list\n1 [ ] milk\n```\n", True),
+        ("A sentence.\n\nAnother one.\n\n```\n$ todo list\n```\n", False),
         ("First look at the tests. Then fix them.\n", False),
         ("# Plan\n\n1. Read `a.py`\n2. Fix the test (it fails)\n\n- done\n", False),
         ("If it fails, try again.\nReturn later.\n", False),
@@ -227,6 +255,8 @@ def test_prose_by_words_and_code_by_lines(text, code):
         ("x\n" * 9_000, "y\n" * 9_000),
         ("\n".join(map(str, range(9_000))), "\n".join(map(str, range(9_000, 0, -1)))),
         ("x" * 900_000, "y" * 900_000),
+        ("- a\n- b\n" * 1_500, "- b\n- c\n" * 1_500),
+        ("1. a b a b a b a\n" * 800, "1. b a b a b a b c\n" * 800),
     ],
 )
 def test_hostile_texts_are_compared_within_bounds(old, new):

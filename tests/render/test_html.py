@@ -135,7 +135,8 @@ def test_text_takes_the_colour_of_the_page(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["waiting", "recorded", "looping", "exhausted", "failed", "stale", "edited", "hostile", "team"]
+    "name",
+    ["waiting", "recorded", "looping", "exhausted", "failed", "stale", "edited", "hostile", "team", "permission"],
 )
 def test_golden(name: str) -> None:
     story = SITUATIONS[name]()

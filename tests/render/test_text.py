@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import time
+from typing import Any
+
 import pytest
 
 from cm_notebook.engines import offline
-from cm_notebook.events import RunPaused
+from cm_notebook.events import Decision, RunPaused, Usage
 from cm_notebook.render import html, svg, text
 from cm_notebook.workflow import Verdict, module, separator, step
 from tests.render import builder
@@ -115,7 +119,7 @@ def test_headless_lines_of_a_loop_and_of_failures() -> None:
     assert "cm: quality-gate goes back to implementer (pass 2, max 5): 2 of 7 tests fail: `done` is missing." in lines
     story = Story("planner").fail("rate limited", retry_in_s=4).go().cut("kernel stopped")
     assert story.lines[1:] == [
-        "cm: planner failed: rate limited; again in 4.0 s (2 of 3)",
+        "cm: planner failed: rate limited; again in 4 s (2 of 3)",
         "cm: planner cut short: kernel stopped",
     ]
     assert builder.failed().lines[-1] == "cm: planner waits: %cm retry · %cm edit · %cm skip · %cm stop"
@@ -170,6 +174,11 @@ GATES = {
         "Keep it, run this step again, or run from here: it and all after it.",
     ),
     "question": (lambda: Story("a").ask("Which\ndatabase?"), "a asks: “Which database?”"),
+    "permission": (
+        lambda: Story("a").permit("remove", path="x y", force=True),
+        'a wants to call remove with { "path": "x y", "force": true }. Allow it, change its arguments, or deny it: the '
+        "agent is told why.",
+    ),
     "may_have_run": (
         lambda: Story([step("a", idempotent=False)]).cut("kernel stopped").go(),
         "a was cut short (kernel stopped) and may have had its effect. Did it? If not, run it again.",
@@ -193,6 +202,60 @@ def test_every_answer_of_a_gate_has_a_label_and_a_magic() -> None:
         assert {way.action for way in ways} >= set(gate.actions)
         assert all(way.label and way.magic.lstrip("%").startswith("cm ") for way in ways)
         assert len({way.label for way in ways}) == len(ways)
+        assert len({way.magic for way in ways}) == len(ways)
+
+
+def test_tools_are_lines_of_the_log_and_of_the_step() -> None:
+    story = builder.permission()
+    assert [line for line in story.lines if "read_file" in line or "remove" in line] == [
+        'cm: planner calls read_file {"path": "todo.py"}',
+        "cm: planner: read_file returned: def add(db, text): ...",
+        'cm: cleaner calls remove {"path": "notes.md"}',
+        'cm: gate: cleaner wants to call remove with { "path": "notes.md", "force": true }. Allow it, change its '
+        "arguments, or deny it: the agent is told why.",
+        "cm: cleaner: remove failed: Refused by a person: not the notes",
+        *story.lines[-2:],
+    ]
+    planner = story.state.steps["planner"]
+    assert text.tool_lines(planner.attempts[0]) == [
+        '→ read_file {"path": "todo.py"}',
+        "← def add(db, text): ...",
+        "→ run_agents {}",
+        "← ## qa",
+    ]
+    assert '  → read_file {"path": "todo.py"}\n  ← def add' in text.show_text(story.state, planner)
+    assert text.tool_words(story.state.steps["cleaner"].attempts[0]) == "called remove (2 times); 1 failed"
+
+
+def test_a_cost_that_was_computed_is_marked() -> None:
+    used = {"usage": Usage(input_tokens=300, output_tokens=100)}
+    told = Story("a -> b").answer("x", **used)
+    assert text.run_total(told.state).words()[1:] == ["400 tok", "$0.003"]
+    computed = Story("a -> b").answer("x", cost_estimated=True, **used)
+    assert text.run_total(computed.state).words()[1:] == ["400 tok", "~$0.003"]
+    assert computed.lines[-1] == "cm: a ok 4.6s 400 tok ~$0.003"
+    assert text.status_rows(computed.state)[0][4] == "~$0.003"
+
+
+def test_how_a_tool_is_allowed() -> None:
+    story = Story("a").permit("remove", path="x")
+    ways = [(way.label, way.magic) for way in text.ways(story.state, next(iter(story.state.gates.values())))]
+    assert ways == [
+        ("Allow once", "%cm approve"),
+        ("Allow for this run", "%cm approve --scope run"),
+        ("Always allow", "%cm approve --scope always"),
+        ("Edit…", "%cm edit"),
+        ("Deny…", "%%cm reject"),
+        ("Stop", "%cm stop"),
+    ]
+    for decision, words in [
+        ({}, "approved by you, @60s"),
+        ({"scope": "run"}, "allowed for this run by you, @60s"),
+        ({"scope": "always"}, "always allowed by you, @60s"),
+        ({"output": '{"path": "y"}'}, "edited and approved by you, @60s"),
+    ]:
+        story = Story("a").permit("remove", path="x").decide("approve", **decision)
+        assert story.lines[-1] == f"cm: a {words}"
 
 
 def test_what_state_the_run_is_in() -> None:
@@ -204,7 +267,7 @@ def test_what_state_the_run_is_in() -> None:
     paused = Story("a -> b").record(RunPaused(reason="lunch"))
     assert text.sentence(paused.answer("A").state) == "Paused (lunch). Next: b. `%cm run` goes on."
     again = Story("a").fail("rate limited", retry_in_s=4)
-    assert text.sentence(again.state, again.now + 1) == "a: rate limited, again in 3.0 s (2 of 3)."
+    assert text.sentence(again.state, again.now + 1) == "a: rate limited, again in 3 s (2 of 3)."
     lost = Story([step("a"), module("m", loop_max_iterations=0, on_exhausted="fail")]).answer("A").says("loop", "No.")
     assert (
         text.sentence(lost.state) == "Failed: m: Not good enough after 0 repeats. No. 1 of 2 done. `%cm run` goes on."
@@ -335,3 +398,23 @@ def test_a_skipped_step_says_so_once() -> None:
     assert "  a  skipped  4.6 s 400 tok $0.003  (skipped by you, @65s)" in text.run_text(after.state)
     before = Story([step("a", interactive=True, gate="before"), "b"]).decide("skip")
     assert "  a  skipped  skipped by you" in text.run_text(before.state)
+
+
+def test_a_person_there_is_told_when_it_was_decided_also_beside_a_tape() -> None:
+    state, decision = builder.recorded().state, Decision(action="approve", at=builder.NOON)
+    assert text.decided(state, decision, live=True) == "approved by you, @0s"
+    assert text.decided(state, decision) == "approved by you"
+    assert text.decided(state, decision.model_copy(update={"by": "tape"}), live=True) == "approved (recorded)"
+
+
+def test_a_gate_with_a_deadline_says_until_when_and_what_comes_then() -> None:
+    def sentence(wait_s: float, default: Any = None, **options: Any) -> str:
+        one = step("a", prompt="Do it.", interactive=True, gate_timeout_s=wait_s, gate_default=default)
+        state = builder.Story([one], **options).answer("done").state
+        return text.sentence(state)
+
+    noon = time.strftime("%Y-%m-%d %H:%M", time.localtime(builder.NOON + 86_400))
+    assert re.search(r" Decide by \d\d:\d\d:\d\d, else it is skipped\.$", sentence(30, "skip"))
+    assert re.search(r" Decide by \d\d:\d\d, else the run stops\.$", sentence(900))
+    assert f" Decide by {noon}, else it is rejected." in sentence(86_400, "reject")
+    assert sentence(300, recorded="tapes/01").endswith(" Decide within 5 min 00 s, else the run stops.")
