@@ -716,6 +716,41 @@ def test_what_asks_the_same_is_answered_in_one_go_and_what_opened_later_is_not(n
     assert team.run.wait(20)["boss"].text == "a done; b done; c skipped"
 
 
+class Asks:
+    """Asks before each of its turns whether it may call a tool, its path's last name being the argument."""
+
+    name = "asks"
+
+    async def stream(self, request):
+        tool = "shell" if request.agent.id == "c" else "remove"
+        said = await request.ask_permission(tool, {"path": request.agent.id})
+        yield cm.TurnDone(f"{request.agent.id} {said.allowed}")
+
+
+def test_permissions_of_the_same_tool_are_given_in_one_go(notebook):
+    @cm.agent("boss")
+    async def boss(turn):
+        done = await turn.run_agents("a 'x' & b 'x' & c 'x'")
+        return "; ".join(one.text for one in done)
+
+    agents = [boss, *(cm.Agent(name, "Go.", engine="asks") for name in "abc")]
+    cm.register_engine(Asks())
+    run = cm.Workflow("flow", agents=agents, steps="boss", sub_agents=["a", "b", "c"]).start(journal=":memory:")
+    view.show(run)
+    widget().says(hello=True)
+    records = until(lambda: len(widget().gates) == 3 and widget().gates, "three bars")
+    alike = {one["step"]: one["buttons"][-1]["text"] for one in records}
+    assert alike["a"] == alike["b"] == "Allow all 2 like this"
+    assert alike["c"] != alike["a"], "it asks for another tool"
+    assert all('"path"' in one["words"] or "&quot;path&quot;" in one["words"] for one in records), "all that is decided"
+    first = next(one for one in records if one["step"] == "a")
+    button = first["buttons"][-1]
+    widget().says(decide=first["id"], digest=first["digest"], action=button["action"], **button["more"])
+    until(lambda: [one.step for one in run.gates] == ["c"], "the two that are alike")
+    widget().says(decide=run.gates[0].id, digest=run.gates[0].digest, action="reject", feedback="no")
+    assert run.wait(20)["boss"].text == "a True; b True; c False"
+
+
 def test_a_hundred_that_write_cost_little_and_only_what_changed_is_sent(notebook):
     team = Team(*(f"m{number}" for number in range(100)))
     view.show(team.run)
