@@ -9,7 +9,6 @@ could have written, allows nothing. A journal in memory keeps its rules in memor
 from __future__ import annotations
 
 import contextlib
-import html
 import json
 import os
 import tempfile
@@ -90,6 +89,8 @@ class Permissions(list[Rule]):
         return "\n".join([*lines, "", "To be asked again: %cm permissions revoke NAME"])
 
     def _repr_html_(self) -> str:
+        import html  # it knows two thousand characters by name
+
         return f"<pre>{html.escape(repr(self))}</pre>"
 
 
