@@ -92,7 +92,7 @@ from .steps import StepView
 from .team import CAP, AgentResult, Call, checked_calls
 from .tools import Permission, Tool, read_arguments
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
-from .workflow import Agent, Separator, Step, Workflow, as_step, sound
+from .workflow import Agent, Separator, Step, Workflow, as_step, fitted, sound
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
 Proposal = Callable[[], Iterable[AnyEvent]]
@@ -141,7 +141,7 @@ class Run:
         self._questions: dict[str, asyncio.Future[Decision]] = {}
         self._calls: dict[tuple[str, int], asyncio.Future[None]] = {}
         self._asked: set[str] = set()
-        self._stuck: Gate | None = None
+        self._unheard: dict[str, Gate] = {}
         self._rejected: set[str] = set()
         self._folder: Path | None = None
         self._shown_in: int | None = None
@@ -623,6 +623,11 @@ class Run:
     def _check_decision(self, gate: Gate, decision: Decision) -> None:
         """Refuse an answer that does not fit, also by the arguments that the tool takes, where it is known here."""
         meaning.check_decision(gate, decision)
+        agent = self._agents.get(self._state.find(gate.path).step.agent)
+        if decision.output is not None and gate.kind in ("review", "exhausted") and agent is not None:
+            wrong = fitted(agent.output, decision.output)[1] if isinstance(agent.output, type) else None
+            if wrong is not None:
+                raise TransitionError(f"the edited text does not fit {agent.output.__name__}: {wrong}")
         tool = self._tool(gate.path, meaning.tool_of(gate)[0]) if gate.kind == "permission" else None
         if tool is not None and decision.output is not None and tool.checker is not None:
             try:
@@ -687,7 +692,7 @@ class Run:
                 raise AlreadyDecided(f"{found.path!r} was {meaning.already(last.decision)}")
             if state.last_gate is not None and state.last_gate.path == found.path:
                 self._check_answered(state, state.last_gate)
-            raise TransitionError(f"{found.path!r} has no open gate: it is {meaning.status_word(state, found)}.")
+            raise TransitionError(f"{found.path!r} has no open gate: it {meaning.standing(state, found)}.")
 
     def _check_answered(self, state: RunState, gate: Gate) -> None:
         """Say what became of a gate that is open no more."""
@@ -855,6 +860,7 @@ class Run:
         again: str | None = None,
         later: bool = False,
         limits: Mapping[str, Any] | None = None,
+        on_gate: GatePolicy | None = None,
     ) -> Run:
         """Go on, ended or paused or not: what running a cell again comes to, as one change.
 
@@ -868,6 +874,8 @@ class Run:
             A step to run again, as for :meth:`rerun`.
         limits
             What the run may use in all from now on: ``max_cost_usd, max_tokens, max_turns``.
+        on_gate
+            Who answers in place of a person from now on, the gates that are open included.
 
         Raises
         ------
@@ -896,6 +904,11 @@ class Run:
             held = state.paused or state.until_reached or (state.until, state.until_once) != (until, once)
             if held if state.ended is None else until is not None:  # resuming lifts every limit
                 events.append(RunUnpaused(until=until, once=once))
+            if on_gate is not None:  # the gates that are open are put to it when this pass ends
+                self._on_gate = on_gate
+                self._asked.clear()
+                self._unheard.clear()
+                self._wait_anew()
             return events
 
         self._go_on(propose)
@@ -1215,7 +1228,8 @@ class Run:
             waiting.set_result(None)
 
     def _forget_troubles(self, event: RunResumed) -> None:
-        self.error, self._stuck = None, None
+        self.error = None
+        self._unheard.clear()
 
     def _look_out(self) -> None:
         """Look now and then whether another process has decided something."""
@@ -1232,9 +1246,8 @@ class Run:
     def _resting(self) -> bool:
         """Whether the run goes no further until somebody does something."""
         state = self._state
-        if self._stuck is not None and self._stuck.id not in state.gates:
-            self._stuck = None
-        if self._stuck is not None and not state.at_work and not state.backing_off:
+        self._unheard = {id: gate for id, gate in self._unheard.items() if id in state.gates}
+        if self._unheard and not state.at_work and not state.backing_off:
             return True  # else others go on beside it
         return state.ended is not None or (state.paused and state.status == "paused")
 
@@ -1253,8 +1266,9 @@ class Run:
             failed.__cause__ = self.error
             as_itself = self.error is not None and not isinstance(self.error, EngineError)
             self._rest.set_exception(self.error if as_itself and self.error is not None else failed)
-        elif self._stuck is not None and state.ended is None:
-            self._rest.set_exception(GatePending(_nobody_there(self._stuck), gate=self._stuck, run=self))
+        elif self._unheard and state.ended is None:
+            gate = next(iter(self._unheard.values()))
+            self._rest.set_exception(GatePending(_nobody_there(gate), gate=gate, run=self))
         else:
             self._rest.set_result(None)
 
@@ -1356,7 +1370,7 @@ class Run:
             reason = f"{gate.step}: {gate.payload.get('error', 'failed')}"
             self._propose(lambda: [RunFinished(status="failed", reason=reason)], wait=False)
         else:
-            self._stuck = gate
+            self._unheard[gate.id] = gate
 
     def _allow_alike(self) -> None:
         """A tool was allowed for longer: others who wait for the same need not be asked."""
@@ -1772,7 +1786,7 @@ def resume(
     max_cost_usd, max_tokens, max_turns
         How much it may use in all, what it has used included; by default as before.
     **options
-        ``engine, on_gate, tape, loop`` of :meth:`Run.start`.
+        ``engine, on_gate, tape, loop`` of :meth:`Run.start`; of a run that is driven here already, ``on_gate`` alone.
 
     Raises
     ------
@@ -1785,7 +1799,7 @@ def resume(
     limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
     run = Run.open(run_id, journal)
     if run._driving:
-        return run.go_on(workflow, inputs, until=until, limits=limits)
+        return run.go_on(workflow, inputs, until=until, limits=limits, on_gate=options.get("on_gate"))
     with run.reading() as state:
         if state.ended == "completed":
             raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")
@@ -1947,9 +1961,11 @@ def _nobody_there(gate: Gate) -> str:
             f"{text.limit_words(gate.payload)} Nobody can answer here. Go on with more in all (`{option}`), play a "
             "tape with a decision (`--tape`), or pass `--on-gate approve` if that is what you want."
         )
+    else_ = "pass `--on-gate approve` if that is what you want."
+    if "approve" not in gate.actions:  # a question
+        else_ = "have a function answer: on_gate=lambda gate: cm.Decision(action='answer', feedback='…')."
     return (
-        f'Stopped at the gate "{gate.path}": nobody can answer here. Play a tape with a decision (`--tape`), '
-        "or pass `--on-gate approve` if that is what you want."
+        f'Stopped at the gate "{gate.path}": nobody can answer here. Play a tape with a decision (`--tape`), or {else_}'
     )
 
 

@@ -218,6 +218,12 @@ def status_word(state: RunState, step: StepState) -> str:
     return "failed" if kind == "failed" or ended_it else "not decided"
 
 
+def standing(state: RunState, step: StepState) -> str:
+    """The same as what it does: ``is pending``, ``waits for its team``."""
+    word = status_word(state, step)
+    return word if step.status in ("asking", "calling", "retrying", "looping") else f"is {word}"
+
+
 NO_FIELDS = "The edited text is not the JSON of the output any more, so it has no fields."
 """Said beside an edited output that had a structure."""
 

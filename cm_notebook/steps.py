@@ -120,14 +120,14 @@ class StepView:
         """Why there is no result, no gate being open, and what to do about it; true in a cell and in a script."""
         state = self.run._state
         at_work = [f'"{other.id}"' for other in state.running.values() if other.id != step.id]
-        word, then = meaning.STATUS_WORDS[step.status], "When it has one, run this cell again"
+        then = "When it has one, run this cell again"
         if at_work and step.status == "pending":
             why = f"has no result yet: {', '.join(at_work)} {'is' if len(at_work) == 1 else 'are'} running"
             then = "Decide there, then run this cell again"
         elif state.paused and step.status == "pending":
             why, then = "has no result yet: the run is paused", "Go on (`%cm run`), then run this cell again"
         else:
-            why = f"has no result yet: it is {word}"
+            why = f"has no result yet: it {meaning.standing(state, step)}"
         return f'"{step.id}" {why}. {then}; a script waits first: `run.wait()`.'
 
     @property

@@ -185,9 +185,13 @@ def _call(script: str, at: int) -> tuple[Call, int]:
 
 def _options(script: str, at: int, text: str) -> dict[str, Any]:
     given: dict[str, Any] = {}
+    seen = set[str]()
     for option in text.split(","):
         key, _colon, value = (part.strip() for part in option.partition(":"))
         files = tuple(name for part in value.split(";") if (name := part.strip()))
+        if key in seen:
+            raise _wrong(script, at, "each option once, as in input:FILE;FILE")
+        seen.add(key)
         if key == "input" and files:
             given["input_files"] = files
         elif key == "tail" and value.isdecimal() and int(value) > 0:

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from . import events, keys
 from .engines.base import (
     AgentRequest,
@@ -28,7 +30,7 @@ from .engines.base import (
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
 from .events import AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted
 from .tools import shortened
-from .workflow import Module, Step, Verdict, not_json, sound
+from .workflow import Module, Step, Verdict, fitted, not_json, sound, unfenced
 
 YIELD_EVERY = 64
 """After so many pieces of text other turns get their chance."""
@@ -205,6 +207,8 @@ async def take_turn(
         output = sound(done.output) if done.output is not None else None
         if output is not None:
             _check_json("output", output, started)
+        if isinstance(request.agent.output, type) and not done.unsent:
+            output = _held(request.agent.output, text, output, started)
         if verdict is not None and verdict.score is not None:
             _check_json("score", verdict.score, started)
         if turn.used.get("cost_usd") is None and getattr(engine, "free", False):
@@ -269,6 +273,22 @@ def _check_json(what: str, value: Any, started: TurnStarted) -> None:
         raise EngineProtocolError(problem, engine=started.engine, step=started.step)
 
 
+def _held(to: type[BaseModel], text: str, output: Any, started: TurnStarted) -> Any:
+    """The value of an answer, as the agent's class has it: that in its text, else the one given beside it.
+
+    Raises
+    ------
+    EngineProtocolError    Neither fits.
+    """
+    value, wrong = fitted(to, unfenced(text))
+    if wrong is not None and output is not None:
+        value, wrong = fitted(to, json.dumps(output))
+    if wrong is not None:
+        problem = f"{started.step}: the answer does not fit {to.__name__}: {wrong}"
+        raise EngineProtocolError(problem, line=text[:2000], engine=started.engine, step=started.step)
+    return value
+
+
 def _tool_event(started: TurnStarted, told: ToolCalled | ToolReturned) -> AnyEvent:
     """What is kept of it."""
     about = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
@@ -300,10 +320,11 @@ def _tool_line(told: ToolCalled | ToolReturned) -> str:
 def too_late(turn: LiveTurn) -> Ending:
     """The ending of a turn whose time is over."""
     id, limit_s = turn.started.step, turn.step.timeout_s or 0.0
+    whose = turn.started.path.partition("/")[0]  # an agent that another one calls has the time of that step
     more = f"{2.5 * limit_s:g}"
     text = (
         f"{id} did not finish within {limit_s:g} s ({turn.silence()}). "
-        f"Retry, or give it more time: `%cm step {id} --timeout {more}`, in Python timeout_s={more}."
+        f"Retry, or give it more time: `%cm step {whose} --timeout {more}`, in Python timeout_s={more}."
     )
     return failed(turn, EngineTimeout(text), None)
 

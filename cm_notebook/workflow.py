@@ -22,6 +22,7 @@ from pydantic import (
     StrictBool,
     ValidationError,
 )
+from pydantic_core import PydanticSerializationError
 
 from .errors import WorkflowError, by_name, did_you_mean
 from .tools import Tool, as_tool, implementation_of
@@ -158,6 +159,23 @@ def _output_schema(given: Any) -> Any:
     return cast("type[BaseModel]", given).model_json_schema() if isinstance(given, type) else given
 
 
+def fitted(output: type[BaseModel], text: str) -> tuple[Any, str | None]:
+    """The JSON in `text` as JSON-ready data of that class, or what is wrong with it."""
+    try:
+        return output.model_validate_json(text).model_dump(mode="json"), None
+    except ValidationError as error:
+        problems = error.errors(include_url=False)[:5]
+        return None, "; ".join(f"{'.'.join(map(str, each['loc'])) or 'the whole'}: {each['msg']}" for each in problems)
+    except PydanticSerializationError as error:
+        return None, f"it cannot be kept as JSON: {error}"
+
+
+def unfenced(text: str) -> str:
+    """The text without the fence that models like to put around JSON."""
+    text = text.strip()
+    return text.partition("\n")[2].rstrip("`").strip() if text.startswith("```") else text
+
+
 class Agent(Model):
     """Who does the work: an engine's model with a prompt, or a Python function.
 
@@ -175,7 +193,8 @@ class Agent(Model):
     tools
         Functions made with :func:`~cm_notebook.tools.tool` that its model may call; for HTTP engines.
     output
-        A pydantic class that the answer must fit; for HTTP engines. A journal keeps its schema.
+        A pydantic class that the answer must fit, and a person's edit of it. HTTP engines tell their model so; of any
+        other engine, an answer that does not fit fails the turn. A journal keeps its schema.
     """
 
     id: str

@@ -146,6 +146,7 @@ class TurnDone(Plain):
     ``output``: a validated value (JSON-ready) when the agent gave one. ``verdict``: when the agent gave one apart from
     its text; engines whose agents only write leave ``None``, and the run reads a module's text (``Verdict.from_text``).
     ``duration_s``: only when it was not measured now (a tape). ``note``: one line that the view says beside the answer.
+    ``unsent``: nobody was asked, so the text is no answer, and need not fit the agent's ``output``.
     """
 
     text: str
@@ -153,6 +154,7 @@ class TurnDone(Plain):
     verdict: Verdict | None = None
     duration_s: float | None = None
     note: str | None = None
+    unsent: bool = False
 
 
 AgentEvent = Delta | SessionStarted | ToolCalled | ToolReturned | UsageReported | TurnDone

@@ -24,14 +24,12 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticSerializationError
-
 from .. import keys
 from ..config import SETTINGS, setting, shown
 from ..errors import EngineAuthError, EngineError, EngineProtocolError, WorkflowError, did_you_mean
 from ..events import Usage
 from ..tools import Tool, read_arguments, text_of
+from ..workflow import fitted, unfenced
 from .base import AgentEvent, AgentRequest, Delta, ToolCalled, ToolReturned, TurnDone, UsageReported
 from .builtin import built_in
 from .functions import Raised, in_thread
@@ -236,7 +234,8 @@ class ChatEngine(abc.ABC):
                     for call in answer.calls:
                         arguments = call.arguments
                         yield ToolCalled(call.call_id, call.name, call.written if arguments is None else arguments)
-                        returned.append(await _use(call, tools, request))
+                        told = await _use(call, tools, request)
+                        returned.append(replace(told, text=keys.hide(told.text)))  # what the journal shows, no more
                         yield returned[-1]
                     body["messages"] += [answer.message, *self.results(returned)]
                     continue
@@ -245,7 +244,7 @@ class ChatEngine(abc.ABC):
                 if agent.output is None:
                     yield TurnDone(answer.text, note=note)
                     return
-                value, wrong = _fitted(agent.output, answer.text)
+                value, wrong = fitted(agent.output, unfenced(answer.text))
                 if wrong is None:
                     yield TurnDone(answer.text, output=value)
                     return
@@ -253,8 +252,8 @@ class ChatEngine(abc.ABC):
                     problem = f"the answer does not fit {agent.output.__name__}, told so once: {wrong}"
                     raise self._error(problem, EngineProtocolError, line=answer.text[:2000])
                 corrected = True
-                told = f"This does not fit: {wrong}. Answer again, with JSON that fits the schema and nothing else."
-                body["messages"] += [answer.message, {"role": "user", "content": told}]
+                again = f"This does not fit: {wrong}. Answer again, with JSON that fits the schema and nothing else."
+                body["messages"] += [answer.message, {"role": "user", "content": again}]
         raise self._error(f"the model went on calling tools for {MOST_ROUNDS} rounds and did not answer.")
 
     async def _exchange(self, connection: Connection, body: dict[str, Any], reader: Reader) -> AsyncIterator[Delta]:
@@ -414,20 +413,6 @@ async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> 
     except BaseException as error:  # SystemExit too: raised in a task it would end the loop
         raised = error.error if isinstance(error, Raised) else error
         return failed(str(raised) if isinstance(raised, WorkflowError) else f"{type(raised).__name__}: {raised}")
-
-
-def _fitted(output: type[BaseModel], text: str) -> tuple[Any, str | None]:
-    """The answer as JSON-ready data, or what is wrong with it."""
-    text = text.strip()
-    if text.startswith("```"):  # the fence that models like to put around JSON
-        text = text.partition("\n")[2].rstrip("`").strip()
-    try:
-        return output.model_validate_json(text).model_dump(mode="json"), None
-    except ValidationError as error:
-        problems = error.errors(include_url=False)[:5]
-        return None, "; ".join(f"{'.'.join(map(str, each['loc'])) or 'the whole'}: {each['msg']}" for each in problems)
-    except PydanticSerializationError as error:
-        return None, f"it cannot be kept as JSON: {error}"
 
 
 # -- schemas ----------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class OfflineEngine:
         if taped is None:
             text = unsent(request)
             yield Delta(text)
-            yield TurnDone(text, note=note)
+            yield TurnDone(text, note=note, unsent=True)
             return
         if taped.session_id is not None:
             yield SessionStarted(taped.session_id)

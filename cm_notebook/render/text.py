@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import starmap
 from typing import Any, Literal, NamedTuple
 
 from ..events import (
@@ -821,7 +822,12 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
     if isinstance(event, StepChanged):
         return f"{event.step.get('id') or event.step.get('agent')} changed"
     if isinstance(event, WorkflowChanged):
-        return f"the workflow is defined anew: {', '.join(_redefined(event))}"
+        anew, limits = ", ".join(_redefined(event)), ", ".join(starmap(amount, (event.limits or {}).items()))
+        changed = (
+            anew and f"the workflow is defined anew: {anew}",
+            limits and f"{one_line(state.name, 80)} may use {limits} in all from now on",
+        )
+        return "; ".join(filter(None, changed)) or None
     if isinstance(event, StepRemoved):
         return f"{event.step} removed"
     if isinstance(event, StepSkipped):
@@ -911,6 +917,7 @@ def _redefined(event: WorkflowChanged) -> Iterator[str]:
         yield f"at most {event.max_concurrency} at work"
     if event.engine is not None:
         yield f"engine {one_line(event.engine, 80) or 'as configured'}"
+    yield from (f"limit {amount(name, most)}" for name, most in (event.default_limits or {}).items())
 
 
 def gate_step(gate_id: str) -> str:

@@ -295,7 +295,7 @@ def test_unattended_mode_does_not_lift_a_limit() -> None:
     run = start(five(steps="a? -> b? -> c"), max_turns=2)
     gate(run, kind="review")
     run.set_mode("unattended").approve()
-    assert gate(run).kind == "budget"
+    until(lambda: [opened for opened in run.gates if opened.kind == "budget"], "the budget, with b approved before it")
     assert done(run) == "ab"
     run.approve()
     assert run.wait().status == "completed"
@@ -360,6 +360,9 @@ def test_a_limit_that_is_edited_counts_at_once() -> None:
     assert run.workflow.max_turns == 4
     run.go_on(limits={"max_turns": 9})
     assert run.wait().status == "completed"
+    with run.reading() as state:
+        said = [text.event_line(state, event) for event in run.events if event.type == "WorkflowChanged"]
+    assert said == ["cm: the workflow is defined anew: limit 4 turns", "cm: five may use 9 turns in all from now on"]
     assert run.workflow.max_turns == 4, "that is the definition's"
 
 

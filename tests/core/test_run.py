@@ -1399,6 +1399,37 @@ def test_a_policy_answers(policy: Any, status: str, attempts: int) -> None:
 
 
 @pytest.mark.usefixtures("headless")
+@pytest.mark.parametrize("policy", ["approve", lambda gate: "approve"])
+def test_a_policy_for_a_run_that_waits_here_answers_the_gate_that_is_open(policy: Any) -> None:
+    run = start("planner? -> implementer?")
+    with pytest.raises(cm.GatePending):
+        run.wait(10)
+    assert cm.resume(run.id, journal=run._journal, on_gate=policy).wait(10).status == "completed"
+
+
+@pytest.mark.usefixtures("headless")
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_gates_that_nobody_answers_the_other_one_still_ends_the_wait(first: int) -> None:
+    @cm.agent("asks")
+    async def asks(turn: cm.Turn) -> str:
+        return await turn.ask_human("Which?")
+
+    @cm.agent("leads")
+    async def leads(turn: cm.Turn) -> str:
+        return " ".join(result.text for result in await turn.run_agents("asks 'a' & asks 'b'"))
+
+    run = cm.Workflow("w", agents=[asks, leads], steps="leads", sub_agents=["asks"]).start(journal=":memory:")
+    words = "have a function answer: on_gate="
+    with pytest.raises(cm.GatePending, match=words):
+        run.wait(10)
+    paths = ["leads/asks#1", "leads/asks#2"]
+    run.answer("blue", paths.pop(first))
+    with pytest.raises(cm.GatePending, match=f'gate "{paths[0]}"'):
+        run.wait(10)
+    assert run.answer("blue", paths[0]).wait(10)["leads"].text == "blue blue"
+
+
+@pytest.mark.usefixtures("headless")
 def test_rejecting_by_policy_ends() -> None:
     run = start("planner?", on_gate="reject")
     with pytest.raises(cm.GatePending):
@@ -1428,3 +1459,70 @@ def test_current_is_the_last_one() -> None:
     run = start("a")
     assert cm.current() is run
     run.wait(10)
+
+
+# -- answers that must fit a class ------------------------------------------------------------------------------------
+
+
+class Outline(BaseModel):
+    title: str
+    steps: list[str] = []
+
+
+class Answers:
+    """An engine that answers, and gives a value beside the text."""
+
+    name = "answers"
+
+    def __init__(self, said: str, output: Any = None) -> None:
+        self.said = TurnDone(said, output=output)
+
+    async def stream(self, request: AgentRequest) -> Any:
+        yield self.said
+
+
+def planned(engine: Any, steps: str = "planner? -> writer") -> cm.Run:
+    agents = [cm.Agent("planner", "Plan.", output=Outline), cm.Agent("writer", "{{ planner.title }}")]
+    if engine is not None:
+        agents[1] = cm.agent("writer")(lambda turn: turn.outputs["planner"])
+    return cm.Workflow("w", agents=agents, steps=steps).start(engine=engine, journal=":memory:")
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        Answers('{"title": "T"}'),
+        Answers('```json\n{"title": "T"}\n```'),
+        Answers("I call it T.", {"title": "T"}),
+        cm.ScriptedEngine({"planner": '{"title": "T"}'}),
+    ],
+)
+def test_whoever_answers_the_output_is_of_the_agents_class(engine: Any) -> None:
+    run = planned(engine)
+    gate(run)
+    run.approve().wait(20)
+    assert run["planner"].output == {"title": "T", "steps": []}
+
+
+@pytest.mark.parametrize("engine", [Answers("I call it T."), Answers("T", {"title": 3}), Answers('{"title": 3}')])
+def test_whoever_answers_what_does_not_fit_is_no_answer(engine: Any) -> None:
+    run = planned(engine)
+    asked = gate(run)
+    assert asked.kind == "failed"
+    assert "planner: the answer does not fit Outline: " in asked.payload["error"]
+    run.stop()
+
+
+def test_where_no_model_is_called_nothing_has_to_fit() -> None:
+    run = planned(None, "planner")
+    assert "no model was called" in run.wait(20)["planner"].text
+
+
+def test_an_edited_output_fits_the_class_too() -> None:
+    run = planned(Answers('{"title": "T"}'))
+    gate(run)
+    for edited in ('{"title": 3}', "T", '```json\n{"title": "U"}\n```'):
+        with pytest.raises(cm.TransitionError, match="the edited text does not fit Outline: "):
+            run.approve(output=edited)
+    run.approve(output='{"title": "U", "steps": ["a"]}').wait(20)
+    assert run["planner"].output == {"title": "U", "steps": ["a"]}

@@ -52,6 +52,8 @@ def test_files_and_the_last_lines():
         ("a[input:x 'y'", 2, "a ']' that closes this '['"),
         ("a[input:] 'y'", 3, "input:FILE;FILE or tail:LINES"),
         ("a[input:x,tail:no] 'y'", 11, "input:FILE;FILE or tail:LINES"),
+        ("a[input:x,input:z] 'y'", 11, "each option once, as in input:FILE;FILE"),
+        ("a[tail:1, tail:2] 'y'", 10, "each option once, as in input:FILE;FILE"),
     ],
 )
 def test_a_wrong_line_names_the_column(line, column, expected):

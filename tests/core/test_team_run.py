@@ -218,6 +218,26 @@ def test_a_tape_plays_a_member_that_fails_and_is_retried(headless: None, kind: s
     assert run["boss"].text == "Both are done."
 
 
+def test_a_member_that_is_too_late_says_which_step_needs_more_time() -> None:
+    @cm.agent("never")
+    async def never(turn: cm.Turn) -> str:
+        await asyncio.Event().wait()
+        return ""
+
+    @cm.agent("lead")
+    async def lead(turn: cm.Turn) -> str:
+        return " ".join(result.status for result in await turn.run_agents("never 'x'"))
+
+    steps = [cm.step("lead", timeout_s=0.1)]
+    run = cm.Workflow("w", agents=[lead, never], steps=steps, sub_agents=["never"]).start(journal=":memory:")
+    error = gate(run, "never").payload["error"]
+    with pytest.raises(cm.TransitionError, match="'lead' has no open gate: it waits for its team"):
+        run.retry("lead")
+    assert error.startswith("never did not finish within 0.1 s (without any output).")
+    assert "`%cm step lead --timeout 0.25`" in error
+    assert run.skip("never").wait(20)["lead"].text == "skipped"
+
+
 def test_usage_of_members_counts_once_in_the_run_and_is_summed_for_their_caller() -> None:
     used = cm.Usage(input_tokens=10, output_tokens=1)
     call = [{"name": "run_agents", "arguments": {"script": "a 'x' & a 'y'"}}]

@@ -1386,6 +1386,22 @@ def test_a_run_tries_again_what_may_help(monkeypatch):
     assert [event.error.kind for event in failed] == ["EngineRateLimited", "EngineUnavailable"]
 
 
+@both
+def test_no_key_in_what_a_tool_returns_goes_to_a_model(dialect, monkeypatch):
+    @cm.tool
+    def environment() -> str:
+        """The variables of the environment."""
+        return f"OTHER_API_KEY={KEY}"
+
+    monkeypatch.setenv("OPENROUTER_API_KEY", KEY)
+    says = SAYS[dialect]
+    with ModelServer([says(calls=[("c1", "environment", "{}")]), says("Done.")]) as server:
+        start(dialect, server, agent={"tools": [environment]}, mode="always").wait(20)
+    told = json.dumps(messages(server)[-1])
+    assert "OTHER_API_KEY=[key]" in told
+    assert KEY not in told
+
+
 def test_a_tool_and_an_output_do_not_survive_without_their_cell(tmp_path):
     journal = cm.Journal(tmp_path / "journal.db")
     with ModelServer(openai_says(GOOD)) as server:
