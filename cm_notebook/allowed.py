@@ -9,10 +9,8 @@ could have written, allows nothing. A journal in memory keeps its rules in memor
 from __future__ import annotations
 
 import contextlib
-import html
 import json
 import os
-import tempfile
 import time
 import weakref
 from collections.abc import Iterator
@@ -90,7 +88,9 @@ class Permissions(list[Rule]):
         return "\n".join([*lines, "", "To be asked again: %cm permissions revoke NAME"])
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>"
+        from html import escape  # only where somebody looks
+
+        return f"<pre>{escape(repr(self))}</pre>"
 
 
 def permissions(journal: str | os.PathLike[str] | AnyJournal | None = None) -> Permissions:
@@ -164,16 +164,13 @@ def _changing(path: Place) -> Iterator[list[Rule]]:
             rules = _read(path)
             yield rules
             made = _File(always=rules).model_dump(mode="json")
-            number, draft = tempfile.mkstemp(prefix=f".{FILE}-", dir=path.parent)  # for our eyes alone
-            try:
-                with os.fdopen(number, "w", encoding="utf-8") as file:
-                    json.dump(made, file, indent=2, ensure_ascii=False)
-                    file.write("\n")
-                Path(draft).replace(path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    Path(draft).unlink()
-                raise
+            draft = path.with_name(f".{FILE}")  # nobody else writes it: the lock is held
+            draft.unlink(missing_ok=True)
+            number = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with os.fdopen(number, "w", encoding="utf-8") as file:
+                json.dump(made, file, indent=2, ensure_ascii=False)
+                file.write("\n")
+            draft.replace(path)
     except (OSError, Timeout) as error:
         why = getattr(error, "strerror", None) or error
         raise CodeMachineError(f"{path} cannot be written: {why}.") from None

@@ -176,6 +176,10 @@ class Hider:
     def __init__(self) -> None:
         self._held = ""
 
+    def __bool__(self) -> bool:
+        """Whether something still waits."""
+        return bool(self._held)
+
     def __call__(self, piece: str, *, last: bool = False) -> str:
         """What may be shown by now; with `last`, all that is left."""
         if not _known:

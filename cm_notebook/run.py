@@ -1387,10 +1387,11 @@ class Run:
         WorkflowError     A price is not known.
         """
         most = limits.get("max_cost_usd", workflow.max_cost_usd)
+        agents = {agent.id: agent for agent in workflow.agents}
         own = {name: item.max_cost_usd for item in workflow.executable for name in item.agents if item.max_cost_usd}
         called = next(iter(own.values()), None)
         for item in workflow.tasks:
-            engine, agent = self._engine_for(item), workflow.agent(item.agent)
+            engine, agent = self._engine_for(item), agents[item.agent]
             limit = most or own.get(agent.id) or (called if agent.id in workflow.sub_agents else None)
             why = unpriced(engine, item.model or agent.model) if limit is not None else None
             if why is not None:
@@ -1443,8 +1444,10 @@ class Run:
         try:
             engine, request = self._engine_for(turn.step), self._request(turn, prompt, write)
             ending = await take_turn(turn, engine, request, write, think, opened, record)
-            write("", last=True)
-            think("", last=True)
+            if turn.hide:
+                write("", last=True)
+            if turn.hide_thoughts:
+                think("", last=True)
         except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
             ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
             self._propose(lambda: self._turn_ended(turn, ending), wait=False)

@@ -11,7 +11,7 @@ A step goes through these statuses (``running`` to ``finished`` is one *attempt*
     pending ──────► running ──────► finished          waiting: its gate is open
        │ ▲          │  ▲ │  ▲          │              due:     its gate is to be opened
        │ └─looping◄─┤  │ │  └─ready ◄──┤              ready:   goes on, or begins its next attempt
-       ▼            ▼  │ ▼             │              asking:  a question is open while the turn runs
+       ▼            ▼  │ ▼             │              asking:  somebody is asked while the turn runs
     waiting ◄──── due  │ asking,       │              calling: waits for the agents it has called
        └───► ready,    │ calling       │              retrying: begins again by itself, at ``retry_at``
              finished, skipped, looping               looping: will send the run back

@@ -273,20 +273,27 @@ def _tool_event(started: TurnStarted, told: ToolCalled | ToolReturned) -> AnyEve
     """What is kept of it."""
     about = {"step": started.step, "path": started.path, "attempt": started.attempt, "turn": started.turn}
     about |= {"call_id": sound(told.call_id), "name": sound(told.name)}
+    said = shortened(_tool_text(told), LONGEST_KEPT)
     if isinstance(told, ToolReturned):
-        return events.ToolReturned(**about, text=shortened(sound(told.text), LONGEST_KEPT), failed=told.failed)
-    said = told.arguments if isinstance(told.arguments, str) else json.dumps(told.arguments, ensure_ascii=False)
-    return events.ToolCalled(**about, arguments=shortened(sound(said), LONGEST_KEPT))
+        return events.ToolReturned(**about, text=said, failed=told.failed)
+    return events.ToolCalled(**about, arguments=said)
+
+
+def _tool_text(told: ToolCalled | ToolReturned) -> str:
+    """The arguments, or the result; without keys, before it is cut: half of one would not be known again."""
+    if isinstance(told, ToolReturned):
+        said = told.text
+    elif isinstance(told.arguments, str):
+        said = told.arguments
+    else:
+        said = json.dumps(told.arguments, ensure_ascii=False, default=str)
+    return keys.hide(str(sound(said)))
 
 
 def _tool_line(told: ToolCalled | ToolReturned) -> str:
     """What is shown of a tool while the turn runs: a line as a block of code, so that nothing in it is Markdown."""
-    if isinstance(told, ToolCalled):
-        said = told.arguments if isinstance(told.arguments, str) else json.dumps(told.arguments, ensure_ascii=False)
-        line = f"→ {told.name} {said}"
-    else:
-        line = f"{'✗' if told.failed else '←'} {told.text}"
-    line = " ".join(line.split())
+    sign = f"→ {told.name}" if isinstance(told, ToolCalled) else "✗" if told.failed else "←"
+    line = " ".join(f"{sign} {_tool_text(told)[: 20 * LONGEST_LINE]}".split())
     return f"\n\n    {line[:LONGEST_LINE]}{'…' if len(line) > LONGEST_LINE else ''}\n\n"
 
 

@@ -7,6 +7,7 @@ A workflow is a list of steps; each step names the agent that does the work. The
 
 import json
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
@@ -38,6 +39,8 @@ RESERVED = ("previous", "feedback", "loop")
 """Template names with a meaning of their own; no step or input may take them."""
 LIMITS = ("max_cost_usd", "max_tokens", "max_turns")
 """Options that say how much a run, or a step, may use before a person is asked."""
+_limits = operator.attrgetter(*LIMITS)
+_UNLIMITED = (None,) * len(LIMITS)
 
 
 class Model(BaseModel):
@@ -501,7 +504,10 @@ START_OPTIONS = ("engine", "journal", "workspace", "until", "max_concurrency", *
 
 def limits_of(source: Any) -> dict[str, int | float]:
     """The limits that a workflow, a step or a decision names, by option."""
-    return {name: value for name in LIMITS if (value := getattr(source, name)) is not None}
+    values = _limits(source)
+    if values == _UNLIMITED:
+        return {}
+    return {name: value for name, value in zip(LIMITS, values, strict=True) if value is not None}
 
 
 class Workflow(Model):

@@ -7,11 +7,12 @@ for a model: a description, a schema, and what came of it as text. Whatever is w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..errors import EngineError, WorkflowError
 from ..team import ToolCall, checked_calls, told, wrong_arguments
-from ..tools import Tool
+from ..tools import LONGEST_RESULT, Tool, shortened
 from .base import AgentRequest
 
 MOST_CALLED = 100
@@ -49,7 +50,9 @@ async def use(request: AgentRequest, call: ToolCall) -> str:
     if call.name == "ask_human" and request.ask_human is not None:
         return await request.ask_human(str(call.asked))
     if call.name == "run_agents" and request.run_agents is not None:
-        return told(await request.run_agents(call.asked, call.arguments.get("max_concurrency")))
+        results = await request.run_agents(call.asked, call.arguments.get("max_concurrency"))
+        share = LONGEST_RESULT // max(1, len(results))  # so that one who says too much hides no other
+        return told(replace(one, text=shortened(one.text, share)) for one in results)
     raise EngineError(f"{request.step!r} uses {call.name}, but is no part of a run here.", step=request.step)
 
 

@@ -1348,6 +1348,26 @@ def test_what_a_failed_turn_used_counts(dialect):
         assert f"~${run.cost_usd:.3f}" in repr(run._repr_mimebundle_())
 
 
+@both
+def test_a_key_that_a_tool_returns_is_kept_nowhere(dialect, tmp_path):
+    """Not even the half of it that remains where a long text is cut."""
+
+    @cm.tool
+    def leaks() -> str:
+        return "x" * 990 + KEY + "x" * 5_000
+
+    replies = [
+        SAYS[dialect](calls=[("1", "leaks", json.dumps({"key": KEY}))]),
+        SAYS[dialect](calls=[("1", "leaks", "{}")]),
+    ]
+    with ModelServer([*replies, SAYS[dialect]("Done.")]) as server:
+        run = start(dialect, server, mode="always", agent={"tools": [leaks]}, journal=tmp_path / "j.db").wait(20)
+    kept = b"".join(file.read_bytes() for file in tmp_path.iterdir() if file.is_file()).decode("latin-1")
+    for text in (kept, everything(run.events, run.state), run._repr_mimebundle_()["text/html"]):
+        assert KEY[:10] not in text
+    assert "[key]" in run["planner"].attempts[0].tools[0].arguments
+
+
 def test_a_key_that_is_wrong_costs_nothing():
     with ModelServer(error(401, complaint("authentication_error"))) as server:
         run = start("openai", server, mode="always")

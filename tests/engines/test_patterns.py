@@ -180,6 +180,26 @@ def test_a_team_works_side_by_side(dialect):
     assert whole == cm.Usage(input_tokens=600, output_tokens=120)
 
 
+def test_a_member_that_says_too_much_hides_no_other():
+    @cm.agent("printer")
+    def printer(turn: cm.Turn) -> str:
+        return "x" * 50_000_000
+
+    line = "a 'x' & printer 'y' & b 'z'"
+    model = Model("openai", boss=[SAYS["openai"](calls=[call("run_agents", script=line)])])
+    workflow = cm.Workflow(
+        "w", agents=[*agents("boss", "a", "b"), printer], steps="boss", sub_agents=["a", "b", "printer"]
+    )
+    with ModelServer(model) as server:
+        run = workflow.start(engine=engine("openai", server), journal=":memory:").wait(60)
+        (said,) = told(server.asked[-1])
+    assert len(run["boss/printer#1"].text) == 50_000_000
+    assert len(said) < 100_000
+    assert said.startswith("## a\n\na 1\n\n## printer\n\nxxx")
+    assert "characters are left out" in said
+    assert said.endswith("## b\n\nb 1")
+
+
 @both
 def test_a_tool_that_never_ends_is_ended_by_the_steps_time(dialect):
     let_go = threading.Event()
