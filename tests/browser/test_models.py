@@ -135,7 +135,7 @@ def test_the_five_patterns(open_notebook, picture, dialect):
         # none is decided by a person, but a limit is reached
         nb.run_cell(3)
         nb.wait_text(3, "limit reached after thrifty")
-        picture(nb, f"models-{dialect}-budget")
+        picture(nb, f"models-{dialect}-budget", 3)
         assert not sent("second")
         nb.output(3).get_by_role("button", name=re.compile(r"^Continue with \+")).click()
         nb.wait_text(3, "Finished: 2 of 2 done.")
@@ -151,7 +151,7 @@ def test_the_five_patterns(open_notebook, picture, dialect):
         nb.run_cell(6)
         nb.wait_text(6, "no such thing")
         nb.wait_text(6, "one.txt")
-        picture(nb, f"models-{dialect}-team")
+        picture(nb, f"models-{dialect}-team", 6)
         nb.click("button", "Retry this one", cell=6)
         nb.click("button", "Allow once", cell=6)
         nb.wait_text(6, "two.txt")
