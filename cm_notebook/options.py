@@ -354,11 +354,15 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "graph",
-            "Draw the steps and where they stand.",
-            "workflow.graph(…)",
+            "Draw the steps and where they stand, or when each ran.",
+            "run.graph(…)",
             (),
-            (Option("format", "as what", "choice", choices=("svg", "mermaid", "text")), OUT),
-            examples=("%cm graph --format mermaid",),
+            (
+                Option("format", "as what", "choice", choices=("svg", "mermaid", "text")),
+                Option("timeline", "when each attempt ran, and who was waited for", "switch"),
+                OUT,
+            ),
+            examples=("%cm graph --format mermaid", "%cm graph --timeline"),
         ),
         Command(
             "status", "One table: states, times, tokens, cost.", "run.state", options=(OUT,), examples=("%cm status",)

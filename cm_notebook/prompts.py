@@ -7,7 +7,6 @@ is already in the journal is never stored again. Values are never expanded a sec
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -199,6 +198,8 @@ def check_read(workflow: Workflow, given: Iterable[str], declared: Iterable[str]
     given = list(given)
     if not given:
         return
+    import difflib
+
     named = {
         hole.name
         for item in workflow.tasks

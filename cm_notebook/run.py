@@ -1672,10 +1672,16 @@ class Run:
         with self.reading() as state:
             return {"text/plain": text.run_text(state), "text/html": html.run_html(state)}
 
-    def graph(self, format: Literal["svg", "mermaid", "text"] = "svg") -> str:
-        """A picture of the steps and where they stand."""
-        from .render import svg
+    def graph(self, format: Literal["svg", "mermaid", "text"] = "svg", timeline: bool = False) -> str:
+        """A picture of the steps and where they stand; with `timeline`, of when each ran and who was waited for.
 
+        Of a run from a tape the timeline has the recorded times, so it is the same each time.
+        """
+        from .render import svg
+        from .render import timeline as when
+
+        if timeline:
+            return when.draw(self.events, format, None if self.state.ended is not None else time.time())
         with self.reading() as state:
             return svg.graph(state, format)
 

@@ -429,6 +429,8 @@ class StepState(Plain):
     request: tuple[Part, ...] = ()
     """What it was asked, after its agent's own prompt."""
     tail: int | None = None
+    group: tuple[int, int, int] = (1, 1, 1)
+    """By which call of its caller it was called, in which group of that, and of how many."""
     before: Ref | None = None
     """What the same member of a parallel step had answered, when that was rejected."""
     place: Literal["", "wants", "queued", "held"] = ""
@@ -2182,7 +2184,7 @@ def _agents_called(state: RunState, event: AgentsCalled) -> None:
     tasks = {agent: _task(caller.step, agent) for agent in {one.agent for group in event.groups for one in group}}
     mine = {member.path for member in last.members} if known else set[str]()
     groups: list[list[StepState]] = []
-    for group in event.groups:
+    for number, group in enumerate(event.groups, 1):
         groups.append([])
         for one in group:
             member = known.get(one.path)
@@ -2195,6 +2197,7 @@ def _agents_called(state: RunState, event: AgentsCalled) -> None:
                 if member.path not in mine:
                     last.members.append(member)
             member.tail, member.index = one.tail, caller.index
+            member.group = (event.call, number, len(event.groups))
             groups[-1].append(member)
     caller.team += tuple(member for group in groups for member in group)
     if caller.caller:

@@ -177,13 +177,14 @@ class Connection:
         """The error for what the service says, by its status or its own name for the error; redacted."""
         message, kind, status = complaint
         said = message.strip() or (f"HTTP status {status}" if status else kind or "no reason was given")
+        sentence = said if said.endswith((".", "!", "?")) else f"{said}."  # where one of ours follows
         tell = functools.partial(self._error, retry_after_s=retry_after_s)
         if kind in _NO_MONEY or status == 402:
             return tell(EngineError, f"the account at {self._where} has no credit left: {said}")
         if status == 401 or kind in ("authentication_error", "invalid_api_key"):
             where = keys.source(self._engine) or keys.variable(self._engine)
             hint = f"Check the key ({where}), or put in another: `%cm keys set {self._engine}`."
-            return tell(EngineAuthError, f"{self._where} does not accept the key: {said} {hint}")
+            return tell(EngineAuthError, f"{self._where} does not accept the key: {sentence} {hint}")
         if status == 403 or kind == "permission_error":
             return tell(EngineAuthError, f"{self._where} does not permit this: {said}")
         if status == 429 or kind.startswith("rate_limit"):
@@ -194,7 +195,7 @@ class Connection:
             return tell(EngineNotFound, f"{self._where} does not know this model or address: {said}")
         if kind == "context_length_exceeded" or status == 413 or _TOO_LONG.search(said):
             hint = "Shorten it, or give the step less context=…."
-            return tell(EngineError, f"the prompt is too long for the model: {said} {hint}")
+            return tell(EngineError, f"the prompt is too long for the model: {sentence} {hint}")
         return tell(EngineError, f"{self._where} refused the request: {said}")
 
     def unreadable(self, what: str, line: str) -> EngineProtocolError:

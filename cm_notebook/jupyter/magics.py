@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from .. import workflow as define
 from ..allowed import Permissions, permissions
 from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
 from ..events import EDITABLE, Decision, Ref
-from ..render import diff, html, svg, text
+from ..render import diff, html, svg, text, timeline
 from ..run import Run, check_options
 from ..run import runs as all_runs
 from ..state import RunState
@@ -341,6 +342,15 @@ class CMMagics(Magics):
 
     def _graph(self, values: Values, body: str | None) -> Text:
         kind = values.get("format", "svg")
+        if values.get("timeline"):
+            run = self._notebook.current()
+            drawn = Text(run.graph(kind, timeline=True))
+            if kind == "svg":
+                now = None if run.state.ended is not None else time.time()
+                self._display(run.graph("text", timeline=True), timeline.img(run.events, now))
+            else:
+                print(drawn)
+            return drawn
         state = self._state()
         if state is None:
             raise TransitionError("there is nothing to draw yet. Begin with `%cm workflow NAME`.")

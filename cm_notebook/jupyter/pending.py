@@ -98,9 +98,16 @@ class Bar(view.Display):
         """No step is shown here."""
         return False
 
+    def _page(self, state: RunState) -> dict[str, Any]:
+        return view.page_record(state, [])
+
+    def _lanes(self, state: RunState, now: float) -> dict[str, dict[str, Any]]:
+        return {}
+
     def _traits(self, state: RunState, now: float) -> dict[str, Any]:
         gates = self.wait.gates(state)
-        head = view.head_record(state, [one.step for one in gates], now)
+        steps = list(dict.fromkeys(one.path.partition("/")[0] for one in gates))
+        head = {**view.head_record(state, steps, now), "tray": ""}
         if not gates:
             head["place"] = html.inline(self.wait.words(state))
         return {"head": head, "graph": "", "cards": [], "gates": [view.gate_record(state, one) for one in gates]}

@@ -1,20 +1,20 @@
 // The run's view in the page: shows what the kernel says, tells it what a person did, decides nothing. The messages
-// stand in view.py. HTML comes from Python, which made it safe; what is being written becomes text nodes. "connecting"
-// (the snapshot is seen) until the kernel answered `hello`, then "live"; "silent": not in 5 s; "gone": there is none.
+// stand in view.py, and what can be said in Python comes from there as HTML, made safe; what is being written becomes
+// text nodes. "connecting" (the snapshot is seen) until the kernel answered `hello`, then "live"; "silent": not in 5 s;
+// "gone": there is none.
 
 const SILENT_MS = 5000;
 const DEAD_MS = 500; // a new bar takes no click meant for what stood there before
 const PIECE = 4000; // characters of growing text laid out anew each time
 const KEPT = 8; // such pieces that stay of an endless text
-const TABS = { output: "Output", diff: "Diff", prompt: "Prompt", log: "Log" };
+const HUSH_MS = 2000; // between two things said aloud
+const CALM = matchMedia("(prefers-reduced-motion: reduce)");
 
 const unique = () => `cm${Math.random().toString(36).slice(2)}`;
 
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value !== null && value !== undefined) node.setAttribute(name, value);
-  }
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);
   return node;
 }
@@ -22,22 +22,15 @@ function make(tag, attributes = {}, ...children) {
 // What has the focus inside of a node.
 const focused = node => node.contains(document.activeElement) && document.activeElement;
 const STAY = { preventScroll: true };
+const unfold = node => { for (; node; node = node.parentElement) if (node.tagName === "DETAILS") node.open = true; };
 
 // Only what a person did counts.
 const byHand = handler => event => { if (event.isTrusted) handler(event); };
-// Switched off by ARIA alone: a disabled one loses the focus, and keys go to the notebook.
-const button = (text, attributes, handler) => {
-  const node = make("button", { type: "button", ...attributes }, text);
-  node.onclick = byHand(() => { if (node.ariaDisabled !== "true") handler(); });
-  return node;
-};
-const keycap = key => make("kbd", { "aria-hidden": true }, key);
 const put = (node, html) => { if (node.cmHtml !== html) { node.cmHtml = html; node.innerHTML = html; } };
 
 // A text while it is written: formatted blocks, then growing plain pieces.
 class Text {
   constructor() { this.node = make("div", {}, this.blocks = make("div"), this.rest = make("div")); }
-  all(html, rest) { this.blocks.innerHTML = html; this.plain(rest); }
   block(html, rest) { this.blocks.insertAdjacentHTML("beforeend", html); this.plain(rest); }
   plain(rest) { this.rest.replaceChildren(); this.left = this.piece = null; if (rest) this.add(rest); }
   add(text) {
@@ -63,72 +56,79 @@ class Text {
 
 class Card {
   constructor(view, key) {
-    this.view = view; this.key = key; this.record = {}; this.tab = "output"; this.attempt = 0; this.shown = null;
-    this.node = make("li", { class: "cm-card" });
-    this.flat = make("div");
-    this.summary = make("summary");
-    this.summary.onclick = byHand(() => { this.touched = true; });
-    this.tools = make("div", { class: "cm-tools" });
+    Object.assign(this, { view, key, record: {}, tab: "output", attempt: 0, follow: true });
     const body = this.body = make("div", { class: "cm-body", id: unique(), tabindex: 0 });
     body.onscroll = () => { this.follow = body.scrollHeight - body.scrollTop - body.clientHeight < 40; };
-    this.details = make("details", {}, this.summary, this.tools, body);
+    this.summary = make("summary");
+    this.summary.onclick = byHand(() => { this.touched = true; });
+    this.details = make("details", {}, this.summary, this.tools = make("div", { class: "cm-tools" }), body);
     this.details.ontoggle = () => this.fill();
-    this.follow = true;
+    this.tail = make("div", { class: "cm-tail cm-small" });
+    this.node = make("li", {}, this.flat = make("div"), this.lanes = make("ol"), this.slot = make("div"));
+    this.node.card = this;
   }
 
   update(record) {
-    const before = this.record;
-    this.record = record;
-    if (record.caption !== undefined) { this.node.className = "cm-small cm-caption"; this.node.textContent = record.caption || "—"; return; }
+    const before = this.record, { lane, body, caption, columns } = this.record = record;
+    this.node.className = caption !== undefined ? "cm-small cm-caption" : lane ? "cm-card cm-lane" : "cm-card";
+    if (caption !== undefined) { this.node.textContent = caption || "—"; return; }
+    this.node.classList.toggle("cm-on", record.writing > 0 && !record.lanes);
     this.node.style.borderLeft = `3px ${record.stale ? "dashed" : "solid"} ${record.colour}`;
     if (record.step) this.node.dataset.step = record.step;
-    const main = record.body ? this.details : this.flat;
-    if (this.node.firstChild !== main) this.node.replaceChildren(main);
+    const main = body ? this.details : this.flat;
+    if (this.node.firstChild !== main) this.node.firstChild.replaceWith(main);
+    if (lane) main.after(this.tail); else if (body) this.details.append(this.lanes); // what a step has called folds with it
+    this.lanes.className = columns > 1 ? "cm-lanes cm-beside" : "cm-lanes";
+    this.lanes.hidden = !record.lanes?.length;
     this.line(record.summary);
-    if (record.last !== before.last) { this.attempt = 0; this.tab = "output"; this.touched = false; this.follow = true; }
-    if (record.open !== before.open && !this.touched) this.details.open = record.open;
-    const drawn = JSON.stringify([record.attempts, record.again]);
-    if (drawn !== this.drawn) { this.drawn = drawn; this.drawTools(); }
+    this.last(record.tail);
+    if (record.last !== before.last) Object.assign(this, { attempt: 0, tab: "output", touched: false, follow: true });
+    if (record.open !== before.open && !this.touched && (record.open || !this.read)) this.details.open = record.open;
+    const at = focused(this.tools)?.dataset;
+    put(this.tools, record.tools ?? "");
+    this.mark();
+    if (at && !focused(this.tools)) this.beside(0, at.tab ? "tab" : "attempt")?.focus();
     this.fill();
   }
 
+  // Whether somebody reads it just now: it is not taken away then.
+  get read() {
+    const chosen = getSelection(), { node } = this;
+    if (node.parentElement?.closest("li")?.card.late) return true;
+    return this.details.open && Boolean(this.touched || focused(node) || node.matches(":hover") || (!chosen.isCollapsed && node.contains(chosen.anchorNode)));
+  }
+
+  last(words = "") { if (this.tail.textContent !== words) this.tail.textContent = words; }
   line(html) { put(this.record.body ? this.summary : this.flat, html); }
   get number() { return this.attempt || this.record.last; }
 
-  drawTools() {
-    const { attempts, step, again } = this.record, at = focused(this.tools)?.dataset?.tab;
-    this.tools.replaceChildren();
-    if (!attempts) return;
-    this.body.role = "tabpanel";
-    this.body.ariaLabel = `${step}, attempt ${this.number}: ${TABS[this.tab]}`;
-    if (attempts.length > 1) {
-      const items = attempts.map(one => [one.number, `${one.number} ${one.word}`, one.hint]);
-      this.tools.append("Attempt", this.tabs("attempt", `Attempts of ${step}`, items, this.number));
+  get tabs() { return [...this.tools.querySelectorAll("[role=tab]")]; }
+  // What the tab that is chosen stands for: an attempt, or what to show of it.
+  chosen({ dataset: { tab, attempt } }) { return tab ? tab === this.tab : Number(attempt) === this.number; }
+
+  // Tab reaches the chosen ones, the arrow keys the others.
+  mark() {
+    for (const tab of this.tabs) {
+      tab.ariaSelected = this.chosen(tab); tab.tabIndex = this.chosen(tab) ? 0 : -1;
+      tab.setAttribute("aria-controls", this.body.id);
     }
-    const kinds = Object.entries(TABS).filter(([kind]) => kind === "output" || attempts.length > (kind === "diff"));
-    if (kinds.length > 1) this.tools.append(this.tabs("tab", `What to show of ${step}`, kinds, this.tab));
-    if (at) this.tools.querySelector(`[data-tab=${at}][tabindex="0"]`)?.focus();
-    if (again) this.tools.append(button("Run from here", { title: `%cm run --from ${step}` }, () => this.view.tell({ do: "rerun", step })));
+    if (this.tabs.length) { this.body.role = "tabpanel"; this.body.ariaLabel = `${this.key}, attempt ${this.number}: ${this.tab}`; }
   }
 
-  // Tab reaches the chosen one, the arrow keys the others.
-  tabs(what, label, items, chosen) {
-    const row = make("div", { class: "cm-tabs", role: "tablist", "aria-label": label });
-    for (const [key, text, hint] of items) {
-      const on = key === chosen;
-      row.append(button(text, { role: "tab", "aria-selected": on, "aria-controls": this.body.id, tabindex: on ? 0 : -1, title: hint, "data-tab": what }, () => this.pick(what, key)));
-    }
-    row.onkeydown = ({ key, target }) => {
-      const by = { ArrowRight: 1, ArrowLeft: -1 }[key], at = [...row.children].indexOf(target);
-      if (by) this.pick(what, items[(at + by + items.length) % items.length][0]);
-    };
-    return row;
-  }
-
-  pick(what, key) {
-    this.details.open = true; this[what] = key; this.shown = null; this.follow = true;
-    this.drawTools();
+  pick(chosen, focus) {
+    if (!chosen) return;
+    const { tab, attempt } = chosen.dataset;
+    this.details.open = true; this.shown = null; this.follow = true;
+    if (tab) this.tab = tab; else this.attempt = Number(attempt);
+    this.mark();
+    if (focus) chosen.focus();
     this.fill();
+  }
+
+  // The tab so many beside the chosen one in the row of `tab`.
+  beside(by, name, around) {
+    const row = this.tabs.filter(one => one.dataset[name]), to = row.findIndex(one => this.chosen(one)) + by;
+    return row[around ? (to + row.length) % row.length : to];
   }
 
   // Changes the body; a focus inside stays there.
@@ -140,9 +140,10 @@ class Card {
 
   // Shows what belongs in the body, or asks for it.
   fill() {
-    const { record } = this;
-    if (!this.details.open || !record.body || !this.view.live) return;
-    const text = this.view.texts.get(this.key);
+    const { record, view, key } = this, on = Boolean(this.details.open && record.body && view.live);
+    if (record.lane && on !== Boolean(this.seen)) { this.seen = on; if (view.live) view.tell({ see: key, on }); }
+    if (!on) return;
+    const text = view.texts.get(key);
     if (text && this.tab === "output" && this.number === record.writing) {
       if (this.body.firstChild !== text.node) this.show(() => this.body.replaceChildren(text.node));
       this.shown = null;
@@ -151,8 +152,7 @@ class Card {
     const wanted = `${this.tab} ${this.number} ${record.rev}`;
     if (wanted === this.shown) return;
     this.shown = wanted;
-    const ask = record.steps ? { want: this.key, tab: "group", steps: record.steps } : { want: this.key, attempt: this.number, tab: this.tab };
-    this.view.ask(ask, answer => { if (this.shown === wanted) { this.show(() => { this.body.innerHTML = answer.html; }); this.stick(); } });
+    view.ask({ want: key, attempt: this.number, tab: this.tab, ...record.want }, answer => { if (this.shown === wanted) { this.show(() => { this.body.innerHTML = answer.html; }); this.stick(); } });
   }
 
   stick() { if (this.follow && this.record.writing > 0) this.body.scrollTop = this.body.scrollHeight; }
@@ -160,7 +160,7 @@ class Card {
 
 class Bar {
   constructor(view, record) {
-    this.view = view; this.record = record; this.busy = false; this.young = true;
+    Object.assign(this, { view, record, busy: false, young: true });
     const id = unique();
     this.node = make("div", { class: "cm-bar", role: "group", tabindex: -1, "aria-labelledby": id }, this.words = make("div", { id }),
       this.buttons = make("div", { class: "cm-buttons" }), this.more = make("div", { class: "cm-ask", hidden: "" }), this.error = make("div", { class: "cm-note", hidden: "" }));
@@ -176,23 +176,20 @@ class Bar {
     this.drawn = drawn;
     this.record = record;
     put(this.words, record.words);
-    const code = make("code"), same = make("span", { class: "cm-small" }, "Same as running ", code);
-    const say = one => { code.textContent = one.magic; }, at = [...this.buttons.children].indexOf(document.activeElement);
-    this.buttons.replaceChildren(...record.buttons.map((one, index) => {
-      const look = index === 0 && !one.ask ? "cm-go" : one.action === "reject" ? "cm-no" : "";
-      const key = this.view.head.shortcuts ? one.key : null;
-      const node = button(one.text, { class: look, "aria-keyshortcuts": key }, () => this.press(one));
-      if (key) node.append(keycap(key));
-      node.onmouseenter = node.onfocus = () => say(one);
-      return node;
-    }), same);
-    say(record.buttons[0]);
+    const at = [...this.buttons.children].indexOf(document.activeElement);
+    put(this.buttons, record.html);
+    const code = this.buttons.querySelector("code");
+    for (const [index, node] of this.buttons.querySelectorAll("button").entries()) {
+      node.onclick = byHand(() => this.press(record.buttons[index]));
+      node.onmouseenter = node.onfocus = () => { code.textContent = record.buttons[index].magic; };
+    }
     this.buttons.children[at]?.focus();
     this.enable();
   }
 
   get asks() { return this.view.live && !this.busy; }
   get ready() { return this.asks && !this.young; }
+  // By ARIA alone: a button that is disabled loses the focus, and keys go to the notebook.
   enable() {
     this.node.classList.toggle("cm-busy", this.busy);
     for (const node of this.node.querySelectorAll("button")) node.ariaDisabled = !this.ready;
@@ -206,22 +203,16 @@ class Bar {
   // Asks for words, an edited text, or whether it is meant.
   open(one, focus = true) {
     this.opened = one;
-    const back = button("Back", {}, () => this.close());
-    const send = button(one.send, { class: one.sure || one.action === "reject" ? "cm-no" : "cm-go" }, () => this.send(one));
-    if (one.ask && this.view.head.shortcuts) send.append(keycap("Ctrl+↵"));
-    this.field = null;
-    this.more.replaceChildren();
-    if (one.ask) {
-      const id = unique();
-      this.field = make("textarea", { id, rows: 3, class: one.ask === "feedback" ? "" : "cm-text" });
-      this.more.append(make("label", { for: id }, one.label), this.field);
-      if (one.ask !== "feedback") {
-        this.field.disabled = true; // until the text is there
-        this.view.ask({ want: this.record.path, attempt: this.record.attempt, tab: `edit-${one.ask}` }, answer => {
-          this.field.value = answer.text; this.field.disabled = false; if (focus) this.field.focus(); });
-      }
-    } else this.more.append(make("div", {}, one.sure));
-    this.more.append(make("div", { class: "cm-buttons" }, send, ...(one.at_once ? [] : [back])));
+    this.more.innerHTML = one.form;
+    this.field = this.more.querySelector("textarea");
+    const [send, back] = this.more.querySelectorAll("button");
+    send.onclick = byHand(() => this.send(one));
+    if (back) back.onclick = byHand(() => this.close());
+    if (one.text_of) {
+      this.field.disabled = true; // until the text is there
+      this.view.ask({ want: this.record.path, attempt: this.record.attempt, tab: one.text_of }, answer => {
+        this.field.value = answer.text; this.field.disabled = false; if (focus) this.field.focus(); });
+    }
     this.more.hidden = false;
     this.buttons.hidden = Boolean(one.at_once || one.sure);
     this.say("");
@@ -256,18 +247,21 @@ class Bar {
     setTimeout(() => { if (this.busy && this.node.isConnected && this.view.live) this.say("Sent. The kernel is busy; it answers when it can."); }, 1500);
   }
 
+  go() {
+    unfold(this.node);
+    (this.opened ? this.field ?? this.node : this.buttons.firstChild).focus();
+  }
+
   refused(words) { this.busy = false; this.say(words); this.enable(); }
   say(words) { this.view.say(this.error, words); }
 }
 
 class View {
   constructor(model, host) {
-    this.model = model; this.page = unique(); this.state = "connecting"; this.number = null; this.sent = 0;
-    this.cards = new Map(); this.bars = new Map(); this.texts = new Map(); this.asked = new Map();
-    this.head = model.get("head");
-    this.style = make("style");
+    Object.assign(this, { model, id: unique(), state: "connecting", number: null, sent: 0, skew: 0, page: model.get("page"), head: model.get("head") });
+    for (const name of ["cards", "bars", "texts", "asked", "records"]) this[name] = new Map();
     this.build();
-    host.append(this.style, this.root);
+    host.append(this.style = make("style"), this.root);
     this.handlers = { "msg:custom": message => this.told(message), comm_live_update: () => { if (!model.comm_live) this.lose("gone"); } };
     for (const name of ["head", "graph", "cards", "gates", "final"]) this.handlers[`change:${name}`] = () => this.soon();
     for (const [name, handler] of Object.entries(this.handlers)) model.on(name, handler);
@@ -275,7 +269,7 @@ class View {
   }
 
   close() {
-    clearTimeout(this.timer);
+    for (const timer of [this.timer, this.ticker, this.hush]) clearTimeout(timer);
     for (const [name, handler] of Object.entries(this.handlers)) this.model.off(name, handler);
   }
 
@@ -284,7 +278,7 @@ class View {
   // -- to and from the kernel
 
   tell(message) {
-    try { this.model.send({ page: this.page, seq: ++this.sent, ...message }); } catch { this.lose("gone"); }
+    try { this.model.send({ page: this.id, seq: ++this.sent, ...message }); } catch { this.lose("gone"); }
   }
 
   ask(question, answer) { this.asked.set(this.sent + 1, answer); this.tell({ ...question, ticket: this.sent + 1 }); }
@@ -297,7 +291,7 @@ class View {
   }
 
   told(message) {
-    const { kind, number, text, ticket } = message, mine = message.page === this.page;
+    const { kind, number, text, ticket } = message, mine = message.page === this.id;
     if (kind === "all") { if (mine) this.begin(message); return; }
     if (this.number === null) return; // what comes now is in the answer to hello
     if (number !== this.number + (kind === "mark" ? 0 : 1)) { if (number > this.number) this.hello(); return; }
@@ -307,12 +301,13 @@ class View {
     if (kind === "said" && mine) { const bar = this.bars.get(message.gate); if (bar) bar.refused(text); else this.note(text); }
   }
 
-  begin({ number, texts }) {
+  begin({ number, texts, lanes, now }) {
     clearTimeout(this.timer);
-    this.number = number; this.state = "live";
-    this.asked.clear(); this.texts.clear();
-    for (const [path, [html, rest]] of Object.entries(texts)) { const text = new Text(); text.all(html, rest); this.texts.set(path, text); }
-    for (const card of this.cards.values()) card.shown = null;
+    this.number = number; this.state = "live"; this.skew = now - Date.now() / 1000;
+    for (const things of [this.asked, this.texts, this.records]) things.clear();
+    for (const lane of lanes) this.records.set(lane.key, lane);
+    for (const [path, [html, rest]] of Object.entries(texts)) { const text = new Text(); text.block(html, rest); this.texts.set(path, text); }
+    for (const card of this.cards.values()) card.shown = card.seen = null;
     const place = `[data-cm-static="${this.model.get("place")}"]`;
     this.style.textContent = `${place},.jp-OutputArea-child:has(${place}){display:none!important}`;
     this.note("");
@@ -320,9 +315,11 @@ class View {
   }
 
   piece(kind, path, one, two) {
-    if (kind === "words" || kind === "said") { put(this[kind], one); return; }
+    if (kind === "words" || kind === "said") { if (this[kind]) put(this[kind], one); return; }
+    if (kind === "lane") { this.records.set(path, one); this.soon(); return; }
     const card = this.cards.get(path);
     if (kind === "line") { card?.line(one); return; }
+    if (kind === "tail") { this.records.get(path).tail = one; card?.last(one); return; }
     let text = this.texts.get(path);
     if (kind === "start" || !text) { this.texts.set(path, text = new Text()); card?.fill(); }
     if (kind === "delta") text.add(one);
@@ -336,7 +333,7 @@ class View {
     this.number = null; this.state = state;
     if (!this.drawn) this.style.textContent = ""; // the snapshot has all there is to see
     this.root.hidden = false;
-    this.note(this.head.words_for[state]);
+    this.note(this.page.words_for[state]);
     this.enable();
   }
 
@@ -349,25 +346,21 @@ class View {
   // -- showing
 
   build() {
-    const part = (name, className, tag = "div") => this[name] = make(tag, { class: className });
-    this.stop = button("Stop", {}, () => this.tell({ do: "stop" }));
-    this.goOn = button("Go on", {}, () => this.tell({ do: "unpause" }));
-    this.modeButton = button("", { "aria-haspopup": "menu", "aria-expanded": false }, () => this.openMenu(this.menu.hidden));
-    this.menu = make("div", { class: "cm-menu", role: "menu", "aria-label": "Mode", hidden: "" });
-    this.modes = make("span", { class: "cm-end" }, this.modeButton, this.menu);
-    this.status = make("div", { class: "cm-status", role: "status", "aria-live": "polite" });
-    this.inside = make("div", { hidden: "" }, part("top", "cm-head"), part("source", "cm-small"), part("sure", "cm-ask"), part("graph", "cm-graph"),
-      part("list", "cm-list", "ol"), part("gates"), part("said", "cm-said cm-small"), part("foot", "cm-head cm-small"));
-    this.root = make("section", { class: "cm-run", role: "region", tabindex: -1, hidden: "", style: this.head.frame, "aria-label": this.head.label, "data-lm-suppress-shortcuts": "true" },
-      this.inside, part("error", "cm-note"), part("help", "cm-help"), this.status);
-    this.sure.hidden = this.error.hidden = this.help.hidden = true;
-    put(this.help, this.head.help);
-    this.top.append(part("title", "cm-name", "span"), part("pill", null, "span"), part("words", null, "span"), this.modes);
-    this.pill.after(this.stop, this.goOn);
-    if (this.head.place) this.foot.append(part("placed", null, "span"), this.stop, this.goOn, this.modes);
-    this.top.hidden = Boolean(this.placed); this.foot.hidden = !this.placed;
+    this.root = document.createRange().createContextualFragment(this.page.html).firstChild;
+    for (const node of this.root.querySelectorAll("[data-part]")) this[node.dataset.part] = node;
     this.root.onkeydown = event => this.key(event);
-    this.graph.onclick = byHand(event => this.visit(event.target.closest("[data-step]")));
+    this.root.onclick = byHand(({ target }) => {
+      const at = target.closest("[data-do],[data-gate],[role=tab],svg [data-step]"), { do: what, gate, mode, step } = at?.dataset ?? {};
+      if (gate) this.bars.get(gate)?.go();
+      else if (at?.role === "tab") at.closest("li").card.pick(at);
+      else if (!what) this.visit(at);
+      else if (this.live && typeof this[what] === "function") this[what]();
+      else if (this.live) {
+        if (mode || what === "pause") this.back();
+        this.tell({ do: what, mode, step });
+      }
+    });
+    this.menu.onfocusout = event => { if (!this.modes.contains(event.relatedTarget)) this.showMenu(false); };
   }
 
   // Several traits change at once; they are drawn together.
@@ -385,85 +378,95 @@ class View {
     this.inside.hidden = false; this.root.hidden = Boolean(final);
     // Over, and the saved view cannot take the widget's place here.
     if (final) { this.end ??= make("div"); put(this.end, final); this.root.after(this.end); } else this.end?.remove();
-    for (const name of ["title", "pill", "words", "source", "said"]) put(this[name], head[name]);
-    if (this.placed) put(this.placed, head.place);
-    this.stop.hidden = head.stops; this.goOn.hidden = !head.paused; this.modes.hidden = head.locked;
+    for (const name of ["title", "pill", "words", "source", "said", "place", "tray", "menu"]) if (this[name]) put(this[name], head[name]);
+    this.goOn.hidden = !head.paused; this.modes.hidden = head.locked;
     this.modeButton.textContent = `mode: ${head.mode} ▾`;
     const node = focused(this.graph)?.dataset?.step;
     put(this.graph, model.get("graph"));
     if (node) this.graph.querySelector(`[data-step="${CSS.escape(node)}"]`)?.focus(STAY);
-    this.match(this.cards, this.list, model.get("cards"), "key", record => new Card(this, record.key));
-    this.match(this.bars, this.gates, model.get("gates"), "id", record => { this.note(""); return new Bar(this, record); });
-    this.source.hidden = !head.source || this.top.hidden;
-    this.said.hidden = this.bars.size > 0 || this.top.hidden;
+    const cards = model.get("cards"), gates = model.get("gates"), places = new Map([[this.gates, []]]);
+    this.sweep(this.cards, this.keys(cards));
+    this.arrange(cards, this.list);
+    this.sweep(this.bars, gates.map(gate => gate.id));
+    for (const gate of gates) {
+      const card = this.cards.get(gate.path), place = card?.record.lane ? card.slot : this.gates;
+      places.set(place, [...places.get(place) ?? [], gate]);
+    }
+    for (const [place, records] of places) this.match(this.bars, place, records, "id", record => { this.note(""); return new Bar(this, record); });
+    this.tick();
     this.enable();
     this.speak(head.spoken);
     // What is gone or hidden must not give the keys away.
     if (before && !focused(this.root)?.getClientRects?.().length) this.root.focus(STAY);
   }
 
+  // Of lanes the cards say only where they stand; one that has not been told yet comes later.
+  full(records) { return records.map(one => one.lane ? this.records.get(one.key) : one).filter(Boolean); }
+  keys(records) { return this.full(records).flatMap(one => [one.key, ...this.keys(one.lanes ?? [])]); }
+  arrange(records, node) {
+    this.match(this.cards, node, this.full(records), "key", record => new Card(this, record.key));
+    for (const { key, lanes } of this.full(records)) if (lanes) this.arrange(lanes, this.cards.get(key).lanes);
+  }
+
+  // Takes away what there is no record of any more, but for what is being read.
+  sweep(things, keys) {
+    const kept = new Set(keys);
+    for (const [key, thing] of things) {
+      thing.late = !kept.has(key);
+      if (thing.late && !thing.read) { thing.node.remove(); things.delete(key); thing.late = false; }
+    }
+  }
+
   // Makes the things in `node` those of the records; what stays keeps focus and place.
   match(things, node, records, name, create) {
-    const kept = new Set(records.map(record => record[name]));
-    for (const [key, thing] of things) if (!kept.has(key)) { thing.node.remove(); things.delete(key); }
+    const late = new Set([...things.values()].filter(one => one.late).map(one => one.node));
     let place = node.firstChild;
     for (const record of records) {
       let thing = things.get(record[name]);
       if (!thing) things.set(record[name], thing = create(record));
+      while (late.has(place)) place = place.nextSibling;
       if (thing.node === place) place = place.nextSibling; else node.insertBefore(thing.node, place);
       thing.update(record);
     }
   }
 
+  // Counts down to when something is tried again.
+  tick() {
+    clearTimeout(this.ticker);
+    const nodes = this.root.querySelectorAll("[data-until]");
+    for (const node of nodes) {
+      const left = Math.max(0, Math.ceil(node.dataset.until - this.skew - Date.now() / 1000));
+      node.textContent = left < 120 ? `${left} s` : `${Math.floor(left / 60)} min ${left % 60} s`;
+    }
+    if (nodes.length) this.ticker = setTimeout(() => this.tick(), CALM.matches ? 5000 : 1000);
+  }
+
   note(words) { this.say(this.error, words); }
   say(node, words) { node.textContent = words; node.hidden = !words; if (words) this.speak(words); }
-  speak(words) { if (this.status.textContent !== words) this.status.textContent = words; }
+  // Of what changes faster than it can be read aloud, the last.
+  speak(words) {
+    this.spoken = words;
+    if (this.hush || this.status.textContent === words) return;
+    this.status.textContent = words;
+    this.hush = setTimeout(() => { this.hush = null; this.speak(this.spoken); }, HUSH_MS);
+  }
 
   visit(node) {
     const step = node?.dataset.step;
-    const card = step && [...this.cards.values()].find(one => one.record.step === step || one.record.steps?.includes(step));
+    const card = step && (this.cards.get(step) ?? [...this.cards.values()].find(one => one.record.steps?.includes(step)));
     if (!card) return;
-    card.details.open = card.touched = true;
+    unfold(card.details);
+    card.touched = true;
     card.node.scrollIntoView({ block: "nearest" });
     card.summary.focus(STAY);
   }
 
   // -- mode
 
-  openMenu(open) {
-    this.modeButton.ariaExpanded = open;
-    this.menu.hidden = !open;
-    if (!open) return;
-    const item = (text, attributes, handler) => button(text, { tabindex: -1, ...attributes }, () => { this.closeMenu(); handler(); });
-    const { mode: present, modes, paused } = this.head;
-    const items = modes.map(([mode, what, sure]) => {
-      const on = mode === present;
-      const node = item(`${on ? "✓" : "\u2003"} ${mode}`, { role: "menuitemradio", "aria-checked": on }, () => { if (!on) this.choose(mode, sure); });
-      node.append(make("small", {}, what));
-      return node;
-    });
-    if (!paused) items.push(item("\u2003 Pause when this step is done", { role: "menuitem" }, () => this.tell({ do: "pause" })));
-    this.menu.replaceChildren(...items);
-    this.menu.onkeydown = event => {
-      const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-      if (by) { event.preventDefault(); items[(items.indexOf(event.target) + by + items.length) % items.length].focus(); }
-      if (event.key === "Escape" || event.key === "Tab") { event.stopPropagation(); this.closeMenu(); }
-    };
-    this.menu.onfocusout = event => { if (!this.modes.contains(event.relatedTarget)) this.openMenu(false); };
-    (items.find(node => node.ariaChecked === "true") ?? items[0]).focus();
-  }
-
-  closeMenu() { this.openMenu(false); this.modeButton.focus(); }
-
-  choose(mode, sure) {
-    const go = () => this.tell({ do: "mode", mode }), no = button("Back", {}, () => this.unsure());
-    if (!sure) { go(); return; }
-    this.sure.replaceChildren(sure, make("div", { class: "cm-buttons" }, button(`Switch to ${mode}`, { class: "cm-no" }, () => { this.unsure(); go(); }), no));
-    this.sure.hidden = false;
-    no.focus();
-  }
-
-  unsure() { this.sure.hidden = true; this.modeButton.focus(); }
+  choose() { this.showMenu(this.menu.hidden); this.menu.querySelector("[aria-checked=true]")?.focus(); }
+  doubt() { this.showMenu(false); this.sure.hidden = false; this.sure.querySelector("[data-do=back]").focus(); }
+  back() { this.showMenu(false); this.sure.hidden = true; this.modeButton.focus(); }
+  showMenu(open) { this.menu.hidden = !open; this.modeButton.ariaExpanded = open; }
 
   // -- keys
 
@@ -474,36 +477,39 @@ class View {
     const bars = [...this.bars.values()], bar = bars.find(one => one.node.contains(target)) ?? bars[0];
     const node = target.closest("svg [data-step]");
     let act;
-    if (key === "Escape") act = () => this.leave(bar);
+    const row = [...this.menu.children], by = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[key];
+    if (row.includes(target) && by) act = () => row[(row.indexOf(target) + by + row.length) % row.length].focus();
+    else if (row.includes(target) && (key === "Escape" || key === "Tab")) act = () => this.back();
+    else if (key === "Escape") act = () => this.leave(bar);
     else if (target.closest("textarea")) act = key === "Enter" && (event.ctrlKey || event.metaKey) && bar?.opened && (() => bar.send(bar.opened));
     else if (node && (key === "Enter" || key === " ")) act = () => this.visit(node);
-    else if (this.head.shortcuts && !(event.repeat || event.ctrlKey || event.metaKey || event.altKey || target.closest(".cm-menu"))) act = this.actions(target, bar)[key.toLowerCase()];
+    else if (by && target.role === "tab") {
+      const { card } = target.closest("li");
+      act = () => card.pick(card.beside(by, target.dataset.tab ? "tab" : "attempt", true), true);
+    } else if (this.page.shortcuts && !(event.repeat || event.ctrlKey || event.metaKey || event.altKey || row.includes(target))) act = this.actions(target, bar)[key.toLowerCase()];
     if (!act) return;
     event.preventDefault();
     act();
   }
 
   actions(target, bar) {
-    const cards = [...this.cards.values()].filter(card => card.record.body);
-    const at = cards.findIndex(card => card.node.contains(target)), card = cards[at] ?? cards.findLast(one => one.details.open);
+    const cards = [...this.root.querySelectorAll("summary")].filter(one => one.getClientRects().length).map(one => one.closest("li")?.card);
+    const at = cards.findIndex(card => card?.details.contains(target)), card = cards[at] ?? cards.findLast(one => one?.details.open);
     const move = to => () => cards[Math.min(cards.length - 1, Math.max(0, to))]?.summary.focus();
-    const attempt = by => () => {
-      const all = card?.record.attempts?.map(one => one.number) ?? [], to = all[all.indexOf(card?.number) + by];
-      if (to) card.pick("attempt", to);
-    };
+    const attempt = by => () => card?.pick(card.beside(by, "attempt"));
     const press = key => () => { const one = bar?.record.buttons.find(other => other.key === key); if (one && !bar.opened) bar.press(one); };
     const inBar = bar?.node.contains(target);
     return {
       a: inBar && press("A"), s: inBar && press("S"), r: press("R"), e: press("E"),
-      g: () => bar?.buttons.firstChild.focus(),
+      g: () => { const all = [...this.bars.values()]; all[(inBar ? all.indexOf(bar) + 1 : 0) % all.length]?.go(); },
       j: move(at + 1), k: move(at < 0 ? cards.length : at - 1), "[": attempt(-1), "]": attempt(1),
-      d: () => { if (card?.record.attempts?.length > 1) card.pick("tab", card.tab === "diff" ? "output" : "diff"); },
+      d: () => card?.pick(card.tabs.find(one => one.dataset.tab === (card.tab === "diff" ? "output" : "diff"))),
       "?": () => { this.help.hidden = !this.help.hidden; },
     };
   }
 
   leave(bar) {
-    if (!this.sure.hidden) { this.unsure(); return; }
+    if (!this.sure.hidden) { this.back(); return; }
     if (bar?.opened && !bar.opened.at_once && focused(bar.node)) { bar.close(); return; }
     document.activeElement.blur();
     (this.root.closest(".jp-Cell[tabindex]") ?? this.root.closest(".jp-Notebook"))?.focus(STAY);

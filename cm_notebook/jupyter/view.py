@@ -8,13 +8,20 @@ is added, a loop comes back), A becomes live again.
 All displays of a run are fed by one *hub* on the run's own loop. It is woken by the run's ``Feed``, at most 20 times a
 second takes all there is, renders each character of a text once, and tells every page:
 
-    traits     head, graph, cards, gates: small, whole, made from ``RunState`` by the functions named ``*_record``
-    messages   numbered: ``live`` with the pieces of texts (``start``, ``delta``, ``block``) and lines that tick;
-               ``body``, what a page asked for; ``said``, why a decision was refused; ``mark``, the last number again
-    ``all``    everything that is being written, in answer to a page's ``hello``: first, after a gap, a reload
+    traits     page (what never changes), head, graph, cards, gates: small, whole, made from ``RunState`` by the
+               functions named ``*_record``
+    messages   numbered: ``live`` with the pieces of texts (``start``, ``delta``, ``block``), the lanes that changed
+               (``lane``, ``tail``) and lines that tick; ``body``, what a page asked for; ``said``, why a decision was
+               refused; ``mark``, the last number again
+    ``all``    everything that is being written, and all lanes, in answer to a page's ``hello``: first, after a gap, a
+               reload
 
-A page sends ``hello``, ``want`` (a body), ``decide`` and ``do``, nothing else, and sets no trait. It decides nothing: a
-click becomes ``run.decide``, which accepts one answer. HTML comes from ``render/html.py``, as in the saved view.
+Of an agent that a step called, a page gets a *lane*: how it stands and its last line, at most five times a second. Its
+whole text is sent, and formatted, only while some page has the lane open (``see``), so a hundred cost little.
+
+A page sends ``hello``, ``want`` (a body), ``see``, ``decide`` and ``do``, nothing else, and sets no trait. It decides
+nothing: a click becomes ``run.decide``, which accepts one answer. HTML comes from ``render/html.py``, as in the saved
+view.
 """
 
 from __future__ import annotations
@@ -25,20 +32,21 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..config import setting
-from ..errors import CodeMachineError, did_you_mean
-from ..events import Decision, Gate, RunResumed, RunStarted, TurnStarted
+from ..errors import AlreadyDecided, CodeMachineError, did_you_mean
+from ..events import Action, Decision, Gate, Mode, RunResumed, RunStarted, TurnStarted
 from ..feed import Feed, LiveText
 from ..render import html, svg
 from ..render import text as say
 from ..render.markdown import BlockStream, clean
 from ..run import Run
-from ..state import Attempt, RunState, StepState, apply
+from ..state import RunState, StepState, apply
+from ..workflow import Parallel
 from . import bridge
 
 ViewMode = Literal["full", "html", "log"]
@@ -55,6 +63,12 @@ BURST = 8_000
 """… how many may arrive in one tick: what comes faster nobody reads, and formatting it would hold up the agent."""
 KEPT = 32_000
 """Characters of unformatted text that a page keeps while it grows."""
+TAIL_S = 0.2
+"""Shortest time between two last lines of a lane, of which …"""
+TAIL = 400
+"""… so many characters are kept to find it in."""
+BARS = 12
+"""Open gates that have a bar of their own at the same time."""
 ATTEMPTS = 12
 """Attempts of a step that have a tab."""
 LOG_LINES = 200
@@ -161,7 +175,7 @@ HELP = [
     ("R", "reject, with words"),
     ("E", "edit"),
     ("Ctrl+Enter", "send the words"),
-    ("G", "to the bar"),
+    ("G", "to the next decision"),
     ("J", "next step"),
     ("K", "step before"),
     ("[", "attempt before"),
@@ -170,58 +184,133 @@ HELP = [
     ("Esc", "back to the cell"),
     ("?", "this list"),
 ]
-MODES = [
-    ("step-by-step", "Pause after every step", ""),
-    ("gates", "Pause where a step asks for it", ""),
-    (
-        "unattended",
-        "Do not pause: gates approve themselves",
-        "Switch to unattended? Gates that open from now on are approved without you.",
-    ),
-]
-"""Each mode, what it means, and what is asked before it is chosen."""
+MODES: dict[Mode, str] = {
+    "step-by-step": "Pause after every step",
+    "gates": "Pause where a step asks for it",
+    "unattended": "Do not pause: gates approve themselves",
+}
+SURE = "Switch to unattended? Gates that open from now on are approved without you."
 SILENT = "The kernel has not answered yet. The buttons come when it does; until then use %cm approve in a cell."
 GONE = "Not connected to the kernel. Run the notebook from the top to here: nothing runs twice, the gate is the same."
+
+
+def page_record(state: RunState, steps: Sequence[str] | None = None) -> dict[str, Any]:
+    """What never changes in a page: its parts, which it fills in by their names, and words for when nobody answers."""
+    label = f"Workflow run {state.name}{': ' if steps else ''}{', '.join(steps or ())}"
+    controls = (
+        '<button type="button" data-part="stop" data-do="stop">Stop</button>'
+        '<button type="button" data-part="goOn" data-do="unpause">Go on</button>'
+    )
+    modes = (
+        '<span class="cm-end" data-part="modes"><button type="button" data-part="modeButton" data-do="choose" '
+        'aria-haspopup="menu" aria-expanded="false"></button>'
+        '<div class="cm-menu" role="menu" aria-label="Mode" data-part="menu" hidden></div></span>'
+    )
+    if steps is None:
+        above = (
+            '<div class="cm-head"><span class="cm-name" data-part="title"></span><span data-part="pill"></span>'
+            f'{controls}<span data-part="words"></span>{modes}</div><div class="cm-small" data-part="source"></div>'
+        )
+        below = '<div class="cm-said cm-small" data-part="said"></div>'
+    else:
+        above = ""
+        below = f'<div class="cm-head cm-small"><span data-part="place"></span>{controls}{modes}</div>'
+    keys = "".join(f"<div><kbd>{escape(key)}</kbd> {escape(what)}</div>" for key, what in HELP)
+    return {
+        "html": f'<section class="cm-run" role="region" tabindex="-1" hidden style="{html.FRAME}" '
+        f'aria-label="{escape(label)}" data-lm-suppress-shortcuts="true"><div data-part="inside" hidden>{above}'
+        f'<div class="cm-ask" data-part="sure" hidden>{escape(SURE)}<div class="cm-buttons">'
+        '<button type="button" class="cm-no" data-do="mode" data-mode="unattended">Switch to unattended</button>'
+        '<button type="button" data-do="back">Back</button></div></div><div class="cm-graph" data-part="graph"></div>'
+        '<ol class="cm-list" data-part="list"></ol><div data-part="gates"></div>'
+        f'<div class="cm-tray cm-small" data-part="tray"></div>{below}</div>'
+        '<div class="cm-note" data-part="error" hidden></div>'
+        f'<div class="cm-help" data-part="help" hidden>{keys}</div>'
+        '<div class="cm-status" data-part="status" role="status" aria-live="polite"></div></section>',
+        "shortcuts": bool(setting("shortcuts")),
+        "words_for": {"silent": SILENT, "gone": GONE},
+    }
 
 
 def head_record(state: RunState, steps: Sequence[str] | None = None, now: float | None = None) -> dict[str, Any]:
     """The line above, the words below, and what may be done to the run as a whole."""
     return {
-        "label": f"Workflow run {state.name}{': ' if steps else ''}{', '.join(steps or ())}",
         "title": html.inline(say.one_line(state.name, 80)),
         "pill": html.pill(say.run_look(state)),
         "words": html.faint(*say.run_total(state, now).words()),
         "source": html.origin_words(state),
         "mode": state.mode,
+        "menu": _menu(state),
         "locked": state.locked is not None,
         "paused": state.paused and state.ended is None,
-        "stops": any(gate.kind in STOPS for gate in html.gates_of(state, steps)),
         "said": _said(state, now),
+        "tray": _tray(state, html.gates_of(state, steps)),
         "spoken": say.one_line(say.sentence(state), 300),
         "place": "" if steps is None else html.inline(html.place_words(state, [state.step(id) for id in steps])),
-        "shortcuts": bool(setting("shortcuts")),
-        "frame": html.FRAME,
-        "help": "".join(f"<div><kbd>{escape(key)}</kbd> {escape(what)}</div>" for key, what in HELP),
-        "modes": MODES,
-        "words_for": {"silent": SILENT, "gone": GONE},
     }
 
 
+def _menu(state: RunState) -> str:
+    """The modes, the present one marked; what is not undone by choosing again is asked about first."""
+
+    def item(mode: Mode, what: str) -> str:
+        now = mode == state.mode
+        does = (
+            'data-do="back"'
+            if now
+            else 'data-do="doubt"'
+            if mode == "unattended"
+            else f'data-do="mode" data-mode="{mode}"'
+        )
+        mark = "✓" if now else "\u2003"
+        return (
+            f'<button type="button" role="menuitemradio" aria-checked="{str(now).lower()}" tabindex="-1" {does}>'
+            f"{mark} {mode}<small>{what}</small></button>"
+        )
+
+    does = "Pause when this step is done"
+    pause = f'<button type="button" role="menuitem" tabindex="-1" data-do="pause">\u2003 {does}</button>'
+    return "".join(item(mode, what) for mode, what in MODES.items()) + ("" if state.paused else pause)
+
+
+def _tray(state: RunState, gates: Sequence[Gate]) -> str:
+    """The decisions that wait, each a way to its buttons; none where the buttons are just above."""
+    if len(gates) < 2 and not any("/" in gate.path for gate in gates):
+        return ""
+    one = len(gates) == 1
+    words = f"{len(gates)} decision{' waits' if one else 's wait'} for you: "
+    more = f" and {len(gates) - BARS} more" if len(gates) > BARS else ""
+    return words + "".join(_to_gate(state, gate) for gate in gates[:BARS]) + more
+
+
+def _to_gate(state: RunState, gate: Gate) -> str:
+    step = state.find(gate.path)
+    words = f"{say.lane_name(step)}: {say.look(state, step).word}"
+    return f'<button type="button" data-gate="{escape(gate.id)}">{escape(say.one_line(words, 60))}</button>'
+
+
 def _said(state: RunState, now: float | None) -> str:
-    """What was decided last and what comes now: it stands where the bar was."""
+    """What was decided last and what comes now: it stands where the bar was, and not beside one."""
+    if state.gates:
+        return ""
     last = next(reversed(state.decisions), None)
     decided = (
         f"{say.gate_step(last)}: {say.decided(state, state.decisions[last], live=True)}. " if last is not None else ""
     )
-    return html.inline(decided + say.sentence(state, now))
+    said = html.inline(decided + say.sentence(state, now))
+    return said if state.current is None else html.ticking(state, state.current, said, now)
 
 
-def card_records(state: RunState, steps: Sequence[str] | None = None, now: float | None = None) -> list[dict[str, Any]]:
-    """The lines of the view: cards, folds, captions."""
-    return [_row_record(state, row, place, now) for place, row in enumerate(html.rows(state, steps))]
+def card_records(
+    state: RunState, steps: Sequence[str] | None = None, now: float | None = None, opened: Container[str] = ()
+) -> list[dict[str, Any]]:
+    """The lines of the view: cards, folds, captions; `opened`: paths of lanes that are shown however they stand."""
+    return [_row_record(state, row, place, now, opened) for place, row in enumerate(html.rows(state, steps))]
 
 
-def _row_record(state: RunState, row: html.Row, place: int, now: float | None) -> dict[str, Any]:
+def _row_record(
+    state: RunState, row: html.Row, place: int, now: float | None, opened: Container[str]
+) -> dict[str, Any]:
     if row.caption is not None:
         return {"key": f"-{place}", "caption": row.caption}
     if len(row.steps) > 1:
@@ -232,43 +321,114 @@ def _row_record(state: RunState, row: html.Row, place: int, now: float | None) -
             "summary": html.fold_summary(state, row.steps),
             "colour": html.COLOURS["done" if tone == "done" else "pending"],
             "steps": ids,
+            "want": {"tab": "group", "steps": ids},
             "body": tone == "done",
             "open": False,
             "last": 0,
             "rev": f"{last.id} {sum(step.gates + step.attempt for step in row.steps)}",
         }
     step = row.steps[0]
-    writing = step.status == "running"  # one that asks shows its question
+    record = {**_step_record(state, step, now), "open": row.open}
+    if step.members:
+        chosen, rest = say.shown_members(state, step, opened)
+        record |= _team_record(state, step, {member.path for _depth, member in chosen})
+        if rest:
+            record["lanes"].append(
+                {
+                    "key": f"{step.path}+",
+                    "summary": html.faint(rest),
+                    "colour": html.COLOURS["pending"],
+                    "want": {"want": step.path, "tab": "rest"},
+                    "body": True,
+                    "open": False,
+                    "last": 0,
+                    "rev": rest,
+                }
+            )
+    return record
+
+
+def _step_record(state: RunState, step: StepState, now: float | None) -> dict[str, Any]:
+    # One that asks shows its question; what a parallel step gives is there when it has ended.
+    writing = step.status in ("running", "calling") and not isinstance(step.step, Parallel)
     return {
         "key": step.path,
-        "step": step.id,
+        "step": step.path,
         "summary": html.summary(state, step, now),
         "colour": html.COLOURS[say.look(state, step).tone],
         "stale": step.stale,
-        "open": row.open,
         "body": bool(step.attempts) or step.gate is not None,
-        "attempts": [_attempt_record(state, step, attempt) for attempt in step.attempts[-ATTEMPTS:]],
+        "tools": _tools(state, step),
         "last": step.attempt,
         "writing": step.attempt if writing else -1,
-        "again": step.stale and step.gate is None and state.ended is None,
         # Another one: bodies that a page has of this step are old.
-        "rev": f"{step.attempt}.{step.turn}.{step.status}.{step.gates}.{step.stale}{_team_rev(step)}"
+        "rev": f"{step.attempt}.{step.turn}.{step.status}.{step.gates}.{step.stale}"
         f".{len(step.last.errors) if step.last is not None else 0}.{state.ended}",
     }
 
 
-def _team_rev(step: StepState) -> str:
-    """Another one whenever the agents that it called stand elsewhere."""
-    members = [member for _depth, member in say.team(step)]
-    return f".{hash(tuple((one.attempt, one.status, one.gates) for one in members))}" if members else ""
+def _team_record(state: RunState, step: StepState, shown: Container[str]) -> dict[str, Any]:
+    """Where the lanes of those stand whom `step` called: captions, and keys of what ``lane_records`` says."""
+    columns, parts = say.lanes(state, step, shown)
+    places: list[dict[str, Any]] = [
+        {"key": f"-{number} {step.path}", "caption": part}
+        if isinstance(part, str)
+        else {"key": part.path, "lane": True}
+        for number, part in enumerate(parts)
+    ]
+    return {"columns": columns, "lanes": places}
 
 
-def _attempt_record(state: RunState, step: StepState, attempt: Attempt) -> dict[str, Any]:
-    return {
-        "number": attempt.number,
-        "word": say.attempt_word(state, step, attempt),
-        "hint": say.one_line(say.outcome(state, step, attempt), 300),
-    }
+def lane_records(
+    state: RunState,
+    steps: Sequence[str] | None = None,
+    now: float | None = None,
+    *,
+    opened: Container[str] = (),
+    tails: Mapping[str, str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The lanes below the cards, by path; `tails`: the ends of texts that are being written."""
+    made: dict[str, dict[str, Any]] = {}
+    for row in html.rows(state, steps):
+        for step in row.steps if len(row.steps) == 1 else ():
+            chosen, _rest = say.shown_members(state, step, opened)
+            shown = {member.path for _depth, member in chosen}
+            for _depth, member in chosen:
+                made[member.path] = {
+                    **_step_record(state, member, now),
+                    **(_team_record(state, member, shown) if member.members else {}),
+                    "lane": True,
+                    "team": say.team_words(member),
+                    "open": False,
+                    "tail": say.last_words(member, (tails or {}).get(member.path, "")),
+                }
+    return made
+
+
+def _tools(state: RunState, step: StepState) -> str:
+    """What stands above the body of a card: its attempts, and what to show of one."""
+    name, shown = escape(say.lane_name(step)), step.attempts[-ATTEMPTS:]
+    if not shown:
+        return ""
+    attempts = "".join(
+        f'<button type="button" role="tab" data-attempt="{one.number}" '
+        f'title="{escape(say.one_line(say.outcome(state, step, one), 300))}">'
+        f"{escape(f'{one.number} {say.attempt_word(state, step, one)}')}</button>"
+        for one in shown
+    )
+    made = f'Attempt<div class="cm-tabs" role="tablist" aria-label="Attempts of {name}">{attempts}</div>'
+    kinds = {"output": "Output", "diff": "Diff", "prompt": "Prompt", "log": "Log"}
+    if len(shown) == 1:
+        made = ""
+        del kinds["diff"]
+    tabs = "".join(f'<button type="button" role="tab" data-tab="{tab}">{word}</button>' for tab, word in kinds.items())
+    made += f'<div class="cm-tabs" role="tablist" aria-label="What to show of {name}">{tabs}</div>'
+    if step.stale and step.gate is None and state.ended is None:
+        made += (
+            f'<button type="button" data-do="rerun" data-step="{escape(step.id)}" title="%cm run --from '
+            f'{escape(step.id)}">Run from here</button>'
+        )
+    return made
 
 
 _ASKS: dict[str, dict[str, Any]] = {
@@ -279,8 +439,20 @@ _ASKS: dict[str, dict[str, Any]] = {
         "empty": "Say what should be different: its agent gets your words.",
     },
     "answer": {"ask": "feedback", "label": "Your answer", "send": "Answer", "at_once": True},
-    "edit": {"action": "approve", "ask": "output", "label": "The output to go on with", "send": "Approve this"},
-    "prompt": {"action": "retry", "ask": "prompt", "label": "The prompt to try with", "send": "Try this"},
+    "edit": {
+        "action": "approve",
+        "ask": "output",
+        "text_of": "edit-output",
+        "label": "The output to go on with",
+        "send": "Approve this",
+    },
+    "prompt": {
+        "action": "retry",
+        "ask": "prompt",
+        "text_of": "edit-prompt",
+        "label": "The prompt to try with",
+        "send": "Try this",
+    },
     "rerun": {"do": "rerun"},
 }
 _ASKS_AT: dict[tuple[str, str], dict[str, Any]] = {
@@ -293,7 +465,12 @@ _ASKS_AT: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 STOPS = ("exhausted", "failed", "budget")
-"""Kinds of gates that have Stop among their buttons; the one beside the run's state is not shown meanwhile."""
+"""Kinds of gates that have Stop among their buttons, too; there is always one beside the run's state."""
+_FOR_ALL: dict[str, tuple[Action, str]] = {
+    "failed": ("retry", "Retry all {} that failed"),
+    "permission": ("approve", "Allow all {} like this"),
+}
+"""By kind of gate: what can be answered for all that ask the same, in one go."""
 _KEYS = {"approve": "A", "reject": "R", "edit": "E", "prompt": "E", "skip": "S"}
 
 
@@ -315,6 +492,10 @@ def gate_record(state: RunState, gate: Gate, *, beside: bool = True) -> dict[str
         if key := _KEYS.get(way.name):
             button["key"] = key
         buttons.append(button)
+    buttons += _for_all(state, gate)
+    for button in buttons:
+        if form := _form(button):
+            button["form"] = form
     return {
         "id": gate.id,
         "step": gate.step,
@@ -324,12 +505,60 @@ def gate_record(state: RunState, gate: Gate, *, beside: bool = True) -> dict[str
         "digest": gate.digest,
         "words": html.sentence_html(state, gate, beside=beside),
         "buttons": buttons,
+        "html": _buttons(buttons),
     }
+
+
+def _buttons(buttons: Sequence[Mapping[str, Any]]) -> str:
+    """The buttons of a bar, each with its key, and the magic that does the same as the first."""
+    made = ""
+    for number, button in enumerate(buttons):
+        look = "cm-go" if number == 0 and "ask" not in button else "cm-no" if button["action"] == "reject" else ""
+        key = button.get("key") if setting("shortcuts") else None
+        keys, cap = (f' aria-keyshortcuts="{key}"', _keycap(key)) if key else ("", "")
+        made += f'<button type="button" class="{look}"{keys}>{escape(button["text"])}{cap}</button>'
+    return f'{made}<span class="cm-small">Same as running <code>{escape(buttons[0]["magic"])}</code></span>'
+
+
+def _keycap(key: str) -> str:
+    return f'<kbd aria-hidden="true">{key}</kbd>'
+
+
+def _form(button: Mapping[str, Any]) -> str:
+    """What a button opens before it decides: a field for words or a text, or whether it is meant."""
+    if "sure" in button:
+        asked, look, cap = f"<div>{escape(button['sure'])}</div>", "cm-no", ""
+    elif "ask" in button:
+        look = "cm-no" if button["action"] == "reject" else "cm-go"
+        kind = ' class="cm-text"' if "text_of" in button else ""
+        asked = f'<label>{escape(button["label"])}<textarea rows="3"{kind}></textarea></label>'
+        cap = _keycap("Ctrl+↵") if setting("shortcuts") else ""
+    else:
+        return ""
+    back = "" if button.get("at_once") else '<button type="button">Back</button>'
+    send = f'<button type="button" class="{look}">{escape(button["send"])}{cap}</button>'
+    return f'{asked}<div class="cm-buttons">{send}{back}</div>'
+
+
+def _for_all(state: RunState, gate: Gate) -> list[dict[str, Any]]:
+    """The button that answers this gate and all that ask the same and are open now."""
+    alike = say.similar(state, gate)
+    if len(alike) < 2 or gate.kind not in _FOR_ALL:
+        return []
+    action, label = _FOR_ALL[gate.kind]
+    return [
+        {
+            "action": action,
+            "text": label.format(len(alike)),
+            "magic": " · ".join(f"%cm {action} {one.path}" for one in alike[:3]) + (" …" if len(alike) > 3 else ""),
+            "more": {"similar": max(one.opened_at for one in alike)},
+        }
+    ]
 
 
 def gate_records(state: RunState, steps: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The open gates: of the run, or those that the steps wait for."""
-    gates = html.gates_of(state, steps)
+    gates = html.gates_of(state, steps)[:BARS]
     return [gate_record(state, gate, beside=html.beside(gate, steps)) for gate in gates]
 
 
@@ -442,6 +671,7 @@ def _widget_class() -> Any:
         _esm = (Path(__file__).parent / "view.js").read_text(encoding="utf-8")
         _css = (Path(__file__).parent / "view.css").read_text(encoding="utf-8") + svg.live_css(".cm-graph")
         place = traitlets.Unicode().tag(sync=True)
+        page = traitlets.Dict().tag(sync=True)
         head = traitlets.Dict().tag(sync=True)
         graph = traitlets.Unicode().tag(sync=True)
         cards: Any = traitlets.List().tag(sync=True)
@@ -463,6 +693,12 @@ class Display:
         """Of the last message sent."""
         self.pages = set[str]()
         """Those that have said hello."""
+        self.opened = set[tuple[str, str]]()
+        """Pages, and the lanes that they have open."""
+        self.lanes = dict[str, dict[str, Any]]()
+        """As the pages have been told."""
+        self.tails: Mapping[str, str] = {}
+        """The ends of what is being written in lanes."""
         self._lines: list[str] = []
         self._gates: tuple[str, ...] = ()
         with run.reading() as state:
@@ -486,14 +722,25 @@ class Display:
         return self.widget is not None and not self.pages and time.monotonic() < self._made_at + SETTLE_S
 
     def covers(self, path: str) -> bool:
-        """Whether the step there is shown here."""
-        return "/" not in path and (self.steps is None or path in self.steps)
+        """Whether the text of what is there is shown here: of a step always, of a lane when it is open."""
+        root, _, lane = path.partition("/")
+        return (self.steps is None or root in self.steps) and (not lane or path in self._open_lanes)
+
+    def has_line(self, path: str) -> bool:
+        """Whether a line about what is there is shown here; ``""`` is the run."""
+        return not path or path in self.lanes or self.covers(path)
+
+    @property
+    def _open_lanes(self) -> set[str]:
+        return {path for _page, path in self.opened}
 
     def _make_widget(self) -> None:
         with self.run.reading() as state:
             traits = self._traits(state, time.time())
-        self.widget = _widget_class()(place=self.place, **traits)
+            page, lanes = self._page(state), self._lanes(state, time.time())
+        self.widget = _widget_class()(place=self.place, page=page, **traits)
         self.pages, self.number, self._made_at = set(), 0, time.monotonic()
+        self.opened, self.lanes = set(), lanes
         self._listen(self)  # before a page can say anything: what is said earlier would queue behind the next cell
 
     def _widget_bundle(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -510,11 +757,17 @@ class Display:
         bundle["text/html"] = f'<div data-cm-static="{self.place}">\n{bundle["text/html"]}</div>\n'
         return bundle
 
+    def _page(self, state: RunState) -> dict[str, Any]:
+        return page_record(state, self.steps)
+
+    def _lanes(self, state: RunState, now: float) -> dict[str, dict[str, Any]]:
+        return lane_records(state, self.steps, now, opened=self._open_lanes, tails=self.tails)
+
     def _traits(self, state: RunState, now: float) -> dict[str, Any]:
         return {
             "head": head_record(state, self.steps, now),
             "graph": svg.graph(state, live=True) if self.steps is None and state.order else "",
-            "cards": card_records(state, self.steps, now),
+            "cards": card_records(state, self.steps, now, self._open_lanes),
             "gates": gate_records(state, self.steps),
         }
 
@@ -538,12 +791,40 @@ class Display:
         elif was_over:
             self._thaw()
         else:
+            self._tell_lanes(self._lanes(state, time.time()))
             with self.widget.hold_sync():
                 for name, value in self._traits(state, time.time()).items():
                     setattr(self.widget, name, value)
             if self._gates != tuple(state.gates):
                 self._snap()
         return 1
+
+    def _tell_lanes(self, lanes: dict[str, dict[str, Any]]) -> None:
+        """Tell the pages the lanes that are others now, before the cards say where they stand."""
+        changed = []
+        for path, lane in lanes.items():
+            told = self.lanes.get(path, {})
+            if _still(lane) != _still(told):
+                changed.append(lane)
+            else:
+                lane["tail"] = told["tail"]  # what came since is told by the next piece
+        self.lanes = lanes
+        if changed and self.pages:
+            self.send("live", pieces=[["lane", lane["key"], lane] for lane in changed])
+
+    def tail_pieces(self, paths: Iterable[str]) -> list[list[Any]]:
+        """The last lines of those lanes that have another one now."""
+        pieces = []
+        for path in paths:
+            lane = self.lanes.get(path)
+            if (
+                lane is not None
+                and lane["writing"] > 0
+                and (last := say.last_line(self.tails.get(path, ""), grows=True)) != lane["tail"]
+            ):
+                lane["tail"] = last
+                pieces.append(["tail", path, last])
+        return pieces
 
     def _snap(self) -> None:
         """Put a fresh snapshot into B."""
@@ -591,9 +872,15 @@ class Display:
             self.widget.send({"kind": kind, "number": self.number, **content})
 
 
+def _still(lane: Mapping[str, Any]) -> dict[str, Any]:
+    """What a lane says beside its seconds and what it writes: both have pieces of their own."""
+    moving = ("summary", "tail") if lane.get("writing", 0) > 0 else ()
+    return {name: value for name, value in lane.items() if name not in moving}
+
+
 def _moves(state: RunState, step: StepState) -> bool:
     """Whether its seconds count."""
-    return state.ended is None and step.status in ("running", "calling", "retrying")
+    return state.ended is None and step.status in ("running", "calling")  # a page counts down by itself
 
 
 def _settled_for_good(state: RunState, id: str) -> bool:
@@ -614,6 +901,10 @@ class Hub:
         self.run, self.displays = run, list[Display]()
         self._feed: Feed | None = None
         self._writings: dict[str, Writing] = {}
+        self._tails: dict[str, str] = {}
+        self._grown = set[str]()
+        self._thinking = set[str]()
+        self._tails_at = 0.0
         self._lock = threading.Lock()
         self._timer: Any = None
         self._next_at = 0.0
@@ -632,6 +923,7 @@ class Hub:
 
     def add(self, display: Display) -> None:
         """Keep `display` right from now on."""
+        display.tails = self._tails
         with self._lock:
             self.displays.append(display)
         self._call(self._begin, display)
@@ -682,14 +974,28 @@ class Hub:
                 begun = list(self.displays)
             with self.run.reading() as state:  # nobody writes meanwhile: no text is lost and none comes twice
                 self._feed = self.run.watch(lambda: self._call(self._soon))
-                self._writings = {path: Writing(step.attempt) for path, step in state.running.items()}
-                for path, writing in self._writings.items():
-                    writing.add(self.run.draft(path))
+                self._writings = {}
+                for path, step in state.running.items():
+                    if step.caller:
+                        self._tails[path] = self.run.draft(path)[-TAIL:]
+                        self._grown.add(path)
+                    if self._covered(path):
+                        self._write(path, step.attempt)
         for display in begun:
             for page in display.pages:
                 self._tell_all(display, page)
         self._dirty = True
         self._soon()
+
+    def _covered(self, path: str) -> bool:
+        with self._lock:
+            return any(display.covers(path) for display in self.displays)
+
+    def _write(self, path: str, attempt: int) -> Writing:
+        """What has been written there so far, to be told from now on."""
+        made = self._writings[path] = Writing(attempt)
+        made.add(self.run.draft(path))
+        return made
 
     def _soon(self) -> None:
         """Look what there is, at once or when the last message is long enough ago."""
@@ -708,14 +1014,18 @@ class Hub:
             self._ended, self._dirty = ended, True
         with self._lock:
             displays = list(self.displays)
+        grown: set[str] = set()
+        if now - self._tails_at >= TAIL_S:
+            grown, self._grown, self._tails_at = self._grown, set(), now
         sent = 0
         for display in displays:
-            told = [piece for piece in pieces if display.covers(piece[1])]
+            told = [piece for piece in pieces if display.covers(piece[1])] + display.tail_pieces(grown)
             if told and display.pages:
                 display.send("live", pieces=told)
                 sent = 1
         # Drawing costs in proportion to the number of steps, so long runs are drawn less often.
-        rest = self._drawn_at + 0.0005 * len(self.run.state.order) - now
+        state = self.run.state
+        rest = self._drawn_at + 0.0005 * (len(state.order) + len(state.members)) - now
         if self._dirty and rest <= 0:
             self._dirty = False
             sent += self._draw(displays)
@@ -725,6 +1035,9 @@ class Hub:
             self.loop.call_later(SETTLE_S, self._begin)
         if self._dirty:
             self._timer = self.loop.call_later(max(rest, TICK_S), self._tick)
+        elif self._grown:
+            self._quiet = True  # what happens meanwhile does not wait for it
+            self._timer = self.loop.call_later(max(self._tails_at + TAIL_S - now, TICK_S), self._tick)
         elif last or self.run.state.running:
             if now - self._counted_at > CLOCK_S:
                 self._count()
@@ -737,6 +1050,8 @@ class Hub:
         pieces: list[list[Any]] = []
         for thing in things:
             if isinstance(thing, LiveText):
+                if thing.path in self._tails:
+                    self._grow(thing)
                 writing = self._writings.get(thing.path)
                 if writing is None or writing.attempt != thing.attempt:
                     continue
@@ -745,12 +1060,24 @@ class Hub:
                 continue
             self._dirty = True
             if isinstance(thing, TurnStarted):
-                self._writings[thing.path] = Writing(thing.attempt)
-                pieces.append(["start", thing.path])
+                if "/" in thing.path:
+                    self._tails[thing.path] = ""
+                    self._thinking.discard(thing.path)
+                if self._covered(thing.path):
+                    self._writings[thing.path] = Writing(thing.attempt)
+                    pieces.append(["start", thing.path])
             with self.run.reading() as state:
                 if any(display.mode == "log" for display in self.displays):
                     self._lines += filter(None, [say.event_line(state, thing)])
         return pieces, bool(things)
+
+    def _grow(self, live: LiveText) -> None:
+        """Keep the end of what is written in a lane, or thought."""
+        thinks, thought = live.kind != "text", live.path in self._thinking
+        begin = "" if thinks == thought else "\nThinking: " if thinks else "\n"
+        (self._thinking.add if thinks else self._thinking.discard)(live.path)
+        self._tails[live.path] = (self._tails[live.path] + begin + live.text)[-TAIL:]
+        self._grown.add(live.path)
 
     def _draw(self, displays: Sequence[Display]) -> int:
         lines, self._lines = self._lines, []
@@ -758,6 +1085,8 @@ class Hub:
         with self.run.reading() as state:
             for path in [path for path in self._writings if path not in state.running]:
                 del self._writings[path]
+            for path in [path for path in self._tails if path not in state.running]:
+                del self._tails[path]
             for display in displays:
                 sent = max(sent, display.refresh(state, lines))
         return sent
@@ -772,8 +1101,12 @@ class Hub:
         self._counted_at, now = time.monotonic(), time.time()
         with self.run.reading() as state:
             steps: list[StepState | None] = [*state.running.values()] or [state.current]
-            moving = [step for step in steps if step is not None and not step.caller and _moves(state, step)]
-            lines: list[list[Any]] = [["line", step.path, html.summary(state, step, now)] for step in moving[:32]]
+            moving = [step for step in steps if step is not None and _moves(state, step)]
+            lines: list[list[Any]] = [
+                ["line", step.path, html.summary(state, step, now)]
+                for step in moving
+                if not step.caller or any(step.path in display.lanes for display in self.displays)
+            ]
             lines.append(["words", "", html.faint(*say.run_total(state, now).words())])
             lines.append(["said", "", _said(state, now)])
         with self._lock:
@@ -782,7 +1115,7 @@ class Hub:
             if display.widget is None or not display.pages:
                 continue
             if moving:
-                display.send("live", pieces=[line for line in lines if not line[1] or display.covers(line[1])])
+                display.send("live", pieces=[line for line in lines if display.has_line(line[1])])
             else:
                 display.widget.send({"kind": "mark", "number": display.number})
         return bool(moving)
@@ -809,6 +1142,8 @@ class Hub:
                 self._hello(display, page)
             elif "want" in content:
                 self._want(display, page, content)
+            elif "see" in content:
+                self._see(display, page, str(content["see"]), bool(content.get("on")))
             elif "decide" in content:
                 self._decide(content)
             elif "do" in content:
@@ -822,13 +1157,40 @@ class Hub:
             self._dirty = True  # what is over may be frozen now
             self._soon()
         display.pages.add(page)
+        display.opened = {one for one in display.opened if one[0] != page}  # it says again what it has open
         self._tell_all(display, page)
 
     def _tell_all(self, display: Display, page: str) -> None:
         texts = {path: writing.whole() for path, writing in self._writings.items() if display.covers(path)}
         if display.widget is not None:
             display.widget.send_state(["head", "graph", "cards", "gates", "final"])
-            display.widget.send({"kind": "all", "page": page, "number": display.number, "texts": texts})
+            told = {"texts": texts, "lanes": list(display.lanes.values()), "now": time.time()}
+            display.widget.send({"kind": "all", "page": page, "number": display.number, **told})
+
+    def _see(self, display: Display, page: str, path: str, on: bool) -> None:
+        """A page has opened a lane, or closed it: what is written there is told only while it is open."""
+        if not on:
+            display.opened.discard((page, path))
+            if not self._covered(path):
+                self._writings.pop(path, None)
+            return
+        with self.run.reading() as state:  # nobody writes meanwhile: no text is lost and none comes twice
+            if path not in state.members:
+                return
+            pieces, _any = self._take()
+            display.opened.add((page, path))
+            step = state.running.get(path)
+            if step is not None and path not in self._writings:
+                self._write(path, step.attempt)
+        for other in self.displays:
+            told = [piece for piece in pieces if other.covers(piece[1])]
+            if other is display and path in self._writings:
+                told = [piece for piece in told if piece[1] != path]
+                told += [["start", path], ["block", path, *self._writings[path].whole()]]
+            if told and other.pages:
+                other.send("live", pieces=told)
+        self._dirty = self._dirty or path not in display.lanes
+        self._soon()
 
     def _want(self, display: Display, page: str, content: Mapping[str, Any]) -> None:
         path, attempt, tab = str(content["want"]), int(content.get("attempt") or 0), str(content.get("tab"))
@@ -840,9 +1202,15 @@ class Hub:
         with self.run.reading() as state:
             if tab == "group":
                 body = {"html": html.group_html(state, [id for id in content.get("steps", ()) if id in state.steps])}
+            elif tab == "rest":
+                body = {"html": html.group_html(state, self._rest(state.find(path), display.lanes))}
             else:
                 body = body_record(state, path, attempt, tab)
         self._send_body(display, page, content, body)
+
+    def _rest(self, step: StepState, shown: Container[str]) -> list[str]:
+        """Those of its team that have no lane."""
+        return [member.path for member in step.members if member.path not in shown][:200]
 
     def _send_body(self, display: Display, page: str, content: Mapping[str, Any], body: dict[str, Any]) -> None:
         display.send("body", page=page, ticket=content.get("ticket"), **body)
@@ -851,7 +1219,15 @@ class Hub:
         names = ("feedback", "output", "prompt", "count", "scope")
         given = {name: content[name] for name in names if content.get(name) is not None}
         decision = Decision(action=content.get("action", ""), **given)
-        self.run.decide(str(content["decide"]), decision, digest=str(content.get("digest", "")))
+        id = str(content["decide"])
+        with self.run.reading() as state:
+            gate, upto = state.gates.get(id), content.get("similar")
+            alike = say.similar(state, gate) if gate is not None and upto is not None else []
+        self.run.decide(id, decision, digest=str(content.get("digest", "")))
+        for other in alike:
+            if other.id != id and other.opened_at <= float(upto or 0):  # a later one was not on the button
+                with contextlib.suppress(AlreadyDecided):
+                    self.run.decide(other.id, decision.model_copy(), digest=other.digest)
 
     def _do(self, content: Mapping[str, Any]) -> None:
         what = content["do"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
 from ..errors import TransitionError
@@ -147,7 +147,6 @@ def card(
     now: float | None = None,
     limit: int = STEP_LIMIT,
     full: bool = False,
-    alone: bool = False,
 ) -> str:
     """One step as HTML: a line that opens to its attempts, output, changes and prompt.
 
@@ -161,12 +160,10 @@ def card(
         Bytes of text to show.
     full
         Show everything, whatever its size.
-    alone
-        Without the agents that it called.
     """
     seen = look(state, step)
     body = _body(state, step, 1 << 40 if full else limit)
-    if not alone and step.attempts:
+    if step.attempts:
         body += _members(state, step, 1 << 40 if full else limit)
     is_open = bool(body) and (wants_attention(seen) if open is None else open)
     line = _summary(state, step, seen, now, open=is_open)
@@ -205,18 +202,50 @@ def _summary(state: RunState, step: StepState, seen: Look, now: float | None, *,
         line = f'\n<span style="display:block;{_SMALL}">{inline(_capital(told))}</span>'
     else:
         words.append(told)
-    return f"<b>{_esc(step.path.rpartition('/')[2])}</b> {pill(seen)} {faint(*words)}{line}"
+    return f"<b>{_esc(say.lane_name(step))}</b> {pill(seen)} {faint(*words)}{line}"
 
 
 def _members(state: RunState, step: StepState, limit: int) -> str:
-    """Cards of the agents that a step called; each holds those of its own."""
+    """The lanes of the agents that a step called."""
     chosen, rest = say.shown_members(state, step)
     share = max(limit // 4 // max(1, len(chosen)), 400) if limit < 1 << 40 else limit
-    if rest:
-        parts = [card(state, member, limit=share, alone=True) for _depth, member in chosen]
+    made = _lanes(state, step, {member.path for _depth, member in chosen}, share)
+    return made + (_line(f"{rest}.") if rest else "")
+
+
+def _lanes(state: RunState, step: StepState, shown: Container[str], limit: int) -> str:
+    columns, parts = say.lanes(state, step, shown)
+    return "".join(
+        _line(part) if isinstance(part, str) else _lane(state, part, shown, limit, columns) for part in parts
+    )
+
+
+_BESIDE = {2: ("44%", "300px"), 3: ("28%", "185px")}
+"""By the number of columns: how wide a lane is at least, and its words; what opens in it may take the whole row."""
+
+
+def _lane(state: RunState, member: StepState, shown: Container[str], limit: int, columns: int) -> str:
+    """A member: who it is and how it stands, its last line, and all of it behind a click."""
+    seen = look(state, member)
+    style = f"border:1px solid {RULE};border-left:3px solid {COLOURS[seen.tone]};border-radius:6px;padding:3px 10px"
+    width, words_width = _BESIDE.get(columns, ("", ""))
+    if width:
+        style += f";display:inline-block;vertical-align:top;min-width:{width};max-width:100%;margin:4px 6px 4px 0"
     else:
-        parts = [card(state, member, limit=share) for member in step.members]
-    return "".join(parts) + (_line(f"{rest}.") if rest else "")
+        style += ";margin:4px 0"
+    last = say.last_words(member)
+    line = _summary(state, member, seen, None, open=False)
+    line += f'\n<span style="display:block;{_SMALL}">{_esc(last)}</span>' if last else ""
+    if width:
+        line = f'<span style="display:inline-block;vertical-align:top;width:{words_width}">{line}</span>'
+    body = _body(state, member, limit)
+    inner = _lanes(state, member, shown, limit)
+    if body:
+        line = (
+            f'<details>\n<summary style="cursor:pointer">{line}</summary>\n'
+            f'<div style="margin:6px 0 4px">\n{body}</div>\n</details>'
+        )
+    return f'<div style="{style}">\n{line}\n{inner}</div>\n'
 
 
 _CHIP_TONES: dict[str, Tone] = {"continue": "done", "running": "running", "failed": "failed", "error": "failed"}
@@ -472,15 +501,24 @@ def gates_of(state: RunState, steps: Sequence[str] | None = None) -> list[Gate]:
     return [gate for gate in state.gates.values() if held or gate.path in steps or gate.path.split("/")[0] in steps]
 
 
+_IN_BAR: set[str] = {"question", "permission"}
+"""Kinds of gates about which a lane says too little: their bars say all."""
+
+
 def beside(gate: Gate, steps: Sequence[str] | None) -> bool:
-    """Whether a card above shows what `gate` is about: one of those `steps`, or any step of the workflow."""
-    return gate.path in steps if steps is not None else "/" not in gate.path
+    """Whether what `gate` is about stands above: in one of the cards of those `steps`, or of all; or in a lane."""
+    if "/" in gate.path and gate.kind in _IN_BAR:
+        return False
+    return steps is None or gate.path.partition("/")[0] in steps
 
 
 def place_words(state: RunState, chosen: Sequence[StepState]) -> str:
     """Which steps these are, and of what run."""
     places = ", ".join(str(step.index + 1) for step in chosen)
-    said = [f"Step {places} of {len(state.order)} in {one_line(state.name, 80)}", say.source(state)]
+    # A notebook's next cell may add a step after the last one: only what has ended, or has more, has a number of steps.
+    grows = state.ended is None and any(step is state.order[-1] for step in chosen)
+    of = "" if grows else f" of {len(state.order)}"
+    said = [f"Step {places}{of} in {one_line(state.name, 80)}", say.source(state)]
     if state.ended in ("stopped", "failed") and not all(step.settled for step in chosen):
         said.append(say.sentence(state))
     return " · ".join(filter(None, said))
@@ -594,12 +632,23 @@ def rows(state: RunState, steps: Sequence[str] | None = None) -> Iterable[Row]:
 
 def summary(state: RunState, step: StepState, now: float | None = None) -> str:
     """The line of a card."""
-    return _summary(state, step, look(state, step), now, open=False)
+    return ticking(state, step, _summary(state, step, look(state, step), now, open=False), now)
+
+
+def ticking(state: RunState, step: StepState, made: str, now: float | None = None) -> str:
+    """`made` with the seconds until `step` is tried again marked, so that a page can count them down by itself."""
+    left = say.retry_left(state, step, now)
+    if left is None:
+        return made
+    words = f" in {say.duration(left)} ("
+    return made.replace(words, f' in <span data-until="{step.retry_at:.2f}">{say.duration(left)}</span> (', 1)
 
 
 def group_html(state: RunState, steps: Iterable[str]) -> str:
     """Closed cards: what opens below the line of a fold."""
-    return "".join(card(state, state.find(id), open=False, limit=OLD_LIMIT) for id in steps)
+    chosen = [state.find(id) for id in steps]
+    limit = min(OLD_LIMIT, max(400, RUN_LIMIT // 4 // max(1, len(chosen))))
+    return "".join(card(state, step, open=False, limit=limit) for step in chosen)
 
 
 def output_html(state: RunState, step: StepState, attempt: Attempt | None) -> str:
@@ -612,8 +661,6 @@ def output_html(state: RunState, step: StepState, attempt: Attempt | None) -> st
         parts += _result(state, step, attempt, STEP_LIMIT)
         if called := say.tool_words(attempt):
             parts.append(_line(f"{_capital(called)}."))
-    if newest:
-        parts += [_line(line.strip()) for line in say.member_lines(state, step)]
     return "".join([*parts, *(_asked(state, step) if newest else ())])
 
 

@@ -9,6 +9,9 @@ an image the colour scheme of the page around it. Text reaches 4.5 : 1 and lines
 (tested). State is an icon *and* a word; icons are paths, because fonts show many symbols as boxes. The places depend on
 the names alone, so that nothing jumps while the run goes on. Same state, same bytes.
 
+All nodes of a row stand on one axis. A parallel step is a stack of its agents, to which lines fan out and from which
+they come together. Whom a step has called hangs below it: that is known only when it calls.
+
 ``graph_img`` wraps the SVG for saved notebooks: an ``<img>`` with a percent-encoded data URI, one element a line, so
 that a diff shows which step changed. Browsers drop line breaks in a URI before they read it.
 """
@@ -17,12 +20,13 @@ from __future__ import annotations
 
 import html
 import urllib.parse
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
 from ..state import RunState, StepState
 from ..workflow import Module, Parallel, Separator
-from .text import Look, Tone, look, loop_limit, one_line, team_words, will_stop
+from .text import Look, Tone, lane_name, look, loop_limit, one_line, team_words, will_stop
 
 PLATE = "#f6f8fa"
 INK = "#1f2328"
@@ -77,8 +81,11 @@ WIDTH = 764
 _PAD, _GAP, _HEIGHT, _RADIUS = 12, 22, 42, 7
 _TEXT_X, _NODE_MIN, _NODE_MAX = 29, 124, 200
 _LANE, _ROW_GAP, _CAPTION, _CHIP = 16, 20, 20, 10
-_MEMBER, _MEMBERS = 16, 6
-"""Height of a line for who works in a parallel step, and how many there are at most."""
+_FAN_GAP, _HEAD = 40, 36
+"""Between nodes where lines fan out; and the height of what stands above a stack."""
+_MEMBER, _BETWEEN, _INDENT, _WORD, _MEMBERS = 26, 7, 16, 62, 6
+"""Of an agent in a stack: height, distance to the next, how far one that was called is set in, place for its state; and
+how many there are at most."""
 _NAME_PX, _WORD_PX, _SMALL_PX = 12.5, 10.5, 10
 _FONT = 'font-family="system-ui,sans-serif"'
 
@@ -120,21 +127,60 @@ def _middle(text: str, keep: int) -> str:
 # -- placing ----------------------------------------------------------------------------------------------------------
 
 
+class _Member(NamedTuple):
+    """Who works in a parallel step, or was called."""
+
+    name: str
+    look: Look
+    path: str = ""
+
+
 @dataclass(slots=True)
 class _Node:
     step: StepState
     look: Look
     words: str
-    members: list[tuple[str, Look]] = field(default_factory=list)
-    """Of a parallel step: who works in it, and how that stands."""
+    short: str
+    """What stands in its box."""
+    members: list[_Member] = field(default_factory=list)
     row: int = 0
     x: float = 0.0
-    y: float = 0.0
+    axis: float = 0.0
+    """The y of its middle, to which lines run."""
 
     @property
-    def height(self) -> int:
-        """By the number of names alone."""
-        return _HEIGHT + (_MEMBER * len(self.members) + 4 if self.members else 0)
+    def fans(self) -> bool:
+        """Whether it is a stack of its members."""
+        return isinstance(self.step.step, Parallel)
+
+    @property
+    def _stack(self) -> int:
+        return len(self.members) * (_MEMBER + _BETWEEN) - _BETWEEN
+
+    @property
+    def up(self) -> float:
+        """From its axis to its top."""
+        return self._stack / 2 + _HEAD if self.fans else _HEIGHT / 2
+
+    @property
+    def down(self) -> float:
+        """From its axis to its bottom."""
+        hangs = self._stack + _BETWEEN + 1 if self.members else 0
+        return self._stack / 2 if self.fans else _HEIGHT / 2 + hangs
+
+    @property
+    def bottom(self) -> float:
+        """The y below which nothing of it is."""
+        return self.axis + self.down
+
+    def tops(self) -> list[float]:
+        """The y of each member's box."""
+        first = self.axis - self._stack / 2 if self.fans else self.axis + _HEIGHT / 2 + _BETWEEN + 1
+        return [first + number * (_MEMBER + _BETWEEN) for number in range(len(self.members))]
+
+    def ports(self) -> list[float]:
+        """The y of each line that enters or leaves it."""
+        return [top + _MEMBER / 2 for top in self.tops()] if self.fans else [self.axis]
 
 
 @dataclass(slots=True)
@@ -147,9 +193,19 @@ class _Row:
     y: float = 0.0
 
     @property
-    def height(self) -> int:
-        """Of its highest node."""
-        return max((node.height for node in self.nodes), default=0)
+    def up(self) -> float:
+        """From its top to the axis."""
+        return max((node.up for node in self.nodes), default=0)
+
+    @property
+    def height(self) -> float:
+        """Of its highest node above the axis, and its lowest one below it."""
+        return self.up + max((node.down for node in self.nodes), default=0)
+
+    @property
+    def bottom(self) -> float:
+        """The y below its nodes and loops."""
+        return self.y + self.height + (self.lanes * _LANE + 6 if self.lanes else 0)
 
     def lane(self, start: float, end: float) -> int:
         """The first lane that is free between `start` and `end`; it is taken from now on."""
@@ -185,6 +241,7 @@ class _Plan:
     nodes: dict[str, _Node]
     loops: list[_Loop]
     node_width: float
+    gap: int
     left: float
     width: float
     height: float
@@ -193,11 +250,13 @@ class _Plan:
 def _place(state: RunState) -> _Plan:
     nodes = {step.id: _node(state, step) for step in state.order}
     # By the names alone: words of state come and go, and the picture must not jump.
-    names = [*nodes, *(name for node in nodes.values() for name, _look in node.members)]
-    needed = max((text_width(name, _NAME_PX, bold=True) for name in names), default=0) + _TEXT_X + 8
-    node_width = round(min(max(needed, _NODE_MIN), _NODE_MAX))
-    one_row = int((WIDTH - 2 * _PAD + _GAP) // (node_width + _GAP))
-    fits = max(1, int((WIDTH - 2 * _PAD - 26 + _GAP) // (node_width + _GAP)))
+    needed = [text_width(name, _NAME_PX, bold=True) + _TEXT_X + 8 for name in nodes]
+    for node in nodes.values():
+        needed += [text_width(one.name, _WORD_PX) + (0 if node.fans else _INDENT) + 26 + _WORD for one in node.members]
+    node_width = round(min(max([*needed, _NODE_MIN]), _NODE_MAX))
+    gap = _FAN_GAP if any(node.fans for node in nodes.values()) else _GAP
+    one_row = int((WIDTH - 2 * _PAD + gap) // (node_width + gap))
+    fits = max(1, int((WIDTH - 2 * _PAD - 42 + gap) // (node_width + gap)))
     rows = _rows(state, nodes, len(nodes) if len(nodes) <= one_row and not _has_captions(state) else fits)
     for number, row in enumerate(rows):
         for node in row.nodes:
@@ -207,39 +266,44 @@ def _place(state: RunState) -> _Plan:
     for number, loop in enumerate(sorted(climbing, key=lambda loop: loop.source.step.index - loop.target.step.index)):
         loop.margin = number
     several = sum(1 for row in rows if row.nodes) > 1
-    left = _PAD + (14 if several else 0) + (12 + 7 * (len(climbing) - 1) if climbing else 0)
+    left = (
+        _PAD
+        + (14 if several and gap == _GAP else 26 if several else 0)
+        + (12 + 7 * (len(climbing) - 1) if climbing else 0)
+    )
     for row in rows:
         for column, node in enumerate(row.nodes):
-            node.x = left + column * (node_width + _GAP)
+            node.x = left + column * (node_width + gap)
     for loop in loops:
         loop.left = left
     _take_lanes(rows, sorted(loops, key=lambda loop: loop.source.step.index - loop.target.step.index), node_width)
     height = _stack(rows)
     longest = max((len(row.nodes) for row in rows), default=0)
-    width = left + longest * (node_width + _GAP) - _GAP + _PAD + (12 if several else 0)
+    width = left + longest * (node_width + gap) - gap + _PAD + (12 if several else 0)
     captions = max((text_width(row.caption or "", _SMALL_PX) for row in rows), default=0) + left + _PAD + 40
-    return _Plan(rows, nodes, loops, node_width, left, max(width, min(captions, WIDTH), 120), height)
+    return _Plan(rows, nodes, loops, node_width, gap, left, max(width, min(captions, WIDTH), 120), height)
 
 
 def _node(state: RunState, step: StepState) -> _Node:
     seen = look(state, step)
     again = f", pass {step.iteration}" if step.iteration > 1 and not step.settled else ""
-    team = f", {team_words(step)}" if step.status == "calling" else ""
-    return _Node(step, seen, seen.word + again + team, _members(state, step))
+    words, team = seen.word + again, team_words(step) if step.status == "calling" else ""
+    return _Node(step, seen, f"{words}, {team}" if team else words, team or words, _members(state, step))
 
 
-def _members(state: RunState, step: StepState) -> list[tuple[str, Look]]:
-    if not isinstance(step.step, Parallel):
-        return []
-    called = {member.id: look(state, member) for member in step.last.members} if step.last is not None else {}
-    names = step.step.members
-    few = names if len(names) <= _MEMBERS else names[: _MEMBERS - 1]
-    found = [(name, called.get(name, Look("pending", "pending"))) for name in few]
-    if more := names[len(few) :]:
-        tones = {called[name].tone if name in called else "pending" for name in more}
-        tone: Tone = next((one for one in ("failed", "waiting", "running", "pending") if one in tones), "done")
-        found.append((f"{len(more)} more", Look("", tone)))
-    return found
+def _members(state: RunState, step: StepState) -> list[_Member]:
+    """Who works in it or was called by its last attempt; of many the first, and how the rest stand."""
+    called = step.last.members if step.last is not None else []
+    found = [_Member(lane_name(member), look(state, member), member.path) for member in called]
+    if isinstance(step.step, Parallel):
+        known = {member.id: _Member(member.id, look(state, member), member.path) for member in called}
+        found = [known.get(name) or _Member(name, Look("pending", "pending")) for name in step.step.members]
+    if len(found) <= _MEMBERS:
+        return found
+    few, more = found[: _MEMBERS - 1], found[_MEMBERS - 1 :]
+    tones = {one.look.tone for one in more}
+    tone: Tone = next((one for one in ("failed", "waiting", "running", "pending") if one in tones), "done")
+    return [*few, _Member(f"{len(more)} more", Look("", tone))]
 
 
 def _has_captions(state: RunState) -> bool:
@@ -311,11 +375,10 @@ def _stack(rows: list[_Row]) -> float:
         if row.caption is not None:
             y += _CAPTION
         if row.nodes:
-            y += _CHIP
-            row.y = y
+            row.y = y + _CHIP
             for node in row.nodes:
-                node.y = y
-            y += row.height + (row.lanes * _LANE + 6 if row.lanes else 0)
+                node.axis = row.y + row.up
+            y = row.bottom
         if number + 1 < len(rows):
             y += _ROW_GAP if any(later.nodes for later in rows[number + 1 :]) and row.nodes else 4
     return y + _PAD
@@ -350,11 +413,15 @@ def graph(state: RunState, format: Literal["svg", "mermaid", "text"] = "svg", *,
 def graph_img(state: RunState) -> str:
     """The picture as an ``<img>`` for saved notebooks, with its meaning in words as ``alt``."""
     plan = _place(state)
-    lines = [line.replace('"', "'") for line in _draw(state, plan, live=False, said="")]  # its words are the ``alt``
-    uri = "\n".join(urllib.parse.quote(line, safe="/:;=,'()!*~$@+?") for line in lines)
+    return as_img(_draw(state, plan, live=False, said=""), plan.width, plan.height, describe(state))  # words: ``alt``
+
+
+def as_img(lines: Iterable[str], width: float, height: float, alt: str) -> str:
+    """A picture of these lines that survives where SVG and style sheets are taken out."""
+    uri = "\n".join(urllib.parse.quote(line.replace('"', "'"), safe="/:;=,'()!*~$@+?") for line in lines)
     return (
-        f'<img width="{plan.width:.0f}" height="{plan.height:.0f}" style="max-width:100%;height:auto"\n'
-        f'alt="{html.escape(describe(state))}"\n'
+        f'<img width="{width:.0f}" height="{height:.0f}" style="max-width:100%;height:auto"\n'
+        f'alt="{html.escape(alt)}"\n'
         f'src="data:image/svg+xml;charset=utf-8,{uri}">'
     )
 
@@ -365,7 +432,7 @@ def describe(state: RunState) -> str:
     for step in state.order:
         node = _node(state, step)
         stops = ", gate" if _chips(state, step) else ""
-        inside = ", ".join(f"{name} {seen.word}".rstrip() for name, seen in node.members)
+        inside = ", ".join(f"{one.name} {one.look.word}".rstrip() for one in node.members)
         parts.append(f"{step.id} {node.words}{stops}" + (f" ({inside})" if inside else ""))
     text = f"Workflow {one_line(state.name, 80)}: {'; '.join(parts) or 'no steps'}."
     for step in state.order:
@@ -395,16 +462,22 @@ def _draw(state: RunState, plan: _Plan, live: bool, said: str) -> list[str]:
             lines += _caption(row, plan)
         for node in row.nodes:
             if before is not None:
-                lines.append(_arrow(before, node, plan))
+                lines += _arrows(before, node, plan)
             before = node
     for loop in plan.loops:
         lines += _arc(loop, plan)
     for node in plan.nodes.values():
-        lines += _box(state, node, plan, live)
+        lines += _stack_head(state, node, plan, live) if node.fans else _box(state, node, plan, live)
+        lines += _member_boxes(node, plan, live)
     if not live:  # the page that shows it live has `live_css`; always the same, so that a step forward changes nothing
-        fills, strokes = _recolour("", "{1}")
-        lines[1:1] = [f"<style>@media (prefers-color-scheme:dark){{{fills}", f"{strokes}}}</style>"]
+        lines[1:1] = dark_style()
     return [*lines, "</svg>"]
+
+
+def dark_style() -> list[str]:
+    """The style sheet that gives a picture its dark colours on a dark page."""
+    fills, strokes = _recolour("", "{1}")
+    return [f"<style>@media (prefers-color-scheme:dark){{{fills}", f"{strokes}}}</style>"]
 
 
 def _recolour(place: str, colour: str) -> list[str]:
@@ -435,41 +508,58 @@ def _label(x: float, y: float, text: str, px: float, colour: str, extra: str = "
     return f'<text x="{x:g}" y="{y:g}" {_FONT} font-size="{px:g}" fill="{colour}"{extra}>{_esc(text)}</text>'
 
 
-def _arrow(a: _Node, b: _Node, plan: _Plan) -> str:
-    """From a step to the next: straight, or around to the beginning of the next row."""
-    x1, y1, y2 = a.x + plan.node_width, a.y + _HEIGHT / 2, b.y + _HEIGHT / 2
-    head = "m-6 -4l6 4l-6 4"
-    if a.row == b.row:
-        path = f"M{x1 + 2:g} {y1:g}H{b.x - 3:g}{head}"
-    else:
-        right, between = x1 + 10, _turn(a, b, plan)
-        path = (
-            f"M{x1 + 2:g} {y1:g}H{right - 6:g}q6 0 6 6V{between - 6:g}q0 6 -6 6"
-            f"H{b.x - 6:g}q-6 0 -6 6V{y2 - 6:g}q0 6 6 6H{b.x - 3:g}{head}"
-        )
+_TIP = "m-6 -4l6 4l-6 4"
+
+
+def _line(path: str) -> str:
     return f'<path d="{path}" fill="none" stroke="{LINE}" stroke-width="1.4"/>'
+
+
+def _arrows(a: _Node, b: _Node, plan: _Plan) -> list[str]:
+    """From a step to the next: straight, or around to the beginning of the next row; from and to each of a stack."""
+    x1, x2 = a.x + plan.node_width + 2, b.x - 3
+    if a.row == b.row and not (a.fans and b.fans):
+        return [_line(_curve(x1, y1, x2, y2) + _TIP) for y1 in a.ports() for y2 in b.ports()]
+    out, into = x1 + 8, x2 - 11  # where the lines of a stack are one
+    if a.row == b.row:
+        out = into = (x1 + x2) / 2
+    lines = [_line(_curve(x1, y, out, a.axis)) for y in a.ports()] if a.fans else []
+    if a.row != b.row:
+        start, right = (out, out) if a.fans else (x1, x1 + 2)
+        left, stop = (into, f"H{into:g}") if b.fans else (x2 - 3, f"H{x2:g}{_TIP}")
+        across = f"M{start:g} {a.axis:g}H{right:g}q6 0 6 6V{_turn(a, b, plan) - 6:g}q0 6 -6 6"
+        lines.append(_line(f"{across}H{left:g}q-6 0 -6 6V{b.axis - 6:g}q0 6 6 6{stop}"))
+    return lines + ([_line(_curve(into, b.axis, x2, y) + _TIP) for y in b.ports()] if b.fans else [])
+
+
+def _curve(x1: float, y1: float, x2: float, y2: float) -> str:
+    """From one point to another, level at both ends."""
+    if y1 == y2:
+        return f"M{x1:g} {y1:g}H{x2:g}"
+    middle = (x1 + x2) / 2
+    return f"M{x1:g} {y1:g}C{middle:g} {y1:g} {middle:g} {y2:g} {x2:g} {y2:g}"
 
 
 def _turn(a: _Node, b: _Node, plan: _Plan) -> float:
     """The y between two rows, below the loops of the upper one and above the caption of the lower one."""
     row, lower = plan.rows[a.row], plan.rows[b.row]
-    bottom = a.y + row.height + (row.lanes * _LANE + 6 if row.lanes else 0)
     top = lower.y - _CHIP - (_CAPTION if lower.caption is not None else 0)
-    return (bottom + top) / 2 + (0 if lower.caption is not None else 2)
+    return (row.bottom + top) / 2 + (0 if lower.caption is not None else 2)
 
 
 def _arc(loop: _Loop, plan: _Plan) -> list[str]:
     """Back from a module to where it repeats from, below the nodes, with what it may do written on it."""
     out, into = _ports(loop, plan.node_width)
-    low, ends = loop.source.y + loop.source.height, loop.target.y + loop.target.height
-    y = loop.source.y + plan.rows[loop.source.row].height + 12 + loop.lanes[0] * _LANE
+    low, ends = loop.source.bottom, loop.target.bottom
+    row, upper = plan.rows[loop.source.row], plan.rows[loop.target.row]
+    y = row.y + row.height + 12 + loop.lanes[0] * _LANE
     colour = AMBER if loop.active else FAINT
     if loop.source.row == loop.target.row:
         path = f"M{out:g} {low + 1:g}V{y - 6:g}q0 6 -6 6H{into + 6:g}q-6 0 -6 -6V{ends + 3:g}"
         start = into
     else:
         start = plan.left - 24 - 7 * loop.margin
-        y2 = loop.target.y + plan.rows[loop.target.row].height + 12 + loop.lanes[1] * _LANE
+        y2 = upper.y + upper.height + 12 + loop.lanes[1] * _LANE
         path = (
             f"M{out:g} {low + 1:g}V{y - 6:g}q0 6 -6 6H{start + 6:g}q-6 0 -6 -6V{y2 + 6:g}q0 -6 6 -6"
             f"H{into - 6:g}q6 0 6 -6V{ends + 3:g}"
@@ -486,12 +576,15 @@ def _arc(loop: _Loop, plan: _Plan) -> list[str]:
     ]
 
 
+def _is_current(state: RunState, node: _Node) -> bool:
+    return node.step is state.current and state.ended is None and bool(state.run_id)
+
+
 def _box(state: RunState, node: _Node, plan: _Plan, live: bool) -> list[str]:
-    paint, x, y, width = PAINTS[node.look.tone], node.x, node.y, plan.node_width
-    line = AMBER if node.step.stale else paint.line
-    current = node.step is state.current and state.ended is None and bool(state.run_id)
+    paint, x, y, width = PAINTS[node.look.tone], node.x, node.axis - _HEIGHT / 2, plan.node_width
+    line, current = AMBER if node.step.stale else paint.line, _is_current(state, node)
     name = shorten(node.step.id, width - _TEXT_X - 7, _NAME_PX, bold=True)
-    words = shorten(node.words, width - _TEXT_X - 8, _WORD_PX)
+    words = shorten(node.short, width - _TEXT_X - 8, _WORD_PX)
     dashes = ' stroke-dasharray="5 3"' if node.step.stale else ""
     fill = paint.fill if current or node.look.tone in ("running", "failed") else "#ffffff"
     chips = _chips(state, node.step)
@@ -499,27 +592,77 @@ def _box(state: RunState, node: _Node, plan: _Plan, live: bool) -> list[str]:
     if name != node.step.id or words != node.words:
         lines.append(f"<title>{_esc(f'{node.step.id}: {node.words}')}</title>")
     lines += [
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{node.height}" rx="{_RADIUS}" fill="{fill}" '
+        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{_HEIGHT}" rx="{_RADIUS}" fill="{fill}" '
         f'stroke="{line}" stroke-width="{2.4 if current else 1.3}"{dashes}/>',
-        f'<g transform="translate({x + 10:g},{y + _HEIGHT / 2 - 6:g})">{_ICONS[node.look.tone].format(line)}</g>',
-        _label(x + _TEXT_X, y + 18.5, name, _NAME_PX, INK, ' font-weight="600"' if current else ""),
-        _label(x + _TEXT_X, y + 32.5, words, _WORD_PX, line),
+        *_label_lines(node, x + 10, y, line, name, words, current),
     ]
-    for number, (member, seen) in enumerate(node.members):
-        below = y + _HEIGHT + number * _MEMBER
-        colour = PAINTS[seen.tone].line
-        icon = f"translate({x + _TEXT_X:g},{below + 1:g}) scale(0.8)"
-        lines.append(f'<g transform="{icon}">{_ICONS[seen.tone].format(colour)}</g>')
-        shown = shorten(member, width - _TEXT_X - 22, _WORD_PX)
-        lines.append(_label(x + _TEXT_X + 14, below + 9.5, shown, _WORD_PX, INK))
     for place, is_open in chips:
         lines += _chip(x + 8 if place == "before" else x + width - 40, y - 10, is_open)
     return [*lines, "</g>"]
 
 
+def _label_lines(node: _Node, x: float, y: float, line: str, name: str, words: str, current: bool) -> list[str]:
+    """Icon, name and state of a step."""
+    return [
+        f'<g transform="translate({x:g},{y + _HEIGHT / 2 - 6:g})">{_ICONS[node.look.tone].format(line)}</g>',
+        _label(x + _TEXT_X - 10, y + 18.5, name, _NAME_PX, INK, ' font-weight="600"' if current else ""),
+        _label(x + _TEXT_X - 10, y + 32.5, words, _WORD_PX, line),
+    ]
+
+
+def _stack_head(state: RunState, node: _Node, plan: _Plan, live: bool) -> list[str]:
+    """What stands above the agents of a parallel step: its name and how it stands."""
+    x, y, width = node.x, node.axis - node.up - 6, plan.node_width
+    line, chips = AMBER if node.step.stale else PAINTS[node.look.tone].line, _chips(state, node.step)
+    room = width - _TEXT_X + 6 - (36 if chips else 0)
+    name, words = (
+        shorten(text, room, px, bold=True) for text, px in ((node.step.id, _NAME_PX), (node.short, _WORD_PX))
+    )
+    lines = [f"<g{_button(node, chips) if live else ''}>"]
+    if name != node.step.id or words != node.words:
+        lines.append(f"<title>{_esc(f'{node.step.id}: {node.words}')}</title>")
+    lines += _label_lines(node, x + 2, y, line, name, words, _is_current(state, node))
+    for _place, is_open in chips:
+        lines += _chip(x + width - 32, y + 9, is_open)
+    return [*lines, "</g>"]
+
+
+def _member_boxes(node: _Node, plan: _Plan, live: bool) -> list[str]:
+    """The agents of a parallel step, or below a step those that it has called."""
+    lines = []
+    inset = 0 if node.fans else _INDENT
+    for top, one in zip(node.tops(), node.members, strict=True):
+        paint, x, width = PAINTS[one.look.tone], node.x + inset, plan.node_width - inset
+        if inset:
+            start = node.axis + _HEIGHT / 2 + 1
+            lines.append(_line(f"M{node.x + 8:g} {start:g}V{top + _MEMBER / 2 - 5:g}q0 5 5 5H{x - 1:g}"))
+        word = shorten(one.look.word, _WORD, _SMALL_PX)
+        name = shorten(one.name, width - 36 - text_width(word, _SMALL_PX), _WORD_PX)
+        said = f"{one.name}: {one.look.word}".rstrip(": ")
+        lines.append(f"<g{_button_for(one.path, said) if live and one.path else ''}>")
+        if name != one.name or word != one.look.word:
+            lines.append(f"<title>{_esc(said)}</title>")
+        fill = paint.fill if one.look.tone in ("running", "failed", "waiting") else "#ffffff"
+        lines += [
+            f'<rect x="{x:g}" y="{top:g}" width="{width:g}" height="{_MEMBER}" rx="6" fill="{fill}" '
+            f'stroke="{paint.line}" stroke-width="1.2"/>',
+            f'<g transform="translate({x + 8:g},{top + 8:g}) scale(0.85)">',
+            f"{_ICONS[one.look.tone].format(paint.line)}</g>",
+            _label(x + 23, top + 17, name, _WORD_PX, INK),
+        ]
+        if word:
+            lines.append(_label(x + width - 8, top + 17, word, _SMALL_PX, paint.line, ' text-anchor="end"'))
+        lines.append("</g>")
+    return lines
+
+
 def _button(node: _Node, chips: list[tuple[str, bool]]) -> str:
     said = f"{node.step.id}: {node.words}{', gate' if chips else ''}"
-    return f' data-step="{_esc(node.step.id)}" tabindex="0" role="button" aria-label="{_esc(said)}"'
+    return _button_for(node.step.id, said)
+
+
+def _button_for(path: str, said: str) -> str:
+    return f' data-step="{_esc(path)}" tabindex="0" role="button" aria-label="{_esc(said)}"'
 
 
 def _chips(state: RunState, step: StepState) -> list[tuple[str, bool]]:
@@ -548,19 +691,23 @@ def _mermaid(state: RunState) -> str:
         node = _node(state, step)
         stops = ", gate" if _chips(state, step) else ""
         shape = ("{{", "}}") if isinstance(step.step, Module) else ("[", "]")
-        if node.members:
+        if node.fans:
             lines.append(f'  subgraph {names[step.id]}["{step.id}: {node.words}{stops}"]')
-            for number, (name, seen) in enumerate(node.members, 1):
-                lines.append(f'    {names[step.id]}m{number}["{name}<br/>{seen.word}"]')
+            lines += [f"    {line}" for line in _mermaid_members(names[step.id], node)]
             lines.append("  end")
             continue
         lines.append(f'  {names[step.id]}{shape[0]}"{step.id}<br/>{node.words}{stops}"{shape[1]}')
+        lines += [f"  {names[step.id]} -.-> {line}" for line in _mermaid_members(names[step.id], node)]
     pairs = zip(state.order, state.order[1:], strict=False)
     lines += [f"  {names[a.id]} --> {names[b.id]}" for a, b in pairs]
     for step in state.order:
         if isinstance(step.step, Module):
             lines.append(f'  {names[step.id]} -. "again, {loop_limit(step)}" .-> {names[_back_to(state, step).id]}')
     return "\n".join(lines)
+
+
+def _mermaid_members(step: str, node: _Node) -> list[str]:
+    return [f'{step}m{number}["{one.name}<br/>{one.look.word}"]' for number, one in enumerate(node.members, 1)]
 
 
 def _text(state: RunState) -> str:
@@ -573,9 +720,11 @@ def _text(state: RunState) -> str:
             continue
         step = state.steps[item.id]
         stops = "?" if _chips(state, step) else ""
-        part = f"{step.id}{stops} ({_node(state, step).words})"
-        if isinstance(item, Parallel):
-            part += f" [{' | '.join(f'{name} ({seen.word})' for name, seen in _members(state, step))}]"
+        node = _node(state, step)
+        part = f"{step.id}{stops} ({node.words})"
+        inside = [f"{one.name} ({one.look.word})" if one.look.word else one.name for one in node.members]
+        if inside:
+            part += f" [{' | '.join(inside)}]" if node.fans else f" calls {', '.join(inside)}"
         if isinstance(item, Module):
             part += f" [again from {_back_to(state, step).id}, {loop_limit(step)}]"
         arrow = "-> " if step.index else ""

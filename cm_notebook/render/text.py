@@ -13,7 +13,7 @@ Nothing here is HTML; texts of agents are cleaned and cut to one line, and whoev
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import starmap
 from typing import Any, Literal, NamedTuple
 
@@ -416,6 +416,15 @@ def ways(state: RunState, gate: Gate) -> list[Way]:
     return found
 
 
+def similar(state: RunState, gate: Gate) -> list[Gate]:
+    """The open gates that ask the same as `gate`, itself among them: of its kind, and about the same tool."""
+
+    def asked(one: Gate) -> tuple[str, object, bool]:
+        return one.kind, one.payload.get("tool"), one.path in state.members
+
+    return [one for one in state.gates.values() if asked(one) == asked(gate)]
+
+
 def _more(said: Mapping[str, Any]) -> str:
     return f"+{amount(said['limit'], said['amount'])}"
 
@@ -520,6 +529,11 @@ def team_words(step: StepState) -> str:
     members = step.last.members if step.last is not None else []
     if not members:
         return ""
+    return finished_words(members)
+
+
+def finished_words(members: Sequence[StepState]) -> str:
+    """How far `members` are: ``2 of 3 finished, 1 failed``."""
     over = [member.status for member in members if member.status in ("finished", "skipped", "failed")]
     failed = over.count("failed")
     return f"{len(over) - failed} of {len(members)} finished" + (f", {failed} failed" if failed else "")
@@ -581,8 +595,14 @@ def retry_words(state: RunState, step: StepState, now: float | None = None) -> s
     error = step.last.error if step.last is not None else None
     kind, message = (error.kind, error.message) if error is not None else ("", "failed")
     why = _PASSING.get(kind) or one_line(message, 160).rstrip(".")
-    left = None if step.retry_at is None else max(0.0, step.retry_at - (state.at if now is None else now))
-    return f"{why}, {_again(state, step, left)}"
+    return f"{why}, {_again(state, step, retry_left(state, step, now))}"
+
+
+def retry_left(state: RunState, step: StepState, now: float | None = None) -> float | None:
+    """In how many seconds it is tried again by itself; ``None`` when it is not."""
+    if step.status != "retrying" or step.retry_at is None or state.recorded is not None or state.ended is not None:
+        return None
+    return max(0.0, step.retry_at - (state.at if now is None else now))
 
 
 _PASSING = {"EngineRateLimited": "rate limited", "EngineUnavailable": "not available"}
@@ -1003,21 +1023,102 @@ def _step_row(state: RunState, step: StepState, took: Spent, now: float | None, 
     return [name, look(state, step).word, f"{spent_words}{f'  ({said})' if said and spent_words else said}"]
 
 
+class Lanes(NamedTuple):
+    """A step's team as it is shown: ``parts`` are captions of groups and members, in order."""
+
+    columns: int
+    """So many fit side by side; 0: a row for each."""
+    parts: list[str | StepState]
+
+
+COLUMNS = 3
+"""Up to so many members of a group stand side by side."""
+
+
+def lanes(state: RunState, step: StepState, shown: Container[str]) -> Lanes:
+    """Those whom `step` itself has called and whose paths are among `shown`, group by group."""
+    groups: dict[tuple[int, int, int], list[StepState]] = {}
+    for member in step.members:
+        groups.setdefault(member.group, []).append(member)
+    parts: list[str | StepState] = []
+    for key in sorted(groups):
+        seen = [member for member in groups[key] if member.path in shown]
+        if seen and len(groups) > 1:
+            parts.append(_group_words(step, key, groups))
+        parts += seen
+    most = max(map(len, groups.values()), default=0)
+    return Lanes(most if not step.depth and most <= COLUMNS else 0, parts)
+
+
+def _group_words(
+    step: StepState, key: tuple[int, int, int], groups: Mapping[tuple[int, int, int], list[StepState]]
+) -> str:
+    """What stands above a group: which one it is, and how far it is."""
+    call, number, of = key
+    calls = sorted({other[0] for other in groups})
+    which = "attempt" if isinstance(step.step, Parallel) else "call"
+    words = [f"{which} {calls.index(call) + 1}"] if len(calls) > 1 else []
+    words += [f"group {number} of {of}"] if of > 1 else []
+    before = groups.get((call, number - 1, of), [])
+    if all(member.status == "pending" for member in groups[key]) and before:
+        failed = any(member.status == "failed" for member in before)
+        state = "not begun, as one before failed" if failed else "starts when those before have finished"
+    else:
+        state = finished_words(groups[key])
+    return f"{_capital(', '.join(words))}: {state}"
+
+
+def lane_name(member: StepState) -> str:
+    """A member's name among its siblings; the first of an agent needs no number."""
+    return member.path.rpartition("/")[2].removesuffix("#1")
+
+
+def last_line(text: str, *, grows: bool = False) -> str:
+    """The last line of a text that has words, without its Markdown marks; of one that `grows`, its end."""
+    for line in reversed(text[-600:].splitlines()):
+        if any(char.isalnum() for char in line):
+            words = one_line(line.strip(" \t#>*-|").replace("**", "").replace("`", ""), 600)
+            return f"…{words[-119:]}" if grows and len(words) > 120 else one_line(words, 160)
+    return ""
+
+
+def last_words(step: StepState, draft: str = "") -> str:
+    """What a lane says below its name: what is being written there, the end of the answer, what went wrong."""
+    if step.gate is not None and step.gate.kind == "question":
+        return one_line(step.gate.payload.get("question", ""), 160)
+    last = step.last
+    if last is None or step.status in ("pending", "ready"):
+        return ""
+    if step.status in ("running", "calling"):
+        return last_line(draft, grows=True)
+    if last.answer is None and last.error is not None:
+        return one_line(last.error.message, 160)
+    return last_line(last.text)
+
+
 MEMBERS = 20
 """So many of the agents that a step called are shown; of more, first those that want attention."""
 
 
-def shown_members(state: RunState, step: StepState) -> tuple[list[tuple[int, StepState]], str]:
-    """Those of a step's team to be shown, with their depth, and what is to be said about the rest."""
+def shown_members(
+    state: RunState, step: StepState, kept: Container[str] = ()
+) -> tuple[list[tuple[int, StepState]], str]:
+    """Those of a step's team to be shown, with their depth, and what is to be said about the rest.
+
+    `kept`: paths of those that are shown however they stand.
+    """
     everybody = list(team(step))
     if len(everybody) <= MEMBERS:
         return everybody, ""
     calm = {"done", "pending", "skipped"}
-    chosen = [one for one in everybody if look(state, one[1]).tone not in calm][:MEMBERS]
-    paths = {member.path for _depth, member in chosen}
+    wanted = {member.path for _depth, member in everybody if member.path in kept}
+    for _depth, member in everybody:
+        if len(wanted) < MEMBERS and look(state, member).tone not in calm:
+            wanted.add(member.path)
+    chosen = [one for one in everybody if one[1].path in wanted]
     words: dict[str, int] = {}
     for _depth, member in everybody:
-        if member.path not in paths:
+        if member.path not in wanted:
             word = look(state, member).word
             words[word] = words.get(word, 0) + 1
     rest = ", ".join(f"{count} {word}" for word, count in words.items())

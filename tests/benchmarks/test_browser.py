@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import time
 
 CHUNKS = 100_000
 
@@ -118,3 +119,65 @@ def test_click_to_next_step(budget, open_notebook):
     assert len(clicked) == len(started) == GATES
     delays = [start - click for click, start in zip(clicked, started, strict=True)]
     budget("click to next step started, median", statistics.median(delays), "ms", at_most=50)
+
+
+MEMBERS = 100
+TEAM = f"""
+import asyncio
+import cm_notebook as cm
+from cm_notebook.jupyter.view import show
+
+names = [f"m{{number}}" for number in range({MEMBERS})]
+
+def member(name):
+    @cm.agent(name)
+    async def works(turn):
+        for number in range(100_000):
+            turn.emit(f"{{name}} has come to {{number}}. ")
+            await asyncio.sleep(0.1)
+            if done:
+                return f"{{name}} is done."
+        return "too late"
+    return works
+
+@cm.agent("boss")
+async def boss(turn):
+    await turn.run_agents([[{{"agent": name, "prompt": "Go."}} for name in names]])
+    return "All are done."
+
+done = []
+gates = [cm.step("other", id=f"s{{number}}", interactive=True) for number in range(6)]
+other = cm.Workflow("other", agents=[cm.Agent("other", "Wait.")], steps=gates)
+show(other.start(engine=cm.ScriptedEngine({{"other": ["I am here."] * 6}}), journal=":memory:"))
+team = cm.Workflow("team", agents=[boss, *map(member, names)], steps="boss", sub_agents=names)
+"""
+
+
+def test_a_hundred_members(budget, open_notebook):
+    """A click in one view while a hundred agents write in another: 1,000 pieces of text a second."""
+    nb = open_notebook([TEAM, f"show(team.start(journal=':memory:', max_concurrency={MEMBERS}))", "done.append(1)"])
+    received: list[int] = []
+    nb.page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: received.append(len(frame))))
+    nb.reload()
+    nb.page.evaluate(LISTEN)
+    nb.run_cell(0)
+    nb.wait_text(0, "s0 is waiting for you")
+    nb.run_cell(1)
+    lanes = nb.output(1).locator(".cm-lane")
+    nb.wait_until(
+        lambda: lanes.count() == 20 and "has come to" in lanes.last.inner_text(), what="lanes that fill", cell=1
+    )
+    before, begun = sum(received), time.monotonic()
+    answered = []
+    for number in range(1, 6):
+        nb.page.evaluate(UNTIL_SHOWN, [0, f"s{number} is waiting for you"])
+        nb.click("button", "Approve", cell=0)
+        nb.wait_until(lambda: nb.page.evaluate("window.shown"), what="the answer to the click")
+        answered.append(nb.page.evaluate("window.shown - window.clicks.at(-1)"))
+    rate = (sum(received) - before) / (time.monotonic() - begun)
+    assert lanes.count() == 20, "the rest is counted, not shown"
+    nb.run_cell(2)
+    nb.wait_text(1, "Finished", timeout_s=90)
+    assert "rate exceeded" not in nb.server.log()
+    budget("100 members that write: bytes over the socket in a second", rate, "KiB", at_most=100)
+    budget("click answered while 100 members write, median", statistics.median(answered), "ms", at_most=200)

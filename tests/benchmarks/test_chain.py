@@ -84,7 +84,7 @@ def test_chain_in_memory(budget):
         lambda: measure.tasks_awaited(10_000).per(10_000),
         rounds=15,
     )
-    budget("step in memory, N = 1,000; floor: one Task", rounds.cpu, "µs/step", times=6, known=2.5)
+    budget("step in memory, N = 1,000; floor: one Task", rounds.cpu, "µs/step", times=6, known=2)
 
 
 def test_loop_costs_as_much_as_a_chain(budget):

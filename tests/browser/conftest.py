@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -98,9 +98,10 @@ def open_notebook(
     """Function that opens a notebook in a new tab.
 
     It takes a list of cells, or the path of a notebook, which is copied together with the folder ``tapes`` beside it;
-    ``app="lab" | "notebook"``; ``kernel=`` an ipykernel version; ``theme="light" | "dark"``. Each notebook has a
-    folder of its own. When the test is over, its tabs are closed and its kernels ended; if it failed, a picture of
-    each tab is in pytest's cache folder and the end of the server's log is in the report.
+    ``app="lab" | "notebook"``; ``kernel=`` an ipykernel version; ``theme="light" | "dark"``; ``environment=`` more
+    variables for its kernel. Each notebook has a folder of its own. When the test is over, its tabs are closed and its
+    kernels ended; if it failed, a picture of each tab is in pytest's cache folder and the end of the server's log is in
+    the report.
     """
     cache = request.config.cache
     name = re.sub(r"\W+", "-", request.node.name).strip("-")
@@ -108,14 +109,19 @@ def open_notebook(
     before = chromium.pages()
 
     def open_notebook(
-        notebook: Sequence[Cell] | Path, *, app: App = "lab", kernel: str = KERNELS[-1], theme: Theme = "light"
+        notebook: Sequence[Cell] | Path,
+        *,
+        app: App = "lab",
+        kernel: str = KERNELS[-1],
+        theme: Theme = "light",
+        environment: Mapping[str, str] | None = None,
     ) -> NotebookPage:
         server = jupyter_server(app)
         servers.append(server)
-        kernel_name = f"ipykernel-{kernel}"
-        server.add_kernel(kernel_name, kernel_environment(kernel, cache.mkdir("kernels")))
-        server.set_theme(theme)
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=server.root))
+        kernel_name = f"ipykernel-{kernel}" + (f"-{folder.name}" if environment else "")
+        server.add_kernel(kernel_name, kernel_environment(kernel, cache.mkdir("kernels")), environment)
+        server.set_theme(theme)
         if isinstance(notebook, Path):
             path, cells = folder / notebook.name, json.loads(notebook.read_text(encoding="utf-8"))["cells"]
             if (tapes := notebook.parent / "tapes").is_dir():

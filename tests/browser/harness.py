@@ -214,14 +214,18 @@ class JupyterServer:
             body = reply.read()
         return json.loads(body) if body else None
 
-    def add_kernel(self, name: str, python: Path) -> None:
-        """Offer a kernel of this name that runs on `python`; notebooks opened from now on can use it."""
+    def add_kernel(self, name: str, python: Path, environment: Mapping[str, str] | None = None) -> None:
+        """Offer a kernel of this name that runs on `python`, with `environment` added to the server's.
+
+        Notebooks opened from now on can use it.
+        """
         folder = self.home / "data" / "kernels" / name
         folder.mkdir(parents=True, exist_ok=True)
         spec = {
             "argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
             "display_name": name,
             "language": "python",
+            "env": dict(environment or {}),
             "metadata": {"debugger": False},
         }
         (folder / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")

@@ -596,6 +596,7 @@ def test_each_kind_of_gate_has_its_buttons(open_notebook, picture):
         assert [text.strip()[: len(label)] for text, label in zip(buttons(bar), labels, strict=True)] == labels
         picture(nb, f"kind-{name}", cell)
         assert nb.accessibility_violations(cell) == []
+        assert nb.output(cell).locator(".cm-head").get_by_role("button", name="Stop").is_visible()
     nb.wait_text(4, "again in")
     picture(nb, "kind-retrying", 4)
 
@@ -653,6 +654,45 @@ flow = cm.Workflow("many", agents=[cm.Agent(id=name, prompt="Go.") for name in n
 run = flow.start(engine=cm.ScriptedEngine({name: "Done." for name in names}), journal=":memory:")
 show(run)
 """
+
+
+READING = """
+import threading
+import cm_notebook as cm
+from cm_notebook.jupyter.view import show
+go = {name: threading.Event() for name in ("one", "two", "three", "four", "five")}
+def step(name):
+    @cm.agent(name)
+    def works(turn):
+        go[name].wait()
+        return f"The answer of {name}."
+    return works
+run = cm.Workflow("flow", agents=[step(name) for name in go], steps=" -> ".join(go)).start(journal=":memory:")
+show(run)
+"""
+
+
+def test_what_somebody_reads_does_not_fold_away(open_notebook):
+    nb = open_notebook(
+        [READING, *(f"for name in {names}: go[name].set()" for names in (["one", "two"], ["three"], ["four"]))]
+    )
+    for cell in (0, 1):
+        nb.run_cell(cell)
+        nb.wait_done(cell)
+    nb.wait_text(0, "three is running")
+    card = nb.output(0).locator("li[data-step=one]")
+    card.locator("summary").click()
+    nb.wait_text(0, "The answer of one.")
+    nb.run_cell(2)
+    nb.wait_text(0, "four is running")
+    nb.wait_text(0, "3 done")
+    assert "The answer of one." in nb.text(0)
+    assert nb.output(0).locator("li[data-step=two]").count() == 0
+    card.locator("summary").click()
+    nb.run_cell(3)
+    nb.wait_text(0, "five is running")
+    nb.wait_until(lambda: card.count() == 0, what="the card to fold with the others", cell=0)
+    assert nb.console_errors == []
 
 
 TWO_RUNS = """

@@ -63,6 +63,13 @@ def test_undecodable_text_of_an_agent_is_kept_harmlessly(tmp_path: Path) -> None
     assert cm.Run.open(run.id, tmp_path / "j.db")["a"].text == "bad ? byte \x00 nul"
 
 
+def test_undecodable_text_of_a_prompt_is_sent_and_kept_harmlessly(tmp_path: Path) -> None:
+    run = cm.Workflow("w", steps=[cm.step("a", prompt="bad \udcff byte")]).start(
+        journal=tmp_path / "j.db", engine=cm.ScriptedEngine({"a": ["fine"]})
+    )
+    assert run.wait(10)["a"].prompt == cm.Run.open(run.id, tmp_path / "j.db")["a"].prompt == "bad ? byte"
+
+
 def test_only_its_owner_reads_it_and_git_does_not_see_it(tmp_path: Path) -> None:
     engine = cm.ScriptedEngine({"a": ["x"]})
     flow("a").start(engine=engine).wait(10)

@@ -435,3 +435,13 @@ def test_hostile_text_costs_nothing(text: str) -> None:
 def test_models_are_pydantic() -> None:
     for made in (PLANNER, step("a"), CONTINUE, flow()):
         assert isinstance(made, BaseModel)
+
+
+def test_a_step_stays_as_it_was_checked() -> None:
+    flow = Workflow("W", agents=[Agent("a", "Do it.")], steps=[step("a")])
+    with pytest.raises(WorkflowError, match=r"step 'a': retries cannot be changed any more\. Make another one"):
+        flow.steps[0].retries = -1  # type: ignore[union-attr]
+    kept = flow.kept()
+    flow.agents[0].prompt, flow.inputs["goal"] = "Do more.", "x"
+    flow.steps.append(step("a", id="b"))
+    assert (kept.agents[0].prompt, kept.inputs, [item.id for item in kept.executable]) == ("Do it.", {}, ["a"])

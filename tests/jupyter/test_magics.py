@@ -129,6 +129,9 @@ def test_pattern_1_cell_by_cell(cells: Cells) -> None:
     assert cells.run["planner"].attempts[0].prompt == "Plan a todo CLI."
     assert "total" in cells("%cm status")
     assert "planner" in cells("%cm graph --format mermaid")
+    assert "waits for a person" in cells("%cm graph --timeline")
+    assert 'alt="Timeline of careful' in cells.shown[-1]["text/html"]
+    assert cells("%cm graph --timeline --format mermaid").startswith("gantt")
     assert cells.run.id in cells("%cm runs")
 
 

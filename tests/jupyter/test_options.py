@@ -32,7 +32,7 @@ TWINS: dict[str, set[str]] = {
     "answer": parameters(cm.Run.answer),
     "retry": parameters(cm.Run.retry),
     "show": parameters(cm.StepView.attempt) | {"full"},
-    "graph": parameters(cm.Workflow.graph),
+    "graph": parameters(cm.Run.graph),
 }
 SHORT = {"--max-cost", "--input", "--autonomous", "--timeout", "--gate-timeout", "--effort", "--attempt", "-o"}
 

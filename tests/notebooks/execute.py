@@ -20,7 +20,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,17 @@ def copy_to(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def kernel_environment() -> Iterator[None]:
-    """The environment for a kernel: without settings of this package and of pytest, which it would take from us."""
+def kernel_environment(more: Mapping[str, str] | None = None) -> Iterator[None]:
+    """The environment for a kernel, with `more` in it.
+
+    It is without settings of this package and of pytest, which it would take from us, and without keys: what is saved
+    calls no model, and costs nobody anything.
+    """
     before = dict(os.environ)
     for name in before:
-        if name.startswith(("CM_", "PYTEST_", "JPY_")):
+        if name.startswith(("CM_", "PYTEST_", "JPY_")) or name.endswith(("_API_KEY", "_BASE_URL")):
             del os.environ[name]
+    os.environ.update(more or {})
     try:
         yield
     finally:
@@ -64,8 +69,10 @@ def kernel_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def execute(path: Path, *, allow_errors: bool = False) -> Any:
+def execute(path: Path, *, allow_errors: bool = False, environment: Mapping[str, str] | None = None) -> Any:
     """The notebook at `path`, executed in its folder; the file stays as it is.
+
+    `environment` is added to the kernel's.
 
     Raises
     ------
@@ -81,7 +88,7 @@ def execute(path: Path, *, allow_errors: bool = False) -> Any:
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
     )
-    with kernel_environment(), tempfile.TemporaryDirectory(prefix="cm-") as sockets:
+    with kernel_environment(environment), tempfile.TemporaryDirectory(prefix="cm-") as sockets:
         if sys.platform != "win32":
             # Files cannot be taken by another process between choosing and binding, as ports are now and then.
             client.km = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/k")

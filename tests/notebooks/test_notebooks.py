@@ -12,6 +12,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from tests.engines.model_server import Asked, ModelServer, Said
+from tests.engines.test_http import SAYS, told
 from tests.notebooks import execute as books
 
 ROOT = books.NOTEBOOKS.parent
@@ -167,6 +169,14 @@ def test_an_engine_of_ones_own_passes_the_checks() -> None:
     assert 'offline = "cm_notebook.engines.offline:OfflineEngine"' in text
 
 
+def test_without_a_key_it_says_what_to_set_and_calls_nobody() -> None:
+    text = said(read(books.NOTEBOOKS / "07-real-agents.ipynb"))
+    assert "OPENAI_API_KEY is not set\nNo key for openai. Set OPENAI_API_KEY before starting Jupyter" in text
+    assert "recorded (real-agents): no model was called" in text
+    assert "of 40,000 tokens" in text
+    assert "plan: {'title': " in text
+
+
 # -- executed ----------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +221,44 @@ def test_a_lane_that_nobody_decides_about_is_given_up_and_the_others_are_not(fol
     assert "coordinator/backend-dev#1 is given up: nobody was there to decide" in text
     assert "'completed'" in text
     assert "PASSED" not in text, "a part is missing"
+
+
+@slow
+@pytest.mark.parametrize("engine", ["openai:gpt-5-mini", "anthropic:claude-sonnet-5", "ollama:llama3.2"])
+def test_real_agents_with_a_service(engine: str, folder: Path) -> None:
+    """A key and an address are all it needs; a model on one's own machine needs no key."""
+    name = engine.partition(":")[0]
+    says = SAYS["anthropic" if name == "anthropic" else "openai"]
+    plan = {"title": "Todo", "steps": ["Write it.", "Test it."]}
+    program = json.dumps({"name": "todo.py", "text": "print('buy milk')"})
+
+    def answer(asked: Asked) -> Said:
+        if "Plan a todo CLI" in json.dumps(asked.body):
+            return says(json.dumps(plan))
+        return says("Run it with Python.") if told(asked) else says("Here.", calls=[("1", "save", program)])
+
+    path = folder / "07-real-agents.ipynb"
+    source = path.read_text("utf-8")
+    path.write_text(source.replace('engine = \\"openai:gpt-5-mini\\"', f'engine = \\"{engine}\\"'), "utf-8")
+    key = "sk-planted-0123456789abcdef"
+    with ModelServer(answer) as server:
+        environment = {
+            f"CM_{name.upper()}_BASE_URL": server.url + ("" if name == "anthropic" else "/v1"),
+            "CM_ON_GATE": "approve",
+        }
+        if name != "ollama":
+            environment[f"{name.upper()}_API_KEY"] = key
+        book = books.execute(path, environment=environment)
+    text = said(book)
+    assert {asked.body["model"] for asked in server.asked} == {engine.partition(":")[2]}
+    assert [told(asked) for asked in server.asked] == [[], [], ["saved todo.py, 17 characters"]]
+    assert "Ready." in text
+    assert f"plan: {plan}" in text
+    assert "save -> saved todo.py, 17 characters" in text
+    assert "360 of 40,000 tokens" in text
+    assert (folder / "real-agents" / "todo.py").read_text() == "print('buy milk')"
+    assert "recorded" not in text
+    assert key not in json.dumps(book)
 
 
 @slow

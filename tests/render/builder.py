@@ -65,6 +65,7 @@ class Story:
         self.now, self.speed, run_id = machine
         self.engine, self.taped = engine, recorded is not None
         self.lines: list[str] = []
+        self.events: list[AnyEvent] = []
         flow = Workflow(name=name, steps=steps, **{"agents": _agents(steps), **options})
         self.state = RunState()
         self.record(RunStarted(run_id=run_id, workflow=flow.to_dict(), recorded=recorded))
@@ -73,6 +74,7 @@ class Story:
     def record(self, event: AnyEvent) -> Story:
         place(event, self.state.seq + 1, self.now)
         apply(self.state, event)
+        self.events.append(event)
         if (line := event_line(self.state, event)) is not None:
             self.lines.append(line)
         return self

@@ -249,6 +249,8 @@ def test_a_step_cell_shows_its_card_and_its_gate() -> None:
     planner = Page(html.run_html(state, ["planner"])).text
     assert planner.startswith("planner approved")
     assert "Step 2 of 5 in smart-builder" in planner
+    assert "Step 5 in smart-builder" in Page(html.run_html(state, ["deployer"])).text  # the next cell may add a step
+    assert "Step 5 of 5" in Page(html.run_html(builder.finished().state, ["deployer"])).text
     assert "%cm approve" not in planner
     assert "%cm approve" in Page(html.run_html(state, ["reviewer"])).text
     queued = Page(html.run_html(state, ["deployer"])).text

@@ -11,8 +11,9 @@ from itertools import pairwise
 import pytest
 
 from cm_notebook.render import svg
-from cm_notebook.state import RunState
-from cm_notebook.workflow import Workflow, module, parallel, separator, step
+from cm_notebook.state import RunState, call_agents
+from cm_notebook.team import Call
+from cm_notebook.workflow import Agent, Workflow, module, parallel, separator, step
 from tests.render import builder
 from tests.render.builder import SITUATIONS, Story
 from tests.render.test_html import contrast
@@ -115,12 +116,16 @@ def test_words_fit_their_boxes(name: str) -> None:
                 assert end <= float(frame.get("x", 0)) + float(frame.get("width", 0))  # type: ignore[union-attr]
 
 
-def test_who_works_in_a_parallel_step_stands_in_its_box() -> None:
+def test_lines_fan_out_to_who_works_in_a_parallel_step_and_come_together() -> None:
     state = builder.team().state
     root = drawn(state)
     names = ["frontend-dev", "backend-dev", "qa-engineer"]
-    heights = {e.get("height") for e in root.iter() if local(e) == "rect"}
-    assert str(42 + 3 * 16 + 4) in heights
+    stack = [e for e in root.iter() if local(e) == "rect" and e.get("height") == "26"]
+    assert len({e.get("x") for e in stack}) == 1
+    assert len({e.get("y") for e in stack}) == len(stack) == 3
+    lines = [e.get("d", "") for e in root if local(e) == "path"]
+    assert len(lines) == 6, "one to each, one from each"
+    assert len({y for _, y, _ in boxes(root)}) == 1, "the others stand on its axis"
     assert [text for text in texts(root) if text in names] == names
     assert "(frontend-dev done, backend-dev failed, qa-engineer running)" in svg.describe(state)
     assert "[frontend-dev (done) | backend-dev (failed) | qa-engineer (running)]" in svg.graph(state, "text")
@@ -129,6 +134,45 @@ def test_who_works_in_a_parallel_step_stands_in_its_box() -> None:
     assert [text for text in texts(drawn(many)) if text[0] == "m" or "more" in text] == [
         "many", "m0", "m1", "m2", "m3", "m4", "4 more",
     ]  # fmt: skip
+
+
+def called(*names: str) -> RunState:
+    """A coordinator has called them."""
+    agents = [*builder._agents("architect -> coordinator? -> deployer"), *(Agent(name, "Go.") for name in names)]
+    story = Story("architect -> coordinator? -> deployer", agents=agents, sub_agents=list(names)).answer("A plan.")
+    groups = [[Call(agent=name, prompt="Go.") for name in names]]
+    story.record(call_agents(story.state, story.state.steps["coordinator"], groups, {})).go()
+    return story.state
+
+
+def test_whom_a_step_has_called_hangs_below_it() -> None:
+    state = called("frontend-dev", "backend-dev", "qa-engineer")
+    root = drawn(state, live=True)
+    below = [e for e in root.iter() if local(e) == "rect" and e.get("height") == "26"]
+    (_, y, _), (x, coordinator, _), _ = boxes(root)
+    assert y == coordinator
+    assert all(float(e.get("y", 0)) > y + 42 and float(e.get("x", 0)) > x for e in below)
+    assert [e.get("data-step") for e in root.iter() if "/" in (e.get("data-step") or "")] == [
+        "coordinator/frontend-dev#1",
+        "coordinator/backend-dev#1",
+        "coordinator/qa-engineer#1",
+    ]
+    assert "0 of 3 finished" in texts(root)
+    assert "coordinator? (waits for its team, 0 of 3 finished) calls frontend-dev (running), " in svg.graph(
+        state, "text"
+    )
+    assert '  s2 -.-> s2m1["frontend-dev<br/>running"]' in svg.graph(state, "mermaid")
+
+
+def test_stacks_beside_each_other_and_in_several_rows() -> None:
+    state = of("[a | b] -> [c | d] -> e -> [f | g | h] -> i -> j -> [k | l]")
+    root = drawn(state)
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    assert width <= svg.WIDTH
+    for e in root.iter():
+        if local(e) == "rect" and e.get("height") in ("26", "42"):
+            assert 0 < float(e.get("x", 0)) <= width - float(e.get("width", 0))
+            assert 0 < float(e.get("y", 0)) <= height - 26
 
 
 def test_a_long_name_is_shortened_and_kept_in_the_title() -> None:
