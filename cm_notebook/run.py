@@ -684,6 +684,13 @@ class Run:
                 if meant:
                     paths = ", ".join(gate.path for gate in meant)
                     raise TransitionError(f"several gates of {step!r} are open; name the one: {paths}.")
+                called = [member.path for member in state.members.values() if member.id == step]
+                if state.last_gate is not None and state.last_gate.path in called:
+                    step = state.last_gate.path  # whose gate was open last
+                elif len(called) == 1:
+                    step = called[0]
+                elif called:
+                    raise TransitionError(f"no gate of {step!r} is open.")
             found = state.find(step)
             if found.gate is not None:
                 return found.gate

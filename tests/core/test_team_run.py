@@ -238,6 +238,32 @@ def test_a_member_that_is_too_late_says_which_step_needs_more_time() -> None:
     assert run.skip("never").wait(20)["lead"].text == "skipped"
 
 
+def test_who_is_late_at_a_member_hears_what_became_of_it() -> None:
+    @cm.agent("asks")
+    async def asks(turn: cm.Turn) -> str:
+        return await turn.ask_human("Which?") + await turn.ask_human("And then?")
+
+    @cm.agent("quiet")
+    async def quiet(turn: cm.Turn) -> str:
+        return "done"
+
+    @cm.agent("lead")
+    async def lead(turn: cm.Turn) -> str:
+        return " ".join(result.text for result in await turn.run_agents("quiet 'x' & quiet 'y' && asks 'z'"))
+
+    flow = cm.Workflow("w", agents=[lead, asks, quiet], steps="lead", sub_agents=["asks", "quiet"])
+    run = flow.start(journal=":memory:")
+    gate(run, "asks")
+    with pytest.raises(cm.TransitionError, match=r"^no gate of 'quiet' is open\.$"):
+        run.skip("quiet")
+    run.answer("a", "asks")
+    gate(run, "asks")
+    run.answer("b", "asks")
+    assert run.wait(20)["lead"].text == "done done ab"
+    with pytest.raises(cm.AlreadyDecided, match="answered by you"):
+        run.answer("c", "asks")
+
+
 def test_usage_of_members_counts_once_in_the_run_and_is_summed_for_their_caller() -> None:
     used = cm.Usage(input_tokens=10, output_tokens=1)
     call = [{"name": "run_agents", "arguments": {"script": "a 'x' & a 'y'"}}]
