@@ -882,11 +882,14 @@ def parse_steps(text: str) -> list[AnyStep]:
         found = re.compile(_TOKEN).match(text, position)
         start = position + len(text[position:]) - len(text[position:].lstrip())
         if found is None or bool(found["arrow"]) is want_name:
-            here = text[start : start + 12].strip()
             wanted = "a step's name" if want_name else "'->'"
+            example = "planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?"
+            if want_name and text[start] == "[":
+                start, wanted = _wrong_team(text, start)
+                example = "architect -> [programmer | writer]? -> deployer"
+            here = repr(text[start : start + 12].strip()) if text[start:].strip() else "the end"
             raise WorkflowError(
-                f"steps, column {start + 1}: {wanted} is expected at {here!r}. "
-                "Write for instance: planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?"
+                f"steps, column {start + 1}: {wanted} is expected at {here}. Write for instance: {example}"
             )
         if not found["arrow"]:
             steps.append(_arrow_step(found, start))
@@ -897,6 +900,18 @@ def parse_steps(text: str) -> list[AnyStep]:
     if not steps:
         raise WorkflowError("steps: the line is empty. Write for instance: planner -> implementer -> reviewer?")
     return steps
+
+
+def _wrong_team(text: str, at: int) -> tuple[int, str]:
+    """Where the parallel step that begins there cannot be read on, and what is expected."""
+    while True:  # from each '[' and '|' to the next
+        at += 1 + len(text[at + 1 :]) - len(text[at + 1 :].lstrip())
+        name = _NAME.match(text, at)
+        if name is None:
+            return at, "an agent's name"
+        at = name.end() + len(text[name.end() :]) - len(text[name.end() :].lstrip())
+        if text[at : at + 1] != "|":
+            return at, "'|' or ']'"
 
 
 def _arrow_step(found: re.Match[str], start: int) -> AnyStep:
