@@ -151,24 +151,6 @@ def test_verbose_prints_what_the_agents_write() -> None:
     assert "code for plan 1 for a CLI: no wishes" in done.lines
 
 
-def test_verbose_prints_what_an_agent_thinks_apart() -> None:
-    thinks = """
-class Thinks:
-    name = "thinks"
-    async def stream(self, request):
-        yield cm.Delta("hm, ", "thinking")
-        yield cm.Delta("well", "thinking")
-        yield cm.Delta("Yes.")
-        yield cm.TurnDone("Yes.")
-cm.register_engine(Thinks())
-wf = cm.Workflow("w", agents=[cm.Agent("a", "Well?", engine="thinks")], steps="a")
-"""
-    done = ran("run", write(HEAD + thinks), "-v", "--on-gate", "approve")
-    assert done.lines[1:3] == ["hm, well", "Yes."]
-    assert done.out.count("Yes.") == 1
-    assert "hm" not in ran("run", "flow.py", "--on-gate", "approve").out
-
-
 def test_verbose_does_not_repeat_what_was_streamed() -> None:
     text = HEAD + "\n@cm.agent('a')\ndef a(turn):\n    turn.emit('streamed text')\n    return 'streamed text'\n"
     done = ran("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a')\n"), "--verbose")
@@ -794,6 +776,26 @@ def test_a_gate_that_nobody_answers_in_time_says_so(terminal: Open) -> None:
     seen = person.see("(its time is over)\ncm: planner stopped at its deadline")
     assert re.search(r"Next: coder\. Decide by \d\d:\d\d:\d\d, else the run stops\.\n", seen)
     assert person.end() == 4
+
+
+def test_verbose_prints_what_an_agent_thinks_apart(terminal: Open) -> None:
+    thinks = """
+class Thinks:
+    name = "thinks"
+    async def stream(self, request):
+        yield cm.Delta("hm, ", "thinking")
+        yield cm.Delta("well", "thinking")
+        yield cm.Delta("Yes.")
+        yield cm.TurnDone("Yes.")
+cm.register_engine(Thinks())
+agents = [cm.Agent("a", "Well?", engine="thinks")]
+wf = cm.Workflow("w", agents=agents, steps=[cm.step("a", interactive=True, gate="before")])
+"""
+    person = terminal("run", write(HEAD + thinks), "-v")
+    person.answer("a")  # it begins when somebody looks: thoughts are not kept for later
+    assert person.end() == 0
+    assert "hm, well\nYes.\n" in person.text
+    assert person.text.count("Yes.") == 1
 
 
 def test_a_failed_step_is_retried_with_another_prompt(terminal: Open) -> None:
