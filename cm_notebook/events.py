@@ -440,6 +440,14 @@ class AgentsCalled(BaseEvent):
     max_concurrency: int | None = None
 
 
+class TurnWentOn(BaseEvent):
+    """A called agent that had asked a person has the answer, and a place to go on working at."""
+
+    step: str
+    path: str
+    gate_id: str
+
+
 class AgentsReturned(BaseEvent):
     """The agents that the step had called have all ended, or are not waited for any more."""
 
@@ -495,6 +503,7 @@ AnyEvent = (
     | GateDecided
     | AgentsCalled
     | AgentsReturned
+    | TurnWentOn
     | StepFailed
     | LoopedBack
     | Rewound

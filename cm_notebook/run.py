@@ -78,6 +78,7 @@ from .events import (
     TurnFailed,
     TurnFinished,
     TurnStarted,
+    TurnWentOn,
     Usage,
     WorkflowChanged,
     place,
@@ -1217,7 +1218,7 @@ class Run:
                 if gate.id not in self._asked:
                     self._asked.add(gate.id)
                     self._put_to(gate)
-        for gone in [id for id in self._questions if id not in state.gates] if self._questions else ():
+        for gone in [id for id in self._questions if not meaning.waits_for(state, id)] if self._questions else ():
             del self._questions[gone]
         for over in [call for call in self._calls if call[0] not in state.calls] if self._calls else ():
             del self._calls[over]
@@ -1646,12 +1647,16 @@ class Run:
             AgentsReturned(step=caller.id, path=caller.path, call=call.number),
         ]
 
-    def _tell_turn(self, event: GateDecided) -> None:
-        waiting = self._questions.pop(event.gate_id, None)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(event.decision)
+    def _decided(self, event: GateDecided) -> None:
+        if not meaning.waits_for(self._state, event.gate_id):
+            self._tell_turn(event)
         if event.decision.scope in ("run", "always"):
             self._allow_alike()
+
+    def _tell_turn(self, event: GateDecided | TurnWentOn) -> None:
+        waiting = self._questions.pop(event.gate_id, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(self._state.decisions[event.gate_id])
 
     # -- showing ------------------------------------------------------------------------------------------------------
 
@@ -1695,7 +1700,8 @@ class Run:
 
 _EFFECTS: dict[str, Callable[[Run, Any], None]] = {
     "TurnCutShort": Run._cancel_turn,
-    "GateDecided": Run._tell_turn,
+    "GateDecided": Run._decided,
+    "TurnWentOn": Run._tell_turn,
     "AgentsReturned": Run._tell_caller,
     "RunResumed": Run._forget_troubles,
 }

@@ -18,8 +18,8 @@ A step goes through these statuses (``running`` to ``finished`` is one *attempt*
 
 An agent that another one calls, or that works in a parallel step, is a *member*: a ``StepState`` of its own, held to
 the same table, at a path below its caller's. Members wait in line for one of the run's places (``max_concurrency``).
-One that calls others gives its place back until they have ended. All that is needed to say who is next is kept as it
-changes: see "members" below.
+One that calls others, or asks a person, gives its place back until it is answered. All that is needed to say who is
+next is kept as it changes: see "members" below.
 
 A turn is not started when the run, or its step, has used what it may (``Budget``): the step that comes next waits at
 a ``budget`` gate, and while that is open nothing starts; see "budgets".
@@ -78,6 +78,7 @@ from .events import (
     TurnFailed,
     TurnFinished,
     TurnStarted,
+    TurnWentOn,
     Usage,
     WorkflowChanged,
     place,
@@ -156,6 +157,7 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "ToolCalled": ("asking",),
         "ToolReturned": ("asking",),
         "GateDecided": ("running", "asking"),
+        "TurnWentOn": ("running",),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
     },
@@ -211,6 +213,8 @@ STATUS_WORDS: dict[StepStatus, str] = {
 
 def status_word(state: RunState, step: StepState) -> str:
     """How `step` stands, in words: once the run has ended nothing waits any more."""
+    if step.answered is not None:
+        return STATUS_WORDS["ready"]
     if state.ended is None or step.status != "due":
         return STATUS_WORDS[step.status]
     kind = step.due.kind if step.due is not None else None
@@ -221,7 +225,8 @@ def status_word(state: RunState, step: StepState) -> str:
 def standing(state: RunState, step: StepState) -> str:
     """The same as what it does: ``is pending``, ``waits for its team``."""
     word = status_word(state, step)
-    return word if step.status in ("asking", "calling", "retrying", "looping") else f"is {word}"
+    does = step.status in ("asking", "calling", "retrying", "looping") and step.answered is None
+    return word if does else f"is {word}"
 
 
 NO_FIELDS = "The edited text is not the JSON of the output any more, so it has no fields."
@@ -284,7 +289,7 @@ class Attempt(Plain):
     ordinal: int = 0
     """Which turn of its agent the last one is."""
     waits_since: float | None = None
-    """Since when it waits for them."""
+    """Since when it waits for them, or, answered, for a place to go on at."""
 
     def __repr__(self) -> str:
         return f"<Attempt {self.number}: {self.text[:60]!r}>"
@@ -434,6 +439,8 @@ class StepState(Plain):
     before: Ref | None = None
     """What the same member of a parallel step had answered, when that was rejected."""
     place: Literal["", "wants", "queued", "held"] = ""
+    answered: str | None = None
+    """The gate whose answer its turn is told as soon as there is a place for it."""
     called: int = 0
     """Calls made so far."""
     asked: tuple[str, str] = ("", "")
@@ -1166,8 +1173,10 @@ def _turn_failed(state: RunState, event: TurnFailed) -> None:
     last.ended_at = event.at
     if event.retry_in_s is not None:
         step.status, step.retry_at = "retrying", event.at + event.retry_in_s
-        if step.caller:
+        if step.place == "held":
             state.backing_off[step.path] = step
+        elif step.caller:  # it had asked somebody
+            _want_place(state, step)
     else:
         _owe(step, Due("failed", {"error": event.error.message}, (event.error.message,)))
         _owe_member(state, step)
@@ -1199,6 +1208,9 @@ def _stop_running(state: RunState, step: StepState, at: float) -> None:
     """It runs no more; a question it had asked is void, and so are the calls it had made."""
     state.running.pop(step.path, None)
     _end_calls(state, step, at)
+    if step.answered is not None:
+        _waited(step.attempts[-1], at)
+        step.answered = None
     _keep_team(step)
     _close(state, step)
 
@@ -1225,6 +1237,8 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
     gate.deadline = event.at + gate.timeout_s if gate.timeout_s is not None else None
     state.owed.pop(step.path, None)
     step.status = "asking" if gate.kind in ASKED_BY_TURNS else "waiting"
+    if step.status == "asking" and step.caller:
+        _leave_place(state, step)
     step.gate = gate
     step.gates += 1
     if event.prompt is not None:
@@ -1232,6 +1246,17 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
     if gate.kind == "start":
         step.redo = Redo(prompt=Ref(event.seq, "prompt"), goes_on=chained)
     state.gates[gate.id] = state.last_gate = gate
+
+
+def path_of(gate_id: str) -> str:
+    """The place of a gate's step in the run."""
+    return "/".join(gate_id.split("/")[1:-2])
+
+
+def waits_for(state: RunState, gate_id: str) -> bool:
+    """Whether somebody waits for that gate: for its answer, or with it for a place to go on at."""
+    member = state.members.get(path_of(gate_id))
+    return gate_id in state.gates or (member is not None and member.answered == gate_id)
 
 
 def gate_of(state: RunState, gate_id: str) -> Gate:
@@ -1248,8 +1273,7 @@ def gate_of(state: RunState, gate_id: str) -> Gate:
     before = state.decisions.get(gate_id)
     if before is not None:
         raise AlreadyDecided(already(before))
-    place = gate_id.split("/")
-    path = "/".join(place[1:-2])
+    place, path = gate_id.split("/"), path_of(gate_id)
     earlier = state.steps.get(path) or state.members.get(path)
     if earlier is not None and place[-1] in map(str, range(1, earlier.gates + 1)):
         if place[-1] == str(earlier.gates) and state.ended in ("stopped", "failed"):
@@ -1469,9 +1493,26 @@ def _allow(state: RunState, step: StepState, gate: Gate, decision: Decision, seq
 
 
 def _answered(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
-    """The turn that had asked goes on; the time it waited is not its own."""
-    step.attempts[-1].asked_s += max(0.0, decision.at - gate.opened_at)
-    step.status = "running"
+    """The turn that had asked goes on, a member as soon as it has a place; the time it waited is not its own."""
+    last = step.attempts[-1]
+    last.asked_s += max(0.0, decision.at - gate.opened_at)
+    if step.caller:
+        step.status, step.answered, last.waits_since = "asking", gate.id, decision.at
+        _want_place(state, step)
+    else:
+        step.status = "running"
+
+
+def _turn_went_on(state: RunState, event: TurnWentOn) -> None:
+    step = _met(state, event.path, event.type)
+    if step.answered is None or step.answered != event.gate_id:
+        raise TransitionError(f"{step.path!r} waits for no answer that it has, so it does not go on.")
+    if step.place != "queued" or state.busy >= state.max_concurrency:
+        raise TransitionError(f"{step.path!r} has no place to work at yet.")
+    last = step.attempts[-1]
+    _waited(last, event.at)
+    _take_place(state, step)
+    step.status, step.answered = "running", None
 
 
 _Effect = Callable[[RunState, StepState, Gate, Decision, int], None]
@@ -1570,6 +1611,7 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "GateDecided": _gate_decided,
     "AgentsCalled": lambda state, event: _agents_called(state, event),
     "AgentsReturned": lambda state, event: _agents_returned(state, event),
+    "TurnWentOn": _turn_went_on,
     "StepFailed": lambda state, event: _step_failed(state, event),
     "LoopedBack": _looped_back,
     "Rewound": _rewound,
@@ -2405,15 +2447,19 @@ def _check_alone(state: RunState, caller: StepState) -> None:
             raise TransitionError(f"{member.path} is running; it is cut short first.")
 
 
+def _waited(attempt: Attempt, at: float) -> None:
+    """Until now the attempt waited for others: that time is not its own."""
+    if attempt.waits_since is not None:
+        attempt.asked_s += max(0.0, at - attempt.waits_since)
+        attempt.waits_since = None
+
+
 def _end_calls(state: RunState, caller: StepState, at: float) -> None:
     """The turn waits for nobody any more; it works on or ends, so it has a place."""
     call = state.calls.pop(caller.path, None)
     if call is None:
         return
-    last = caller.attempts[-1]
-    if last.waits_since is not None:
-        last.asked_s += max(0.0, at - last.waits_since)
-        last.waits_since = None
+    _waited(caller.attempts[-1], at)
     for member in call.groups[call.group]:
         _leave_place(state, member)
         state.owed.pop(member.path, None)
@@ -2492,6 +2538,8 @@ def _members_next(state: RunState, engine_of: Callable[[Step], str] | None) -> l
             if step.status == "calling":
                 call = state.calls[step.path]
                 actions.append(Record(AgentsReturned(step=step.id, path=step.path, call=call.number)))
+            elif step.status == "asking":
+                actions.append(Record(TurnWentOn(step=step.id, path=step.path, gate_id=cast("str", step.answered))))
             elif state.paused or state.held is not None:
                 break  # who was at work stands before those that begin
             else:

@@ -300,6 +300,8 @@ def look(state: RunState, step: StepState) -> Look:
         return Look("stale", _TONES[step.status])
     if step.status == "calling" and isinstance(step.step, Parallel):
         return Look("running", "running")  # its members are what it does
+    if step.answered is not None:
+        return Look(status_word(state, step), "pending")
     last = step.last
     if step.status == "finished" and last is not None and last.decision is not None:
         return Look("edited" if last.edited else "approved", "done")

@@ -1500,9 +1500,7 @@ class Checked(Driver):
         state = self.state
         held = [one for one in state.members.values() if one.place == "held"]
         assert {one.path for one in held} == {
-            one.path
-            for one in state.members.values()
-            if one.status in ("running", "asking") or one.path in state.backing_off
+            one.path for one in state.members.values() if one.status == "running" or one.path in state.backing_off
         }
         assert state.busy == len(held) <= state.max_concurrency
         queued = {path: one for line in state.lines for path, one in line.items() if one.caller}

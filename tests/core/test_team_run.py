@@ -576,6 +576,53 @@ def test_a_question_that_nobody_can_answer_ends_the_wait_when_the_others_are_don
     run.stop()
 
 
+def test_one_that_asks_keeps_no_place_from_others_and_goes_on_when_there_is_one() -> None:
+    work, told = Work(), []
+
+    @cm.agent("asker")
+    async def asks(turn: cm.Turn) -> str:
+        told.append(await turn.ask_human("Which port?"))
+        return f"port {told[0]}"
+
+    flow = team(boss("asker 'q' & a '1' & a '2'"), asks, worker("a", work))
+    run = flow.start(journal=":memory:", max_concurrency=1)
+    until(lambda: len(work.begun) == 1, "the next one began, though nobody has answered")
+    run.answer("8080", "asker")
+    until(lambda: run["boss/asker#1"].status == "queued", "it is answered, and waits for a place")
+    with pytest.raises(cm.AlreadyDecided, match="already answered by you"):
+        run.answer("9090", "asker")
+    assert (told, work.most) == ([], 1)
+    work.go.set()
+    assert run.wait(20).status == "completed"
+    assert run["boss/asker#1"].text == "port 8080"
+    assert work.most == 1
+    assert [event.type for event in run.events].count("TurnWentOn") == 1
+    order = [(event.type, event.path) for event in run.events if event.type in ("TurnStarted", "TurnWentOn")]
+    assert order[-2:] == [("TurnWentOn", "boss/asker#1"), ("TurnStarted", "boss/a#2")], "first who was at it before"
+
+
+def test_stopped_while_an_answered_one_waits_for_a_place_it_is_not_asked_again() -> None:
+    work, asked = Work(), []
+
+    @cm.agent("asker")
+    async def asks(turn: cm.Turn) -> str:
+        asked.append(turn.attempt)
+        return f"port {await turn.ask_human('Which port?')}"
+
+    flow = team(boss("asker 'q' & a '1'"), asks, worker("a", work))
+    run = flow.start(journal="journal.db", max_concurrency=1)
+    until(lambda: len(work.begun) == 1, "the other one began")
+    run.answer("8080", "asker")
+    run.stop()
+    work.go.set()
+    run.wait(20)
+    again = cm.resume(run.id, flow, journal="journal.db").wait(20)
+    assert again.status == "completed"
+    assert again["boss/asker#1"].text == "port 8080"
+    assert asked == [1, 2]
+    assert sum(event.type == "GateOpened" for event in again.events) == 1
+
+
 # -- pausing, stopping, going back ------------------------------------------------------------------------------------
 
 
