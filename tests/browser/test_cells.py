@@ -85,7 +85,9 @@ def test_a_result_too_early_is_a_sentence_with_the_gate_and_its_buttons_work(ope
     nb.wait_text(end, '"planner" is waiting for your decision')
     assert "Traceback" not in nb.text(end)
     page.picture("too-early", end)
-    assert nb.by_role("button", "Approve", cell=end).count() == 1
+    approve = nb.by_role("button", "Approve", cell=end)
+    approve.first.wait_for()
+    assert approve.count() == 1
     nb.click("button", "Approve", cell=end)
     nb.wait_text(BUILD, "implementer is waiting for you")
     page.run(end)
