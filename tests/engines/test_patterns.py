@@ -60,13 +60,21 @@ def test_every_step_is_decided_by_a_person(dialect):
     names = ("planner", "implementer", "reviewer")
     workflow = cm.Workflow("careful-builder", agents=agents(*names), steps=list(names), autonomous_mode="never")
 
-    async def shown(run: cm.Run) -> list[str]:
-        return [thing.text async for thing in run.stream() if isinstance(thing, cm.LiveText)]
+    texts, looking, model = list[str](), threading.Event(), Model(dialect)
 
-    with ModelServer(Model(dialect)) as server:
+    async def look(run: cm.Run) -> None:
+        async for thing in run.stream():
+            looking.set()
+            if isinstance(thing, cm.LiveText):
+                texts.append(thing.text)
+
+    def say(asked: Asked) -> Said:
+        assert looking.wait(20), "what was written before somebody looks is not live any more"
+        return model(asked)
+
+    with ModelServer(say) as server:
         run = workflow.start(engine=engine(dialect, server), journal=":memory:")
-        watched = threading.Thread(target=lambda: texts.extend(asyncio.run(shown(run))))
-        texts: list[str] = []
+        watched = threading.Thread(target=lambda: asyncio.run(look(run)))
         watched.start()
         gate(run, "planner")
         run.reject("shorter")
