@@ -1248,14 +1248,14 @@ def _gate_opened(state: RunState, event: GateOpened) -> None:
     state.gates[gate.id] = state.last_gate = gate
 
 
-def path_of(gate_id: str) -> str:
-    """The place of a gate's step in the run."""
-    return "/".join(gate_id.split("/")[1:-2])
+def gate_path(gate_id: str) -> str:
+    """The path of the step that a gate's id (``run/path/attempt/ordinal``) names."""
+    return gate_id.partition("/")[2].rsplit("/", 2)[0]
 
 
 def waits_for(state: RunState, gate_id: str) -> bool:
     """Whether somebody waits for that gate: for its answer, or with it for a place to go on at."""
-    member = state.members.get(path_of(gate_id))
+    member = state.members.get(gate_path(gate_id))
     return gate_id in state.gates or (member is not None and member.answered == gate_id)
 
 
@@ -1273,7 +1273,7 @@ def gate_of(state: RunState, gate_id: str) -> Gate:
     before = state.decisions.get(gate_id)
     if before is not None:
         raise AlreadyDecided(already(before))
-    place, path = gate_id.split("/"), path_of(gate_id)
+    place, path = gate_id.split("/"), gate_path(gate_id)
     earlier = state.steps.get(path) or state.members.get(path)
     if earlier is not None and place[-1] in map(str, range(1, earlier.gates + 1)):
         if place[-1] == str(earlier.gates) and state.ended in ("stopped", "failed"):

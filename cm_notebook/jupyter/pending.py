@@ -15,7 +15,7 @@ from ..events import Gate
 from ..render import html
 from ..render import text as say
 from ..run import Run
-from ..state import RunState
+from ..state import RunState, gate_path
 from . import bridge, view
 
 
@@ -62,7 +62,7 @@ class Wait(NamedTuple):
         if self.gate is not None:
             how = state.decisions.get(self.gate.id)
             return (
-                f"{say.gate_step(self.gate.id)} {say.decided(state, how, live=bridge.somebody())}"
+                f"{gate_path(self.gate.id)} {say.decided(state, how, live=bridge.somebody())}"
                 if how is not None
                 else ""
             )

@@ -45,7 +45,7 @@ from ..render import html, svg
 from ..render import text as say
 from ..render.markdown import BlockStream, clean
 from ..run import Run
-from ..state import RunState, StepState, apply
+from ..state import RunState, StepState, apply, gate_path
 from ..workflow import Parallel
 from . import bridge
 
@@ -294,9 +294,7 @@ def _said(state: RunState, now: float | None) -> str:
     if state.gates:
         return ""
     last = next(reversed(state.decisions), None)
-    decided = (
-        f"{say.gate_step(last)}: {say.decided(state, state.decisions[last], live=True)}. " if last is not None else ""
-    )
+    decided = f"{gate_path(last)}: {say.decided(state, state.decisions[last], live=True)}. " if last is not None else ""
     said = html.inline(decided + say.sentence(state, now))
     return said if state.current is None else html.ticking(state, state.current, said, now)
 
@@ -588,7 +586,7 @@ def log_html(run: Run, path: str) -> str:
         gate = getattr(event, "gate", None)
         about = getattr(event, "path", None) or (gate.path if gate is not None else None)
         if about is None and hasattr(event, "gate_id"):
-            about = say.gate_step(event.gate_id)
+            about = gate_path(event.gate_id)
         if about == path and (line := say.event_line(state, event) or _began(event)) is not None:
             lines.append(f"{time.strftime('%H:%M:%S', time.localtime(event.at))}  {line.removeprefix('cm: ')}")
     return html.plain_html("\n".join(lines))

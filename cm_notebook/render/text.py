@@ -50,7 +50,7 @@ from ..events import (
     Usage,
     WorkflowChanged,
 )
-from ..state import STATUS_WORDS, Attempt, Budget, RunState, StepState, status_word, why_stale
+from ..state import STATUS_WORDS, Attempt, Budget, RunState, StepState, gate_path, status_word, why_stale
 from ..tools import BUILT_IN, write_arguments
 from ..workflow import Module, Parallel, Separator, limits_of
 from .markdown import Clipped, clean, clip
@@ -862,7 +862,7 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
             return f"{event.gate.path} waits: {' · '.join(way.magic for way in ways(state, event.gate))}"
         return f"gate: {gate_sentence(state, event.gate)}"
     if isinstance(event, GateDecided):
-        return f"{gate_step(event.gate_id)} {decided(state, event.decision)}"
+        return f"{gate_path(event.gate_id)} {decided(state, event.decision)}"
     if isinstance(event, AgentsCalled):
         groups = (", ".join(one.agent for one in group[:8]) + _left_out(len(group) - 8) for group in event.groups)
         return f"{event.path} calls {', then '.join(groups)}"
@@ -924,11 +924,6 @@ def _redefined(event: WorkflowChanged) -> Iterator[str]:
         yield f"engine {one_line(event.engine, 80) or 'as configured'}"
     for name, most in (event.default_limits or {}).items():
         yield f"limit {amount(name, most)}" if most is not None else f"no limit of {_LIMITED[name]}"
-
-
-def gate_step(gate_id: str) -> str:
-    """The path of the step that a gate's id (``run/path/attempt/ordinal``) names."""
-    return gate_id.partition("/")[2].rsplit("/", 2)[0]
 
 
 def _attempt(number: int) -> str:

@@ -30,7 +30,7 @@ from ..events import (
     TurnFinished,
     TurnStarted,
 )
-from ..state import Attempt, RunState, StepState, apply
+from ..state import Attempt, RunState, StepState, apply, gate_path
 from ..workflow import Parallel
 from . import svg
 from . import text as say
@@ -119,7 +119,7 @@ class _Story:
         elif isinstance(event, GateOpened):
             self._begin(event.gate.path, "person", event.at, event.gate.attempt)
         elif isinstance(event, GateDecided):
-            path = say.gate_step(event.gate_id)
+            path = gate_path(event.gate_id)
             self._end(path, event.at)
             if path in state.running:  # a question was answered
                 self._begin(path, "work", event.at, state.running[path].attempt)
