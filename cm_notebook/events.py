@@ -8,6 +8,7 @@ Annotations are evaluated here, as in ``workflow.py``: from text, pydantic would
 """
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
@@ -49,6 +50,8 @@ EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted", "permission")
 """Where approving may carry an edited text; for a permission, the arguments as a JSON object."""
 ASKED_BY_TURNS: tuple[GateKind, ...] = ("question", "permission")
 """Those that a turn opens in its midst, and for whose answer it waits."""
+NO_FILES = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
+"""The snapshot of a folder without a file: git's id of the empty tree."""
 OTHER_WORDS = "your words reached no model"
 """So ends the note of a turn whose answer was recorded for another prompt."""
 
@@ -58,6 +61,27 @@ class Ref(NamedTuple):
 
     seq: int
     name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FileChange:
+    """A file that differs between two snapshots of the workspace.
+
+    Attributes
+    ----------
+    path, old_path
+        Relative to the workspace, with ``/``; ``old_path`` is what one that was renamed was called.
+    kind
+        What became of it. ``mode``: only its type or its permissions changed.
+    added, removed
+        Lines; ``None`` when it is no text, or too large to be compared.
+    """
+
+    path: str
+    kind: Literal["added", "deleted", "modified", "renamed", "mode"]
+    old_path: str | None = None
+    added: int | None = None
+    removed: int | None = None
 
 
 Part = str | Ref
@@ -464,6 +488,45 @@ class StepFailed(BaseEvent):
     reason: str
 
 
+class SnapshotTaken(BaseEvent):
+    """The workspace was kept as it was; not recorded where there is no file and was none.
+
+    ``when``: before an attempt or one of its chained prompts, after it, or (``kept``) before files are taken back.
+    ``before``: what ``changes`` and ``diff`` begin from; ``total``: the number of changes, of which many are not all
+    listed; ``unread``: files that could not be read, and are not in it as they are now.
+    """
+
+    step: str
+    path: str
+    attempt: int
+    when: Literal["before", "after", "kept"]
+    tree: str
+    before: str | None = None
+    changes: tuple[FileChange, ...] = ()
+    total: int = 0
+    diff: str = ""
+    unread: tuple[str, ...] = ()
+
+
+class SnapshotFailed(BaseEvent):
+    """The workspace could not be kept. ``lasting``: there is no git, so it is so for the whole run."""
+
+    step: str
+    path: str
+    attempt: int
+    reason: str
+    lasting: bool = False
+
+
+class WorkspaceRestored(BaseEvent):
+    """The files are again as they were in the snapshot ``tree``; the attempt begins with them."""
+
+    step: str
+    path: str
+    attempt: int
+    tree: str
+
+
 class LoopedBack(BaseEvent):
     """A module sent the run back to the step ``to``; ``iteration`` is the pass that begins."""
 
@@ -505,6 +568,9 @@ AnyEvent = (
     | AgentsReturned
     | TurnWentOn
     | StepFailed
+    | SnapshotTaken
+    | SnapshotFailed
+    | WorkspaceRestored
     | LoopedBack
     | Rewound
 )

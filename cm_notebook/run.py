@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
@@ -65,6 +66,7 @@ from .work import Work
 from .workflow import Agent, Separator, Step, Workflow, as_step, sound
 
 _current: Run | None = None
+_SNAPSHOT = re.compile("[0-9a-f]{40,64}")
 
 
 class Run:
@@ -566,6 +568,46 @@ class Run:
 
         self._driver.go_on(propose)
         return self
+
+    def restore_files(self, step: str, to: str = "before", *, attempt: int = -1) -> str:
+        """Bring the files of the workspace to what they were at an attempt of `step`. No agent may be at work.
+
+        Parameters
+        ----------
+        to
+            ``"before"`` it, ``"after"`` it (what was rejected, too), or ``"kept"``: what was there when files were
+            taken back for it. Or what this method returned.
+        attempt
+            1, 2 …, or counted from the end.
+
+        Returns
+        -------
+        str
+            The snapshot of what was there: given as `to`, it undoes this.
+
+        Raises
+        ------
+        TransitionError    An agent is at work, or there is no such snapshot.
+        WorkflowError      `to` is none of these.
+        SnapshotError      It cannot be done; the message says why.
+        """
+        view = self[step]
+        tree = to if _SNAPSHOT.fullmatch(to) else None
+        if tree is None:
+            names = ("before", "after", "kept")
+            if to not in names:
+                raise WorkflowError(f"to={to!r} is not known. {did_you_mean(to, names, 'Possible')}")
+            found = view.attempt(attempt)
+            tree = getattr(found, to)
+            if tree is None and to == "after" and not found.files_total and not found.unkept:
+                tree = found.before  # it changed nothing
+            if tree is None:
+                there = ", ".join(name for name in names if getattr(found, name) is not None) or "none"
+                raise TransitionError(f"attempt {found.number} of {step!r} has no snapshot {to!r}. It has: {there}.")
+        with self._driver.lock:
+            if self._driver.driving and self._driver.state.at_work:
+                raise TransitionError(f"{', '.join(self._driver.state.running)} is at work on the files. Wait for it.")
+            return self._work.files.bring_back(tree)
 
     # -- building while it lives --------------------------------------------------------------------------------------
 

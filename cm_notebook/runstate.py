@@ -18,7 +18,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .errors import TransitionError, did_you_mean
-from .events import AnyEvent, Decision, ErrorInfo, Gate, GateKind, Mode, Part, Ref, RunEnd, RunResumed, Usage
+from .events import (
+    NO_FILES,
+    AnyEvent,
+    Decision,
+    ErrorInfo,
+    FileChange,
+    Gate,
+    GateKind,
+    Mode,
+    Part,
+    Ref,
+    RunEnd,
+    RunResumed,
+    Usage,
+)
 from .plain import Plain
 from .prompts import text_of
 from .team import CAP, MOST_DEPTH
@@ -120,6 +134,24 @@ class Attempt(Plain):
     """Which turn of its agent the last one is."""
     waits_since: float | None = None
     """Since when it waits for them, or, answered, for a place to go on at."""
+    before: str | None = None
+    """The snapshot of the workspace that it began with, as far as one is known."""
+    after: str | None = None
+    """The snapshot after it, where it changed something; what was taken back since is still in it."""
+    files_changed: tuple[FileChange, ...] = ()
+    """The files that it changed in the workspace; of many, the first."""
+    files_total: int = 0
+    """How many they are."""
+    patch: Ref | None = None
+    """Where the diff stands."""
+    kept: str | None = None
+    """The snapshot of what was there before it began and the files were taken back, where that was in none."""
+    kept_total: int = 0
+    """How many files were other ones in it."""
+    unkept: str | None = None
+    """Why there is no snapshot, or no whole one."""
+    restored: bool = False
+    """It began with the files as they had been, others being taken back."""
 
     def __repr__(self) -> str:
         return f"<Attempt {self.number}: {self.text[:60]!r}>"
@@ -133,6 +165,11 @@ class Attempt(Plain):
     def text(self) -> str:
         """The answer, or ``""`` while there is none."""
         return text_of((self.answer,), self.texts) if self.answer is not None else ""
+
+    @property
+    def diff(self) -> str:
+        """What it changed in the files of the workspace, as a unified diff; ``""`` when nothing."""
+        return text_of((self.patch,), self.texts) if self.patch is not None else ""
 
     @property
     def feedback(self) -> str | None:
@@ -281,6 +318,12 @@ class StepState(Plain):
     """Those of a turn that did not end, by what they were asked: asked the same again, they need not begin anew."""
     budget: Budget | None = None
     """Of a step of the workflow that has limits of its own."""
+    files_before: str | None = None
+    """The snapshot that a rejection goes back to; ``None``: not known. See ``rules/files.py``."""
+    files_first: str | None = None
+    """The one that a rewind goes back to: before its first attempt since the run came to it."""
+    restore: str | None = None
+    """The one that its next turn is to begin with, until that is so."""
 
     @property
     def id(self) -> str:
@@ -442,6 +485,12 @@ class RunState(Plain):
     last_turn: str = ""
     """The path of the turn that ended last."""
     workspace: str | None = None
+    tree: str = NO_FILES
+    """The last snapshot of the workspace."""
+    loose: bool = False
+    """A turn may have changed files since, of which there is no snapshot."""
+    unkept: str | None = None
+    """Why there are no snapshots at all."""
     recorded: str | None = None
     resumed: list[RunResumed] = field(default_factory=list)
     started_at: float = 0.0

@@ -14,6 +14,7 @@ in ``rules/``, by theme, each importing only those before it:
     texts        inputs and outputs as texts that prompts can name
     places       members in line for a place to work at
     budgets      what may be used and has been used
+    files        snapshots of the workspace, and what is taken back
     moves        past a settled step, back in a loop, back to an earlier step, stale ones
     verdicts     what the end of a turn leads to
     members      agents that were called, and parallel steps
@@ -49,10 +50,11 @@ from .events import (
     place,
 )
 from .prompts import compose, missing_field
-from .rules import building, deciding, gates, members, moves, turning
+from .rules import building, deciding, files, gates, members, moves, turning
 from .rules.budgets import used_up
 from .rules.building import append_item, take_autonomy
 from .rules.deciding import check_decision
+from .rules.files import files_before
 from .rules.gates import already, ask, ask_permission, by_default, closed, gate_of, opening, tool_of, waits_for
 from .rules.members import call_agents, call_members, may_ask, may_call, results
 from .rules.moves import check_rewind, close, next_attempt
@@ -75,6 +77,7 @@ __all__ = [
     "cut_all",
     "cut_short",
     "feedback_on",
+    "files_before",
     "gate_of",
     "may_ask",
     "may_call",
@@ -219,6 +222,9 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "AgentsCalled": members.agents_called,
     "AgentsReturned": members.agents_returned,
     "StepFailed": members.step_failed,
+    "SnapshotTaken": files.snapshot_taken,
+    "SnapshotFailed": files.snapshot_failed,
+    "WorkspaceRestored": files.workspace_restored,
 }
 """The one place where an event finds its function."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import GatePending, TransitionError
-from .events import Usage
+from .events import FileChange, Usage
 from .runstate import Attempt, StepState, standing, status_word
 
 if TYPE_CHECKING:
@@ -136,6 +136,16 @@ class StepView:
         return attempts[-1].prompt if attempts else ""
 
     @property
+    def files_changed(self) -> list[FileChange]:
+        """The files of the workspace that the last attempt changed, by their paths; of very many, the first.
+
+        Each has ``path``, ``kind`` (``added, deleted, modified, renamed, mode``), ``old_path``, and of texts the lines
+        ``added`` and ``removed``. What changed in them: ``run["step"].attempts[-1].diff``.
+        """
+        attempts = self.attempts
+        return list(attempts[-1].files_changed) if attempts else []
+
+    @property
     def usage(self) -> Usage:
         """Tokens of all its attempts together."""
         return sum((attempt.usage for attempt in self.attempts if attempt.usage is not None), Usage())
@@ -162,7 +172,9 @@ class StepView:
         return attempts[-1].duration_s if attempts else None
 
     def diff(self, a: int = -2, b: int = -1) -> str:
-        """What changed from attempt `a` to attempt `b` (1, 2 …, or counted from the end), as a unified diff.
+        """What changed in its output from attempt `a` to `b` (1, 2 …, or counted from the end), as a unified diff.
+
+        What an attempt changed in the files of the workspace is its own ``diff``: ``run["step"].attempts[-1].diff``.
 
         Raises
         ------

@@ -73,6 +73,7 @@ class LiveTurn:
         "failures",
         "hide",
         "hide_thoughts",
+        "over",
         "recalled",
         "started",
         "step",
@@ -89,6 +90,8 @@ class LiveTurn:
         """What it has said so far that it used, as its last event keeps it."""
         self.asking: asyncio.Lock | None = None
         self.recalled: set[int] = set()
+        self.over = False
+        """It is known how it ends; that is still to be written down."""
         self._late = late
         self._left_s = step.timeout_s
         self._since = 0.0

@@ -34,6 +34,7 @@ from .events import (
     TurnStarted,
     TurnWentOn,
 )
+from .files import Files
 from .journal import OWN_FOLDER, own_folder
 from .prompts import missing_field
 from .starting import check_places, making
@@ -63,6 +64,7 @@ class Work:
         self.engine: str | Engine | None = None
         self.questions: dict[str, asyncio.Future[Decision]] = {}
         self.calls: dict[tuple[str, int], asyncio.Future[None]] = {}
+        self.files = Files(driver, self.workspace)
         self._driver = driver
         self._folder: Path | None = None
 
@@ -104,8 +106,9 @@ class Work:
 
             driver.propose(propose, wait=False)
 
-        turn.run_clock()
         try:
+            await self.files.begin(turn)
+            turn.run_clock()
             engine, request = self.engine_for(turn.step), self._request(turn, prompt, write)
             ending = await take_turn(turn, engine, request, write, think, opened, record)
             if turn.hide:
@@ -113,21 +116,34 @@ class Work:
             if turn.hide_thoughts:
                 think("", last=True)
         except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
-            ending = failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None)
-            driver.propose(lambda: self._turn_ended(turn, ending), wait=False)
+            await self._end(turn, failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None))
             raise
         except EngineError as error:
             ending = failed(turn, error, None)
         except Exception as error:  # a bug: whatever happens, the turn has an end
             ending = failed(turn, error, None, fatal=True)
-        turn.stop_clock()
-        driver.propose(lambda: self._turn_ended(turn, ending), wait=False)
+        await self._end(turn, ending)
 
     def _too_late(self, turn: LiveTurn) -> None:
-        self._driver.propose(lambda: self._turn_ended(turn, too_late(turn)), wait=False)
-        turn.cancel()
+        ending, working = too_late(turn), turn.task
+        # first, so that this is what it ended by; whoever cuts it short meanwhile ends this
+        turn.task = cast("asyncio.AbstractEventLoop", self._driver.loop).create_task(self._end(turn, ending))
+        if working is not None:
+            working.cancel()
 
-    def _turn_ended(self, turn: LiveTurn, ending: Ending) -> list[AnyEvent]:
+    async def _end(self, turn: LiveTurn, ending: Ending) -> None:
+        """Propose how a turn ended, with what it has changed in the workspace; the first word about that counts."""
+        turn.stop_clock()
+        if turn.over or self._driver.turns.get(turn.started.path) is not turn:
+            return
+        turn.over, changed = True, list[AnyEvent]()
+        try:
+            changed = await self.files.end(turn, ending.event)
+        except Exception as error:  # a bug
+            ending = failed(turn, error, None, fatal=True)
+        self._driver.propose(lambda: self._turn_ended(turn, ending, changed), wait=False)
+
+    def _turn_ended(self, turn: LiveTurn, ending: Ending, changed: list[AnyEvent]) -> list[AnyEvent]:
         """The end of a turn as events; none when the turn was cut short meanwhile."""
         started = turn.started
         if self._driver.turns.get(started.path) is not turn:
@@ -141,9 +157,10 @@ class Work:
             cut = meaning.cut_all(self._driver.state, "its caller has ended", step)
             called = [one for one in cut if one.path != started.path]
         if not ending.fatal:
-            return [*called, ending.event]
+            return [*called, *changed, ending.event]
         others = more([*called, ending.event], meaning.cut_all(self._driver.state, "the run failed"))
-        return [*called, ending.event, *others, RunFinished(status="failed", reason=f"{started.step}: {ending.error}")]
+        over = RunFinished(status="failed", reason=f"{started.step}: {ending.error}")
+        return [*called, *changed, ending.event, *others, over]
 
     def cut_short(self, event: TurnCutShort) -> None:
         """Stop the turn that was cut short."""

@@ -23,17 +23,16 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
-
-import filelock
+from typing import NamedTuple
 
 from .errors import CodeMachineError
+from .events import NO_FILES as EMPTY
+from .events import FileChange
 
-EMPTY = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
-"""The tree without a file, the same in every repository."""
+__all__ = ["EMPTY", "FileChange", "NoGit", "SnapshotError", "Snapshots"]
+
 MOST_LOOKED_AT = 5_000
 """Files that are looked at to see whether anything changed; of more, git keeps account more quickly."""
 SETTLED_S = 0.1
@@ -67,27 +66,6 @@ class SnapshotError(CodeMachineError):
     """A snapshot could not be taken or restored; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileChange:
-    """A file that differs between two snapshots.
-
-    Attributes
-    ----------
-    path, old_path
-        Relative to the workspace, with ``/``; ``old_path`` is what one that was renamed was called.
-    kind
-        What became of it. ``mode``: only its type or its permissions changed.
-    added, removed
-        Lines; ``None`` when it is no text, or too large to be compared.
-    """
-
-    path: str
-    kind: Literal["added", "deleted", "modified", "renamed", "mode"]
-    old_path: str | None = None
-    added: int | None = None
-    removed: int | None = None
-
-
 class _Place(NamedTuple):
     """Where git starts looking: the top of the user's own repository, for the sake of the rules in it."""
 
@@ -108,10 +86,13 @@ class Snapshots:
         The folder. It need not exist yet; it is empty then.
     store
         Folder of our repository. It is made when the first file is kept.
+    left_out
+        Files and folders that are in no snapshot, and stay as they are when one is restored: the journal, a notebook.
     """
 
-    def __init__(self, workspace: Path, store: Path) -> None:
+    def __init__(self, workspace: Path, store: Path, left_out: Iterable[Path] = ()) -> None:
         self.workspace, self.store = workspace.absolute(), store.absolute()
+        self._given = (self.store, *left_out)
         self.skipped: tuple[str, ...] = ()
         """Files that could not be read: the last snapshot holds them as they were before, or not at all."""
         self._tree = EMPTY
@@ -187,6 +168,8 @@ class Snapshots:
         with self._busy, self._alone() as place:
             self._seen = None
             self._git("read-tree", "--reset", tree)
+            if self._leave_out(place):  # it may have been taken when something else was left out
+                tree = self._git("write-tree").strip()
             self._restore_rules(place)
             self._stage(place)
             self._git("read-tree", "--reset", "-u", tree)
@@ -215,6 +198,8 @@ class Snapshots:
             try:
                 with os.scandir(folders.pop()) as entries:
                     for entry in entries:
+                        if entry.name == ".git" or entry.path in self._left_out:
+                            continue
                         about = entry.stat(follow_symlinks=False)
                         if stat.S_ISDIR(about.st_mode):
                             folders.append(entry.path)
@@ -233,6 +218,24 @@ class Snapshots:
         if newest > time.time_ns() - int(SETTLED_S * 1e9):
             return None
         return tuple(sorted(found))
+
+    @functools.cached_property
+    def _left_out(self) -> dict[str, str]:
+        """What lies in the workspace and is left out: as it is found there, and relative to it."""
+        found, top = {}, self.workspace.resolve()
+        for path in self._given:
+            with contextlib.suppress(ValueError, OSError):
+                name = path.absolute().resolve().relative_to(top).as_posix()
+                if name != ".":
+                    found[f"{self.workspace}{os.sep}{name.replace('/', os.sep)}"] = name
+        return found
+
+    def _leave_out(self, place: _Place) -> bool:
+        """Take out of our index what is left out; whether there is such."""
+        named = [f":(top,literal){place.prefix}{name}" for name in self._left_out.values()]
+        if named:
+            self._git("rm", "-r", "--cached", "--quiet", "--ignore-unmatch", "--force", "--", *named)
+        return bool(named)
 
     # -- git -----------------------------------------------------------------------------------------------------------
 
@@ -259,6 +262,8 @@ class Snapshots:
                 "there is no git on this machine: changes of files are not shown, and Reject does not take them back. "
                 "Install git."
             )
+        import filelock  # only where there are files
+
         try:
             self.workspace.mkdir(parents=True, exist_ok=True)
             self.store.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -283,6 +288,7 @@ class Snapshots:
     def _stage(self, place: _Place) -> str:
         """Bring our index in line with the folder; the id of its tree."""
         within = [f":(top,literal){place.prefix}" if place.prefix else ":(top)"]
+        within += [f":(top,exclude,literal){place.prefix}{name}" for name in self._left_out.values()]
         while True:
             done = self._tried("add", "--all", "--ignore-errors", "--", *within)
             # a repository in which nothing was committed yet stops git; it is passed over, as all nested ones are
@@ -300,6 +306,7 @@ class Snapshots:
             if there:
                 words = ["--pathspec-from-file=-", "--pathspec-file-nul"]
                 self._git("--literal-pathspecs", "add", "--force", "--ignore-errors", *words, stdin=there)
+        self._leave_out(place)
         return self._git("write-tree").strip()
 
     def _compared(self) -> list[str]:

@@ -416,10 +416,12 @@ def _tools(state: RunState, step: StepState) -> str:
         for one in shown
     )
     made = f'Attempt<div class="cm-tabs" role="tablist" aria-label="Attempts of {name}">{attempts}</div>'
-    kinds = {"output": "Output", "diff": "Diff", "prompt": "Prompt", "log": "Log"}
+    kinds = {"output": "Output", "diff": "Diff", "files": "Files", "prompt": "Prompt", "log": "Log"}
     if len(shown) == 1:
         made = ""
         del kinds["diff"]
+    if not any(one.files_total for one in shown):
+        del kinds["files"]
     tabs = "".join(f'<button type="button" role="tab" data-tab="{tab}">{word}</button>' for tab, word in kinds.items())
     made += f'<div class="cm-tabs" role="tablist" aria-label="What to show of {name}">{tabs}</div>'
     if step.stale and step.gate is None and state.ended is None:
@@ -562,7 +564,7 @@ def gate_records(state: RunState, steps: Sequence[str] | None = None) -> list[di
 
 
 def body_record(state: RunState, path: str, attempt: int, tab: str) -> dict[str, Any]:
-    """What a page asks for: an attempt's ``output``, ``diff`` or ``prompt`` as HTML; or, to be edited, a text."""
+    """What a page asks for: an attempt's ``output, diff, files`` or ``prompt`` as HTML; or, to be edited, a text."""
     step = state.find(path)
     found = next((one for one in step.attempts if one.number == attempt), step.last)
     if tab == "edit-output" and step.gate is not None and step.gate.kind == "permission":
@@ -574,6 +576,8 @@ def body_record(state: RunState, path: str, attempt: int, tab: str) -> dict[str,
         return {"text": found.prompt if found is not None else ""}
     if tab == "diff" and found is not None:
         return {"html": html.changes_html(step, found)}
+    if tab == "files" and found is not None:
+        return {"html": html.files_html(step, found)}
     if tab == "prompt" and found is not None:
         return {"html": html.prompt_html(step, found)}
     return {"html": html.output_html(state, step, found)}

@@ -112,6 +112,39 @@ def text(old: str, new: str) -> str:
     return "\n".join(text for _, text in _unified(old, new)) + "\n"
 
 
+def patch(unified: str) -> str:
+    """Show a unified diff of files as HTML, its lines marked as in :func:`lines`."""
+    shown: list[str] = []
+    for kind, group in itertools.groupby(_patch_lines(clean(unified)), key=lambda line: line[0]):
+        inner = html.escape("\n".join(text for _, text in group))
+        plain = f"{_GROUND[kind]};text-decoration:none" if kind in ("ins", "del") else ""
+        shown.append(_mark(kind, plain, inner) if plain else inner)
+        shown.append("\n")
+    style = "margin:0 0 8px;font-family:monospace;font-size:12px;overflow-x:auto"
+    return f'<pre style="{style}">{"".join(shown)}</pre>\n'
+
+
+def _patch_lines(unified: str) -> Iterator[tuple[_Kind, str]]:
+    """The lines of a unified diff. Only the numbers in a hunk's head say whether ``--- a`` is a line of a file."""
+    old = new = 0
+    for line in unified.removesuffix("\n").split("\n"):
+        if old <= 0 and new <= 0:
+            head = re.match(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@", line)
+            if head is not None:
+                old, new = (int(count) if count is not None else 1 for count in head.groups())
+            yield "hunk", line
+        elif line.startswith("-"):
+            old -= 1
+            yield "del", line
+        elif line.startswith("+"):
+            new -= 1
+            yield "ins", line
+        else:
+            if not line.startswith("\\"):
+                old, new = old - 1, new - 1
+            yield "same", line
+
+
 _Kind = Literal["hunk", "same", "ins", "del", "sentence"]
 
 

@@ -306,6 +306,7 @@ def _earlier(state: RunState, step: StepState, limit: int) -> list[str]:
         ended = say.outcome(state, step, attempt)
         body = _shown(attempt.text, each, more) if attempt.text else ""
         body = body + _errors(step, attempt) or _line("It gave no output.")
+        body += "".join(map(_line, filter(None, (say.files_words(attempt), *say.files_notes(step, attempt)))))
         parts.append(_fold(f"Attempt {attempt.number}{': ' + ended if ended else ''}", body))
     return parts
 
@@ -329,6 +330,8 @@ def _last(state: RunState, step: StepState, attempt: Attempt, limit: int) -> lis
                 _capital(called), _shown(lines, min(PROMPT_LIMIT, limit), say.show_command(step, attempt), plain=True)
             )
         )
+    if attempt.files_total:
+        parts.append(_fold(say.files_words(attempt), _files(step, attempt, min(OLD_LIMIT, limit))))
     if prompt := attempt.prompt:
         shown = _shown(prompt, min(PROMPT_LIMIT, limit), f"%cm show {step.path} --full", plain=True)
         engine = f" sent to {attempt.engine}" if attempt.engine not in ("", "offline") else ""
@@ -348,12 +351,25 @@ def _result(state: RunState, step: StepState, attempt: Attempt, limit: int) -> l
     if attempt.note:
         parts.append(_quote(_line(_capital(one_line(attempt.note, 300)), ""), "waiting"))
     parts.append(_errors(step, attempt))
+    parts += map(_line, say.files_notes(step, attempt))
     ended = say.outcome(state, step, attempt)
     if attempt.verdict is not None and one_line(attempt.verdict.reason) == one_line(attempt.text):
         ended = ended.replace(f": {say.quoted(attempt.verdict.reason)}", "", 1)  # a function's text is its reason
     if ended and not (attempt.error is not None and attempt.decision is None and attempt.answer is None):
         parts.append(_line(_capital(ended) + ("" if ended[-1] in ".”" else ".")))
     return parts
+
+
+def _files(step: StepState, attempt: Attempt, limit: int) -> str:
+    """The files that an attempt changed, and their diff."""
+    made = _pre("\n".join(say.file_lines(attempt)))
+    cut = clip(attempt.diff, limit)
+    if cut.head:
+        made += diff.patch(cut.head)
+    if cut.tail:
+        more = f'`run["{step.path}"].attempt({attempt.number}).diff`'
+        made += _line(f"The rest is not shown here: {more}")
+    return made
 
 
 def _bounded_diff(step: StepState, old: Attempt, new: Attempt, limit: int) -> str:
@@ -445,7 +461,8 @@ def header(state: RunState, now: float | None = None) -> str:
 
 def origin_words(state: RunState) -> str:
     """Where the answers came from, if not from a model, and what the run goes on from."""
-    return inline(" · ".join(filter(None, (_capital(say.source(state)), _resumed(state)))))
+    unkept = _capital(one_line(state.unkept or "", 300))
+    return inline(" · ".join(filter(None, (_capital(say.source(state)), _resumed(state), unkept))))
 
 
 def _resumed(state: RunState) -> str:
@@ -673,6 +690,13 @@ def changes_html(step: StepState, attempt: Attempt) -> str:
     return _line(f"From attempt {old.number} to {attempt.number}:") + _bounded_diff(step, old, attempt, STEP_LIMIT)
 
 
+def files_html(step: StepState, attempt: Attempt) -> str:
+    """What an attempt changed in the files of the workspace."""
+    if not attempt.files_total:
+        return _line("It changed no files.")
+    return _line(f"{say.files_words(attempt)}:") + _files(step, attempt, STEP_LIMIT)
+
+
 def prompt_html(step: StepState, attempt: Attempt) -> str:
     """The exact prompt of an attempt, and to whom it was sent."""
     sent = f"Sent to {attempt.engine}:" if attempt.engine not in ("", "offline") else "No model was called. The prompt:"
@@ -766,7 +790,10 @@ def show_html(state: RunState, step: StepState, attempt: int | None = None, full
     output = _shown(chosen.text, limit, more) if chosen.text else _line("It gave no output.")
     prompt = chosen.prompt
     sent = _fold("Prompt", _shown(prompt, limit, more, plain=True)) if prompt else ""
-    return f'<div style="{FRAME}">\n{head}{output}{_errors(step, chosen)}{sent}</div>\n'
+    files = "".join(map(_line, say.files_notes(step, chosen)))
+    if chosen.files_total:
+        files += _fold(say.files_words(chosen), _files(step, chosen, limit))
+    return f'<div style="{FRAME}">\n{head}{output}{_errors(step, chosen)}{files}{sent}</div>\n'
 
 
 def runs_html(runs: Iterable[tuple[str, str, str, float]]) -> str:

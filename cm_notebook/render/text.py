@@ -37,6 +37,8 @@ from ..events import (
     RunStarted,
     RunUnpaused,
     Scope,
+    SnapshotFailed,
+    SnapshotTaken,
     StepAdded,
     StepChanged,
     StepFailed,
@@ -49,6 +51,7 @@ from ..events import (
     TurnFinished,
     Usage,
     WorkflowChanged,
+    WorkspaceRestored,
 )
 from ..runstate import STATUS_WORDS, Attempt, Budget, RunState, StepState, gate_path, status_word, why_stale
 from ..tools import BUILT_IN, write_arguments
@@ -877,6 +880,17 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
         )
     if isinstance(event, Rewound):
         return f"back to {event.to}"
+    if isinstance(event, SnapshotTaken):
+        many = f"{event.total:,} file{'' if event.total == 1 else 's'}"
+        if event.when == "kept":
+            return f"{event.path}: {many} changed since the last snapshot, kept before the files are taken back"
+        return f"{event.path}: {many} changed" if event.when == "after" and event.total else None
+    if isinstance(event, SnapshotFailed):
+        return (
+            event.reason if event.lasting else f"{event.path}: no snapshot of its files: {one_line(event.reason, 300)}"
+        )
+    if isinstance(event, WorkspaceRestored):
+        return f"{event.path}: the files are as they were before it"
     return None
 
 
@@ -892,6 +906,46 @@ def tool_lines(attempt: Attempt) -> list[str]:
         if use.text is not None:
             lines.append(f"{'✗' if use.failed else '←'} {one_line(use.text)}")
     return lines
+
+
+_FILE_WORDS = {"added": "new", "deleted": "deleted", "modified": "changed", "renamed": "renamed", "mode": "mode"}
+FILES_SHOWN = 50
+"""Changed files of an attempt that are listed."""
+
+
+def files_words(attempt: Attempt) -> str:
+    """How many files an attempt changed: ``2 files changed``; ``""`` for none."""
+    many = attempt.files_total
+    return f"{many:,} file{'' if many == 1 else 's'} changed" if many else ""
+
+
+def file_lines(attempt: Attempt) -> list[str]:
+    """The files that an attempt changed: ``changed todo.py (+3 -1)``."""
+    lines = []
+    for change in attempt.files_changed[:FILES_SHOWN]:
+        was = f" from {one_line(change.old_path)}" if change.old_path is not None else ""
+        count = f" (+{change.added} -{change.removed})" if change.added or change.removed else ""
+        lines.append(f"{_FILE_WORDS[change.kind]} {one_line(change.path)}{was}{count}")
+    if (more := attempt.files_total - len(lines)) > 0:
+        lines.append(f"and {more:,} more")
+    return lines
+
+
+def files_notes(step: StepState, attempt: Attempt) -> list[str]:
+    """What is to be said about the files of an attempt besides: what was taken back for it, what is not kept."""
+    notes = []
+    which = "" if attempt is step.last else f", attempt={attempt.number}"
+    if attempt.restored:
+        notes.append("It began with the files as they were before the step.")
+    if attempt.kept is not None:
+        many = f"{attempt.kept_total:,} file{'' if attempt.kept_total == 1 else 's'}"
+        notes.append(
+            f"Until then {many} had been changed since the last snapshot; that is kept, and comes back with "
+            f"`run.restore_files({step.path!r}, 'kept'{which})`."
+        )
+    if attempt.unkept:
+        notes.append(f"No snapshot of its files: {one_line(attempt.unkept, 300)} Reject leaves them as they are.")
+    return notes
 
 
 def tool_words(attempt: Attempt) -> str:
@@ -1133,6 +1187,8 @@ def member_lines(state: RunState, step: StepState, now: float | None = None) -> 
 def run_text(state: RunState, now: float | None = None) -> str:
     """The run as ``text/plain``: its headline, a line per step with what became of it, and what comes next."""
     lines = [headline(state, now), *step_lines(state, now)]
+    if state.unkept is not None:
+        lines.append(_capital(one_line(state.unkept, 300)))
     lines.append(sentence(state, now))
     for gate in state.gates.values():
         lines.append("  " + " · ".join(way.magic for way in ways(state, gate)))
@@ -1151,13 +1207,22 @@ def show_text(state: RunState, step: StepState, attempt: Attempt | None = None, 
             words.append(one_line(shown.note))
     head = " · ".join(filter(None, words))
     tools = [f"  {line}" for line in tool_lines(shown)] if shown is not None else []
-    head = "\n".join([head, *member_lines(state, step), *tools])
+    files = _files(step, shown) if shown is not None else []
+    head = "\n".join([head, *member_lines(state, step), *tools, *files])
     text = ""
     if step.gate is not None and step.gate.kind == "permission" and attempt is None:
         text = clean(requested(step.gate))
     elif shown is not None:
         text = clean(shown.text) if full else bounded(shown.text, show_command(step, shown))
+        text += f"\n\n{clean(shown.diff)}" if full and shown.diff else ""
     return f"{head}\n\n{text}" if text else head
+
+
+def _files(step: StepState, attempt: Attempt) -> list[str]:
+    """What an attempt changed in the workspace, and what is to be said about it."""
+    words = files_words(attempt)
+    lines = [f"  {words}:", *(f"    {line}" for line in file_lines(attempt))] if words else []
+    return [*lines, *(f"  {note}" for note in files_notes(step, attempt))]
 
 
 def runs_rows(runs: Iterable[Any]) -> list[list[str]]:

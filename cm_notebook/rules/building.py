@@ -13,6 +13,7 @@ from ..events import StepAdded, StepChanged, StepRemoved, WorkflowChanged
 from ..runstate import RunState, StepState
 from ..workflow import Agent, AutonomousMode, Parallel, Separator, Step, as_step
 from .budgets import own_budget
+from .files import take_back
 from .moves import advance, begin_again, close
 from .texts import take_inputs
 
@@ -99,7 +100,9 @@ def step_changed(state: RunState, event: StepChanged) -> None:
         state.cursor = min(state.cursor, step.index)
     elif step.status != "pending":
         # what waits for a decision was made by the old definition: it is made again
+        before = step.files_before
         begin_again(step, "pending")
+        take_back(state, step, before)
 
 
 def _what_changed(old: Step, were: tuple[Agent, ...], new: Step, agents: tuple[Agent, ...]) -> tuple[str, ...]:

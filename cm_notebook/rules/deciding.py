@@ -28,6 +28,7 @@ from ..runstate import Attempt, Due, Loop, Redo, RunState, StepState
 from ..tools import read_arguments
 from ..workflow import Module, Parallel, Verdict, limits_of
 from .budgets import grant
+from .files import forget_files, take_back
 from .gates import gate_of, tool_of
 from .moves import advance, ask_again, close, settle, trust
 from .places import want_place
@@ -132,6 +133,8 @@ def _edited(state: RunState, step: StepState, decision: Decision, seq: int) -> A
     made.turns, made.answer, made.decision = list(last.turns), Ref(seq, EDITED), decision
     made.verdict = last.verdict if last.verdict is None else Verdict.from_text(decision.output) or last.verdict
     made.session_id, made.members = last.session_id, last.members
+    made.before, made.after, made.patch = last.before, last.after, last.patch
+    made.files_changed, made.files_total = last.files_changed, last.files_total
     if last.output is not None:
         made.output = _as_before(decision.output, last.output)
         made.note = NO_FIELDS if made.output is None else None
@@ -151,6 +154,7 @@ def _as_before(text: str, before: Any) -> Any:
 
 def _reject_review(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
     step.status, step.redo = "ready", Redo(feedback=Ref(seq, "feedback"), answered=True)
+    take_back(state, step, step.files_before)
 
 
 def _skip(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
@@ -182,6 +186,7 @@ def _reject_verdict(state: RunState, step: StepState, gate: Gate, decision: Deci
 def _retry(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
     if gate.kind == "stale":
         step.session = None
+        forget_files(step)
     edited = Ref(seq, "prompt") if decision.prompt is not None else None
     kept = step.redo.feedback if step.redo is not None and edited is None else None
     if edited is None and step.redo is not None:

@@ -17,6 +17,7 @@ from ..prompts import digest
 from ..runstate import ENDED, STATUS_WORDS, Attempt, Call, Due, Redo, RunState, StepState
 from ..team import MOST_DEPTH, AgentResult, Groups, last_lines
 from ..workflow import GATE_OPTIONS, Parallel, Step
+from .files import begin_files
 from .moves import close, doubt_later, next_attempt, owe
 from .places import leave_place, member_ended, next_group, take_place
 from .transitions import met
@@ -153,6 +154,7 @@ def agents_called(state: RunState, event: AgentsCalled) -> None:
         caller.attempts.append(Attempt(state.texts, number, caller.iteration, started_at=event.at))
         state.running[caller.path] = caller
         doubt_later(state, caller)
+        begin_files(state, caller, attempt=True)
     last = caller.attempts[-1]
     caller.status, caller.note, caller.called, last.waits_since = "calling", None, event.call, event.at
     for name, text in event.files.items():

@@ -14,6 +14,7 @@ from ..events import ASKED_BY_TURNS, LoopedBack, Ref, Rewound, StepSkipped
 from ..runstate import Due, Loop, Redo, RunState, StepState
 from ..workflow import Module, Parallel
 from .budgets import release
+from .files import files_before, forget_files, take_back
 from .places import member_ended, owe_member
 from .transitions import met
 
@@ -25,6 +26,7 @@ def settle(state: RunState, step: StepState, status: Literal["finished", "skippe
     step.status, step.approved = status, output
     trust(step)
     step.due, step.redo, step.looped_by, step.resent = None, None, None, ()
+    step.restore = None
     if step.caller:
         member_ended(state, step)
         return
@@ -123,7 +125,9 @@ def rewound(state: RunState, event: Rewound) -> None:
             for inside in state.order[later.index - later.step.loop_steps : later.index + 1]:
                 inside.iteration, inside.looped_by = 1, None
     close(state, target)
+    before = files_before(state, target)
     begin_again(target, "ready")
+    take_back(state, target, before)
     target.redo = Redo(answered=True)
     doubt_later(state, target)
     state.cursor = min(state.cursor, target.index)
@@ -141,6 +145,7 @@ def begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
         step.status = "due"
         return
     step.status, step.due = status, None
+    forget_files(step)
     trust(step)
 
 

@@ -23,6 +23,7 @@ from ..events import (
 from ..runstate import Attempt, Due, Ordinals, Redo, RunState, StepState, ToolUse
 from ..workflow import Parallel
 from .budgets import budgets_of, pay, used_up
+from .files import begin_files
 from .members import check_alone, end_calls, keep_team, waited
 from .moves import close, doubt_later, next_attempt, owe
 from .places import owe_member, take_place, want_place
@@ -44,7 +45,8 @@ def turn_started(state: RunState, event: TurnStarted) -> None:
         )
     if step.status != "retrying" and (state.held is not None or used_up(state, step) is not None):
         raise TransitionError(f"{step.path!r} cannot start: a person is asked first, as a limit is reached.")
-    if not step.attempts or number > step.attempts[-1].number:
+    anew = not step.attempts or number > step.attempts[-1].number
+    if anew:
         step.attempts.append(Attempt(state.texts, number, event.iteration, engine=event.engine, started_at=event.at))
         step.answers = ()
     last = step.attempts[-1]
@@ -72,6 +74,8 @@ def turn_started(state: RunState, event: TurnStarted) -> None:
         take_place(state, step)
     else:
         doubt_later(state, step)
+        if step.status != "retrying":
+            begin_files(state, step, attempt=anew)
     if step.step.agent not in state.ordinals:
         state.ordinals[step.step.agent] = Ordinals()
     last.ordinal = state.ordinals[step.step.agent].take()
@@ -169,6 +173,7 @@ def turn_cut_short(state: RunState, event: TurnCutShort) -> None:
     _stop_running(state, step, event.at)
     pay(state, step, last, event)
     last.cut_short, last.ended_at = event.reason or "stopped", event.at
+    state.loose = True
     step.retry_at = None
     step.resent += step.answers
     if step.step.idempotent or isinstance(step.step, Parallel):  # of that, its members say it
