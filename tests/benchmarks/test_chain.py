@@ -27,7 +27,7 @@ def durable(tmp_path_factory) -> dict[int, Rounds]:
 
     def figures(steps: int, rounds: int) -> Rounds:
         def ours() -> Time:
-            return finish(chain(steps), Journal(new_file()), workspace=folder).per(steps)
+            return finish(chain(steps), Journal(new_file()), workspace=folder / "work").per(steps)
 
         def floor() -> Time:
             return measure.rows_committed(new_file(), steps).per(steps)

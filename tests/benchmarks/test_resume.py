@@ -17,7 +17,7 @@ def stopped(tmp_path_factory) -> dict[int, tuple[str, Path]]:
     folder, made = tmp_path_factory.mktemp("runs"), {}
     for steps in (500, 5_000, 10_000):
         written = MemoryJournal()
-        run = chain(steps).start(journal=written, workspace=folder, until=f"s{steps - 2}").wait()
+        run = chain(steps).start(journal=written, workspace=folder / "work", until=f"s{steps - 2}").wait()
         run.stop()
         journal = Journal(folder / f"{steps}.db")
         journal.create(run.id, "chain", None)

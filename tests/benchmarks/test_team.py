@@ -58,7 +58,7 @@ def fan_out(tmp_path_factory) -> dict[int, Rounds]:
 
     def figures(members: int, rounds: int) -> Rounds:
         def ours() -> Time:
-            return finish(team(members), Journal(new_file()), workspace=folder).per(members)
+            return finish(team(members), Journal(new_file()), workspace=folder / "work").per(members)
 
         def floor() -> Time:
             return measure.rows_committed(new_file(), members).per(members)

@@ -418,6 +418,8 @@ def test_files_that_cannot_be_taken_back_fail_the_step(folder, tmp_path):
 
 def test_keys_are_not_kept_in_diffs(folder, monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-planted-1234567890")
+    monkeypatch.setattr(cm.keys, "_known", {})
+    assert cm.keys.find("anthropic")
     run = waiting(started(folder, agent("one", writes(a="key = sk-ant-planted-1234567890\n"))))
     assert "+key = " in run["one"].attempts[0].diff
     assert "planted" not in run["one"].attempts[0].diff
