@@ -138,6 +138,9 @@ class Taping:
         The first line, where it is known: of a tape that is played.
     pace
         How the text of a turn arrived, by its place; ``None``: not known.
+    waits
+        After how many seconds a turn was tried again, by its place and how often it had been before; ``None``: as the
+        event says.
     """
 
     def __init__(
@@ -145,8 +148,9 @@ class Taping:
         texts: Callable[[], Texts],
         header: Header | None = None,
         pace: Callable[[Place, str], Pace | None] = lambda place, text: None,
+        waits: Callable[[Place, int], float | None] = lambda place, failures: None,
     ) -> None:
-        self._texts, self._header, self._pace = texts, header, pace
+        self._texts, self._header, self._pace, self._waits = texts, header, pace, waits
         self._turns: dict[str, _Turn] = {}
         self._gates: dict[str, tuple[Gate, int]] = {}
         self._cuts: dict[str, int] = {}
@@ -159,6 +163,9 @@ class Taping:
         self._paths: dict[str, str] = {}
         """The paths of agents that were called, as they are on the tape."""
         self._numbers: dict[str, int] = {}
+        self._ranks: dict[str, int] = {}
+        """In which order they were called."""
+        self._tries: dict[Place, int] = {}
         self._sources: dict[int, str] = {}
         self._stopped = False
 
@@ -254,7 +261,10 @@ class Taping:
             error["kind"] = "EngineError"
         line["error"] = error
         if event.retry_in_s is not None:
-            line["retry_in_s"] = event.retry_in_s
+            place = (event.path, turn.attempt, event.turn)
+            tries = self._tries[place] = self._tries.get(place, 0) + 1
+            taped = self._waits(place, tries - 1)
+            line["retry_in_s"] = event.retry_in_s if taped is None else taped
         line |= _used(event, ended=False)
         self._end(event.path, [line, *turn.decisions], lines)
 
@@ -297,13 +307,17 @@ class Taping:
             self._held.setdefault(path.partition("/")[0], []).extend(made)
             return
         self._write(lines, made)
+        below = []
         for thing in self._held.pop(path, ()):
             if isinstance(thing, AgentsCalled):
                 self._number(thing)
             else:
-                owner = thing.get("gate", thing)
-                owner["path"] = self._paths.get(owner["path"], owner["path"])
-                self._write(lines, [thing])
+                below.append(thing)
+        # in the order in which they were called: that in which they ended may be another one each time
+        for line in sorted(below, key=lambda line: self._rank(_where(line))):
+            owner = line.get("gate", line)
+            owner["path"] = self._paths.get(owner["path"], owner["path"])
+            self._write(lines, [line])
 
     def _number(self, called: AgentsCalled) -> None:
         """Give those who are called for the first time their paths, counted from 1."""
@@ -313,6 +327,12 @@ class Taping:
                 here = f"{above}/{one.agent}"
                 self._numbers[here] = self._numbers.get(here, 0) + 1
                 self._paths[one.path] = f"{here}#{self._numbers[here]}"
+                self._ranks[one.path] = len(self._ranks)
+
+    def _rank(self, path: str) -> list[int]:
+        """Sorts agents below those who called them, and beside each other as they were called."""
+        names = path.split("/")
+        return [self._ranks.get("/".join(names[: count + 1]), 0) for count in range(1, len(names))]
 
     # -- what a turn asks for
 
@@ -545,7 +565,7 @@ class Recorder(Feed):
         learn_keys()
 
     def _anew(self) -> Taping:
-        return Taping(self._texts, self._header, self._pace)
+        return Taping(self._texts, self._header, self._pace, self._waits)
 
     def put(self, event: AnyEvent) -> None:
         """Write what `event` makes."""
@@ -612,6 +632,13 @@ class Recorder(Feed):
             if taped is not None and taped.text == text and taped.error is None:
                 return taped.events
         return _gathered(self._paces.pop(place[0], []), len(text))
+
+    def _waits(self, place: Place, failures: int) -> float | None:
+        for tape in self._tapes:
+            taped = tape.turn(*place, failures)
+            if taped is not None and taped.retry_in_s is not None:
+                return taped.retry_in_s
+        return None
 
 
 _GOES_ON = ("TurnStarted", "ToolReturned", "AgentsReturned", "TurnWentOn")
@@ -695,3 +722,18 @@ def _check_file(file: Path, shown: str) -> None:
         folder = folder.parent
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def check_heard(record: object, engines: Iterable[Any]) -> None:
+    """Refuse to record where nobody is asked, as far as is known: `engines` do what there is to do.
+
+    Raises
+    ------
+    WorkflowError    All of them show only what would be sent.
+    """
+    names = {engine.name for engine in engines}
+    if names and names <= {"offline", "functions"} and "offline" in names:
+        raise WorkflowError(
+            f"record={str(record)!r}: there is nothing to record, as the engine is 'offline', which calls no model. "
+            "Name one that does (engine=, --engine), or a tape to play."
+        )
