@@ -628,7 +628,7 @@ class Recorder(Feed):
 
     def _pace(self, place: Place, text: str) -> Pace | None:
         for tape in self._tapes:
-            taped = tape.turn(*place)
+            taped = tape.turns.get(place)
             if taped is not None and taped.text == text and taped.error is None:
                 return taped.events
         return _gathered(self._paces.pop(place[0], []), len(text))
