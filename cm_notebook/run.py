@@ -199,7 +199,7 @@ class Run:
             A recorded run to play instead of calling engines.
         record
             File to which the run is recorded as a tape, with what agents did and people decided. A tape that is there
-            is replaced as soon as this run has something to play.
+            is replaced as soon as an agent has answered.
         loop
             ``"thread"``: the run has the engine's own thread. ``"kernel"``: the loop that runs here, for objects bound
             to it.

@@ -11,9 +11,9 @@ import pytest
 import cm_notebook as cm
 from cm_notebook import keys
 from cm_notebook.engines.chat import ChatEngine
-from cm_notebook.events import AnyEvent, body
 from cm_notebook.recording import lines_of
 from cm_notebook.tape import Tape
+from tests.helpers import facts
 
 from .model_server import Asked, ModelServer, Said, error
 from .test_http import DIALECTS, KEY, SAYS, told
@@ -107,30 +107,6 @@ def decide(gate: cm.Gate) -> cm.Decision:
     if gate.kind == "review" and gate.attempt == 1:
         return cm.Decision(action="reject", feedback="Name the tests.")
     return cm.Decision(action="approve")
-
-
-LEFT_OUT = {"run_id", "recorded", "engine", "duration_s", "retry_in_s", "by", "workspace", "id", "gate_id"}
-"""What is another one when a run is played: names, times, who decided."""
-
-
-def facts(events: list[AnyEvent]) -> list[tuple[str, Any]]:
-    """What happened, without when and under which name; what went on side by side, in the order of places."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(inner) for name, inner in value.items() if name not in LEFT_OUT}
-        return [plain(inner) for inner in value] if isinstance(value, list) else value
-
-    made = []
-    for event in events:
-        said = json.loads(body(event))
-        for name in ("prompt", "context"):
-            said.pop(name, None)  # the digest tells; the parts hold numbers of events
-        path = getattr(event, "path", "") or (event.gate.path if event.type == "GateOpened" else "")
-        if event.type == "GateDecided":
-            path = event.gate_id.partition("/")[2].rsplit("/", 2)[0]
-        made.append((path, event.type, plain(said)))
-    return sorted(made, key=lambda one: one[0])  # stable: in each place, as it happened
 
 
 def play(dialect: str, tape: str | Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> cm.Run:
