@@ -53,7 +53,8 @@ from .events import (
 )
 from .feed import Feed
 from .prompts import digest
-from .state import RunState, apply
+from .runstate import RunState
+from .state import apply
 from .tape import ERRORS, VERSION, Header, Tape, about
 
 _FUNCTION = "function"
