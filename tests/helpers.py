@@ -38,7 +38,9 @@ def facts(events: list[AnyEvent]) -> list[tuple[str, Any]]:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: plain(inner) for name, inner in value.items() if name not in LEFT_OUT}
-        return [plain(inner) for inner in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [plain(inner) for inner in value]
+        return value.replace("by on_gate", "by tape") if isinstance(value, str) else value
 
     made = []
     for event in events:
