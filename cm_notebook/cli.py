@@ -568,10 +568,10 @@ class Session:
         `ready` is called where an interrupt stops the run.
         """
         why = ""
-        feed = self._run.watch(self._awake.set)
+        feed, before = self._run.follow(self._awake.set)
         try:
             ready()
-            self._tell(self._run.events)
+            self._tell(before)
             threading.Thread(target=self._await_rest, name="cm-rest", daemon=True).start()
             while not self._rests:
                 self._take(feed.take)

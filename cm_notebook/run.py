@@ -438,6 +438,14 @@ class Run:
             self._feeds.append(feed)
         return feed
 
+    def follow(self, wake: Callable[[], None]) -> tuple[Feed, list[AnyEvent | LiveText]]:
+        """A feed as of :meth:`watch`, and what was before it: all events, then what is being written; nothing twice."""
+        with self.reading() as state:
+            feed = self.watch(wake)
+            past: list[AnyEvent | LiveText] = [event for event in self.events if event.seq <= state.seq]
+            texts = (LiveText(path, turn.started.attempt, turn.text()) for path, turn in self._turns.items())
+            return feed, past + [live for live in texts if live.text]
+
     def unwatch(self, feed: Feed) -> None:
         """Close a feed."""
         with self._lock, contextlib.suppress(ValueError):
@@ -449,17 +457,11 @@ class Run:
         Of a run that is not driven here: its events, until it rests or nobody drives it any more.
         """
         loop, awake = asyncio.get_running_loop(), asyncio.Event()
-        with self.reading() as state:
-            feed, known = self.watch(lambda: _quietly(loop, awake.set)), state.seq
-            past = [event for event in self.events if event.seq <= known]
-            under_way = [(path, turn.started.attempt, turn.text()) for path, turn in self._turns.items()]
+        feed, before = self.follow(lambda: _quietly(loop, awake.set))
         self._rest.add_done_callback(lambda _rest: _quietly(loop, awake.set))
         try:
-            for event in past:
-                yield event
-            for path, attempt, text in under_way:
-                if text:
-                    yield LiveText(path, attempt, text)
+            for thing in before:
+                yield thing
             while True:
                 over = self._over()
                 things = feed.take()
