@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import shlex
 import signal
 import sys
@@ -21,23 +22,25 @@ from typing import Any
 from . import config
 from . import run as runs
 from .allowed import permissions
-from .errors import CodeMachineError, GatePending, did_you_mean
-from .journal import open_journal
+from .errors import CodeMachineError, GatePending, RunLocked, WorkflowError, did_you_mean
+from .journal import AnyJournal, open_journal
 from .options import COMMANDS, Argument, Command, Option
 from .prompts import check_read
 from .render.markdown import clean
 from .run import Run, somebody
-from .terminal import DONE, FAILED, STOPPED, USAGE, WAITING
+from .terminal import DONE, FAILED, LOCKED, STOPPED, USAGE, WAITING, anywhere
+from .terminal.anywhere import DEBUG, JOURNAL
 from .terminal.console import Console, complain, let_go_of_stdout, prepare_streams
 from .terminal.files import load
 from .terminal.parser import Misunderstood, Pair, Parser
 from .terminal.session import Session
-from .workflow import LIMITS
+from .workflow import LIMITS, Workflow
 
 # -- what can be asked for ---------------------------------------------------------------------------------------------
 
-_DEBUG = Option("debug", "show where an error comes from", "switch", own=True)
-_SHARED = ("until", "inputs", "engine", "tape", "on_gate", "workspace", *LIMITS)
+_VERBOSE = Option("verbose", "print what the agents write, too", "switch", ("-v",), own=True)
+_SHARED = ("until", "inputs", "engine", "tape", "on_gate", *LIMITS, "workspace")
+"""Options of ``%cm run`` that ``run`` has, too; ``resume`` all but the last, as a run keeps its folder."""
 
 RUN = Command(
     "run",
@@ -49,8 +52,25 @@ RUN = Command(
         Option("journal", "where runs are kept, or :memory:", example="FILE"),
         Option("workflow", "which one, when the file has several", example="NAME", own=True),
         Option("resume", "go on with a run of the journal", example="RUN", own=True),
-        Option("verbose", "print what the agents write, too", "switch", ("-v",), own=True),
-        _DEBUG,
+        _VERBOSE,
+        DEBUG,
+    ),
+)
+RESUME = Command(
+    "resume",
+    "Go on with a run of the journal here: finished steps and decisions are kept.",
+    "cm.resume(…)",
+    (Argument("run", "its id, or how it begins; the one that is unfinished without it", many="?"),),
+    (
+        Option("workflow", "where it is defined, if it has Python functions: plan.py", example="FILE", own=True),
+        *(
+            option
+            for option in COMMANDS["run"].options
+            if option.parameter in _SHARED and option.parameter != "workspace"
+        ),
+        JOURNAL,
+        _VERBOSE,
+        DEBUG,
     ),
 )
 TUTORIAL = Command(
@@ -63,7 +83,7 @@ TUTORIAL = Command(
         Option("list", "only say which there are", "switch", own=True),
         Option("execute", "run it here, with nobody watching", "switch", own=True),
         Option("no_browser", "only print the address", "switch", own=True),
-        _DEBUG,
+        DEBUG,
     ),
 )
 PERMISSIONS = Command(
@@ -71,9 +91,9 @@ PERMISSIONS = Command(
     "The tools that may always be called unasked; revoke NAME: ask again before that one.",
     "cm.permissions(…)",
     COMMANDS["permissions"].arguments,
-    (Option("journal", "beside which the list is kept", example="FILE"), _DEBUG),
+    (Option("journal", "beside which the list is kept", example="FILE"), DEBUG),
 )
-DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.", "cm.doctor()", (), (_DEBUG,))
+DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.", "cm.doctor()", (), (DEBUG,))
 DOCTOR_CODES = "Exit codes: 0 all is well; 1 there is something to look at.\n"
 
 HELP = """\
@@ -81,6 +101,11 @@ cm-notebook: workflows of AI agents, with you deciding at the right moments.
 
   cm-notebook tutorial [NAME]    copy the notebooks and open them in JupyterLab
   cm-notebook run FILE           run the workflow in a .py or .json file
+  cm-notebook runs               the runs there are, wherever they are driven
+  cm-notebook show [RUN] [STEP]  how it stands, what it waits for, what to type
+  cm-notebook approve [RUN] [STEP]
+              also reject, edit, skip, retry, answer; pause, unpause, stop
+  cm-notebook resume [RUN]       go on with it here
   cm-notebook permissions        the tools that may always be called unasked
   cm-notebook doctor             what is here, what is missing, how to mend it
   cm-notebook COMMAND --help     more about one of them
@@ -89,7 +114,6 @@ cm-notebook: workflows of AI agents, with you deciding at the right moments.
 Examples:
   cm-notebook tutorial
   cm-notebook run plan.py --input goal='a todo CLI'
-  cm-notebook run plan.py --tape tapes/plan.jsonl --on-gate approve
 
 In a notebook: %load_ext cm_notebook, then %cm?
 """
@@ -98,6 +122,10 @@ CODES = """\
 
 Exit codes: 0 completed, or paused where --until said; 1 failed, or the file or a value is wrong;
 2 not understood; 3 waits for a decision; 4 stopped. A run that did not complete can go on: --resume.
+8: it is driven elsewhere.
+"""
+RESUME_CODES = """\
+Exit codes: those of `cm-notebook run`; 6 nothing is unfinished; 7 no such run or journal; 8 it is driven elsewhere.
 """
 RUN_EXAMPLES = """\
 Examples:
@@ -117,6 +145,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except Misunderstood as error:
         code = USAGE
         complain(str(error))
+    except anywhere.Refused as error:
+        code = error.code
+        complain(str(error))
+    except RunLocked as error:
+        code = LOCKED
+        complain(f"{error} `cm-notebook runs` shows what it waits for.")
     except GatePending as error:
         code = WAITING
         complain(str(error))
@@ -188,9 +222,11 @@ def _dispatch(words: list[str]) -> int:
         return DONE
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
+        "resume": _resume,
         "tutorial": _tutorial,
         "permissions": _permissions,
         "doctor": _doctor,
+        **{name: functools.partial(anywhere.obey, name) for name in anywhere.COMMANDS_HERE},
     }
     if name not in commands:
         raise Misunderstood(f"there is no command {name!r}. {did_you_mean(name, commands, 'Commands')}")
@@ -259,41 +295,82 @@ def _run(words: list[str]) -> int:
         return DONE
     if "resume" in asked and "workspace" in asked:
         raise Misunderstood("--workspace: a run keeps the folder that it began in. Leave it out with --resume.")
+    return _drive(asked, _beginning(asked), lambda run: _again(asked, run))
+
+
+def _resume(words: list[str]) -> int:
+    asked = Parser(RESUME, RESUME_CODES).read(words)
+    if asked is None:
+        return DONE
+    journal = anywhere.journal_of(asked)
+    found = anywhere.find_run(journal, asked["run"], anywhere.unfinished, "is unfinished")
+    file = asked.get("workflow")
+    workflow = load(*_file_and_name(file)) if file is not None else None
+    asked = {**asked, "resume": found.id}
+
+    def again(run: str) -> str:
+        words = ["cm-notebook", "resume", run]
+        return shlex.join([*words, *_kept(asked, "workflow", "journal", "engine", "tape")])
+
+    functions = [agent.id for agent in found.state.agents.values() if agent.missing is not None]
+    if workflow is None and functions:
+        raise WorkflowError(
+            f"{found.id} needs Python functions, which no journal can keep: {', '.join(functions)}. Name the file that "
+            f"defines them: {again(found.id)} --workflow FILE.py"
+        )
+    return _drive(asked, _going_on(asked, workflow, journal), again)
+
+
+def _file_and_name(given: str) -> tuple[str, str | None]:
+    """``plan.py:flow`` as file and variable."""
+    file, colon, name = given.rpartition(":")
+    return (file, name) if colon and name.isidentifier() and not Path(given).exists() else (given, None)
+
+
+Begins = Callable[..., tuple[Run, int]]
+"""Takes the options that ``Run.start`` and ``cm.resume`` share; gives the run, and up to where its story was told."""
+
+
+def _drive(asked: dict[str, Any], begin: Begins, again: Callable[[str], str | None]) -> int:
+    """Begin a run and see it through; `again` is the line that goes on with it."""
     console = Console()
     policy = asked.get("on_gate") or config.setting("on_gate")
     there = policy is None and somebody() and (console.can_ask or config.setting("headless") is False)
     config.chosen["headless"] = not there  # the run asks the same question, and must come to the same answer
-    begin = _beginning(asked, policy)
+    given = {name: asked[name] for name in ("engine", "tape", "until", *LIMITS) if name in asked}
     held = _HeldInterrupts()
     try:
-        run, known = begin()
+        run, known = begin(on_gate=policy, **given)
         told = Session(run, console, asks=there and console.can_ask, verbose="verbose" in asked, known=known)
     except BaseException:
         held.release()
         raise
-    return told.see_through(_again(asked, run.id), until=asked.get("until"), ready=held.release)
+    return told.see_through(again(run.id), until=asked.get("until"), ready=held.release)
 
 
-def _beginning(asked: dict[str, Any], policy: Any) -> Callable[[], tuple[Run, int]]:
-    """What begins the run that was asked for, and says up to which event its story was told before."""
+def _beginning(asked: dict[str, Any]) -> Begins:
+    """What begins the run that was asked for."""
     workflow = load(asked["file"], asked.get("workflow"))
     runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
-    inputs = asked.get("inputs", {})
-    given = {name: asked[name] for name in ("engine", "tape", "until", *LIMITS) if name in asked}
-    if "resume" not in asked:
-        workspace = asked.get("workspace")
-        return lambda: (
-            Run.start(workflow, inputs, journal=journal, workspace=workspace, on_gate=policy, **given),
-            0,
-        )
-    before = Run.open(asked["resume"], journal).state
-    known = before.seq
-    check_read(workflow, inputs, {**workflow.inputs, **before.inputs})
-    return lambda: (
-        runs.resume(asked["resume"], workflow, inputs=inputs, journal=journal, on_gate=policy, **given),
-        known,
-    )
+    if "resume" in asked:
+        return _going_on(asked, workflow, journal)
+    inputs, workspace = asked.get("inputs", {}), asked.get("workspace")
+    return lambda **options: (Run.start(workflow, inputs, journal=journal, workspace=workspace, **options), 0)
+
+
+def _going_on(asked: dict[str, Any], workflow: Workflow | None, journal: AnyJournal) -> Begins:
+    """What goes on with a run of the journal."""
+    before, inputs = Run.open(asked["resume"], journal), asked.get("inputs", {})
+    state, known = before.state, before.state.seq
+    now = workflow if workflow is not None else before.workflow
+    check_read(now, inputs, {**now.inputs, **state.inputs})
+    return lambda **options: (runs.resume(before.id, workflow, inputs=inputs, journal=journal, **options), known)
+
+
+def _kept(asked: dict[str, Any], *names: str) -> list[str]:
+    """The options among `names` that were given, as they are written."""
+    return [word for name in names if name in asked for word in (f"--{name}", asked[name])]
 
 
 def _again(asked: dict[str, Any], run_id: str) -> str | None:
@@ -302,7 +379,4 @@ def _again(asked: dict[str, Any], run_id: str) -> str | None:
     if journal == ":memory:":
         return None
     words = ["cm-notebook", "run", asked["file"], "--resume", run_id]
-    for name in ("workflow", "journal", "engine", "tape"):
-        if name in asked:
-            words += [f"--{name}", asked[name]]
-    return shlex.join(words)
+    return shlex.join([*words, *_kept(asked, "workflow", "journal", "engine", "tape")])

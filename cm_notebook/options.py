@@ -276,6 +276,7 @@ COMMANDS: dict[str, Command] = {
             "run.approve(…)",
             (_STEP,),
             (
+                Option("output", "the text to go on with in place of the one shown", example="'My plan'"),
                 Option("scope", "for how long a tool is allowed", "choice", choices=("once", "run", "always")),
                 *LIMITS,
             ),

@@ -37,6 +37,7 @@ from ..feed import LiveText
 from ..loops import SLICE_S, engine_loop, run_sync
 from ..render import text as say
 from ..render.markdown import clean
+from ..render.shell import subject
 from ..run import Run
 from ..state import RunState, StepState, apply
 from . import DONE, FAILED, STOPPED, WAITING
@@ -332,7 +333,7 @@ class Session:
         return ids[int(number) - 1]
 
     def _show(self, gate: Gate, step: StepState) -> None:
-        shown, asks = self._subject(gate, step), gate.kind == "question"
+        shown, asks = self._subject(gate), gate.kind == "question"
         if shown and not self._is_written(gate, shown):
             self._console.say(f"--- {gate.path}{f', attempt {gate.attempt}' if gate.attempt > 1 else ''}", "dim")
             more = self._in_python(f".gate({gate.path!r}).payload['question']") if asks else "v"
@@ -349,21 +350,10 @@ class Session:
             self._console.say(tray)
         self._console.say(self._choices(gate, step))
 
-    def _subject(self, gate: Gate, step: StepState) -> str:
-        """The text that is decided about."""
-        if gate.kind == "start":
-            return self._state.text(step.redo.prompt) if step.redo is not None else ""
-        if gate.kind == "budget":
-            return ""
-        if gate.kind == "permission":
-            return say.requested(gate)
-        if gate.kind == "question":
-            question = str(gate.payload.get("question", ""))
-            return "" if say.one_line(question, say.QUESTION) == question else question  # else the sentence has it
-        last = step.last
-        if gate.kind == "failed":
-            return (last.error.detail or "") if last is not None and last.error is not None else ""
-        return last.text if last is not None else ""
+    def _subject(self, gate: Gate) -> str:
+        """The text that is decided about; ``""`` where the sentence has all of it."""
+        text = subject(self._state, gate)
+        return "" if gate.kind == "question" and say.one_line(text, say.QUESTION) == text else text
 
     def _choices(self, gate: Gate, step: StepState) -> str:
         if gate.kind == "question":
@@ -416,7 +406,7 @@ class Session:
             text = self._console.edit(step.last.prompt if step.last is not None else "")
             return Decision(action="retry", prompt=text) if text is not None else self._nothing()
         if action == "edit":
-            text = self._console.edit(self._subject(gate, step))
+            text = self._console.edit(self._subject(gate))
             return Decision(action="approve", output=text) if text is not None else self._nothing()
         if action == "skip":
             question = f"Skip {gate.step}? It gives no output; what names it gets an empty text. [y/N] "
@@ -437,7 +427,7 @@ class Session:
         return None
 
     def _view(self, gate: Gate, step: StepState) -> str:
-        return clean(self._subject(gate, step)) or "There is no text."
+        return clean(self._subject(gate)) or "There is no text."
 
     def _diff(self, gate: Gate, step: StepState, *, whole: bool) -> str:
         if len(step.attempts) < 2:
