@@ -127,6 +127,11 @@ LIMITS = (
     Option("max_tokens", "tokens that may be used before you are asked", "count", example="50000", above=0),
     Option("max_turns", "turns that may start before you are asked", "count", example="20", above=0),
 )
+ON_WAITING = Option(
+    "on_waiting",
+    "a command that tells you when a gate is open; it finds the answer to give in $CM_ANSWER",
+    example="'notify-send Waiting'",
+)
 _STEP_OPTIONS = (
     Option("agent", "who does it, if not the agent of the step's name", example="planner"),
     Option("interactive", "pause for a person, or not", "switch", off="--auto"),
@@ -262,6 +267,7 @@ COMMANDS: dict[str, Command] = {
                     "choice",
                     choices=("approve", "reject", "stop"),
                 ),
+                ON_WAITING,
                 Option("view", "how it is shown", "choice", choices=("full", "html", "log"), own=True),
                 OUT,
             ),
@@ -374,7 +380,7 @@ COMMANDS: dict[str, Command] = {
             "Go on with a run of the journal.",
             "cm.resume(…)",
             (Argument("run", "its id, from %cm runs"),),
-            (OUT,),
+            (ON_WAITING, OUT),
             examples=("%cm resume r-1f2e3d4c",),
         ),
         Command(

@@ -36,7 +36,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
-from . import allowed, edits
+from . import allowed, edits, waiting
 from . import state as meaning
 from .config import setting
 from .engines.base import AgentRequest, Engine, configured_engine, find_engine, is_engine, unpriced
@@ -74,6 +74,7 @@ from .events import (
     Scope,
     SessionOpened,
     StepFailed,
+    TellingFailed,
     TurnCutShort,
     TurnFailed,
     TurnFinished,
@@ -93,6 +94,7 @@ from .steps import StepView
 from .team import CAP, AgentResult, Call, checked_calls
 from .tools import Permission, Tool, read_arguments
 from .turns import Ending, LiveTurn, failed, take_turn, too_late
+from .waiting import OnWaiting
 from .workflow import Agent, Separator, Step, Workflow, as_step, fitted, sound
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
@@ -143,6 +145,8 @@ class Run:
         self._calls: dict[tuple[str, int], asyncio.Future[None]] = {}
         self._asked: set[str] = set()
         self._unheard: dict[str, Gate] = {}
+        self._on_waiting: Callable[[Gate], object] | list[str] | None = None
+        self._told: set[str] = set()
         self._rejected: set[str] = set()
         self._folder: Path | None = None
         self._shown_in: int | None = None
@@ -166,6 +170,7 @@ class Run:
         max_tokens: int | None = None,
         max_turns: int | None = None,
         on_gate: GatePolicy | None = None,
+        on_waiting: OnWaiting | None = None,
         tape: Any = None,
         loop: Literal["thread", "kernel"] = "thread",
         notebook: str | None = None,
@@ -194,6 +199,12 @@ class Run:
             Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
             that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open. ``"approve"``
             approves gates of kind ``budget`` too, each time for the same amount again; mode ``unattended`` never does.
+        on_waiting
+            Tells somebody that a gate is open: called once for each gate that a person has to answer, by each process
+            that drives the run, so also for one that was open when it was resumed. A function that gets the gate (sync
+            or async; on a thread of its own), or a command (a line, or a list of words; no shell), which has 30 s, the
+            variables ``CM_RUN``, ``CM_STEP``, ``CM_GATE``, ``CM_KIND``, ``CM_MESSAGE``, ``CM_ANSWER`` (the command that
+            answers), and all of it as JSON on its stdin. If it fails, the gate says so, and nothing else changes.
         tape
             A recorded run to play instead of calling engines.
         loop
@@ -212,7 +223,7 @@ class Run:
         values = {**edits.checked_inputs(workflow.inputs), **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
         check_read(workflow, inputs or {}, workflow.inputs)
-        tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
+        tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate, on_waiting=on_waiting)
         _check_places("max_concurrency", max_concurrency)
         limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
@@ -222,7 +233,7 @@ class Run:
                 Path(workspace).mkdir(parents=True, exist_ok=True)
         run = cls(f"r-{secrets.token_hex(4)}", open_journal(journal if journal is not None else setting("journal")))
         run.notebook = notebook
-        run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, loop=loop)
+        run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, on_waiting=on_waiting, loop=loop)
         run._state.engine = workflow.engine
         run._check_prices(workflow, limits)
         run._journal.create(run.id, workflow.name, notebook)
@@ -320,6 +331,7 @@ class Run:
         engine: str | Engine | None = None,
         tape: Any = None,
         on_gate: GatePolicy | None = None,
+        on_waiting: OnWaiting | None = None,
         loop: Literal["thread", "kernel"] = "thread",
     ) -> None:
         """Take what is needed for driving, from the thread that asks for it."""
@@ -327,6 +339,7 @@ class Run:
         self._on_gate = on_gate if on_gate is not None else cast("GatePolicy | None", setting("on_gate"))
         self._tape = check_options(engine=engine, tape=tape, on_gate=self._on_gate)
         self._engine = engine
+        self._on_waiting, self._told = waiting.checked(on_waiting), set()
         self._somebody = somebody()
         if self._tape is not None:
             from .engines.offline import OfflineEngine
@@ -871,6 +884,7 @@ class Run:
         later: bool = False,
         limits: Mapping[str, Any] | None = None,
         on_gate: GatePolicy | None = None,
+        on_waiting: OnWaiting | None = None,
     ) -> Run:
         """Go on, ended or paused or not: what running a cell again comes to, as one change.
 
@@ -886,6 +900,8 @@ class Run:
             What the run may use in all from now on: ``max_cost_usd, max_tokens, max_turns``.
         on_gate
             Who answers in place of a person from now on, the gates that are open included.
+        on_waiting
+            Who is told of gates from now on, in place of who was.
 
         Raises
         ------
@@ -896,6 +912,7 @@ class Run:
         if workflow is not None:
             edits.check_order(self.state, workflow)
         values = edits.inputs_of(self.state, workflow, inputs)
+        told = waiting.checked(on_waiting)
         if workflow is not None:
             check_templates(workflow, values)
             self._agents.update({agent.id: agent for agent in workflow.agents})
@@ -914,6 +931,8 @@ class Run:
             held = state.paused or state.until_reached or (state.until, state.until_once) != (until, once)
             if held if state.ended is None else until is not None:  # resuming lifts every limit
                 events.append(RunUnpaused(until=until, once=once))
+            if told is not None:
+                self._on_waiting = told
             if on_gate is not None:  # the gates that are open are put to it when this pass ends
                 self._on_gate = on_gate
                 self._asked.clear()
@@ -1365,6 +1384,8 @@ class Run:
         self._come_to_rest()
 
     def _unanswered(self, gate: Gate) -> None:
+        if self._somebody or gate.default is not None or gate.kind != "failed":  # of those without, the run ends
+            self._tell(gate)
         if self._somebody or gate.default is not None:  # without one it could only stop, and later
             return
         if gate.kind == "failed" and gate.path in self._state.members:
@@ -1381,6 +1402,27 @@ class Run:
             self._propose(lambda: [RunFinished(status="failed", reason=reason)], wait=False)
         else:
             self._unheard[gate.id] = gate
+
+    def _tell(self, gate: Gate) -> None:
+        """Tell somebody that a person is needed, once."""
+        if self._on_waiting is None or gate.id in self._told:
+            return
+        from .render import shell
+
+        self._told.add(gate.id)
+        with self.reading() as state:
+            if gate.id not in state.gates:
+                return
+            facts = shell.facts(state, gate, shell.Shell(self.id, self._journal.path))
+
+        def failed(why: str) -> None:
+            self._propose(lambda: [TellingFailed(gate_id=gate.id, reason=why)] if gate.id in self._state.gates else [])
+
+        def say_so(why: str) -> None:
+            with contextlib.suppress(CodeMachineError):  # the run is lost, or let go meanwhile
+                failed(why)
+
+        waiting.tell(self._on_waiting, gate, facts, say_so)
 
     def _allow_alike(self) -> None:
         """A tool was allowed for longer: others who wait for the same need not be asked."""
@@ -1769,7 +1811,7 @@ def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run
     return found
 
 
-@by_name("cm.resume", "engine", "on_gate", "tape", "loop")
+@by_name("cm.resume", "engine", "on_gate", "on_waiting", "tape", "loop")
 def resume(
     run_id: str,
     workflow: Workflow | None = None,
@@ -1801,7 +1843,8 @@ def resume(
     max_cost_usd, max_tokens, max_turns
         How much it may use in all, what it has used included; by default as before.
     **options
-        ``engine, on_gate, tape, loop`` of :meth:`Run.start`; of a run that is driven here already, ``on_gate`` alone.
+        ``engine, on_gate, on_waiting, tape, loop`` of :meth:`Run.start`; of a run that is driven here already,
+        ``on_gate`` and ``on_waiting`` alone.
 
     Raises
     ------
@@ -1814,7 +1857,7 @@ def resume(
     limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
     run = Run.open(run_id, journal)
     if run._driving:
-        return run.go_on(workflow, inputs, until=until, limits=limits, on_gate=options.get("on_gate"))
+        return run.go_on(workflow, inputs, until=until, limits=limits, **_answering(options))
     with run.reading() as state:
         if state.ended == "completed":
             raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")
@@ -1853,12 +1896,17 @@ def resume(
     return run._become_current()
 
 
+def _answering(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("on_gate", "on_waiting") if name in options}
+
+
 def check_options(
     *,
     engine: str | Engine | None = None,
     tape: Any = None,
     workspace: str | os.PathLike[str] | None = None,
     on_gate: GatePolicy | None = None,
+    on_waiting: OnWaiting | None = None,
 ) -> Any:
     """Refuse what :meth:`Run.start` could not use, before anything happens; returns the tape, read.
 
@@ -1877,6 +1925,7 @@ def check_options(
         raise WorkflowError(f"on_gate={on_gate!r} is not 'approve', 'reject', 'stop' or a function.")
     if isinstance(on_gate, str) and on_gate not in (policies := ("approve", "reject", "stop")):
         raise WorkflowError(f"on_gate={on_gate!r} is not known. {did_you_mean(on_gate, policies, 'Possible')}")
+    waiting.checked(on_waiting)
     if tape is None:
         return None
     from .tape import Tape

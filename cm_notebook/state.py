@@ -72,6 +72,7 @@ from .events import (
     StepFailed,
     StepRemoved,
     StepSkipped,
+    TellingFailed,
     ToolCalled,
     ToolReturned,
     TurnCutShort,
@@ -635,6 +636,8 @@ class RunState(Plain):
     workspace: str | None = None
     recorded: str | None = None
     resumed: list[RunResumed] = field(default_factory=list)
+    untold: dict[str, str] = field(default_factory=dict)
+    """By gate: why nobody was told that it is open."""
     started_at: float = 0.0
     ended_at: float | None = None
     at: float = 0.0
@@ -1340,6 +1343,10 @@ def check_decision(gate: Gate, decision: Decision) -> None:
             raise TransitionError(f"the gate of {gate.step!r} is about {about}, not {name}; nothing was changed.")
 
 
+def _telling_failed(state: RunState, event: TellingFailed) -> None:
+    state.untold[gate_of(state, event.gate_id).id] = event.reason
+
+
 def _gate_decided(state: RunState, event: GateDecided) -> None:
     gate, decision = gate_of(state, event.gate_id), event.decision
     check_decision(gate, decision)
@@ -1609,6 +1616,7 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "TurnCutShort": _turn_cut_short,
     "GateOpened": _gate_opened,
     "GateDecided": _gate_decided,
+    "TellingFailed": _telling_failed,
     "AgentsCalled": lambda state, event: _agents_called(state, event),
     "AgentsReturned": lambda state, event: _agents_returned(state, event),
     "TurnWentOn": _turn_went_on,

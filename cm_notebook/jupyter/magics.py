@@ -229,7 +229,7 @@ class CMMagics(Magics):
         return run
 
     def _resume(self, values: Values, body: str | None) -> Run:
-        run = self._notebook.take_up(values["run"])
+        run = self._notebook.take_up(values["run"], values.get("on_waiting"))
         self._present(run)
         return run
 

@@ -99,8 +99,8 @@ def _turns(step: StepState) -> list[Any]:
 
 
 def facts(state: RunState, gate: Gate, shell: Shell) -> dict[str, Any]:
-    """The gate as data: what a program needs to show it, and to answer it."""
-    ways = shell.ways(state, gate)
+    """The gate as data: what a program needs to show it, and to answer it, if the run is kept in a file."""
+    ways = shell.ways(state, gate) if shell.journal != ":memory:" else []
     return {
         "run": state.run_id,
         "workflow": state.name,
@@ -113,6 +113,7 @@ def facts(state: RunState, gate: Gate, shell: Shell) -> dict[str, Any]:
         "text": subject(state, gate),
         "digest": gate.digest,
         "actions": list(gate.actions),
+        "answer": ways[0][1] if ways else "",
         "answers": {way.name: line for way, line in ways},
         "opened_at": gate.opened_at,
         "deadline": gate.deadline,

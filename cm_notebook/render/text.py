@@ -42,6 +42,7 @@ from ..events import (
     StepFailed,
     StepRemoved,
     StepSkipped,
+    TellingFailed,
     ToolCalled,
     ToolReturned,
     TurnCutShort,
@@ -450,7 +451,8 @@ def following(state: RunState, step: StepState) -> str:
 
 def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
     """What the run waits for at `gate`, why, what the answers mean, until when; without what is shown `beside` it."""
-    return " ".join(filter(None, (_gate_words(state, gate, beside=beside), deadline_words(state, gate))))
+    untold = f"Nobody was told: {_ended(one_line(state.untold[gate.id], 300))}" if gate.id in state.untold else ""
+    return " ".join(filter(None, (_gate_words(state, gate, beside=beside), deadline_words(state, gate), untold)))
 
 
 QUESTION = 600
@@ -863,6 +865,8 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
         return f"gate: {gate_sentence(state, event.gate)}"
     if isinstance(event, GateDecided):
         return f"{gate_path(event.gate_id)} {decided(state, event.decision)}"
+    if isinstance(event, TellingFailed):
+        return f"{gate_path(event.gate_id)} waits, and nobody was told: {one_line(event.reason, 300)}"
     if isinstance(event, AgentsCalled):
         groups = (", ".join(one.agent for one in group[:8]) + _left_out(len(group) - 8) for group in event.groups)
         return f"{event.path} calls {', then '.join(groups)}"

@@ -130,7 +130,9 @@ def journal_of(asked: dict[str, Any]) -> AnyJournal:
     """
     where = asked.get("journal") or config.setting("journal")
     if where == ":memory:":
-        raise Refused("a run that is kept in memory cannot be seen from outside. Name its journal: --journal FILE", 7)
+        raise Refused(
+            "a run that is kept in memory cannot be seen from outside. Name its journal: --journal FILE", NOT_FOUND
+        )
     try:
         return open_journal(where, make=False)
     except JournalError as error:
@@ -156,10 +158,11 @@ def find_run(journal: AnyJournal, word: str | None, wanted: Callable[[RunState],
         return Run.open(meant[0], journal)
     if meant:
         raise Misunderstood(f"{word!r} begins the ids of several runs: {_named(journal, meant)}. Type more of it.")
+    alone = None
     with contextlib.suppress(CodeMachineError):
         alone = _only(journal, ids, wanted, what)
-        if word in (gate.path for gate in alone.gates) or word in alone.state.steps:
-            raise Refused(f"there is no run {word!r}, which is a step. The run comes first: {alone.id} {word}", 7)
+    if alone is not None and word in {**alone.state.steps, **alone.state.members}:
+        raise Refused(f"there is no run {word!r}, which is a step. The run comes first: {alone.id} {word}", NOT_FOUND)
     raise Refused(f"there is no run {word!r}. {did_you_mean(word, ids, 'Runs')}", NOT_FOUND)
 
 
@@ -345,14 +348,15 @@ def _gate(asked: dict[str, Any]) -> tuple[Run, Gate]:
     if asked["run"] is None:
         print(f"{run.id} is the only run that waits.")
     with run.reading() as state:
-        if asked["step"] is not None and not any(gate.step == asked["step"] for gate in state.gates.values()):
+        several = asked["step"] in (None, *(gate.step for gate in state.gates.values()))
+        if not several:
             _found_step(state, asked["step"])
         try:
             gate = run.gate(asked["step"])
         except AlreadyDecided:
             raise
         except TransitionError as error:
-            raise (Misunderstood(str(error)) if state.gates else Refused(str(error), NOTHING)) from error
+            raise (Misunderstood(str(error)) if several and state.gates else Refused(str(error), NOTHING)) from error
         seen = asked.get("digest")
         if seen is not None and not (seen and gate.digest.startswith(seen)):
             again = shell_of(run, asked).command("show", gate.path)
