@@ -25,9 +25,11 @@ from .allowed import permissions
 from .errors import CodeMachineError, GatePending, RunLocked, WorkflowError, did_you_mean
 from .journal import AnyJournal, open_journal
 from .options import COMMANDS, Argument, Command, Option
+from .presence import somebody
 from .prompts import check_read
 from .render.markdown import clean
-from .run import Run, somebody
+from .run import Run
+from .starting import check_options
 from .terminal import DONE, FAILED, LOCKED, STOPPED, USAGE, WAITING, anywhere
 from .terminal.anywhere import DEBUG, JOURNAL
 from .terminal.console import Console, complain, let_go_of_stdout, prepare_streams
@@ -351,7 +353,7 @@ def _drive(asked: dict[str, Any], begin: Begins, again: Callable[[str], str | No
 def _beginning(asked: dict[str, Any]) -> Begins:
     """What begins the run that was asked for."""
     workflow = load(asked["file"], asked.get("workflow"))
-    runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace", "on_waiting") if name in asked})
+    check_options(**{name: asked[name] for name in ("engine", "tape", "workspace", "on_waiting") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
     if "resume" in asked:
         return _going_on(asked, workflow, journal)

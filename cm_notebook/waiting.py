@@ -27,6 +27,8 @@ from .events import Gate
 
 OnWaiting = str | Sequence[str] | Callable[[Gate], object]
 """A function that gets the gate (it may be async), or a command: its words, or one line of them."""
+Told = Callable[[Gate], object] | list[str]
+"""The function, or the words of the command."""
 LIMIT_S = 30.0
 """Seconds that a command may take."""
 _KEPT = (
@@ -38,7 +40,7 @@ _KEPT = (
 _under_way: set[threading.Thread] = set()
 
 
-def checked(told: OnWaiting | None) -> Callable[[Gate], object] | list[str] | None:
+def checked(told: OnWaiting | None) -> Told | None:
     """What is to be called, or the words of the command.
 
     Raises
@@ -63,9 +65,7 @@ def checked(told: OnWaiting | None) -> Callable[[Gate], object] | list[str] | No
     return words
 
 
-def tell(
-    told: Callable[[Gate], object] | list[str], gate: Gate, facts: dict[str, Any], failed: Callable[[str], None]
-) -> None:
+def tell(told: Told, gate: Gate, facts: dict[str, Any], failed: Callable[[str], None]) -> None:
     """Have it told, on a thread of its own; `failed` is called there with what went wrong."""
 
     def work() -> None:

@@ -23,9 +23,10 @@ from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowErr
 from ..events import EDITABLE, Decision
 from ..render import diff, html, svg, text, timeline
 from ..render.shell import editable
-from ..run import Run, check_options
+from ..run import Run
 from ..run import runs as all_runs
-from ..state import RunState
+from ..runstate import RunState
+from ..starting import check_options
 from ..steps import StepView
 from ..workflow import Agent, Step, Workflow, parse_steps
 from . import bridge

@@ -10,7 +10,7 @@ import shlex
 from typing import Any, NamedTuple
 
 from ..events import EDITABLE, Gate, Ref
-from ..state import RunState, StepState
+from ..runstate import RunState, StepState
 from . import text as say
 from .markdown import clean
 

@@ -28,7 +28,7 @@ from ..render import html
 from ..render import text as say
 from ..render.shell import Shell, editable, facts, gate_lines, subject
 from ..run import Run
-from ..state import RunState, StepState
+from ..runstate import RunState, StepState
 from ..workflow import LIMITS
 from . import DECIDED, DONE, NOT_FOUND, NOTHING
 from .console import Console
@@ -201,7 +201,7 @@ def shell_of(run: Run, asked: dict[str, Any]) -> Shell:
 
 
 def _driven(run: Run) -> bool:
-    return run._journal.driven(run.id)
+    return run._driver.journal.driven(run.id)
 
 
 # -- looking -------------------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def _run_facts(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
             "tokens": state.usage.input_tokens + state.usage.output_tokens,
             "steps": [_step_facts(state, step) for step in state.order],
             "gates": [facts(state, gate, shell) for gate in state.gates.values()],
-            "journal": run._journal.path,
+            "journal": run._driver.journal.path,
         }
 
 

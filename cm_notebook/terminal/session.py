@@ -39,7 +39,8 @@ from ..render import text as say
 from ..render.markdown import clean
 from ..render.shell import subject
 from ..run import Run
-from ..state import RunState, StepState, apply
+from ..runstate import RunState, StepState
+from ..state import apply
 from . import DONE, FAILED, STOPPED, WAITING
 from .console import Console, NobodyReads, complain
 
@@ -222,7 +223,7 @@ class Session:
 
     def _in_python(self, what: str) -> str:
         """What shows something of this run in Python; where nothing is kept, what would keep it."""
-        path = self._run._journal.path
+        path = self._run._driver.journal.path
         if path == ":memory:":
             return "--journal FILE"
         usual = os.path.realpath(str(config.setting("journal"))) == path
