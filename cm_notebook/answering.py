@@ -19,7 +19,6 @@ from . import state as meaning
 from .driving import Driver
 from .errors import AlreadyDecided, CodeMachineError, TransitionError
 from .events import Action, AnyEvent, Decision, Gate, GateDecided, RunFinished, StepFailed, TellingFailed
-from .render import shell
 from .runstate import RunState
 from .starting import GatePolicy
 from .tools import read_arguments
@@ -166,6 +165,8 @@ class Answers:
         driver = self._driver
         if self.on_waiting is None or gate.id in self._told:
             return
+        from .render import shell  # not needed to import the package
+
         self._told.add(gate.id)
         with driver.reading() as state:
             if gate.id not in state.gates:
