@@ -426,6 +426,13 @@ class CalledAgent(Fact):
     tail: int | None = None
 
 
+class TellingFailed(BaseEvent):
+    """Somebody should have been told that the gate is open (``on_waiting``), and was not."""
+
+    gate_id: str
+    reason: str
+
+
 class AgentsCalled(BaseEvent):
     """The step's turn waits for other agents: groups one after the other, the members of a group side by side.
 
@@ -503,6 +510,7 @@ AnyEvent = (
     | TurnCutShort
     | GateOpened
     | GateDecided
+    | TellingFailed
     | AgentsCalled
     | AgentsReturned
     | TurnWentOn

@@ -129,6 +129,11 @@ LIMITS = (
     Option("max_tokens", "tokens that may be used before you are asked", "count", example="50000", above=0),
     Option("max_turns", "turns that may start before you are asked", "count", example="20", above=0),
 )
+ON_WAITING = Option(
+    "on_waiting",
+    "a command that tells you when a gate is open; it finds the answer to give in $CM_ANSWER",
+    example="'notify-send Waiting'",
+)
 _STEP_OPTIONS = (
     Option("agent", "who does it, if not the agent of the step's name", example="planner"),
     Option("interactive", "pause for a person, or not", "switch", off="--auto"),
@@ -266,6 +271,7 @@ COMMANDS: dict[str, Command] = {
                     "choice",
                     choices=("approve", "reject", "stop"),
                 ),
+                ON_WAITING,
                 Option("view", "how it is shown", "choice", choices=("full", "html", "log"), own=True),
                 OUT,
             ),
@@ -280,6 +286,7 @@ COMMANDS: dict[str, Command] = {
             "run.approve(…)",
             (_STEP,),
             (
+                Option("output", "the text to go on with in place of the one shown", example="'My plan'"),
                 Option("scope", "for how long a tool is allowed", "choice", choices=("once", "run", "always")),
                 *LIMITS,
             ),
@@ -377,7 +384,7 @@ COMMANDS: dict[str, Command] = {
             "Go on with a run of the journal.",
             "cm.resume(…)",
             (Argument("run", "its id, from %cm runs"),),
-            (OUT,),
+            (ON_WAITING, OUT),
             examples=("%cm resume r-1f2e3d4c",),
         ),
         Command(

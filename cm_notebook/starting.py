@@ -11,9 +11,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from . import waiting
 from .engines.base import Engine, engine_names, find_engine, is_engine
 from .errors import CodeMachineError, WorkflowError, did_you_mean
 from .events import Action, AnyEvent, Decision, Gate, WorkflowChanged
+from .waiting import OnWaiting
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
 
@@ -25,6 +27,7 @@ def check_options(
     record: str | os.PathLike[str] | None = None,
     workspace: str | os.PathLike[str] | None = None,
     on_gate: GatePolicy | None = None,
+    on_waiting: OnWaiting | None = None,
 ) -> Any:
     """Refuse what :meth:`Run.start` could not use, before anything happens; returns the tape, read.
 
@@ -43,6 +46,7 @@ def check_options(
         raise WorkflowError(f"on_gate={on_gate!r} is not 'approve', 'reject', 'stop' or a function.")
     if isinstance(on_gate, str) and on_gate not in (policies := ("approve", "reject", "stop")):
         raise WorkflowError(f"on_gate={on_gate!r} is not known. {did_you_mean(on_gate, policies, 'Possible')}")
+    waiting.checked(on_waiting)
     if tape is not None:
         from .tape import Tape
 

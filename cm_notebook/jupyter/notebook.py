@@ -37,8 +37,12 @@ from ..run import Run
 from ..runstate import RunState, StepState
 from ..starting import check_options, checked_limits
 from ..state import state_of
+from ..waiting import OnWaiting
 from ..workflow import LIMITS, RESERVED, Agent, AnyStep, AutonomousMode, Separator, Step, Workflow, limits_of
 from . import bridge
+
+_CHANGES = (*LIMITS, "on_waiting")
+"""Options that a run takes at any time."""
 
 
 @dataclass(slots=True)
@@ -423,7 +427,7 @@ class Notebook:
             Values of template names, over the workflow's.
         **options
             ``engine, tape, record, workspace, on_gate`` of ``Workflow.start``, for a run that is started or taken up;
-            and ``max_cost_usd, max_tokens, max_turns``: what it may use in all, from now on.
+            and ``max_cost_usd, max_tokens, max_turns``, what it may use in all, and ``on_waiting``, from now on.
         """
         plan = self._planned()
         check_options(**{name: value for name, value in options.items() if name not in LIMITS})
@@ -472,7 +476,7 @@ class Notebook:
             raise TransitionError(f"{self._planned().name} has no step left. Add one, or start anew: `%cm run`.")
         return self._run_to(ids[: ids.index(id) + 1], items, exactly=True, once=True), id
 
-    def take_up(self, run_id: str) -> Run:
+    def take_up(self, run_id: str, on_waiting: OnWaiting | None = None) -> Run:
         """Go on with a run of the journal, by its id."""
         here = self.left.get(run_id)
         if here is None and run_id not in (known := self.run_ids()):
@@ -483,10 +487,10 @@ class Notebook:
         plan = mine if mine is not None and mine.name == found.state.name else Plan(found.state.name)
         before = self._started()
         if here is not None and found.state.ended is None:
-            run = found.go_on()
+            run = found.go_on(on_waiting=on_waiting)
         else:
             agents = [agent for agent in self.agents.values() if agent.id in found.state.agents]
-            run = runs.resume(run_id, agents=agents, engine=plan.engine, **plan.played({}))
+            run = runs.resume(run_id, agents=agents, engine=plan.engine, on_waiting=on_waiting, **plan.played({}))
         if before is not None and before is not run:
             runs.set_current(before)
             self._leave()
@@ -559,7 +563,7 @@ class Notebook:
         workflow = self._fresh(touched) if run is None else self._workflow(run, touched)
         self._check_inputs(plan, workflow, given)
         if run is not None and run is not self.found:
-            self._check_kept(run, {name: value for name, value in options.items() if name not in LIMITS})
+            self._check_kept(run, {name: value for name, value in options.items() if name not in _CHANGES})
         limit = _limit([item.id for item in workflow.executable], allowed)
         if run is None:
             with_ = {"workspace": plan.workspace, **plan.played(options)}
@@ -575,7 +579,8 @@ class Notebook:
                     run.go_on(until=limit, once=once, again=again, later=later)
             else:
                 limits = {name: options[name] for name in LIMITS if name in options}
-                run.go_on(workflow, until=limit, once=once, again=again, later=later, limits=limits)
+                told = options.get("on_waiting")
+                run.go_on(workflow, until=limit, once=once, again=again, later=later, limits=limits, on_waiting=told)
         self.run, self.found, self._allowed = run, None, allowed
         return run
 

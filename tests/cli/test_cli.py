@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,6 +157,29 @@ def test_verbose_does_not_repeat_what_was_streamed() -> None:
     done = ran("run", write(text + "wf = cm.Workflow('w', agents=[a], steps='a')\n"), "--verbose")
     assert done.out.count("streamed text") == 1
     assert done.lines[2].startswith("cm: a ok"), done.out
+
+
+def test_verbose_tells_once_what_was_written_while_it_began_to_look(capsys: pytest.CaptureFixture[str]) -> None:
+    looked_at = threading.Event()
+
+    @cm.agent("a")
+    def agent(turn: cm.Turn) -> str:
+        turn.emit("before, ")
+        began.set()
+        looked_at.wait()
+        turn.emit("after")
+        return "before, after"
+
+    def ends() -> None:
+        looked_at.set()
+        run.wait()
+
+    began = threading.Event()
+    run = cm.Workflow("w", agents=[agent], steps="a").start()
+    began.wait()
+    assert cli.Session(run, cli.Console(), asks=False, verbose=True).see_through(None, ready=ends) == 0
+    out = capsys.readouterr().out
+    assert (out.splitlines()[1], out.count("after")) == ("before, after", 1), out
 
 
 @pytest.mark.parametrize("how", ["return text", "turn.emit(text)\n    return text"])

@@ -880,6 +880,22 @@ def test_resume_by_id(cells: Cells) -> None:
     cells.to("planner")
 
 
+def test_somebody_is_told_of_a_gate(cells: Cells) -> None:
+    told = Path("told")
+    tells = """--on-waiting "sh -c 'echo $CM_GATE >> told'\""""
+    run = start(cells)
+    assert "there is no program" in error(cells, "%cm run --on-waiting notify-sedn")
+    cells(f"%cm run {tells}")
+    cells("%cm reject again")
+    until(lambda: told.exists() and told.read_text() == f"{run.id}/planner/2/2\n", "the second gate")
+    cells.restart()
+    cells(f"%cm resume {run.id} {tells}")
+    until(lambda: told.read_text() == 2 * f"{run.id}/planner/2/2\n", "the gate that is open")
+    cells("%cm approve --output 'My plan'")
+    cells.to("implementer")
+    assert cells.run["planner"].text == "My plan"
+
+
 # -- two workflows -----------------------------------------------------------------------------------------------------
 
 
