@@ -39,7 +39,7 @@ from typing import Any, Literal, cast, get_args
 from . import allowed, edits
 from . import state as meaning
 from .config import setting
-from .engines.base import AgentRequest, Engine, configured_engine, find_engine, is_engine, unpriced
+from .engines.base import AgentRequest, Engine, configured_engine, engine_names, find_engine, is_engine, unpriced
 from .engines.functions import FunctionEngine
 from .errors import (
     AlreadyDecided,
@@ -167,6 +167,7 @@ class Run:
         max_turns: int | None = None,
         on_gate: GatePolicy | None = None,
         tape: Any = None,
+        record: str | os.PathLike[str] | None = None,
         loop: Literal["thread", "kernel"] = "thread",
         notebook: str | None = None,
     ) -> Run:
@@ -196,6 +197,9 @@ class Run:
             approves gates of kind ``budget`` too, each time for the same amount again; mode ``unattended`` never does.
         tape
             A recorded run to play instead of calling engines.
+        record
+            File to which the run is recorded as a tape, with what agents did and people decided. A tape that is there
+            is replaced as soon as this run has something to play.
         loop
             ``"thread"``: the run has the engine's own thread. ``"kernel"``: the loop that runs here, for objects bound
             to it.
@@ -205,14 +209,15 @@ class Run:
         Raises
         ------
         WorkflowError     A template names what is not there, an input cannot be kept, `until` is no step, `workspace`
-                          cannot be made, the price of a model is not known and a limit on cost needs it.
+                          cannot be made, `record` cannot be written or nothing would be recorded, the price of a model
+                          is not known and a limit on cost needs it.
         EngineNotFound    A step's engine is not there.
         JournalError      The journal cannot be used.
         """
         values = {**edits.checked_inputs(workflow.inputs), **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
         check_read(workflow, inputs or {}, workflow.inputs)
-        tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
+        tape = check_options(engine=engine, tape=tape, record=record, workspace=workspace, on_gate=on_gate)
         _check_places("max_concurrency", max_concurrency)
         limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
@@ -222,9 +227,13 @@ class Run:
                 Path(workspace).mkdir(parents=True, exist_ok=True)
         run = cls(f"r-{secrets.token_hex(4)}", open_journal(journal if journal is not None else setting("journal")))
         run.notebook = notebook
-        run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, loop=loop)
+        run._prepare(workflow.agents, engine=engine, tape=tape, record=record, on_gate=on_gate, loop=loop)
         run._state.engine = workflow.engine
         run._check_prices(workflow, limits)
+        if record is not None and tape is None:
+            from .recording import check_heard
+
+            check_heard(record, [run._engine_for(item) for item in workflow.tasks])
         run._journal.create(run.id, workflow.name, notebook)
         run._drive()
         try:
@@ -319,6 +328,7 @@ class Run:
         *,
         engine: str | Engine | None = None,
         tape: Any = None,
+        record: str | os.PathLike[str] | None = None,
         on_gate: GatePolicy | None = None,
         loop: Literal["thread", "kernel"] = "thread",
     ) -> None:
@@ -332,6 +342,10 @@ class Run:
             from .engines.offline import OfflineEngine
 
             self._engine = OfflineEngine(tape=self._tape, strict=not self._somebody, delay=self._somebody)
+        if record is not None:
+            from .recording import Recorder
+
+            self._feeds.append(Recorder(record, lambda: self.events, lambda: self._state.texts, self._tape))
         self._hosted = loop == "kernel"
         if loop == "kernel":
             self._loop = running_loop()
@@ -1522,6 +1536,7 @@ class Run:
                 turn=started.turn,
                 iteration=started.iteration,
                 ordinal=step.attempts[-1].ordinal,
+                failures=turn.failures,
                 system=agent.system,
                 model=task.model or agent.model,
                 reasoning_effort=task.reasoning_effort or agent.reasoning_effort,
@@ -1787,7 +1802,7 @@ def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run
     return found
 
 
-@by_name("cm.resume", "engine", "on_gate", "tape", "loop")
+@by_name("cm.resume", "engine", "on_gate", "tape", "record", "loop")
 def resume(
     run_id: str,
     workflow: Workflow | None = None,
@@ -1819,7 +1834,8 @@ def resume(
     max_cost_usd, max_tokens, max_turns
         How much it may use in all, what it has used included; by default as before.
     **options
-        ``engine, on_gate, tape, loop`` of :meth:`Run.start`; of a run that is driven here already, ``on_gate`` alone.
+        ``engine, on_gate, tape, record, loop`` of :meth:`Run.start`; of a run that is driven here already, ``on_gate``
+        alone. What is recorded is the whole run, not only what comes.
 
     Raises
     ------
@@ -1875,6 +1891,7 @@ def check_options(
     *,
     engine: str | Engine | None = None,
     tape: Any = None,
+    record: str | os.PathLike[str] | None = None,
     workspace: str | os.PathLike[str] | None = None,
     on_gate: GatePolicy | None = None,
 ) -> Any:
@@ -1882,24 +1899,28 @@ def check_options(
 
     Raises
     ------
-    WorkflowError     One of them is none of its kind, or the tape cannot be read.
+    WorkflowError     One of them is none of its kind, the tape cannot be read, or `record` not be written.
     EngineNotFound    There is no engine of that name.
     """
     if engine is not None and not isinstance(engine, str) and not is_engine(engine):
         raise WorkflowError(f"engine={engine!r} is neither a name nor an engine (name, stream).")
-    if isinstance(engine, str):
-        find_engine(engine)
+    if isinstance(engine, str) and (tape is None or engine.partition(":")[0] not in engine_names()):
+        find_engine(engine)  # who plays a tape needs none, not even made
     if workspace is not None and not isinstance(workspace, (str, os.PathLike)):
         raise WorkflowError(f"workspace={workspace!r} is not a folder. Name one, for instance workspace='site'.")
     if on_gate is not None and not isinstance(on_gate, str) and not callable(on_gate):
         raise WorkflowError(f"on_gate={on_gate!r} is not 'approve', 'reject', 'stop' or a function.")
     if isinstance(on_gate, str) and on_gate not in (policies := ("approve", "reject", "stop")):
         raise WorkflowError(f"on_gate={on_gate!r} is not known. {did_you_mean(on_gate, policies, 'Possible')}")
-    if tape is None:
-        return None
-    from .tape import Tape
+    if tape is not None:
+        from .tape import Tape
 
-    return tape if isinstance(tape, Tape) else Tape.read(tape)
+        tape = tape if isinstance(tape, Tape) else Tape.read(tape)
+    if record is not None:
+        from .recording import check
+
+        check(record, tape)
+    return tape
 
 
 def checked_limits(**given: Any) -> dict[str, int | float]:
