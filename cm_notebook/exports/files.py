@@ -17,13 +17,17 @@ from typing import TYPE_CHECKING
 
 from .. import keys
 from ..errors import WorkflowError, did_you_mean
+from ..prompts import digest
 from ..workflow import Workflow
+from .literals import write
 from .program import program
 
 if TYPE_CHECKING:
     from ..run import Run
 
 KINDS = (".py", ".json")
+SHORT = 80
+"""Characters of a text that stands whole in a test; of a longer one its digest does."""
 
 
 def export_workflow(workflow: Workflow, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -39,7 +43,21 @@ def export_run(run: Run, path: str | os.PathLike[str], *, overwrite: bool = Fals
     file = _file(path, (*KINDS, ".jsonl"))
     if is_program(file):
         return export_workflow(run.workflow, path, overwrite=overwrite)
-    raise WorkflowError("export: tests and tapes of runs cannot be written yet.")
+    tape = file.with_suffix(".jsonl")
+    files = {tape: _tape(run)}
+    if file.suffix == ".py":
+        files = {file: _test(run, file, tape), **files}
+    _write(files, overwrite)
+    return file
+
+
+def _tape(run: Run) -> str:
+    from ..recording import lines_of
+
+    lines = lines_of(run.events)
+    if not lines:
+        raise WorkflowError("export: nothing of this run is for a tape: no model was called, and nobody has decided.")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def is_program(file: Path) -> bool:
@@ -82,6 +100,47 @@ if __name__ == "__main__":
 def _python(workflow: Workflow, file: Path) -> str:
     about = f"a workflow of cm_notebook. Run it: cm-notebook run {file.name}"
     text, missing, _ = program(workflow, about, _MAIN.replace("{file}", file.name))
+    _say_missing(file, missing)
+    return text
+
+
+_TEST = """
+
+def test_{name}(tmp_path, monkeypatch):
+    monkeypatch.setenv("CM_HEADLESS", "1")  # nobody is there: the tape answers and decides
+    tape = Path(__file__).with_suffix(".jsonl")
+    run = {wf}.start(tape=tape, journal=":memory:", workspace=tmp_path).wait()
+    assert run.status == "completed"
+    assert {step.id: step.status for step in run} == {statuses}
+{texts}"""
+_DIGEST = """    assert sha256(run[{id}].text.encode()).hexdigest() == (
+        "{digest}"  # {start}
+    )
+"""
+
+
+def _test(run: Run, file: Path, tape: Path) -> str:
+    if run.status != "completed":
+        raise WorkflowError(f"export: a test plays a whole run, and this one is {run.status}. Let it complete first.")
+    workflow, texts, imports = run.workflow, "", ["from pathlib import Path"]
+    done_by = {item.id: item.agents for item in workflow.executable}
+    for step in run:
+        agents = [workflow.agent(name) for name in done_by[step.id]]
+        if any(agent.implementation is not None for agent in agents):
+            continue  # a function runs again, and may say something else
+        if len(step.text) <= SHORT:
+            expected = write(step.text, 4, 4 + len(f"assert run[{write(step.id)}].text == "))
+            texts += f"    assert run[{write(step.id)}].text == {expected}\n"
+        else:
+            start = " ".join(step.text[:200].split())[:SHORT]
+            texts += _DIGEST.format(id=write(step.id), digest=digest(step.text), start=f"{start} …")
+    if "sha256(" in texts:
+        imports.append("from hashlib import sha256")
+    statuses = write({step.id: step.status for step in run}, 4, 61)
+    name = re.sub(r"\W+", "_", workflow.name).strip("_").lower() or "workflow"
+    end = _TEST.replace("{name}", name).replace("{statuses}", statuses).replace("{texts}", texts)
+    about = f"a run of cm_notebook as a test. It plays {tape.name}: no key, no network. Run it: pytest {file.name}"
+    text, missing, _ = program(workflow, about, end, imports)
     _say_missing(file, missing)
     return text
 

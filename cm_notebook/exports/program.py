@@ -7,6 +7,7 @@ where that says all, and no agent that a step makes by itself. What was left out
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import WorkflowError
@@ -15,7 +16,7 @@ from .definitions import AGENT_OPTIONS, Definitions
 from .literals import Call, Code, write
 
 
-def program(workflow: Workflow, about: str, end: str = "") -> tuple[str, list[str], str]:
+def program(workflow: Workflow, about: str, end: str = "", imports: Iterable[str] = ()) -> tuple[str, list[str], str]:
     """The workflow as Python source.
 
     Parameters
@@ -24,6 +25,8 @@ def program(workflow: Workflow, about: str, end: str = "") -> tuple[str, list[st
         Text of its docstring, after the workflow's name.
     end
         What stands below the workflow; ``{wf}`` is the workflow's name there.
+    imports
+        What that needs.
 
     Returns
     -------
@@ -36,6 +39,7 @@ def program(workflow: Workflow, about: str, end: str = "") -> tuple[str, list[st
     """
     agents = _agents(workflow)
     made = Definitions(agents)
+    made.imports |= dict.fromkeys(imports)
     names = {id(agent): made.function_agent(agent) for agent in agents if agent.implementation is not None}
     written = []
     for agent in agents:
@@ -53,9 +57,9 @@ def program(workflow: Workflow, about: str, end: str = "") -> tuple[str, list[st
     if made.missing:
         head += "\n# Not in this file. Define or import it, before this runs:\n"
         head += "".join(f"#   {said}\n" for said in made.missing.values())
-    imports = ["from __future__ import annotations\n"] if made.future else []
+    future = ["from __future__ import annotations\n"] if made.future else []
     blocks = [
-        head + "".join(f"\n{line}" for line in imports),
+        head + "".join(f"\n{line}" for line in future),
         "\n".join(_sorted(made.imports)) + "\n",
         _spaced([*made.blocks, *written, f"{name} = {write(call, 0, len(name) + 3)}\n"]),
     ]

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, create_model
 import cm_notebook as cm
 from cm_notebook import cli
 from cm_notebook.exports.literals import write
+from tests.helpers import gate
 
 LIMIT = 4
 SEEN: list[str] = ["once"]
@@ -408,3 +409,86 @@ def test_a_run_gives_its_workflow_as_it_is_now(tmp_path: Path) -> None:
     again = cli.load("w.py")
     assert again.inputs == {"topic": "tea"}
     assert again.agent("a") == workflow.agent("a")
+
+
+# -- a run as a test ---------------------------------------------------------------------------------------------------
+
+ARTICLE = "Tea is a drink.\n\n" + "It is made of leaves. " * 20
+
+
+def played(tmp_path: Path) -> cm.Run:
+    """A run with a rejection, a loop and a function."""
+    writer = cm.Agent("writer", "A slogan for {{ topic }}.")
+    workflow = cm.Workflow(
+        "Tea party!",
+        agents=[writer, word_limit, cm.Agent("author", "Write on {{ writer }}.")],
+        steps="writer? -> word-limit(loop 1, max 3) -> author",
+        inputs={"topic": "tea"},
+    )
+    script = cm.ScriptedEngine(
+        {"writer": ["Coffee", "Far too many words about tea", "Tea is tea"], "author": [ARTICLE]}
+    )
+    answers = iter(["reject", "approve", "approve"])
+
+    def decide(gate: cm.Gate) -> cm.Decision:
+        action: Any = next(answers)
+        return cm.Decision(action=action, feedback="Tea!" if action == "reject" else None)
+
+    return workflow.start(engine=script, journal=":memory:", workspace=tmp_path / "work", on_gate=decide).wait()
+
+
+def run_pytest(*words: str) -> subprocess.CompletedProcess[str]:
+    """Plain pytest, in a folder without any settings."""
+    Path("pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def test_a_run_is_a_test(tmp_path: Path, headless: None) -> None:
+    run = played(tmp_path)
+    assert run.export("test_tea.py") == Path("test_tea.py")
+    text = Path("test_tea.py").read_text(encoding="utf-8")
+    assert "def test_tea_party(tmp_path, monkeypatch):" in text
+    assert 'assert run["writer"].text == "Tea is tea"' in text
+    assert "Tea is a drink. It is made of leaves." in text
+    assert 'run["word-limit"].text' not in text, "a function may say something else"
+    changed = {"prompt": ("A slogan for", "A poem about"), "text": ('"Tea is tea"', '"Tea is not"')}
+    for name, (old, new) in changed.items():
+        Path(f"test_{name}.py").write_text(text.replace(old, new), encoding="utf-8")
+        Path(f"test_{name}.jsonl").write_bytes(Path("test_tea.jsonl").read_bytes())
+    done = run_pytest("test_tea.py", "test_prompt.py", "test_text.py")
+    assert "2 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert 'ReplayMismatch: The tape has no answer for "writer" with this prompt' in done.stdout
+    assert "FAILED test_text.py::test_tea_party - AssertionError" in done.stdout
+
+
+def test_a_run_is_a_tape(tmp_path: Path, headless: None) -> None:
+    run = played(tmp_path)
+    run.export("tea.jsonl")
+    again = run.workflow.start(tape="tea.jsonl", journal=":memory:", workspace=tmp_path / "again").wait()
+    assert again["author"].text == ARTICLE
+    assert [attempt.number for attempt in again["writer"].attempts] == [1, 2, 3]
+
+
+def test_both_files_or_none(tmp_path: Path) -> None:
+    run = played(tmp_path)
+    Path("tea_test.jsonl").write_text("mine")
+    with pytest.raises(cm.WorkflowError, match=r"tea_test\.jsonl is there already"):
+        run.export("tea_test.py")
+    assert not Path("tea_test.py").exists()
+    run.export("tea_test.py", overwrite=True)
+    assert Path("tea_test.py").exists()
+
+
+def test_what_is_no_test_yet(tmp_path: Path) -> None:
+    workflow = cm.Workflow("w", agents=[cm.Agent("a", "x")], steps="a?")
+    run = workflow.start(engine=cm.ScriptedEngine({"a": ["y"]}), journal=":memory:")
+    gate(run)
+    with pytest.raises(cm.WorkflowError, match=r"this one is waiting\. Let it complete first"):
+        run.export("test_w.py")
+    with pytest.raises(cm.WorkflowError, match=r"Possible: \.py, \.json, \.jsonl"):
+        run.export("w.txt")
+    run.stop()
+    quiet = cm.Workflow("w", agents=[word_limit, cm.Agent("a", "x")], steps="a").start(journal=":memory:").wait()
+    with pytest.raises(cm.WorkflowError, match="nothing of this run is for a tape"):
+        quiet.export("w.jsonl")
