@@ -27,7 +27,7 @@ _NOTED = ("execution", "ExecuteTime")
 
 _TIME = r"(?:<0\.1 ?s|\d+(?:\.\d)? ?s|\d+ ?min ?\d\d ?s|\d+ ?h ?\d\d ?min)"
 _WHO = r"(?:by [^“”,;:·]{1,60}|at its deadline)"
-_CLOCK = re.compile(rf"(\b(?:[Rr]esumed|[a-z]+ed|run|Stopped) {_WHO}), \d\d:\d\d(?=$|[:;.)]| [·(])", re.MULTILINE)
+_CLOCK = re.compile(rf"(\b[A-Za-z]+ {_WHO}), \d\d:\d\d(?=$|[:;.)]| [·(])", re.MULTILINE)
 _OPEN = "waiting for you|running|paused"
 _HEAD = re.compile(rf"(?P<name>.+?): (?P<state>{_OPEN}|[a-z]+(?: [a-z]+){{0,2}})(?= · |\n|$)")
 _ROW = re.compile(rf"^( +\S+ {{2,}}[a-z]+(?: [a-z]+)* {{2,}}){_TIME}(?: +|$)", re.MULTILINE)
@@ -40,7 +40,7 @@ _RUN_CODE = re.compile(r'(?: · |(?<=">))run <code style="[^"]*">[^<]*</code>(?=
 _HEADER = '<b style="font-size:15px">'
 _PLACE = re.compile(r"Step \d+.* in ")
 _SNAPSHOT = re.compile(r'\A<div data-cm-static="[^"]*">\n')
-_OURS = re.compile(r"^\s*%%?cm\b", re.MULTILINE)
+_OURS = re.compile(r"^\s*(?:\w+\s*=\s*)?%%?cm\b", re.MULTILINE)
 
 
 def cleaned(data: bytes, *, keep_count: bool = False) -> bytes:

@@ -1,9 +1,9 @@
 """``cm-notebook clean``: as a filter of git's, so that what is committed holds no times, and for files in place.
 
 Strategy: a *clean filter* of git gets each notebook that is added on stdin and stores what it writes; the file in the
-working folder stays as it is. Two lines set it up: one in the repository's ``.gitattributes``, for everybody, and one in
-its own configuration, which names this Python. Where it fails, on what is no notebook, the file comes out as it went in
-and git stores that: a filter must lose nothing, so it is not ``required`` either. Who has the attribute and not the
+working folder stays as it is. Two lines set it up: one in the repository's ``.gitattributes``, for everybody, and one
+in its own configuration, which names this Python. Where it fails, on what is no notebook, the file comes out as it went
+in and git stores that: a filter must lose nothing, so it is not ``required`` either. Who has the attribute and not the
 configuration commits notebooks as they are.
 """
 
@@ -101,7 +101,7 @@ def install() -> str:
         gap = b"" if not before or before.endswith(b"\n") else b"\n"
         _replace(attributes, before + gap + LINE.encode() + b"\n")
     return (
-        f"git cleans notebooks of {top} from now on, when they are added. {LINE!r} stands in .gitattributes: commit that. "
+        f"git cleans notebooks of {top} from now on, when they are added. Commit .gitattributes, where it says so. "
         "To clean those that were committed before: git add --renormalize ."
     )
 
