@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from .. import keys
 from ..errors import WorkflowError, did_you_mean
+from ..events import NOT_CALLED, TurnFinished
 from ..prompts import digest
 from ..workflow import Workflow
 from .literals import write
@@ -54,9 +55,13 @@ def export_run(run: Run, path: str | os.PathLike[str], *, overwrite: bool = Fals
 def _tape(run: Run) -> str:
     from ..recording import lines_of
 
+    if any(isinstance(event, TurnFinished) and event.note == NOT_CALLED for event in run.events):
+        raise WorkflowError(
+            "export: no model was called in this run, so there is no tape of it: its answers are the prompts."
+        )
     lines = lines_of(run.events)
     if not lines:
-        raise WorkflowError("export: nothing of this run is for a tape: no model was called, and nobody has decided.")
+        raise WorkflowError("export: nothing of this run is for a tape: functions did it, and nobody has decided.")
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -113,9 +118,9 @@ def test_{name}(tmp_path, monkeypatch):
     assert run.status == "completed"
     assert {step.id: step.status for step in run} == {statuses}
 {texts}"""
-_DIGEST = """    assert sha256(run[{id}].text.encode()).hexdigest() == (
-        "{digest}"  # {start}
-    )
+_DIGEST = """    # {start}
+    said = {digest}
+    assert sha256(run[{id}].text.encode()).hexdigest() == said
 """
 
 
@@ -133,13 +138,13 @@ def _test(run: Run, file: Path, tape: Path) -> str:
             texts += f"    assert run[{write(step.id)}].text == {expected}\n"
         else:
             start = " ".join(step.text[:200].split())[:SHORT]
-            texts += _DIGEST.format(id=write(step.id), digest=digest(step.text), start=f"{start} …")
+            texts += _DIGEST.format(id=write(step.id), digest=write(digest(step.text)), start=f"{start} …")
     if "sha256(" in texts:
         imports.append("from hashlib import sha256")
     statuses = write({step.id: step.status for step in run}, 4, 61)
     name = re.sub(r"\W+", "_", workflow.name).strip("_").lower() or "workflow"
     end = _TEST.replace("{name}", name).replace("{statuses}", statuses).replace("{texts}", texts)
-    about = f"a run of cm_notebook as a test. It plays {tape.name}: no key, no network. Run it: pytest {file.name}"
+    about = f"a run of cm_notebook as a test.\n\nIt plays {tape.name}: no key, no network. Run it: pytest {file.name}\n"
     text, missing, _ = program(workflow, about, end, imports)
     _say_missing(file, missing)
     return text

@@ -490,5 +490,5 @@ def test_what_is_no_test_yet(tmp_path: Path) -> None:
         run.export("w.txt")
     run.stop()
     quiet = cm.Workflow("w", agents=[word_limit, cm.Agent("a", "x")], steps="a").start(journal=":memory:").wait()
-    with pytest.raises(cm.WorkflowError, match="nothing of this run is for a tape"):
+    with pytest.raises(cm.WorkflowError, match="no model was called in this run"):
         quiet.export("w.jsonl")
