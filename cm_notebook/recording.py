@@ -53,8 +53,12 @@ from .events import (
 )
 from .feed import Feed
 from .prompts import digest
-from .state import RunState, apply
+from .runstate import RunState
+from .state import apply
 from .tape import ERRORS, VERSION, Header, Tape, about
+
+_FUNCTION = "function"
+"""The name of the engine that calls Python functions."""
 
 Texts = Mapping[Ref, "str | tuple[Part, ...]"]
 Place = tuple[str, int, int]
@@ -230,7 +234,7 @@ class Taping:
     def _turn_finished(self, event: TurnFinished, lines: list[str]) -> None:
         turn = self._turns.pop(event.path)
         self._sources[event.seq] = event.path
-        if event.note == NOT_CALLED or turn.started.engine == "functions":
+        if event.note == NOT_CALLED or turn.started.engine == _FUNCTION:
             self._end(event.path, [*turn.decisions], lines)
             return
         turn.go_on(event.at)
@@ -250,7 +254,7 @@ class Taping:
 
     def _turn_failed(self, event: TurnFailed, lines: list[str]) -> None:
         turn = self._turns.pop(event.path)
-        if turn.started.engine == "functions":
+        if turn.started.engine == _FUNCTION:
             self._end(event.path, [*turn.decisions], lines)
             return
         line = self._line(turn, event, "")
@@ -474,6 +478,12 @@ _HANDLERS: dict[str, Callable[[Taping, Any, list[str]], None]] = {
 }
 
 
+def _answered(line: str) -> bool:
+    """Whether it is a turn that an agent has answered."""
+    made = json.loads(line)
+    return "path" in made and "error" not in made
+
+
 def _where(line: Mapping[str, Any]) -> str:
     return str(line["gate"]["path"] if "gate" in line else line["path"])
 
@@ -529,7 +539,7 @@ def _part(source: str, text: str) -> Any:
 class Recorder(Feed):
     """Writes the tape of a run while it goes on, as one of those who watch it.
 
-    What stood in the file is replaced as soon as the run has something to play, and not before: as a whole, so that the
+    A tape that stood in the file is replaced as soon as an agent has answered, and not before: as a whole, so that the
     file is always a tape. From then on lines are added as they come. A run that goes on after its end, or after its
     process has died, writes its tape anew, from its events.
 
@@ -588,8 +598,7 @@ class Recorder(Feed):
         except OSError as error:  # the run itself goes on: its journal has all of it
             self._broken = True
             logging.getLogger("cm_notebook").warning(
-                "cm: the tape %s cannot be written: %s. The run goes on without it, and can be made a tape when it has "
-                "ended: cm.resume(run_id, record=…).",
+                "cm: the tape %s cannot be written: %s. The run goes on without it; its journal has all that happened.",
                 self.file,
                 error.strerror or error,
             )
@@ -615,6 +624,8 @@ class Recorder(Feed):
                 self._taping.take(event, self._lines)
 
     def _write(self) -> None:
+        if self._close is None and self.file.exists() and not any(map(_answered, self._lines)):
+            return  # one where everything failed is not worth the one that is there
         data = "".join(f"{line}\n" for line in self._lines).encode()
         if self._close is None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -628,7 +639,7 @@ class Recorder(Feed):
 
     def _pace(self, place: Place, text: str) -> Pace | None:
         for tape in self._tapes:
-            taped = tape.turn(*place)
+            taped = tape.turns.get(place)
             if taped is not None and taped.text == text and taped.error is None:
                 return taped.events
         return _gathered(self._paces.pop(place[0], []), len(text))
@@ -689,6 +700,8 @@ def check(record: object, tape: Tape | None) -> None:
     file = Path(record)
     shown = repr(str(record))
     try:
+        if "\0" in str(record):
+            raise ValueError("a name holds no null character")
         _check_file(file, shown)
         same = tape is not None and Path(tape.source).exists() and file.exists() and file.samefile(tape.source)
     except (OSError, ValueError) as error:
@@ -732,7 +745,7 @@ def check_heard(record: object, engines: Iterable[Any]) -> None:
     WorkflowError    All of them show only what would be sent.
     """
     names = {engine.name for engine in engines}
-    if names and names <= {"offline", "functions"} and "offline" in names:
+    if names - {_FUNCTION} == {"offline"}:
         raise WorkflowError(
             f"record={str(record)!r}: there is nothing to record, as the engine is 'offline', which calls no model. "
             "Name one that does (engine=, --engine), or a tape to play."

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import state as meaning
 from .errors import GatePending, TransitionError
 from .events import Usage
-from .state import Attempt, StepState
+from .runstate import Attempt, StepState, standing, status_word
 
 if TYPE_CHECKING:
     from .run import Run
@@ -36,7 +35,7 @@ class StepView:
 
     @property
     def _step(self) -> StepState:
-        return self.run._state.find(self.path)
+        return self.run._driver.state.find(self.path)
 
     @property
     def status(self) -> str:
@@ -45,7 +44,7 @@ class StepView:
         Where the run has ended at it also ``failed`` or ``not decided``.
         """
         with self.run.reading() as state:
-            return meaning.status_word(state, self._step)
+            return status_word(state, self._step)
 
     @property
     def retry_at(self) -> float | None:
@@ -99,7 +98,7 @@ class StepView:
                 run=self.run,
             )
         if step.status not in ("finished", "skipped"):
-            opened = next(iter(self.run._state.gates.values()), None)
+            opened = next(iter(self.run._driver.state.gates.values()), None)
             if opened is not None:
                 raise GatePending(
                     f'"{step.id}" has no result yet: "{opened.step}" is waiting for your decision. '
@@ -107,7 +106,7 @@ class StepView:
                     gate=opened,
                     run=self.run,
                 )
-            if (ended := self.run._state.ended) is not None:
+            if (ended := self.run._driver.state.ended) is not None:
                 raise GatePending(
                     f'"{step.id}" has no result: the run is {ended}. '
                     f"Go on with it: `%cm run`, or cm.resume({self.run.id!r}).",
@@ -118,7 +117,7 @@ class StepView:
 
     def _not_yet(self, step: StepState) -> str:
         """Why there is no result, no gate being open, and what to do about it; true in a cell and in a script."""
-        state = self.run._state
+        state = self.run._driver.state
         at_work = [f'"{other.id}"' for other in state.running.values() if other.id != step.id]
         then = "When it has one, run this cell again"
         if at_work and step.status == "pending":
@@ -127,7 +126,7 @@ class StepView:
         elif state.paused and step.status == "pending":
             why, then = "has no result yet: the run is paused", "Go on (`%cm run`), then run this cell again"
         else:
-            why = f"has no result yet: it {meaning.standing(state, step)}"
+            why = f"has no result yet: it {standing(state, step)}"
         return f'"{step.id}" {why}. {then}; a script waits first: `run.wait()`.'
 
     @property

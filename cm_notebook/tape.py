@@ -542,6 +542,9 @@ def _apart_in(parts: Sequence[Part], now: str, known: Callable[[str], str | None
         was = part.text if part.text is not None else known(part.sha256 or "")
         if was is not None:
             yield f"{_apart(was, now[at:end])} ({part.where})"
+        elif now.startswith(part.start, at):
+            rest = now[at + len(part.start) : end]
+            yield f"somewhere after {_short(part.start, end=True)!r}, now {_short(rest)!r} ({part.where})"
         else:
             yield f"recorded {_short(part.start)!r} and more, now {_short(now[at:end])!r} ({part.where})"
         at = end

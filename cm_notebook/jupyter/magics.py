@@ -25,9 +25,10 @@ from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowErr
 from ..events import EDITABLE, Decision, Ref
 from ..exports import is_program
 from ..render import diff, html, svg, text, timeline
-from ..run import Run, check_options
+from ..run import Run
 from ..run import runs as all_runs
-from ..state import RunState
+from ..runstate import RunState
+from ..starting import check_options
 from ..steps import StepView
 from ..workflow import Agent, Step, Workflow, parse_steps
 from . import bridge
@@ -37,7 +38,7 @@ Values = dict[str, Any]
 
 
 class Text(str):
-    """A text that was shown as something better: a picture, a coloured difference."""
+    """A text that was shown as something better: a picture, a coloured difference, a sentence."""
 
     __slots__ = ()
 
@@ -379,7 +380,7 @@ class CMMagics(Magics):
             self._display(text.status_table(state), html.status_html(state))
         return run
 
-    def _export(self, values: Values, body: str | None) -> Path:
+    def _export(self, values: Values, body: str | None) -> Text:
         file = Path(values["file"])
         workflow = self._notebook.exported() if is_program(file) else None
         source = workflow if workflow is not None else self._notebook.current()
@@ -387,7 +388,7 @@ class CMMagics(Magics):
             warnings.simplefilter("always")
             made = source.export(file, overwrite=values.get("overwrite", False))
         print("\n".join([f"{made} is written.", *(str(one.message) for one in noted)]))
-        return made
+        return Text(made)
 
     def _runs(self, values: Values, body: str | None) -> Runs:
         found = Runs(all_runs())

@@ -46,7 +46,8 @@ from ..render import html, svg
 from ..render import text as say
 from ..render.markdown import BlockStream, clean
 from ..run import Run
-from ..state import RunState, StepState, apply, gate_path
+from ..runstate import RunState, StepState, gate_path
+from ..state import apply
 from ..workflow import Parallel
 from . import bridge
 
@@ -102,7 +103,7 @@ def show(run: Run, steps: Sequence[str] | None = None, *, mode: ViewMode | None 
     how = mode or setting("view")
     if how not in (modes := get_args(ViewMode)):
         raise CodeMachineError(f"there is no view {how!r}. {did_you_mean(str(how), modes, 'Views')}")
-    if bridge.kernel() is None or run._loop is None or not run._somebody:
+    if bridge.kernel() is None or run._driver.loop is None or not run._answers.somebody:
         show_static(run, chosen)
         return
     if how == "full" and setting("direct_clicks"):
@@ -916,7 +917,7 @@ class Hub:
     @property
     def loop(self) -> Any:
         """The run's loop, on which everything here happens that is not called from a cell."""
-        return self.run._loop
+        return self.run._driver.loop
 
     # -- from a cell
 

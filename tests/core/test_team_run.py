@@ -18,7 +18,8 @@ import pytest
 import cm_notebook as cm
 from cm_notebook.journal import MemoryJournal
 from cm_notebook.render import html, text
-from cm_notebook.state import RunState, apply
+from cm_notebook.runstate import RunState
+from cm_notebook.state import apply
 from cm_notebook.team import MOST_DEPTH
 from tests.helpers import gate, until
 
@@ -931,7 +932,7 @@ def test_another_process_decides_at_a_member(tmp_path: Path) -> None:
     run = team(boss("a 'x'"), worker("a", broken(heals=True))).start(journal=tmp_path / "j.db")
     gate(run)
     other = cm.Run(run.id, cm.Journal(tmp_path / "j.db"))
-    other._catch_up()
+    other._driver.catch_up()
     assert other["boss"].status == "waits for its team"
     other.retry("a")
     assert run.wait(20)["boss"].text == "a done: mended"
