@@ -315,7 +315,8 @@ def _class_source(wanted: type) -> str | None:
     try:
         return _dedented(inspect.getsource(wanted))
     except (OSError, TypeError, tokenize.TokenError):
-        pass
+        if wanted.__module__ != "__main__":
+            return None
     for name, entry in reversed(list(linecache.cache.items())):
         if "ipykernel" not in name and "ipython-input" not in name:
             continue
@@ -325,10 +326,17 @@ def _class_source(wanted: type) -> str | None:
         except SyntaxError:
             continue
         for one in reversed(statements):
-            if isinstance(one, ast.ClassDef) and one.name == wanted.__name__:
+            if isinstance(one, ast.ClassDef) and one.name == wanted.__name__ and _declares(one, wanted):
                 begin = min([one.lineno, *(each.lineno for each in one.decorator_list)])
                 return "".join(lines[begin - 1 : one.end_lineno]).rstrip() + "\n"
     return None
+
+
+def _declares(statement: ast.ClassDef, wanted: type) -> bool:
+    """Whether the statement annotates what the class has annotated: there may be another class of its name."""
+    targets = [one.target for one in statement.body if isinstance(one, ast.AnnAssign)]
+    named = {target.id for target in targets if isinstance(target, ast.Name)}
+    return named == set(vars(wanted).get("__annotations__", {}))
 
 
 def _dedented(source: str) -> str:

@@ -155,9 +155,11 @@ def test_what_the_cells_have_built_is_exported(cells: Cells) -> None:
     assert "early.py is written" in cells("%cm export early.py"), "the same again is no harm"
     cells("goal = 'another'")
     assert "early.py is there already" in error(cells, "%cm export early.py")
-    assert cells("%cm export early.py --overwrite -o file").strip() == "early.py is written."
+    assert cells("%cm export early.py --overwrite -o file").startswith("early.py is written.\n")
     assert cells.shell.user_ns["file"] == "early.py"
     assert "is a Python function (judge)" in cells("%cm export early.json")
+    cells("import pydantic\nmaker = cm.Agent('maker', 'x', output=pydantic.create_model('Made', other=(str, ...)))")
+    assert "the source of its output, Made, cannot be read" in error(cells, "%cm export other.py")
 
 
 def test_pattern_2_in_one_go(cells: Cells) -> None:
