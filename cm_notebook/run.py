@@ -796,6 +796,26 @@ class Run:
         with self.reading() as state:
             return svg.graph(state, format)
 
+    def export(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write it to a file, and return the file's path.
+
+        Parameters
+        ----------
+        path
+            ``test_plan.py`` or ``plan_test.py``: a pytest test that plays the run's tape and compares what its steps
+            say, with the tape beside it (``test_plan.jsonl``). ``plan.jsonl``: the tape alone. Any other ``.py``, and
+            ``.json``: its workflow, see :meth:`~cm_notebook.workflow.Workflow.export`.
+        overwrite
+            Replace a file that is there and holds something else, which is refused otherwise.
+
+        Raises
+        ------
+        WorkflowError    The source of a function cannot be got, or a file cannot be written; none was.
+        """
+        from .exports import export_run
+
+        return export_run(self, path, overwrite=overwrite)
+
 
 _EFFECTS: dict[str, Callable[[Run, Any], None]] = {
     "TurnCutShort": lambda run, event: run._work.cut_short(event),
