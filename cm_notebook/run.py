@@ -101,6 +101,7 @@ class Run:
         max_turns: int | None = None,
         on_gate: GatePolicy | None = None,
         tape: Any = None,
+        record: str | os.PathLike[str] | None = None,
         loop: Literal["thread", "kernel"] = "thread",
         notebook: str | None = None,
     ) -> Run:
@@ -130,6 +131,9 @@ class Run:
             approves gates of kind ``budget`` too, each time for the same amount again; mode ``unattended`` never does.
         tape
             A recorded run to play instead of calling engines.
+        record
+            File to which the run is recorded as a tape, with what agents did and people decided. A tape that is there
+            is replaced as soon as an agent has answered.
         loop
             ``"thread"``: the run has the engine's own thread. ``"kernel"``: the loop that runs here, for objects bound
             to it.
@@ -139,14 +143,15 @@ class Run:
         Raises
         ------
         WorkflowError     A template names what is not there, an input cannot be kept, `until` is no step, `workspace`
-                          cannot be made, the price of a model is not known and a limit on cost needs it.
+                          cannot be made, `record` cannot be written or nothing would be recorded, the price of a model
+                          is not known and a limit on cost needs it.
         EngineNotFound    A step's engine is not there.
         JournalError      The journal cannot be used.
         """
         values = {**edits.checked_inputs(workflow.inputs), **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
         check_read(workflow, inputs or {}, workflow.inputs)
-        tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
+        tape = check_options(engine=engine, tape=tape, record=record, workspace=workspace, on_gate=on_gate)
         check_places("max_concurrency", max_concurrency)
         limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
@@ -156,9 +161,13 @@ class Run:
                 Path(workspace).mkdir(parents=True, exist_ok=True)
         run = cls(f"r-{secrets.token_hex(4)}", open_journal(journal if journal is not None else setting("journal")))
         run.notebook = notebook
-        run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, loop=loop)
+        run._prepare(workflow.agents, engine=engine, tape=tape, record=record, on_gate=on_gate, loop=loop)
         run._driver.state.engine = workflow.engine
         run._work.check_prices(workflow, limits)
+        if record is not None and tape is None:
+            from .recording import check_heard
+
+            check_heard(record, map(run._work.engine_for, workflow.tasks))
         run._journal.create(run.id, workflow.name, notebook)
         run._driver.drive()
         try:
@@ -202,6 +211,7 @@ class Run:
         *,
         engine: str | Engine | None = None,
         tape: Any = None,
+        record: str | os.PathLike[str] | None = None,
         on_gate: GatePolicy | None = None,
         loop: Literal["thread", "kernel"] = "thread",
     ) -> None:
@@ -216,6 +226,10 @@ class Run:
             from .engines.offline import OfflineEngine
 
             work.engine = OfflineEngine(tape=answers.tape, strict=not answers.somebody, delay=answers.somebody)
+        if record is not None:
+            from .recording import Recorder
+
+            driver.feeds.append(Recorder(record, lambda: self.events, lambda: driver.state.texts, answers.tape))
         driver.hosted = loop == "kernel"
         if loop == "kernel":
             driver.loop = running_loop()
@@ -806,7 +820,7 @@ def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run
     return found
 
 
-@by_name("cm.resume", "engine", "on_gate", "tape", "loop")
+@by_name("cm.resume", "engine", "on_gate", "tape", "record", "loop")
 def resume(
     run_id: str,
     workflow: Workflow | None = None,
@@ -838,7 +852,8 @@ def resume(
     max_cost_usd, max_tokens, max_turns
         How much it may use in all, what it has used included; by default as before.
     **options
-        ``engine, on_gate, tape, loop`` of :meth:`Run.start`; of a run that is driven here already, ``on_gate`` alone.
+        ``engine, on_gate, tape, record, loop`` of :meth:`Run.start`; of a run that is driven here already, ``on_gate``
+        alone. What is recorded is the whole run, not only what comes.
 
     Raises
     ------
