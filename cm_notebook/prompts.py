@@ -230,7 +230,7 @@ def fingerprint(
     of the inputs that its templates name.
     """
     agents, used = list(agents), dict[str, object]()
-    for agent in agents:
+    for agent in agents if inputs else ():
         for template in step.prompts(agent):
             for hole in holes(template, step.raw):
                 if hole.name in inputs:
