@@ -1513,7 +1513,6 @@ class Run:
                 raise EngineError(wrong)
             task = step.step
             agent = self._agents.get(task.agent) or state.agents[task.agent]
-            history = step.said[: started.turn - 1]
             return AgentRequest(
                 agent=agent,
                 prompt=prompt,
@@ -1527,7 +1526,7 @@ class Run:
                 model=task.model or agent.model,
                 reasoning_effort=task.reasoning_effort or agent.reasoning_effort,
                 session_id=started.session_id,
-                history=[(state.text(asked), state.text(got)) for asked, got in history] if history else (),
+                history=[(state.text(asked), state.text(got)) for asked, got in step.said] if step.said else (),
                 feedback=meaning.feedback_on(state, step) or None,
                 inputs=MappingProxyType(state.inputs),
                 outputs=_Outputs(self),

@@ -249,7 +249,7 @@ class StepState(Plain):
     session_engine: str = ""
     """The engine that it was had with, the only one that knows it."""
     said: tuple[tuple[Ref, Ref | None], ...] = ()
-    """The prompts of the turns before this one, and their answers: what an engine without sessions is told again."""
+    """The prompts before this one in its conversation, and the answers: what an engine without sessions is told."""
     retry_at: float | None = None
     looped_by: str | None = None
     """The module that sent the run back, at the first repeated step that runs."""
