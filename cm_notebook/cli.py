@@ -54,11 +54,13 @@ from .feed import LiveText
 from .journal import open_journal
 from .loops import SLICE_S, engine_loop, run_sync
 from .options import COMMANDS, Argument, Command, Option
+from .presence import somebody
 from .prompts import check_read
 from .render import text as say
 from .render.markdown import clean
-from .run import Run, somebody
+from .run import Run
 from .runstate import RunState, StepState
+from .starting import check_options
 from .state import apply
 from .workflow import LIMITS, Workflow
 
@@ -71,7 +73,7 @@ ENDING_S = 5.0
 # -- what can be asked for ---------------------------------------------------------------------------------------------
 
 _DEBUG = Option("debug", "show where an error comes from", "switch", own=True)
-_SHARED = ("until", "inputs", "engine", "tape", "on_gate", "workspace", *LIMITS)
+_SHARED = ("until", "inputs", "engine", "tape", "record", "on_gate", "workspace", *LIMITS)
 
 RUN = Command(
     "run",
@@ -377,10 +379,10 @@ def _run(words: list[str]) -> int:
 def _beginning(asked: dict[str, Any], policy: Any) -> Callable[[], tuple[Run, int]]:
     """What begins the run that was asked for, and says up to which event its story was told before."""
     workflow = load(asked["file"], asked.get("workflow"))
-    runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
+    check_options(**{name: asked[name] for name in ("engine", "tape", "record", "workspace") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
     inputs = asked.get("inputs", {})
-    given = {name: asked[name] for name in ("engine", "tape", "until", *LIMITS) if name in asked}
+    given = {name: asked[name] for name in ("engine", "tape", "record", "until", *LIMITS) if name in asked}
     if "resume" not in asked:
         workspace = asked.get("workspace")
         return lambda: (
@@ -402,7 +404,7 @@ def _again(asked: dict[str, Any], run_id: str) -> str | None:
     if journal == ":memory:":
         return None
     words = ["cm-notebook", "run", asked["file"], "--resume", run_id]
-    for name in ("workflow", "journal", "engine", "tape"):
+    for name in ("workflow", "journal", "engine", "tape", "record"):
         if name in asked:
             words += [f"--{name}", asked[name]]
     return shlex.join(words)

@@ -19,7 +19,7 @@ from IPython.utils.capture import capture_output
 from traitlets.config import Config
 
 import cm_notebook as cm
-from cm_notebook import config, keys, options
+from cm_notebook import config, driving, keys, options
 from cm_notebook import run as runs
 from cm_notebook.jupyter import bridge
 from cm_notebook.jupyter import notebook as books
@@ -68,10 +68,10 @@ class Cells:
 
     def restart(self) -> None:
         """The kernel ends and another one begins."""
-        for run in list(runs._driven.values()):
-            run._driving, run._scheduled = False, True  # deaf: what its turns propose is never taken
-            run._journal.release(run.id)
-        runs._driven.clear()
+        for driver in list(driving.driven.values()):
+            driver.driving, driver._scheduled = False, True  # deaf: what its turns propose is never taken
+            driver.journal.release(driver.id)
+        driving.driven.clear()
         runs._current = None
         fresh = books.Notebook(lambda: self.shell.user_ns)
         for name in vars(fresh):
@@ -721,6 +721,38 @@ def test_a_wrong_engine_is_refused_in_the_cell_that_names_it(cells: Cells, line:
     assert cells.book.plan.engine is None, "nothing was changed"
     cells("%cm run")
     cells.to("planner")
+
+
+def test_a_tape_is_recorded_played_and_recorded_again(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CM_HEADLESS", "1")
+    said = iter(["one", "two"])
+
+    class Counting:
+        name = "counting"
+
+        async def stream(self, request: cm.AgentRequest) -> Any:
+            yield cm.TurnDone(next(said))
+
+    cm.register_engine(Counting())
+    workflow = "%%cm workflow w --autonomous always --engine counting{}\nplanner"
+    agent = "%%cm agent planner\nPlan."
+
+    def text() -> str:
+        until(lambda: cells.run.status == "completed", "the end")
+        return str(cells.run["planner"].text)
+
+    cells(workflow.format(""), agent, "%cm run --record t.jsonl")
+    assert text() == "one"
+    cells(workflow.format(" --tape t.jsonl"), agent, "%cm run")
+    assert text() == "one"
+    cells(workflow.format(" --tape t.jsonl"), agent, "%cm run --record t.jsonl")
+    assert text() == "two", "the tape of the workflow is recorded again, so it is not played"
+    assert '"text": "two"' in Path("t.jsonl").read_text("utf-8")
+    cells(workflow.format(" --tape t.jsonl --record u.jsonl"), agent, "%cm run")
+    assert text() == "two"
+    assert Path("u.jsonl").read_bytes() == Path("t.jsonl").read_bytes()
+    assert "is the tape that is played" in error(cells, "%cm run --tape t.jsonl --record t.jsonl")
+    assert "is a folder" in error(cells, workflow.format(" --record ."))
 
 
 def test_what_a_run_that_is_under_way_cannot_take_is_refused(cells: Cells) -> None:
