@@ -329,7 +329,7 @@ class Run:
                 steps=[*state.items],
                 agents=[self._work.agents.get(agent.id, agent) for agent in state.agents.values()],
                 sub_agents=state.sub_agents,
-                max_concurrency=state.max_concurrency if state.max_concurrency != CAP else None,
+                max_concurrency=state.default_places if state.default_places != CAP else None,
                 autonomous_mode=state.autonomous_mode,
                 inputs=dict(state.inputs),
                 engine=state.engine,
@@ -866,6 +866,12 @@ def resume(
     limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
     run = Run.open(run_id, journal)
     if run._driver.driving:
+        for name in ("engine", "tape", "loop"):
+            if options.get(name) is not None:
+                raise WorkflowError(
+                    f"{name}= cannot be changed while run {run_id!r} is driven here. Stop it first: run.stop(), then "
+                    f"cm.resume({run_id!r}, {name}=…)."
+                )
         return run.go_on(workflow, inputs, until=until, limits=limits, on_gate=options.get("on_gate"))
     with run.reading() as state:
         if state.ended == "completed":

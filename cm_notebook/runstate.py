@@ -413,6 +413,8 @@ class RunState(Plain):
     """Who may be called."""
     max_concurrency: int = CAP
     """How many members may work at the same time."""
+    default_places: int = CAP
+    """The same as the workflow's definition has it."""
     members: dict[str, StepState] = field(default_factory=dict)
     """Every agent that was called, by path."""
     named_calls: dict[str, int] = field(default_factory=dict)

@@ -204,7 +204,7 @@ FAILURES: list[tuple[str, Said, type[cm.EngineError], bool, str]] = [
     ("unavailable", error(503, "busy"), cm.EngineUnavailable, True, "HTTP status 503, busy"),
     ("a gateway's page", error(502, "<html>Bad gateway"), cm.EngineUnavailable, True, "HTTP status 502, a web page"),
     ("no credit", error(429, complaint("x", code="insufficient_quota")), cm.EngineError, False, "no credit left"),
-    ("wrong key", error(401, complaint("authentication_error")), cm.EngineAuthError, False, "reason. Check the key"),
+    ("wrong key", error(401, complaint("authentication_error")), cm.EngineAuthError, False, "reason. It comes from"),
     ("forbidden", error(403, complaint("permission_error")), cm.EngineAuthError, False, "does not permit"),
     ("unknown model", error(404, complaint("not_found_error")), cm.EngineNotFound, False, "does not know this model"),
     ("bad request", error(400, complaint("invalid_request_error")), cm.EngineError, False, "refused the request"),
