@@ -342,7 +342,7 @@ class Run:
                 steps=[*state.items],
                 agents=[self._work.agents.get(agent.id, agent) for agent in state.agents.values()],
                 sub_agents=state.sub_agents,
-                max_concurrency=state.max_concurrency if state.max_concurrency != CAP else None,
+                max_concurrency=state.default_places if state.default_places != CAP else None,
                 autonomous_mode=state.autonomous_mode,
                 inputs=dict(state.inputs),
                 engine=state.engine,
@@ -908,6 +908,12 @@ def resume(
     limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
     run = Run.open(run_id, journal)
     if run._driver.driving:
+        for name in ("engine", "tape", "record", "loop"):
+            if options.get(name) is not None:
+                raise WorkflowError(
+                    f"{name}= cannot be changed while run {run_id!r} is driven here. Stop it first: run.stop(), then "
+                    f"cm.resume({run_id!r}, {name}=…)."
+                )
         answers = {name: options[name] for name in ("on_gate", "on_waiting") if name in options}
         return run.go_on(workflow, inputs, until=until, limits=limits, **answers)
     with run.reading() as state:

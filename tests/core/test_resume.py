@@ -442,3 +442,37 @@ def test_collecting_is_on_or_off_as_the_host_has_it(on: bool, monkeypatch: pytes
             after.callback(gc.enable)
         _read_anew(monkeypatch)
         assert gc.isenabled() is on
+
+
+def test_a_cap_that_is_dropped_from_the_definition_is_none() -> None:
+    def flow(cap: int | None) -> cm.Workflow:
+        agents = [cm.Agent("a", "A."), cm.Agent("b", "B.")]
+        return cm.Workflow("w", agents=agents, steps="[a | b]?", max_concurrency=cap)
+
+    run = flow(2).start(engine=cm.ScriptedEngine({"a": ["1"], "b": ["1"]}), journal=":memory:")
+    gate(run)
+    assert (run.revise(flow(2)), run.state.max_concurrency) == ([], 2)
+    run.revise(flow(None))
+    assert (run.state.max_concurrency, run.workflow.max_concurrency) == (4, None)
+    run.stop()
+
+
+def test_a_cap_of_the_run_stays_when_the_definition_says_nothing_else() -> None:
+    flow = cm.Workflow("w", agents=[cm.Agent("a", "A.")], steps="a?")
+    run = flow.start(engine=cm.ScriptedEngine({"a": ["1"]}), journal=":memory:", max_concurrency=1)
+    gate(run)
+    run.revise(cm.Workflow("w", agents=[cm.Agent("a", "A.", system="Be short.")], steps="a?"))
+    assert run.state.max_concurrency == 1
+    run.stop()
+
+
+@pytest.mark.parametrize("option", [{"engine": "offline"}, {"loop": "thread"}])
+def test_what_drives_a_run_is_not_changed_under_it(option: dict[str, str]) -> None:
+    run = cm.Workflow("w", agents=[cm.Agent("a", "A.")], steps="a?").start(
+        engine=cm.ScriptedEngine({"a": ["1"]}), journal=":memory:"
+    )
+    gate(run)
+    name = next(iter(option))
+    with pytest.raises(cm.WorkflowError, match=f"{name}= cannot be changed while run .* is driven here. Stop it first"):
+        cm.resume(run.id, journal=run._journal, **option)
+    run.stop()
