@@ -522,6 +522,8 @@ def _make(path: Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(draft)) as connection:
             connection.isolation_level = None
+            # here, where nobody else is: of two who change a file to it at the same time, one is refused at once
+            connection.execute("PRAGMA journal_mode=WAL")
             connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
             _bring_up(connection)
         try:
