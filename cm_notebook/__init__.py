@@ -1,7 +1,8 @@
 """Workflows of AI agents in the notebook, with a person deciding at the right moments.
 
-This page is the table of contents. ``workflow.py`` says what is to be done, ``run.py`` does it, ``state.py`` says what
-what has happened means; ``engines/`` are those who do the work, ``render/`` and ``jupyter/`` show it.
+This page is the table of contents. ``workflow.py`` says what is to be done, ``run.py`` does it, ``state.py`` (and, by
+theme, ``rules/``) says what what has happened means, ``runstate.py`` is what comes of it; ``engines/`` are those who do
+the work, ``render/`` and ``jupyter/`` show it.
 
     import cm_notebook as cm
 
@@ -56,7 +57,7 @@ from .events import Decision, Gate, Usage
 from .feed import LiveText
 from .journal import Journal, MemoryJournal
 from .run import Run, current, resume, runs
-from .state import Attempt
+from .runstate import Attempt
 from .steps import StepView
 from .team import AgentResult
 from .tools import Permission, Tool, tool

@@ -58,7 +58,8 @@ from .prompts import check_read
 from .render import text as say
 from .render.markdown import clean
 from .run import Run, somebody
-from .state import RunState, StepState, apply
+from .runstate import RunState, StepState
+from .state import apply
 from .workflow import LIMITS, Workflow
 
 DONE, FAILED, USAGE, WAITING, STOPPED = range(5)

@@ -12,7 +12,8 @@ from typing import Any
 from .errors import WorkflowError
 from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, WorkflowChanged
 from .prompts import agent_facts, check_templates, fingerprint
-from .state import RunState, cut_all
+from .runstate import RunState
+from .state import cut_all
 from .workflow import Agent, Separator, Step, Workflow, check_inputs, limits_of, sound, step_data
 
 _MISSING = object()

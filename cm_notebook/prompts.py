@@ -19,7 +19,7 @@ from .events import Part, Ref
 from .workflow import NAME, RESERVED, Agent, Module, Separator, Step, Workflow
 
 if TYPE_CHECKING:
-    from .state import Attempt, RunState, StepState
+    from .runstate import Attempt, RunState, StepState
 
 _HOLE = re.compile(rf"\{{\{{\s*({NAME})(?:\.({NAME}))?\s*\}}\}}")
 LOOP_FIELDS = ("reason", "iteration")

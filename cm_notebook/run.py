@@ -88,7 +88,8 @@ from .feed import Feed, LiveText
 from .journal import OWN_FOLDER, AnyJournal, open_journal, own_folder
 from .loops import SLICE_S, engine_loop, run_sync, running_loop, wait_detached
 from .prompts import check_read, check_templates, digest, missing_field, text_of
-from .state import Record, RunState, StartTurn, Status, apply, next_actions
+from .runstate import Record, RunState, StartTurn, Status
+from .state import apply, next_actions
 from .steps import StepView
 from .team import CAP, AgentResult, Call, checked_calls
 from .tools import Permission, Tool, read_arguments

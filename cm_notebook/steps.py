@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import state as meaning
 from .errors import GatePending, TransitionError
 from .events import Usage
-from .state import Attempt, StepState
+from .runstate import Attempt, StepState, standing, status_word
 
 if TYPE_CHECKING:
     from .run import Run
@@ -45,7 +44,7 @@ class StepView:
         Where the run has ended at it also ``failed`` or ``not decided``.
         """
         with self.run.reading() as state:
-            return meaning.status_word(state, self._step)
+            return status_word(state, self._step)
 
     @property
     def retry_at(self) -> float | None:
@@ -127,7 +126,7 @@ class StepView:
         elif state.paused and step.status == "pending":
             why, then = "has no result yet: the run is paused", "Go on (`%cm run`), then run this cell again"
         else:
-            why = f"has no result yet: it {meaning.standing(state, step)}"
+            why = f"has no result yet: it {standing(state, step)}"
         return f'"{step.id}" {why}. {then}; a script waits first: `run.wait()`.'
 
     @property

@@ -2,7 +2,7 @@
 
 Strategy: groups run one after the other, the members of a group side by side. However they are written (a list, or
 ``frontend-dev 'the UI' & backend-dev 'the API' && qa-engineer 'test it'``), they are checked here, before anything
-starts, and refused with what is wrong and where. Nothing here runs; what a call means stands in ``state.py``.
+starts, and refused with what is wrong and where. Nothing here runs; what a call means stands in ``rules/members.py``.
 """
 
 import re

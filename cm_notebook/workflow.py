@@ -642,17 +642,17 @@ class Workflow(Model):
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         from .render import svg
-        from .state import RunState
+        from .state import state_of
 
-        state = RunState.of(self)
+        state = state_of(self)
         return {"text/plain": svg.graph(state, "text"), "text/html": svg.graph_img(state)}
 
     def graph(self, format: Literal["svg", "mermaid", "text"] = "svg") -> str:
         """A picture of the steps: an SVG document, a Mermaid flowchart, or plain text."""
         from .render import svg
-        from .state import RunState
+        from .state import state_of
 
-        return svg.graph(RunState.of(self), format)
+        return svg.graph(state_of(self), format)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data from which :meth:`from_dict` builds the same workflow (functions by name only)."""

@@ -24,7 +24,7 @@ from ..events import EDITABLE, Decision, Ref
 from ..render import diff, html, svg, text, timeline
 from ..run import Run, check_options
 from ..run import runs as all_runs
-from ..state import RunState
+from ..runstate import RunState
 from ..steps import StepView
 from ..workflow import Agent, Step, Workflow, parse_steps
 from . import bridge

@@ -34,7 +34,8 @@ from ..events import Gate
 from ..journal import AnyJournal, open_journal
 from ..prompts import Hole, check_read, check_templates, holes, step_names
 from ..run import Run, check_options, checked_limits
-from ..state import RunState, StepState
+from ..runstate import RunState, StepState
+from ..state import state_of
 from ..workflow import LIMITS, RESERVED, Agent, AnyStep, AutonomousMode, Separator, Step, Workflow, limits_of
 from . import bridge
 
@@ -676,7 +677,7 @@ class Notebook:
         """The steps, to draw them: agents that are not defined yet are stood in for."""
         plan = self._planned()
         items = plan.steps(())
-        return RunState.of(_drawn(plan, items)) if items else None
+        return state_of(_drawn(plan, items)) if items else None
 
     def _check_functions(self, state: RunState) -> None:
         """A function that no cell has defined in this kernel cannot run."""

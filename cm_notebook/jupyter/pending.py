@@ -15,7 +15,7 @@ from ..events import Gate
 from ..render import html
 from ..render import text as say
 from ..run import Run
-from ..state import RunState, gate_path
+from ..runstate import RunState, gate_path
 from . import bridge, view
 
 

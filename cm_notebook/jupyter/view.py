@@ -45,7 +45,8 @@ from ..render import html, svg
 from ..render import text as say
 from ..render.markdown import BlockStream, clean
 from ..run import Run
-from ..state import RunState, StepState, apply, gate_path
+from ..runstate import RunState, StepState, gate_path
+from ..state import apply
 from ..workflow import Parallel
 from . import bridge
 

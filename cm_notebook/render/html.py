@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from ..errors import TransitionError
 from ..events import Gate
-from ..state import Attempt, RunState, StepState
+from ..runstate import Attempt, RunState, StepState
 from ..workflow import Separator
 from . import diff, svg
 from . import text as say

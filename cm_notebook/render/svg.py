@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
-from ..state import RunState, StepState
+from ..runstate import RunState, StepState
 from ..workflow import Module, Parallel, Separator
 from .text import Look, Tone, lane_name, look, loop_limit, one_line, team_words, will_stop
 
@@ -393,7 +393,7 @@ def graph(state: RunState, format: Literal["svg", "mermaid", "text"] = "svg", *,
     Parameters
     ----------
     state
-        The run; ``RunState.of(workflow)`` draws a workflow that has not started.
+        The run; ``state_of(workflow)`` of ``state.py`` draws a workflow that has not started.
     format
         ``"svg"``: a document with one element a line. ``"mermaid"``: a flowchart. ``"text"``: lines of arrows.
     live

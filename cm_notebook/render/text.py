@@ -50,7 +50,7 @@ from ..events import (
     Usage,
     WorkflowChanged,
 )
-from ..state import STATUS_WORDS, Attempt, Budget, RunState, StepState, gate_path, status_word, why_stale
+from ..runstate import STATUS_WORDS, Attempt, Budget, RunState, StepState, gate_path, status_word, why_stale
 from ..tools import BUILT_IN, write_arguments
 from ..workflow import Module, Parallel, Separator, limits_of
 from .markdown import Clipped, clean, clip

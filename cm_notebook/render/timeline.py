@@ -30,7 +30,8 @@ from ..events import (
     TurnFinished,
     TurnStarted,
 )
-from ..state import Attempt, RunState, StepState, apply, gate_path
+from ..runstate import Attempt, RunState, StepState, gate_path
+from ..state import apply
 from ..workflow import Parallel
 from . import svg
 from . import text as say

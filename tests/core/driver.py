@@ -30,20 +30,9 @@ from cm_notebook.events import (
     read,
 )
 from cm_notebook.prompts import digest, text_of
-from cm_notebook.state import (
-    SWEPT,
-    TRANSITIONS,
-    Record,
-    RunState,
-    StartTurn,
-    StepState,
-    apply,
-    ask,
-    ask_permission,
-    call_agents,
-    cut_all,
-    next_actions,
-)
+from cm_notebook.rules.transitions import SWEPT, TRANSITIONS
+from cm_notebook.runstate import Record, RunState, StartTurn, StepState
+from cm_notebook.state import apply, ask, ask_permission, call_agents, cut_all, next_actions
 from cm_notebook.team import checked_calls
 from cm_notebook.workflow import AnyStep, Module, Verdict, Workflow
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import itertools
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cm_notebook import rules
+from cm_notebook import state as meaning
 from cm_notebook.errors import AlreadyDecided, TransitionError
 from cm_notebook.events import (
     ACTIONS,
@@ -51,7 +56,9 @@ from cm_notebook.events import (
     WorkflowChanged,
 )
 from cm_notebook.prompts import digest, text_of
-from cm_notebook.state import SWEPT, TRANSITIONS, RunState, StartTurn, ask, cut_all, cut_short, next_actions, why_stale
+from cm_notebook.rules.transitions import SWEPT, TRANSITIONS
+from cm_notebook.runstate import StartTurn, why_stale
+from cm_notebook.state import ask, cut_all, cut_short, next_actions, state_of
 from cm_notebook.team import MOST_DEPTH
 from cm_notebook.workflow import Agent, Module, Parallel, Step, Verdict, Workflow, module, separator, step
 from tests.core.driver import Driver, Reply, approve, folded, go_on, loop, said
@@ -1290,7 +1297,7 @@ def test_every_status_has_a_row_and_leads_on() -> None:
 
 
 def test_the_workflow_may_be_looked_at_before_it_runs() -> None:
-    state = RunState.of(Workflow("W", steps=[work("a"), separator("x"), gate(1)], autonomous_mode="never"))
+    state = state_of(Workflow("W", steps=[work("a"), separator("x"), gate(1)], autonomous_mode="never"))
     assert ([step.id for step in state.order], state.locked, state.mode) == (["a", "gate"], "never", "step-by-step")
 
 
@@ -1732,3 +1739,15 @@ def test_whatever_happens_a_run_stays_sound(
     driver.policy = approve
     to_the_end(driver, 200)
     assert folded(driver.events) == driver.state
+
+
+def test_each_theme_of_the_rules_knows_only_those_before_it() -> None:
+    listed = re.findall(r"^    (\w+)  ", meaning.__doc__ or "", re.MULTILINE)
+    files = {file.stem: file for file in Path(rules.__path__[0]).glob("*.py") if file.stem != "__init__"}
+    assert sorted(listed) == sorted(files)
+    for number, name in enumerate(listed):
+        imports = [
+            node for node in ast.walk(ast.parse(files[name].read_text("utf-8"))) if isinstance(node, ast.ImportFrom)
+        ]
+        assert {node.module for node in imports if node.level == 1} <= {*listed[:number]}, name
+        assert not {node.module for node in imports if node.level == 2} & {"state", "run"}, name

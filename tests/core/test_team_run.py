@@ -18,7 +18,8 @@ import pytest
 import cm_notebook as cm
 from cm_notebook.journal import MemoryJournal
 from cm_notebook.render import html, text
-from cm_notebook.state import RunState, apply
+from cm_notebook.runstate import RunState
+from cm_notebook.state import apply
 from cm_notebook.team import MOST_DEPTH
 from tests.helpers import gate, until
 

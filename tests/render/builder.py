@@ -28,7 +28,8 @@ from cm_notebook.events import (
 )
 from cm_notebook.prompts import digest, text_of
 from cm_notebook.render.text import event_line
-from cm_notebook.state import Record, RunState, StartTurn, apply, ask, ask_permission, next_actions
+from cm_notebook.runstate import Record, RunState, StartTurn
+from cm_notebook.state import apply, ask, ask_permission, next_actions
 from cm_notebook.workflow import Agent, Separator, Verdict, Workflow, as_step, parse_steps, separator, step
 
 NOON = 1_700_049_600.0

@@ -11,7 +11,8 @@ from itertools import pairwise
 import pytest
 
 from cm_notebook.render import svg
-from cm_notebook.state import RunState, call_agents
+from cm_notebook.runstate import RunState
+from cm_notebook.state import call_agents, state_of
 from cm_notebook.team import Call
 from cm_notebook.workflow import Agent, Workflow, module, parallel, separator, step
 from tests.render import builder
@@ -31,7 +32,7 @@ def drawn(state: RunState, *, live: bool = False) -> ET.Element:
 
 
 def of(steps: object, **options: object) -> RunState:
-    return RunState.of(Workflow("w", steps=steps, agents=builder._agents(steps), **options))
+    return state_of(Workflow("w", steps=steps, agents=builder._agents(steps), **options))
 
 
 def local(element: ET.Element) -> str:
