@@ -1,8 +1,9 @@
 """Workflows of AI agents in the notebook, with a person deciding at the right moments.
 
-This page is the table of contents. ``workflow.py`` says what is to be done, ``run.py`` does it, ``state.py`` (and, by
-theme, ``rules/``) says what what has happened means, ``runstate.py`` is what comes of it; ``engines/`` are those who do
-the work, ``render/`` and ``jupyter/`` show it.
+This page is the table of contents. ``workflow.py`` says what is to be done, ``run.py`` has it done (by ``driving.py``,
+its loop, ``work.py``, its turns, and ``answering.py``, its gates). ``state.py`` (and, by theme, ``rules/``) says what
+what has happened means, ``runstate.py`` is what comes of it; ``engines/`` are those who do the work, ``render/`` and
+``jupyter/`` show it.
 
     import cm_notebook as cm
 

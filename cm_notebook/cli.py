@@ -54,11 +54,13 @@ from .feed import LiveText
 from .journal import open_journal
 from .loops import SLICE_S, engine_loop, run_sync
 from .options import COMMANDS, Argument, Command, Option
+from .presence import somebody
 from .prompts import check_read
 from .render import text as say
 from .render.markdown import clean
-from .run import Run, somebody
+from .run import Run
 from .runstate import RunState, StepState
+from .starting import check_options
 from .state import apply
 from .workflow import LIMITS, Workflow
 
@@ -377,7 +379,7 @@ def _run(words: list[str]) -> int:
 def _beginning(asked: dict[str, Any], policy: Any) -> Callable[[], tuple[Run, int]]:
     """What begins the run that was asked for, and says up to which event its story was told before."""
     workflow = load(asked["file"], asked.get("workflow"))
-    runs.check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
+    check_options(**{name: asked[name] for name in ("engine", "tape", "workspace") if name in asked})
     journal = open_journal(asked.get("journal") or config.setting("journal"))
     inputs = asked.get("inputs", {})
     given = {name: asked[name] for name in ("engine", "tape", "until", *LIMITS) if name in asked}

@@ -15,7 +15,7 @@ from pydantic_core import to_json
 
 from . import keys
 from .errors import CodeMachineError
-from .workflow import AutonomousMode, GateDefault, Model, Verdict, Workflow
+from .workflow import Amount, AutonomousMode, Count, GateDefault, Model, Verdict, Workflow
 
 Mode = Literal["step-by-step", "gates", "unattended"]
 """Who drives: a pause after every step, a pause where a step asks for one, or no pause at all."""
@@ -161,11 +161,11 @@ class Decision(Model):
     feedback: str | None = None
     output: str | None = None
     prompt: str | None = None
-    count: int = Field(default=1, ge=1)
+    count: Count = Field(default=1, ge=1)
     scope: Scope | None = None
-    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_turns: int | None = Field(default=None, ge=1)
+    max_cost_usd: Amount | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: Count | None = Field(default=None, ge=1)
+    max_turns: Count | None = Field(default=None, ge=1)
     by: str = "you"
     at: float = Field(default=0.0, exclude=True)
 

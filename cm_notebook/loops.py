@@ -18,6 +18,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TypeVar
 
 from .errors import CodeMachineError
@@ -161,3 +162,9 @@ def _next_slice(deadline: float | None, timeout_s: float | None) -> float:
     if left <= 0:
         raise TimeoutError(f"not finished within {timeout_s:g} s. It goes on: wait again, or stop it.")
     return min(SLICE_S, left)
+
+
+def quietly(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    """Call it on that loop, if there is one still."""
+    with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
+        loop.call_soon_threadsafe(callback)

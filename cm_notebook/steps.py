@@ -35,7 +35,7 @@ class StepView:
 
     @property
     def _step(self) -> StepState:
-        return self.run._state.find(self.path)
+        return self.run._driver.state.find(self.path)
 
     @property
     def status(self) -> str:
@@ -98,7 +98,7 @@ class StepView:
                 run=self.run,
             )
         if step.status not in ("finished", "skipped"):
-            opened = next(iter(self.run._state.gates.values()), None)
+            opened = next(iter(self.run._driver.state.gates.values()), None)
             if opened is not None:
                 raise GatePending(
                     f'"{step.id}" has no result yet: "{opened.step}" is waiting for your decision. '
@@ -106,7 +106,7 @@ class StepView:
                     gate=opened,
                     run=self.run,
                 )
-            if (ended := self.run._state.ended) is not None:
+            if (ended := self.run._driver.state.ended) is not None:
                 raise GatePending(
                     f'"{step.id}" has no result: the run is {ended}. '
                     f"Go on with it: `%cm run`, or cm.resume({self.run.id!r}).",
@@ -117,7 +117,7 @@ class StepView:
 
     def _not_yet(self, step: StepState) -> str:
         """Why there is no result, no gate being open, and what to do about it; true in a cell and in a script."""
-        state = self.run._state
+        state = self.run._driver.state
         at_work = [f'"{other.id}"' for other in state.running.values() if other.id != step.id]
         then = "When it has one, run this cell again"
         if at_work and step.status == "pending":

@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    Strict,
     StrictBool,
     ValidationError,
 )
@@ -97,6 +98,9 @@ def sound(value: Any) -> Any:
 
 Text = Annotated[str, AfterValidator(sound)]
 """A text that can be kept."""
+Count = Annotated[int, Strict()]
+Amount = Annotated[float, Strict()]
+"""Numbers; ``True`` is none, although Python takes it for 1."""
 
 
 class Verdict(Model):
@@ -272,15 +276,15 @@ class Step(Fixed):
     execute_once: StrictBool = False
     context: Literal["previous", "all", "none"] | list[str] = "previous"
     gate: GatePlace = "after"
-    gate_timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    gate_timeout_s: Amount | None = Field(default=None, gt=0, allow_inf_nan=False)
     gate_default: Annotated[GateDefault | None, BeforeValidator(_gate_default)] = None
-    timeout_s: float | None = Field(default=None, gt=0)
-    retries: int = Field(default=2, ge=0)
+    timeout_s: Amount | None = Field(default=None, gt=0)
+    retries: Count = Field(default=2, ge=0)
     idempotent: StrictBool = True
     raw: StrictBool = False
-    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_turns: int | None = Field(default=None, ge=1)
+    max_cost_usd: Amount | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: Count | None = Field(default=None, ge=1)
+    max_turns: Count | None = Field(default=None, ge=1)
 
     def model_post_init(self, context: Any, /) -> None:
         """The id defaults to the agent's name."""
@@ -321,8 +325,8 @@ class Module(Step):
     """A step that may send the run back; make it with :func:`module`."""
 
     kind: Literal["module"] = "module"  # type: ignore[assignment]
-    loop_steps: int = Field(default=1, ge=1)
-    loop_max_iterations: int | None = Field(default=None, ge=0)
+    loop_steps: Count = Field(default=1, ge=1)
+    loop_max_iterations: Count | None = Field(default=None, ge=0)
     loop_skip: list[str] = Field(default_factory=list)
     on_exhausted: Literal["pause", "continue", "fail"] = "pause"
 
@@ -333,7 +337,7 @@ class Parallel(Step):
     kind: Literal["parallel"] = "parallel"  # type: ignore[assignment]
     agent: Literal[""] = ""
     members: list[str] = Field(min_length=1)
-    max_concurrency: int | None = Field(default=None, ge=1)
+    max_concurrency: Count | None = Field(default=None, ge=1)
 
     def model_post_init(self, context: Any, /) -> None:
         """The id defaults to the members' names."""
@@ -572,14 +576,14 @@ class Workflow(Model):
     steps: list[Step | Module | Parallel | Separator] = Field(default_factory=list)
     agents: list[Agent] = Field(default_factory=list)
     sub_agents: list[str] = Field(default_factory=list)
-    max_concurrency: int | None = Field(default=None, ge=1)
+    max_concurrency: Count | None = Field(default=None, ge=1)
     autonomous_mode: AutonomousMode = True
     inputs: dict[str, Any] = Field(default_factory=dict)
     specification: Text | None = None
     engine: Text | None = None
-    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_turns: int | None = Field(default=None, ge=1)
+    max_cost_usd: Amount | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_tokens: Count | None = Field(default=None, ge=1)
+    max_turns: Count | None = Field(default=None, ge=1)
 
     @by_name("cm.Workflow")
     def __init__(self, name: str, **data: Any) -> None:

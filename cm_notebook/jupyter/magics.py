@@ -22,9 +22,10 @@ from ..allowed import Permissions, permissions
 from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
 from ..events import EDITABLE, Decision, Ref
 from ..render import diff, html, svg, text, timeline
-from ..run import Run, check_options
+from ..run import Run
 from ..run import runs as all_runs
 from ..runstate import RunState
+from ..starting import check_options
 from ..steps import StepView
 from ..workflow import Agent, Step, Workflow, parse_steps
 from . import bridge

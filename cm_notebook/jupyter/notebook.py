@@ -33,8 +33,9 @@ from ..errors import CodeMachineError, RunLocked, TransitionError, WorkflowError
 from ..events import Gate
 from ..journal import AnyJournal, open_journal
 from ..prompts import Hole, check_read, check_templates, holes, step_names
-from ..run import Run, check_options, checked_limits
+from ..run import Run
 from ..runstate import RunState, StepState
+from ..starting import check_options, checked_limits
 from ..state import state_of
 from ..workflow import LIMITS, RESERVED, Agent, AnyStep, AutonomousMode, Separator, Step, Workflow, limits_of
 from . import bridge

@@ -30,7 +30,7 @@ def show_bar(run: Run, gate: Gate | None, step: str | None = None) -> None:
     wait = Wait(gate, step)
     with run.reading() as state:
         over = wait.over(state)
-    if over or bridge.kernel() is None or run._loop is None or setting("view") != "full":
+    if over or bridge.kernel() is None or run._driver.loop is None or setting("view") != "full":
         bridge.Slot.open(wait.static(run))
         return
     if setting("direct_clicks"):

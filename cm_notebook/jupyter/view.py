@@ -102,7 +102,7 @@ def show(run: Run, steps: Sequence[str] | None = None, *, mode: ViewMode | None 
     how = mode or setting("view")
     if how not in (modes := get_args(ViewMode)):
         raise CodeMachineError(f"there is no view {how!r}. {did_you_mean(str(how), modes, 'Views')}")
-    if bridge.kernel() is None or run._loop is None or not run._somebody:
+    if bridge.kernel() is None or run._driver.loop is None or not run._answers.somebody:
         show_static(run, chosen)
         return
     if how == "full" and setting("direct_clicks"):
@@ -916,7 +916,7 @@ class Hub:
     @property
     def loop(self) -> Any:
         """The run's loop, on which everything here happens that is not called from a cell."""
-        return self.run._loop
+        return self.run._driver.loop
 
     # -- from a cell
 

@@ -85,7 +85,7 @@ def test_cold(budget):
     def ours() -> Time:
         journal = Journal(new_file())
         run = waiting_run(journal)
-        run._let_go()  # as if its process had died
+        run._driver.let_go()  # as if its process had died
         return measure.new_process(COLD, run.id, journal.path)
 
     def floor() -> Time:

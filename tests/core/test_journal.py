@@ -244,7 +244,7 @@ def test_a_read_only_journal_says_so(tmp_path: Path) -> None:
 
 
 def test_a_locked_journal_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cm_notebook.run.PATIENCE_S", 0.05)
+    monkeypatch.setattr("cm_notebook.driving.PATIENCE_S", 0.05)
     finished(tmp_path / "j.db")
     other = sqlite3.connect(tmp_path / "j.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -417,7 +417,7 @@ def test_who_decides_waits_until_another_program_lets_go(tmp_path: Path) -> None
 def test_a_lock_that_stays_ends_the_run_here_and_loses_only_what_was_not_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cm_notebook.run.PATIENCE_S", 0.3)
+    monkeypatch.setattr("cm_notebook.driving.PATIENCE_S", 0.3)
     journal, release, calls = Counting(tmp_path / "j.db"), threading.Event(), list[int]()
     run = slow(release, calls).start(journal=journal)
     until(lambda: calls, "the turn to run")
@@ -584,7 +584,7 @@ def test_two_handles_of_one_process_see_each_other(tmp_path: Path) -> None:
     opened = gate(run)
     assert cm.runs(tmp_path / "j.db")[0] is run
     stranger = cm.Run(run.id, cm.Journal(tmp_path / "j.db"))
-    stranger._reload()
+    stranger._driver.read_on()
     stranger.approve()
     until(lambda: run.status == "completed", "the driver to notice")
     with pytest.raises(cm.AlreadyDecided):

@@ -135,13 +135,13 @@ def test_a_bug_of_ours_around_a_turn_ends_the_run_as_itself(monkeypatch: pytest.
     def broken(*given: Any) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(cm.Run, "_request", broken)
+    monkeypatch.setattr("cm_notebook.work.Work._request", broken)
     run = start("a -> b")
     with pytest.raises(ZeroDivisionError, match="ours"):
         run.wait(10)
     assert (run.status, kinds(run)[-2:]) == ("failed", ["TurnFailed", "RunFinished"])
     monkeypatch.undo()
-    monkeypatch.setattr(cm.Run, "_turn_ended", broken)
+    monkeypatch.setattr("cm_notebook.work.Work._turn_ended", broken)
     run = start("a -> b")
     with pytest.raises(ZeroDivisionError, match="ours"):
         run.wait(10)
@@ -789,7 +789,7 @@ def test_what_is_done_with_is_not_kept() -> None:
     until(lambda: run.gates and run.gates[0].kind == "review", "the answer to be seen")
     run.approve()
     run.wait(10)
-    assert (run._asked, run._questions) == (set(), {})
+    assert (run._answers.asked, run._work.questions) == (set(), {})
 
 
 async def test_waiting_to_try_again_is_one_timer() -> None:
@@ -1167,7 +1167,7 @@ def test_a_bug_in_a_proposal_reaches_the_proposer_and_nobody_else() -> None:
     run = start("planner?")
     gate(run)
     with pytest.raises(ZeroDivisionError):
-        run._propose(lambda: [1 / 0])
+        run._driver.propose(lambda: [1 / 0])
     run.approve()
     assert run.wait(10).status == "completed"
 
@@ -1179,7 +1179,7 @@ def test_a_bug_while_recording_reaches_who_waits(monkeypatch: pytest.MonkeyPatch
     def broken(state: Any, event: Any) -> None:
         raise KeyError("bug")
 
-    monkeypatch.setattr("cm_notebook.run.apply", broken)
+    monkeypatch.setattr("cm_notebook.driving.apply", broken)
     with pytest.raises(KeyError, match="bug"):
         run.approve()
     monkeypatch.undo()
@@ -1221,7 +1221,7 @@ def test_a_proposal_is_recorded_whole_or_not_at_all(proposals: list[list[Callabl
                 refused = True
                 break
         with pytest.raises(cm.TransitionError) if refused else contextlib.nullcontext():
-            run._propose(lambda events=events: events)  # type: ignore[misc]
+            run._driver.propose(lambda events=events: events)  # type: ignore[misc]
         assert journal.events("r") == (before if refused else [*before, *events])
         assert run.state == folded(journal.events("r"))
 

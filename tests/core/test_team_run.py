@@ -932,7 +932,7 @@ def test_another_process_decides_at_a_member(tmp_path: Path) -> None:
     run = team(boss("a 'x'"), worker("a", broken(heals=True))).start(journal=tmp_path / "j.db")
     gate(run)
     other = cm.Run(run.id, cm.Journal(tmp_path / "j.db"))
-    other._catch_up()
+    other._driver.catch_up()
     assert other["boss"].status == "waits for its team"
     other.retry("a")
     assert run.wait(20)["boss"].text == "a done: mended"

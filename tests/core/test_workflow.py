@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from cm_notebook.errors import CodeMachineError, WorkflowError
+from cm_notebook.events import Decision
 from cm_notebook.prompts import check_templates
 from cm_notebook.workflow import (
     Agent,
@@ -23,6 +24,7 @@ from cm_notebook.workflow import (
     agent,
     as_step,
     module,
+    parallel,
     parse_steps,
     separator,
     step,
@@ -83,6 +85,18 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: step("a", gate="befor"), ("step 'a'", "gate='befor'", "'before'")),  # type: ignore[arg-type]
     (lambda: step("a", retries=-1), ("step 'a'", "retries=-1", "0")),
     (lambda: step("a", timeout_s="x"), ("step 'a'", "timeout_s='x'", "number")),  # type: ignore[arg-type]
+    (lambda: step("a", retries=True), ("step 'a'", "retries=True", "integer")),
+    (lambda: step("a", timeout_s=True), ("step 'a'", "timeout_s=True", "number")),
+    (lambda: step("a", gate_timeout_s=True), ("step 'a'", "gate_timeout_s=True", "number")),
+    (lambda: step("a", max_cost_usd=True), ("step 'a'", "max_cost_usd=True", "number")),
+    (lambda: step("a", max_turns=True), ("step 'a'", "max_turns=True", "integer")),
+    (lambda: module("a", loop_steps=True), ("module 'a'", "loop_steps=True", "integer")),
+    (lambda: module("a", loop_max_iterations=True), ("module 'a'", "loop_max_iterations=True", "integer")),
+    (lambda: parallel("a", "b", max_concurrency=True), ("parallel: max_concurrency=True", "integer")),
+    (lambda: flow(max_cost_usd=True), ("max_cost_usd=True", "number")),
+    (lambda: flow(max_tokens=True), ("max_tokens=True", "integer")),
+    (lambda: flow(max_concurrency=True), ("workflow 'W'", "max_concurrency=True", "integer")),
+    (lambda: Decision(action="retry", count=True), ("count=True", "integer")),
     (lambda: step("a", timeout_s=0), ("step 'a'", "timeout_s=0", "greater than 0")),
     (lambda: step("a", prompt=["x", 5]), ("step 'a'", "prompt=", "string")),  # type: ignore[list-item]
     (lambda: step(5), ("agent=5", "string")),  # type: ignore[arg-type]

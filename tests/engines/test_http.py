@@ -1438,7 +1438,7 @@ def test_no_key_is_anywhere(dialect, said, tmp_path):
     with ModelServer(said) as server:
         run = start(dialect, server, steps=[cm.step("planner", retries=0)], journal=journal)
         gate(run)
-        shown = everything(run.error, run.events, run.state, server.url, repr(run._engine), run._engine)
+        shown = everything(run.error, run.events, run.state, server.url, repr(run._work.engine), run._work.engine)
         run.stop().wait(20)
     kept = b"".join(file.read_bytes() for file in tmp_path.iterdir() if file.is_file())
     assert server.asked[0].headers.get("x-api-key", "") + server.asked[0].headers.get("authorization", "")

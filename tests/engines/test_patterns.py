@@ -243,7 +243,7 @@ def test_the_time_of_a_step_stands_still_while_it_asks():
     with ModelServer(model) as server:
         run = workflow.start(engine=engine("openai", server), journal=":memory:")
         gate(run)
-        assert run._turns["a"]._timer is None
+        assert run._driver.turns["a"]._timer is None
         assert run.approve().wait(20)["a"].text == "a 2"
 
 

@@ -19,7 +19,7 @@ from IPython.utils.capture import capture_output
 from traitlets.config import Config
 
 import cm_notebook as cm
-from cm_notebook import config, keys, options
+from cm_notebook import config, driving, keys, options
 from cm_notebook import run as runs
 from cm_notebook.jupyter import bridge
 from cm_notebook.jupyter import notebook as books
@@ -68,10 +68,10 @@ class Cells:
 
     def restart(self) -> None:
         """The kernel ends and another one begins."""
-        for run in list(runs._driven.values()):
-            run._driving, run._scheduled = False, True  # deaf: what its turns propose is never taken
-            run._journal.release(run.id)
-        runs._driven.clear()
+        for driver in list(driving.driven.values()):
+            driver.driving, driver._scheduled = False, True  # deaf: what its turns propose is never taken
+            driver.journal.release(driver.id)
+        driving.driven.clear()
         runs._current = None
         fresh = books.Notebook(lambda: self.shell.user_ns)
         for name in vars(fresh):
