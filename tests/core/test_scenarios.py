@@ -348,6 +348,6 @@ def test_waiting_not_counted_in_time_outs() -> None:
         assert run.status == "waiting"
         run.answer(words)
         if words == "8080":
-            until(lambda: run["asker"].status == "finished", "the first step")
+            until(lambda: run["asker"].status == "done", "the first step")
     assert run.wait(20)["boss"].text == "answer go"
     assert not [event for event in run.events if event.type == "TurnFailed"]

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import filelock  # noqa: F401 - each life would import it anew
 
 import cm_notebook as cm
-import cm_notebook.run
+import cm_notebook.driving
 from cm_notebook import events as facts
 from tests.crash.plans import Ledger, Plan, deeds_done, make, read_lines
 from tests.crash.points import CALL_POINTS, COUNTED, SIDES, Passed, Point, PointedJournal
@@ -115,7 +115,7 @@ def _drive(plan: Plan, run_id: str | None, deadly: Point | None) -> None:
 
 def _environment(plan: Plan) -> None:
     os.environ["CM_HEADLESS"] = "1" if plan.headless else "0"
-    cm_notebook.run.POLL_S = 0.003  # what another process decides is to be heard at once
+    cm_notebook.driving.POLL_S = 0.003  # what another process decides is to be heard at once
 
 
 def _conduct(plan: Plan, run: cm.Run, oracle: Ledger) -> None:
