@@ -289,7 +289,8 @@ class Scene:
         # first, as those who decide go on meanwhile
         ledger, oracle = read_lines(self.folder / LEDGER), read_lines(self.folder / ORACLE)
         # While others have it open, SQLite counts what they can see of the log, and not what was just being added.
-        before, self.rows = self.rows, read_rows(self.folder / JOURNAL if others else copy_journal(self.folder))
+        journal = self.folder / JOURNAL
+        before, self.rows = self.rows, read_rows(journal if others else copy_files(journal, self.folder / "copy"))
         if self.rows[: len(before)] != before:
             here = next(at for at, row in enumerate(before) if self.rows[at : at + 1] != [row])
             raise Broken(f"what was on disk is gone, or is another: {before[here]}, now {self.rows[here : here + 1]}")
@@ -322,16 +323,15 @@ def gave_up(row: Row) -> bool:
 # -- what must be true ------------------------------------------------------------------------------------------------
 
 
-def copy_journal(folder: Path) -> Path:
-    """The files of the journal as they are now, elsewhere."""
-    copy = folder / "copy"
-    copy.mkdir(exist_ok=True)
-    for name in (JOURNAL.name, f"{JOURNAL}-wal", f"{JOURNAL}-shm"):
-        (copy / name).unlink(missing_ok=True)
-        if not name.endswith("-shm"):
+def copy_files(journal: Path, to: Path) -> Path:
+    """The files of a journal as they are now, in the folder `to`."""
+    to.mkdir(exist_ok=True)
+    for end in ("", "-wal", "-shm"):
+        (to / f"{journal.name}{end}").unlink(missing_ok=True)
+        if end != "-shm":
             with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(folder / name, copy / name)
-    return copy / JOURNAL
+                shutil.copyfile(f"{journal}{end}", to / f"{journal.name}{end}")
+    return to / journal.name
 
 
 def read_rows(journal: Path) -> list[Row]:

@@ -155,7 +155,7 @@ def worker(plan: Plan, name: str, *, sync: bool = False, asks: bool = False, bre
         plan.ledger.note("begin", **about)
         if sum(line["path"] == turn.path for line in plan.ledger.lines("failed")) < breaks:
             plan.ledger.note("failed", **about)
-            raise ValueError("no such file")
+            raise cm.EngineError("no such file")  # without a traceback, which would name this machine
         return about
 
     def end(turn: cm.Turn, about: dict[str, Any], heard: str) -> str:
