@@ -12,10 +12,11 @@ workspace, do besides, stand points named for that: ``before:drive``, ``after:sn
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import cm_notebook as cm
@@ -27,7 +28,7 @@ CALLS = ("create", "drive", "begin", "release")
 EVENT_POINTS = tuple(f"{side}:{name}" for name in TYPES for side in SIDES)
 CALL_POINTS = tuple(f"{side}:{name}" for name in CALLS for side in ("before", "after"))
 SNAPSHOT_POINTS: tuple[str, ...] = ()
-"""Around the snapshots of a workspace."""
+"""Around the snapshots of a workspace: what ``around`` is given for them."""
 COUNTED = ("statement", "ledger")
 
 
@@ -66,6 +67,23 @@ def die() -> NoReturn:
     raise AssertionError("it is dead")
 
 
+def around(thing: Any, passed: Passed, names: Iterable[str]) -> None:
+    """Have points before and after each call of these methods of an object, a class or a module."""
+
+    def between(name: str, call: Any) -> Any:
+        @functools.wraps(call)
+        def pointed(*given: Any, **options: Any) -> Any:
+            passed(f"before:{name}")
+            value = call(*given, **options)
+            passed(f"after:{name}")
+            return value
+
+        return pointed
+
+    for name in names:
+        setattr(thing, name, between(name, getattr(thing, name)))
+
+
 class PointedJournal(cm.Journal):
     """A journal that says which point it passes."""
 
@@ -73,6 +91,7 @@ class PointedJournal(cm.Journal):
         self.passed = passed
         self.kinds: list[str] = []
         super().__init__(path)
+        around(self, passed, CALLS)
         self._writer.set_trace_callback(self._statement)
 
     def _statement(self, statement: str) -> None:
@@ -91,17 +110,3 @@ class PointedJournal(cm.Journal):
         self._pass("before")
         super().commit(run_id, events)
         self._pass("after")
-
-
-def _pointed(name: str) -> Any:
-    def call(self: PointedJournal, *given: Any) -> Any:
-        self.passed(f"before:{name}")
-        value = getattr(super(PointedJournal, self), name)(*given)
-        self.passed(f"after:{name}")
-        return value
-
-    return call
-
-
-for _name in CALLS:
-    setattr(PointedJournal, _name, _pointed(_name))
