@@ -444,6 +444,8 @@ class RunState(Plain):
     workspace: str | None = None
     recorded: str | None = None
     resumed: list[RunResumed] = field(default_factory=list)
+    untold: dict[str, str] = field(default_factory=dict)
+    """By gate: why nobody was told that it is open."""
     started_at: float = 0.0
     ended_at: float | None = None
     at: float = 0.0

@@ -216,6 +216,7 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "TurnWentOn": turning.turn_went_on,
     "GateOpened": gates.gate_opened,
     "GateDecided": deciding.gate_decided,
+    "TellingFailed": gates.telling_failed,
     "AgentsCalled": members.agents_called,
     "AgentsReturned": members.agents_returned,
     "StepFailed": members.step_failed,

@@ -522,7 +522,10 @@ def separator(text: str = "") -> Separator:
     return Separator(text=text)
 
 
-START_OPTIONS = ("engine", "journal", "workspace", "until", "max_concurrency", *LIMITS, "on_gate", "tape", "loop")
+START_OPTIONS = (
+    *("engine", "journal", "workspace", "until", "max_concurrency", *LIMITS),
+    *("on_gate", "on_waiting", "tape", "record", "loop"),
+)
 
 
 def limits_of(source: Any) -> dict[str, int | float]:
@@ -636,7 +639,7 @@ class Workflow(Model):
             Values of template names, over the workflow's own.
         **options
             Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until, max_concurrency,
-            max_cost_usd, max_tokens, max_turns, on_gate, tape, loop``.
+            max_cost_usd, max_tokens, max_turns, on_gate, on_waiting, tape, record, loop``.
         """
         from .run import Run  # the run knows the workflow, not the other way round; this is only the short way to it
 

@@ -20,8 +20,9 @@ from .. import config, keys, options
 from .. import workflow as define
 from ..allowed import Permissions, permissions
 from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
-from ..events import EDITABLE, Decision, Ref
+from ..events import EDITABLE, Decision
 from ..render import diff, html, svg, text, timeline
+from ..render.shell import editable
 from ..run import Run
 from ..run import runs as all_runs
 from ..runstate import RunState
@@ -229,7 +230,7 @@ class CMMagics(Magics):
         return run
 
     def _resume(self, values: Values, body: str | None) -> Run:
-        run = self._notebook.take_up(values["run"])
+        run = self._notebook.take_up(values["run"], values.get("on_waiting"))
         self._present(run)
         return run
 
@@ -275,20 +276,15 @@ class CMMagics(Magics):
         run = self._notebook.deciding(values.get("step"))
         gate = run.gate(values.get("step"))
         with run.reading() as state:
-            step = state.find(gate.path)
-            if gate.kind in EDITABLE:
-                sent = step.redo.prompt if gate.kind == "start" and step.redo is not None else None
-                written = state.text(sent) if sent is not None else step.last.text if step.last is not None else ""
-                head, then = f"%%cm edit {gate.path}", "goes on with it"
-                if gate.kind == "permission":
-                    written, then = text.requested(gate), f"calls {gate.payload.get('tool')} with these arguments"
-            elif "retry" in gate.actions:
-                turns = step.last.turns if step.last is not None else []
-                written = state.text(Ref(turns[-1], "prompt")) if turns else ""
-                head, then = f"%%cm retry {gate.path}", "is tried again with this prompt"
-            else:
+            written = editable(state, gate)
+            if written is None:
                 magics = " or ".join(f"`{way.magic}`" for way in text.ways(state, gate))
                 raise TransitionError(f"{gate.step} has no text to edit: it asks a question. Use {magics}.")
+        head, then = f"%%cm edit {gate.path}", "goes on with it"
+        if gate.kind == "permission":
+            then = f"calls {gate.payload.get('tool')} with these arguments"
+        elif gate.kind not in EDITABLE:
+            head, then = f"%%cm retry {gate.path}", "is tried again with this prompt"
         self._shell.set_next_input(f"{head}\n{written}")
         print(f"Edit the text in the cell below and run that cell: {gate.step} {then}.")
         return run

@@ -27,6 +27,7 @@ TWINS: dict[str, set[str]] = {
     "step": parameters(cm.step, cm.Run.add),
     "module": parameters(cm.module, cm.step, cm.Run.add),
     "run": parameters(cm.Run.start, Notebook.go),
+    "resume": parameters(cm.Run.start),
     "approve": parameters(cm.Run.approve),
     "reject": parameters(cm.Run.reject),
     "answer": parameters(cm.Run.answer),
