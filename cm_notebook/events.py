@@ -52,6 +52,10 @@ ASKED_BY_TURNS: tuple[GateKind, ...] = ("question", "permission")
 """Those that a turn opens in its midst, and for whose answer it waits."""
 NO_FILES = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
 """The snapshot of a folder without a file: git's id of the empty tree."""
+HISTORY = "history"
+"""The session of an engine that keeps none, and is told the whole conversation each time, as the events have it."""
+NOT_CALLED = "offline: no model was called"
+"""The note of a turn whose answer is no agent's."""
 OTHER_WORDS = "your words reached no model"
 """So ends the note of a turn whose answer was recorded for another prompt."""
 
@@ -448,6 +452,13 @@ class CalledAgent(Fact):
     tail: int | None = None
 
 
+class TellingFailed(BaseEvent):
+    """Somebody should have been told that the gate is open (``on_waiting``), and was not."""
+
+    gate_id: str
+    reason: str
+
+
 class AgentsCalled(BaseEvent):
     """The step's turn waits for other agents: groups one after the other, the members of a group side by side.
 
@@ -564,6 +575,7 @@ AnyEvent = (
     | TurnCutShort
     | GateOpened
     | GateDecided
+    | TellingFailed
     | AgentsCalled
     | AgentsReturned
     | TurnWentOn
