@@ -40,6 +40,8 @@ from .workspace import NoGit, SnapshotError, Snapshots
 
 MOST_CHANGES = 1_000
 """Changed files of an attempt that are named; the others are counted."""
+LONG_S = 1.0
+"""After so long a person is told what is waited for."""
 STORE = "snapshots.git"
 """The repository of snapshots, beside the journal."""
 
@@ -82,8 +84,13 @@ class Files:
 
     # -- around a turn -------------------------------------------------------------------------------------------------
 
-    async def begin(self, turn: LiveTurn) -> None:
+    async def begin(self, turn: LiveTurn, write: Callable[[str], None]) -> None:
         """Keep the files as `turn` finds them; before that, take back what is to be taken back.
+
+        Parameters
+        ----------
+        write
+            Gets a line for who watches, if it takes long.
 
         Raises
         ------
@@ -99,9 +106,9 @@ class Files:
             snapshots, state = self.snapshots(), self._driver.state
             try:
                 looked = snapshots.unchanged()
-                tree = looked if looked is not None else await asyncio.to_thread(snapshots.take)
+                tree = looked if looked is not None else await self._told(write, snapshots.take)
                 if step.restore is not None:
-                    tree = await self._restore(turn, step, tree)
+                    tree = await self._restore(turn, write, step, tree)
                 elif tree != state.tree or tree != NO_FILES:
                     self._record(turn, [self._taken(step, "before", tree)])
             except (NoGit, SnapshotError) as error:
@@ -114,13 +121,25 @@ class Files:
             else:
                 self._begun = key, tree
 
-    async def _restore(self, turn: LiveTurn, step: StepState, found: str) -> str:
+    async def _told(self, write: Callable[[str], None], work: Callable[..., Any], *args: Any) -> Any:
+        """What `work` returns, on a thread; if it takes long, a line says so, as a block of code as those of tools."""
+        working = asyncio.ensure_future(asyncio.to_thread(work, *args))
+        try:
+            done, _ = await asyncio.wait({working}, timeout=LONG_S)
+            if not done:
+                many = await asyncio.to_thread(lambda: sum(len(names) for _, _, names in os.walk(self._folder())))
+                write(f"\n\n    Taking a snapshot of the workspace: {many:,} files …\n\n")
+            return await working
+        finally:
+            working.cancel()
+
+    async def _restore(self, turn: LiveTurn, write: Callable[[str], None], step: StepState, found: str) -> str:
         """Take back what the attempts before have done; what was `found` and is in no snapshot yet is kept."""
         snapshots, known, wanted = self.snapshots(), self._driver.state.tree, step.restore or NO_FILES
         if found != known:
             total = len(await asyncio.to_thread(snapshots.changes, known, found))
             self._record(turn, [self._taken(step, "kept", found, total=total)])
-        await asyncio.to_thread(snapshots.restore, wanted)
+        await self._told(write, snapshots.restore, wanted)
         self._record(turn, [WorkspaceRestored(step=step.id, path=step.path, attempt=step.attempt, tree=wanted)])
         return wanted
 

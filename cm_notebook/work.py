@@ -107,7 +107,7 @@ class Work:
             driver.propose(propose, wait=False)
 
         try:
-            await self.files.begin(turn)
+            await self.files.begin(turn, write)
             turn.run_clock()
             engine, request = self.engine_for(turn.step), self._request(turn, prompt, write)
             ending = await take_turn(turn, engine, request, write, think, opened, record)

@@ -102,6 +102,38 @@ def test_reject_gives_a_second_attempt_with_its_diff(open_notebook, picture, the
     assert nb.accessibility_violations(1) == []
 
 
+def test_files_are_shown_and_taken_back_by_reject(open_notebook, picture):
+    cells = [
+        """
+import cm_notebook as cm
+from cm_notebook.jupyter.view import show
+@cm.agent("builder")
+def builder(turn):
+    if turn.attempt == 1:
+        (turn.workspace / "todo.py").write_text("print('todo')\\n")
+    return f"attempt {turn.attempt}"
+flow = cm.Workflow("files", agents=[builder], steps="builder?")
+run = flow.start(workspace="site", journal=":memory:")
+show(run)
+""",
+        "import os; os.listdir('site')",
+    ]
+    nb = open_notebook(cells)
+    nb.run_cell(0)
+    nb.wait_text(0, "builder is waiting for you")
+    nb.click("tab", "Files", cell=0)
+    nb.wait_text(0, "+print('todo')")
+    assert "1 file changed" in nb.text(0)
+    picture(nb, "files", cell=0)
+    assert nb.accessibility_violations(0) == []
+    nb.click("button", "Reject…", cell=0)
+    nb.type("without a file")
+    nb.press("Control+Enter")
+    nb.wait_text(0, "attempt 2")
+    nb.wait_text(0, "It began with the files as they were before the step.")
+    assert value(nb, 1) == "[]"
+
+
 def test_edit_is_kept_as_an_attempt(open_notebook, picture):
     nb = start(open_notebook, RUN, "run['planner'].text")
     nb.wait_text(1, WAITS)

@@ -532,6 +532,18 @@ def test_killed_at_any_point_the_files_are_right_when_it_goes_on(tmp_path, point
     run.stop()
 
 
+def test_who_waits_long_for_a_snapshot_is_told(folder, monkeypatch):
+    monkeypatch.setattr("cm_notebook.files.LONG_S", 0)
+    write(folder, a="1", b="2")
+    go = []
+    run = started(folder, agent("one", lambda turn: until(lambda: go)))
+    until(lambda: "Taking a snapshot of the workspace: 2 files" in run.draft("one"))
+    go.append(True)
+    waiting(run)
+    assert run["one"].attempts[0].text == "one 1"
+    run.stop()
+
+
 def test_the_journal_says_it_all_again(folder, tmp_path):
     run = waiting(started(folder, agent("one", writes(a="1"), writes(b="2")), journal="j.db"))
     run.reject("again")

@@ -881,3 +881,40 @@ def test_the_page_gets_a_small_module():
     assert len(style.encode()) < 6_000
     assert "http" not in module + style
     assert html.FRAME  # the frame comes from the saved view
+
+
+def test_the_files_that_an_attempt_changed_have_a_tab(tmp_path):
+    @cm.agent("builder")
+    def builder(turn):
+        (turn.workspace / "<img src=x onerror=alert(1)>.py").write_text("<script>alert(1)</script>\n--- a\n")
+        return "built"
+
+    flow = cm.Workflow("files", agents=[builder, cm.Agent("idle", "x")], steps="builder?")
+    run = flow.start(workspace=tmp_path / "work", journal=":memory:")
+    gate(run)
+    with run.reading() as state:
+        (card,) = view.card_records(state)
+        shown = view.body_record(state, "builder", 1, "files")["html"]
+        saved = html.run_html(state)
+    assert 'data-tab="files"' in card["tools"]
+    for made in (shown, saved):
+        assert "1 file changed" in made
+        assert "new &lt;img src=x onerror=alert(1)&gt;.py (+2 -0)" in made
+        assert "+&lt;script&gt;alert(1)&lt;/script&gt;\n+--- a</ins>" in made
+        assert "<script" not in made.replace("<scripts", "")
+        assert "<img src=x" not in made
+    assert "  1 file changed:\n    new <img" in run["builder"]._repr_mimebundle_()["text/plain"]
+    run.approve()
+    run.wait()
+
+
+def test_an_attempt_that_changed_no_files_has_no_such_tab(tmp_path):
+    @cm.agent("builder")
+    def builder(turn):
+        return "built"
+
+    run = cm.Workflow("files", agents=[builder], steps="builder?").start(journal=":memory:")
+    gate(run)
+    with run.reading() as state:
+        assert 'data-tab="files"' not in view.card_records(state)[0]["tools"]
+    run.stop()
