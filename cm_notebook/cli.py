@@ -32,7 +32,7 @@ from .run import Run
 from .starting import check_options
 from .terminal import DONE, FAILED, LOCKED, STOPPED, USAGE, WAITING, anywhere
 from .terminal.anywhere import DEBUG, JOURNAL
-from .terminal.console import Console, complain, let_go_of_stdout, prepare_streams
+from .terminal.console import Console, complain, is_terminal, let_go_of_stdout, prepare_streams
 from .terminal.files import load
 from .terminal.parser import Misunderstood, Pair, Parser
 from .terminal.session import Session
@@ -96,6 +96,28 @@ PERMISSIONS = Command(
     (Option("journal", "beside which the list is kept", example="FILE"), DEBUG),
 )
 DOCTOR = Command("doctor", "What is here, what is missing, and how to mend it.", "cm.doctor()", (), (DEBUG,))
+CLEAN = Command(
+    "clean",
+    "Take run ids, times and views of unfinished runs out of notebooks: files, or from stdin to stdout.",
+    "",
+    (Argument("files", "notebooks, cleaned in place; none: stdin", many="*"),),
+    (
+        Option("install", "let git clean what is added in the repository here", "switch", own=True),
+        Option("uninstall", "let it do that no more", "switch", own=True),
+        Option("check", "change nothing; say which would change, or whether git cleans here", "switch", own=True),
+        Option("keep_count", "leave the numbers of executions", "switch", own=True),
+        DEBUG,
+    ),
+)
+CLEAN_EXAMPLES = """\
+Examples:
+  cm-notebook clean --install
+  cm-notebook clean plan.ipynb
+  cm-notebook clean --check *.ipynb
+
+Exit codes: 0 done, or nothing to do; 1 something would change or is wrong. What is no notebook
+comes out of the filter as it went in.
+"""
 DOCTOR_CODES = "Exit codes: 0 all is well; 1 there is something to look at.\n"
 
 HELP = """\
@@ -108,6 +130,7 @@ cm-notebook: workflows of AI agents, with you deciding at the right moments.
   cm-notebook approve [RUN] [STEP]
               also reject, edit, skip, retry, answer; pause, unpause, stop
   cm-notebook resume [RUN]       go on with it here
+  cm-notebook clean [FILE …]     take times and ids out of notebooks; --install: as git's filter
   cm-notebook permissions        the tools that may always be called unasked
   cm-notebook doctor             what is here, what is missing, how to mend it
   cm-notebook COMMAND --help     more about one of them
@@ -226,6 +249,7 @@ def _dispatch(words: list[str]) -> int:
         "run": _run,
         "resume": _resume,
         "tutorial": _tutorial,
+        "clean": _clean,
         "permissions": _permissions,
         "doctor": _doctor,
         **{name: functools.partial(anywhere.obey, name) for name in anywhere.COMMANDS_HERE},
@@ -257,6 +281,36 @@ def _permissions(words: list[str]) -> int:
         found.revoke(asked["tool"])
     print(clean(repr(found)))
     return DONE
+
+
+def _clean(words: list[str]) -> int:
+    asked = Parser(CLEAN, CLEAN_EXAMPLES).read(words)
+    if asked is None:
+        return DONE
+    from . import gitfilter
+
+    files, check, keep_count = asked["files"], "check" in asked, "keep_count" in asked
+    ways = [name for name in ("install", "uninstall", "check") if name in asked]
+    if len(ways) > 1 or (files and ways and not check):
+        raise Misunderstood("clean: --install and --uninstall stand alone; --check may have files.")
+    if files:
+        changed = gitfilter.clean_files(files, keep_count=keep_count, check=check)
+        for name in changed:
+            print(f"{name} {'would be' if check else 'is'} cleaned")
+        return FAILED if check and changed else DONE
+    if check:
+        here = gitfilter.installed() and gitfilter.attributed()
+        print(f"git {'cleans' if here else 'does not clean'} notebooks here.")
+        return DONE if here else FAILED
+    if ways:
+        print(gitfilter.install() if "install" in asked else gitfilter.uninstall())
+        return DONE
+    if is_terminal(sys.stdin):
+        raise Misunderstood("clean: name a notebook, or --install. As a filter it reads stdin.")
+    problem = gitfilter.filter_stdin(keep_count=keep_count)
+    if problem is not None:
+        complain(f"clean: {problem}")
+    return DONE if problem is None else FAILED
 
 
 def _doctor(words: list[str]) -> int:

@@ -49,6 +49,8 @@ EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted", "permission")
 """Where approving may carry an edited text; for a permission, the arguments as a JSON object."""
 ASKED_BY_TURNS: tuple[GateKind, ...] = ("question", "permission")
 """Those that a turn opens in its midst, and for whose answer it waits."""
+HISTORY = "history"
+"""The session of an engine that keeps none, and is told the whole conversation each time, as the events have it."""
 NOT_CALLED = "offline: no model was called"
 """The note of a turn whose answer is no agent's."""
 OTHER_WORDS = "your words reached no model"

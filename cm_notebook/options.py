@@ -378,6 +378,14 @@ COMMANDS: dict[str, Command] = {
         Command(
             "status", "One table: states, times, tokens, cost.", "run.state", options=(OUT,), examples=("%cm status",)
         ),
+        Command(
+            "export",
+            "Write the workflow as .py or .json; the run as a pytest test (test_*.py), or as its tape (.jsonl).",
+            "run.export(…), workflow.export(…)",
+            (Argument("file", "its name says what is written"),),
+            (Option("overwrite", "replace a file that holds something else", "switch"), OUT),
+            examples=("%cm export plan.py", "%cm export test_plan.py --overwrite"),
+        ),
         Command("runs", "The runs in the journal, newest first.", "cm.runs()", options=(OUT,), examples=("%cm runs",)),
         Command(
             "resume",

@@ -342,7 +342,7 @@ class Run:
                 steps=[*state.items],
                 agents=[self._work.agents.get(agent.id, agent) for agent in state.agents.values()],
                 sub_agents=state.sub_agents,
-                max_concurrency=state.max_concurrency if state.max_concurrency != CAP else None,
+                max_concurrency=state.default_places if state.default_places != CAP else None,
                 autonomous_mode=state.autonomous_mode,
                 inputs=dict(state.inputs),
                 engine=state.engine,
@@ -796,6 +796,26 @@ class Run:
         with self.reading() as state:
             return svg.graph(state, format)
 
+    def export(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write it to a file, and return the file's path.
+
+        Parameters
+        ----------
+        path
+            ``test_plan.py`` or ``plan_test.py``: a pytest test that plays the run's tape and compares what its steps
+            say, with the tape beside it (``test_plan.jsonl``). ``plan.jsonl``: the tape alone. Any other ``.py``, and
+            ``.json``: its workflow, see :meth:`~cm_notebook.workflow.Workflow.export`.
+        overwrite
+            Replace a file that is there and holds something else, which is refused otherwise.
+
+        Raises
+        ------
+        WorkflowError    The source of a function cannot be got, or a file cannot be written; none was.
+        """
+        from .exports import export_run
+
+        return export_run(self, path, overwrite=overwrite)
+
 
 _EFFECTS: dict[str, Callable[[Run, Any], None]] = {
     "TurnCutShort": lambda run, event: run._work.cut_short(event),
@@ -888,6 +908,12 @@ def resume(
     limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
     run = Run.open(run_id, journal)
     if run._driver.driving:
+        for name in ("engine", "tape", "record", "loop"):
+            if options.get(name) is not None:
+                raise WorkflowError(
+                    f"{name}= cannot be changed while run {run_id!r} is driven here. Stop it first: run.stop(), then "
+                    f"cm.resume({run_id!r}, {name}=…)."
+                )
         answers = {name: options[name] for name in ("on_gate", "on_waiting") if name in options}
         return run.go_on(workflow, inputs, until=until, limits=limits, **answers)
     with run.reading() as state:

@@ -249,7 +249,7 @@ class StepState(Plain):
     session_engine: str = ""
     """The engine that it was had with, the only one that knows it."""
     said: tuple[tuple[Ref, Ref | None], ...] = ()
-    """The prompts of the turns before this one, and their answers: what an engine without sessions is told again."""
+    """The prompts before this one in its conversation, and the answers: what an engine without sessions is told."""
     retry_at: float | None = None
     looped_by: str | None = None
     """The module that sent the run back, at the first repeated step that runs."""
@@ -413,6 +413,8 @@ class RunState(Plain):
     """Who may be called."""
     max_concurrency: int = CAP
     """How many members may work at the same time."""
+    default_places: int = CAP
+    """The same as the workflow's definition has it."""
     members: dict[str, StepState] = field(default_factory=dict)
     """Every agent that was called, by path."""
     named_calls: dict[str, int] = field(default_factory=dict)

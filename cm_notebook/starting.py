@@ -90,7 +90,7 @@ def check_places(what: str, number: object) -> None:
     ------
     WorkflowError    It is none.
     """
-    if number is not None and (not isinstance(number, int) or number < 1):
+    if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
         raise WorkflowError(f"{what}={number!r} is not a number of agents from 1 on.")
 
 

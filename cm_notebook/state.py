@@ -127,7 +127,8 @@ def _run_started(state: RunState, event: RunStarted) -> None:
     state.agents = {agent.id: agent for agent in workflow.agents}
     take_autonomy(state, workflow.autonomous_mode)
     state.sub_agents = workflow.sub_agents
-    state.max_concurrency = event.max_concurrency or workflow.max_concurrency or CAP
+    state.default_places = workflow.max_concurrency or CAP
+    state.max_concurrency = event.max_concurrency or state.default_places
     state.workspace, state.recorded, state.started_at = event.workspace, event.recorded, event.at
     state.defaults = workflow.inputs
     state.default_limits = limits_of(workflow)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, Validation
 from pydantic_core import PydanticUndefined, to_json
 
 from .errors import WorkflowError
+from .plain import Plain
 
 if sys.version_info >= (3, 12):
     from typing import TypedDict
@@ -40,8 +41,8 @@ _NAME = r"[A-Za-z0-9_-]{1,64}"
 _LEFT_OUT = r"\n\[… [\d,]+ characters are left out …\]\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Permission:
+@dataclass(slots=True, eq=False, repr=False)
+class Permission(Plain):
     """The answer to whether a tool may be called: with which arguments, or why not."""
 
     allowed: bool

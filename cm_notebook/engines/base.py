@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 from .. import config
 from ..errors import EngineError, EngineNotFound, WorkflowError, did_you_mean
-from ..events import Usage
+from ..events import HISTORY, Usage
 from ..plain import Plain
 from ..team import AgentResult
 from ..tools import Permission
@@ -48,8 +48,9 @@ class AgentRequest(Plain):
     session_id
         The agent's own conversation to continue.
     history
-        The prompts and answers of this attempt's earlier turns (chained prompts), for engines that keep no
-        conversation of their own. After a rejection the prompt itself holds what an engine without sessions needs.
+        The prompts and answers that came before in this conversation (chained prompts, and what was rejected), for
+        engines that keep none of their own. After a rejection the prompt itself holds what an engine needs that has
+        said nothing of a session.
     timeout_s
         Seconds the turn may take. The run enforces it; an engine may pass it on.
     emit
@@ -106,9 +107,13 @@ class Delta(Plain):
 
 @dataclass(slots=True, eq=False, repr=False)
 class SessionStarted(Plain):
-    """The agent's conversation has this id and can be continued."""
+    """The agent's conversation has this id and can be continued.
 
-    session_id: str
+    Without an id: the engine keeps none, but sends ``AgentRequest.history`` each time. Once a turn has ended so, the
+    prompt after a rejection is the person's feedback alone.
+    """
+
+    session_id: str = HISTORY
 
 
 @dataclass(slots=True, eq=False, repr=False)

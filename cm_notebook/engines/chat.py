@@ -30,7 +30,7 @@ from ..errors import EngineAuthError, EngineError, EngineProtocolError, Workflow
 from ..events import Usage
 from ..tools import Tool, read_arguments, text_of
 from ..workflow import fitted, unfenced
-from .base import AgentEvent, AgentRequest, Delta, ToolCalled, ToolReturned, TurnDone, UsageReported
+from .base import AgentEvent, AgentRequest, Delta, SessionStarted, ToolCalled, ToolReturned, TurnDone, UsageReported
 from .builtin import built_in, refusal
 from .functions import Raised, in_thread
 from .http import SILENCE_S, Complaint, Connection
@@ -210,6 +210,7 @@ class ChatEngine(abc.ABC):
         body = self.body(replace(request, agent=agent.model_copy(update={"tools": tuple(tools.values())})))
         spent, written, corrected = _Spent(price), False, False
         async with self._connection() as connection:
+            yield SessionStarted()
             for _ in range(MOST_ROUNDS):
                 reader, begun = self.reader(), False
                 try:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
@@ -21,6 +23,7 @@ from .. import workflow as define
 from ..allowed import Permissions, permissions
 from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
 from ..events import EDITABLE, Decision
+from ..exports import is_program
 from ..render import diff, html, svg, text, timeline
 from ..render.shell import editable
 from ..run import Run
@@ -36,7 +39,7 @@ Values = dict[str, Any]
 
 
 class Text(str):
-    """A text that was shown as something better: a picture, a coloured difference."""
+    """A text that was shown as something better: a picture, a coloured difference, a sentence."""
 
     __slots__ = ()
 
@@ -107,6 +110,7 @@ class CMMagics(Magics):
         Running:   run  next  pause  stop  resume  mode
         Deciding:  approve  reject  edit  skip  retry  answer
         Looking:   show  diff  graph  status  runs  permissions  config  keys  doctor
+        Sharing:   export
 
         {{ name }} in a prompt is a step's output, an input (--input name=…), or a variable of the notebook.
         `%cm` alone says where things stand; `%cm step --help` says more about one subcommand.
@@ -371,6 +375,16 @@ class CMMagics(Magics):
         with run.reading() as state:
             self._display(text.status_table(state), html.status_html(state))
         return run
+
+    def _export(self, values: Values, body: str | None) -> Text:
+        file = Path(values["file"])
+        workflow = self._notebook.exported() if is_program(file) else None
+        source = workflow if workflow is not None else self._notebook.current()
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
+            made = source.export(file, overwrite=values.get("overwrite", False))
+        print("\n".join([f"{made} is written.", *(str(one.message) for one in noted)]))
+        return Text(made)
 
     def _runs(self, values: Values, body: str | None) -> Runs:
         found = Runs(all_runs())

@@ -670,6 +670,18 @@ class Notebook:
         check_templates(made, inputs)
         return made.model_copy(update={"agents": [agent for agent in made.agents if agent.id in used]})
 
+    def exported(self) -> Workflow | None:
+        """The workflow as cells say it, with the notebook's variables that its prompts name; ``None``: no cell does.
+
+        Raises
+        ------
+        WorkflowError    It is not complete.
+        """
+        if self.plan is None:
+            return None
+        items, run = self.items(), self._last()
+        return self._fresh(items) if run is None else self._workflow(run, items)
+
     def draft(self) -> Workflow | None:
         """The workflow as far as it is known, to look at; ``None`` while agents are missing."""
         plan = self._planned()

@@ -37,6 +37,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..cleaning import SAVED_BELOW
 from ..config import setting
 from ..errors import AlreadyDecided, CodeMachineError, did_you_mean
 from ..events import Action, Decision, Gate, Mode, RunResumed, RunStarted, TurnStarted
@@ -767,7 +768,7 @@ class Display:
         # Seen where the widget is not: in a file that is not trusted, and in tools that read text. It is not renewed,
         # so it says nothing about the state; the snapshot below does.
         name = ", ".join([self.run.state.name, *(self.steps or ())])
-        return {**bundle, "text/plain": f"{name}, as saved below. Run this cell again to go on here."}, metadata
+        return {**bundle, "text/plain": f"{name}{SAVED_BELOW}"}, metadata
 
     def _snapshot(self) -> dict[str, str]:
         bundle = _static(self.run, self.steps)

@@ -31,7 +31,7 @@ from ..run import Run
 from ..runstate import RunState, StepState
 from ..workflow import LIMITS
 from . import DECIDED, DONE, NOT_FOUND, NOTHING
-from .console import Console
+from .console import Console, is_terminal
 from .parser import Misunderstood, Parser
 
 JOURNAL = Option("journal", "where runs are kept", example="FILE")
@@ -383,7 +383,7 @@ def _edit(asked: dict[str, Any]) -> None:
         text = editable(state, gate)
     if text is None:
         raise WorkflowError(f"{gate.path} has no text to edit: it is a gate of kind {gate.kind}.")
-    new = Console().edit(text) if sys.stdin.isatty() else sys.stdin.read()
+    new = Console().edit(text) if is_terminal(sys.stdin) else sys.stdin.read()
     if new is None or new == text or not new.strip():
         raise WorkflowError("nothing was changed, so nothing is decided.")
     if gate.kind in EDITABLE:

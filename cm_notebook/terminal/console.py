@@ -36,10 +36,10 @@ class Console:
     """Stdout for what happens; for questions stdout too, or stderr where stdout is a file or a pipe."""
 
     def __init__(self) -> None:
-        self._out, self._talk = sys.stdout, sys.stdout if _is_terminal(sys.stdout) else sys.stderr
+        self._out, self._talk = sys.stdout, sys.stdout if is_terminal(sys.stdout) else sys.stderr
         self._mid_line = False
         self.closed = False
-        self.can_ask = _is_terminal(sys.stdin) and _is_terminal(self._talk)
+        self.can_ask = is_terminal(sys.stdin) and is_terminal(self._talk)
 
     def line(self, text: str, look: str = "") -> None:
         """A line about what happened."""
@@ -139,7 +139,8 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _is_terminal(stream: IO[str] | None) -> bool:
+def is_terminal(stream: IO[str] | None) -> bool:
+    """Whether a person may be there: not where a file or a pipe stands in."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # closed
@@ -148,7 +149,7 @@ def _is_terminal(stream: IO[str] | None) -> bool:
 
 def _painted(stream: IO[str] | None, text: str, look: str) -> str:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name != "posix"
-    if not look or plain or not _is_terminal(stream):
+    if not look or plain or not is_terminal(stream):
         return text
     return f"\x1b[{_COLOURS[look]}m{text}\x1b[0m"
 

@@ -19,7 +19,7 @@ from IPython.utils.capture import capture_output
 from traitlets.config import Config
 
 import cm_notebook as cm
-from cm_notebook import config, driving, keys, options
+from cm_notebook import cli, config, driving, keys, options
 from cm_notebook import run as runs
 from cm_notebook.jupyter import bridge
 from cm_notebook.jupyter import notebook as books
@@ -133,6 +133,33 @@ def test_pattern_1_cell_by_cell(cells: Cells) -> None:
     assert 'alt="Timeline of careful' in cells.shown[-1]["text/html"]
     assert cells("%cm graph --timeline --format mermaid").startswith("gantt")
     assert cells.run.id in cells("%cm runs")
+
+
+def test_what_the_cells_have_built_is_exported(cells: Cells) -> None:
+    cells(
+        "import statistics\nimport cm_notebook as cm\nLIMIT = 3",
+        "@cm.agent('judge')\ndef judge(turn):\n    return str(statistics.mean([LIMIT, 5]))",
+        "from pydantic import BaseModel\nclass Made(BaseModel):\n    name: str",
+        "maker = cm.Agent('maker', 'Make {{ planner }}.', output=Made)",
+        WORKFLOW,
+    )
+    cells(PLANNER, "%cm step judge", "%cm step maker")
+    assert cells("%cm export early.py").splitlines()[0] == "early.py is written."
+    made = cli.load("early.py")
+    assert made.inputs == {"goal": "a todo CLI"}
+    assert [step.id for step in made.executable] == ["planner", "judge", "maker"]
+    assert made.agent("judge")(None) == "4"
+    assert made.agent("maker").output.__name__ == "Made"
+    cells.to("planner")
+    assert "this one is waiting" in error(cells, "%cm export test_w.py")
+    assert "early.py is written" in cells("%cm export early.py"), "the same again is no harm"
+    cells("goal = 'another'")
+    assert "early.py is there already" in error(cells, "%cm export early.py")
+    assert cells("%cm export early.py --overwrite -o file").startswith("early.py is written.\n")
+    assert cells.shell.user_ns["file"] == "early.py"
+    assert "is a Python function (judge)" in cells("%cm export early.json")
+    cells("import pydantic\nmaker = cm.Agent('maker', 'x', output=pydantic.create_model('Made', other=(str, ...)))")
+    assert "the source of its output, Made, cannot be read" in error(cells, "%cm export other.py")
 
 
 def test_pattern_2_in_one_go(cells: Cells) -> None:

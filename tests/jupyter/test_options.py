@@ -34,6 +34,7 @@ TWINS: dict[str, set[str]] = {
     "retry": parameters(cm.Run.retry),
     "show": parameters(cm.StepView.attempt) | {"full"},
     "graph": parameters(cm.Run.graph),
+    "export": parameters(cm.Run.export) & parameters(cm.Workflow.export),
 }
 SHORT = {"--max-cost", "--input", "--autonomous", "--timeout", "--gate-timeout", "--effort", "--attempt", "-o"}
 
@@ -85,6 +86,7 @@ READ: list[tuple[str, bool, dict[str, Any]]] = [
     ("run --max-cost 0.50 --max-tokens 9000", False, {"max_cost_usd": 0.5, "max_tokens": 9000}),
     ("step a --max-turns 3", False, {"id": "a", "max_turns": 3}),
     ("mode gates", False, {"mode": "gates"}),
+    ("export 'my plan.py' --overwrite", False, {"file": "my plan.py", "overwrite": True}),
 ]
 
 
