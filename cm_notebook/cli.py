@@ -41,7 +41,7 @@ from .workflow import LIMITS, Workflow
 # -- what can be asked for ---------------------------------------------------------------------------------------------
 
 _VERBOSE = Option("verbose", "print what the agents write, too", "switch", ("-v",), own=True)
-_SHARED = ("until", "inputs", "engine", "tape", "on_gate", "on_waiting", *LIMITS, "workspace")
+_SHARED = ("until", "inputs", "engine", "tape", "record", "on_gate", "on_waiting", *LIMITS, "workspace")
 """Options of ``%cm run`` that ``run`` has, too; ``resume`` all but the last, as a run keeps its folder."""
 
 RUN = Command(
@@ -310,7 +310,7 @@ def _resume(words: list[str]) -> int:
 
     def again(run: str) -> str:
         words = ["cm-notebook", "resume", run]
-        return shlex.join([*words, *_kept(asked, "workflow", "journal", "engine", "tape")])
+        return shlex.join([*words, *_kept(asked, "workflow", "journal", "engine", "tape", "record")])
 
     functions = [agent.id for agent in found.state.agents.values() if agent.missing is not None]
     if workflow is None and functions:
@@ -337,7 +337,9 @@ def _drive(asked: dict[str, Any], begin: Begins, again: Callable[[str], str | No
     policy = asked.get("on_gate") or config.setting("on_gate")
     there = policy is None and somebody() and (console.can_ask or config.setting("headless") is False)
     config.chosen["headless"] = not there  # the run asks the same question, and must come to the same answer
-    given = {name: asked[name] for name in ("engine", "tape", "until", "on_waiting", *LIMITS) if name in asked}
+    given = {
+        name: asked[name] for name in ("engine", "tape", "record", "until", "on_waiting", *LIMITS) if name in asked
+    }
     held = _HeldInterrupts()
     try:
         run, known = begin(on_gate=policy, **given)
@@ -351,7 +353,9 @@ def _drive(asked: dict[str, Any], begin: Begins, again: Callable[[str], str | No
 def _beginning(asked: dict[str, Any]) -> Begins:
     """What begins the run that was asked for."""
     workflow = load(asked["file"], asked.get("workflow"))
-    check_options(**{name: asked[name] for name in ("engine", "tape", "workspace", "on_waiting") if name in asked})
+    check_options(
+        **{name: asked[name] for name in ("engine", "tape", "record", "workspace", "on_waiting") if name in asked}
+    )
     journal = open_journal(asked.get("journal") or config.setting("journal"))
     if "resume" in asked:
         return _going_on(asked, workflow, journal)
@@ -379,4 +383,4 @@ def _again(asked: dict[str, Any], run_id: str) -> str | None:
     if journal == ":memory:":
         return None
     words = ["cm-notebook", "run", asked["file"], "--resume", run_id]
-    return shlex.join([*words, *_kept(asked, "workflow", "journal", "engine", "tape")])
+    return shlex.join([*words, *_kept(asked, "workflow", "journal", "engine", "tape", "record")])

@@ -49,6 +49,8 @@ EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted", "permission")
 """Where approving may carry an edited text; for a permission, the arguments as a JSON object."""
 ASKED_BY_TURNS: tuple[GateKind, ...] = ("question", "permission")
 """Those that a turn opens in its midst, and for whose answer it waits."""
+NOT_CALLED = "offline: no model was called"
+"""The note of a turn whose answer is no agent's."""
 OTHER_WORDS = "your words reached no model"
 """So ends the note of a turn whose answer was recorded for another prompt."""
 

@@ -115,6 +115,8 @@ INPUTS = Option(
 )
 OUT = Option("out", "store the result under this name", short=("-o",), example="run", own=True)
 _ENGINE = Option("engine", "which engine does the work", example="offline")
+_TAPE = Option("tape", "play a recorded run", example="tapes/01.jsonl")
+_RECORD = Option("record", "record the run to this file, as a tape", example="tapes/01.jsonl")
 LIMITS = (
     Option(
         "max_cost_usd",
@@ -186,7 +188,8 @@ COMMANDS: dict[str, Command] = {
                     "sub_agents", "agents that an agent at work may call", "list", example="frontend-dev,backend-dev"
                 ),
                 _ENGINE,
-                Option("tape", "play a recorded run", example="tapes/01.jsonl"),
+                _TAPE,
+                _RECORD,
                 Option("workspace", "folder the agents work in", example="site"),
                 *LIMITS,
                 Option("new", "begin a new run, whatever there was", "switch", own=True),
@@ -258,7 +261,8 @@ COMMANDS: dict[str, Command] = {
                 Option("from_", "make this step and all after it again", example="planner", own=True),
                 INPUTS,
                 _ENGINE,
-                Option("tape", "play a recorded run", example="tapes/01.jsonl"),
+                _TAPE,
+                _RECORD,
                 Option("workspace", "folder the agents work in", example="site"),
                 *LIMITS,
                 Option(

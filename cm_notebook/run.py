@@ -103,6 +103,7 @@ class Run:
         on_gate: GatePolicy | None = None,
         on_waiting: OnWaiting | None = None,
         tape: Any = None,
+        record: str | os.PathLike[str] | None = None,
         loop: Literal["thread", "kernel"] = "thread",
         notebook: str | None = None,
     ) -> Run:
@@ -138,6 +139,9 @@ class Run:
             answers), and all of it as JSON on its stdin. If it fails, the gate says so, and nothing else changes.
         tape
             A recorded run to play instead of calling engines.
+        record
+            File to which the run is recorded as a tape, with what agents did and people decided. A tape that is there
+            is replaced as soon as an agent has answered.
         loop
             ``"thread"``: the run has the engine's own thread. ``"kernel"``: the loop that runs here, for objects bound
             to it.
@@ -147,14 +151,17 @@ class Run:
         Raises
         ------
         WorkflowError     A template names what is not there, an input cannot be kept, `until` is no step, `workspace`
-                          cannot be made, the price of a model is not known and a limit on cost needs it.
+                          cannot be made, `record` cannot be written or nothing would be recorded, the price of a model
+                          is not known and a limit on cost needs it.
         EngineNotFound    A step's engine is not there.
         JournalError      The journal cannot be used.
         """
         values = {**edits.checked_inputs(workflow.inputs), **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
         check_read(workflow, inputs or {}, workflow.inputs)
-        tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate, on_waiting=on_waiting)
+        tape = check_options(
+            engine=engine, tape=tape, record=record, workspace=workspace, on_gate=on_gate, on_waiting=on_waiting
+        )
         check_places("max_concurrency", max_concurrency)
         limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
@@ -164,9 +171,21 @@ class Run:
                 Path(workspace).mkdir(parents=True, exist_ok=True)
         run = cls(f"r-{secrets.token_hex(4)}", open_journal(journal if journal is not None else setting("journal")))
         run.notebook = notebook
-        run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, on_waiting=on_waiting, loop=loop)
+        run._prepare(
+            workflow.agents,
+            engine=engine,
+            tape=tape,
+            record=record,
+            on_gate=on_gate,
+            on_waiting=on_waiting,
+            loop=loop,
+        )
         run._driver.state.engine = workflow.engine
         run._work.check_prices(workflow, limits)
+        if record is not None and tape is None:
+            from .recording import check_heard
+
+            check_heard(record, map(run._work.engine_for, workflow.tasks))
         run._journal.create(run.id, workflow.name, notebook)
         run._driver.drive()
         try:
@@ -210,6 +229,7 @@ class Run:
         *,
         engine: str | Engine | None = None,
         tape: Any = None,
+        record: str | os.PathLike[str] | None = None,
         on_gate: GatePolicy | None = None,
         on_waiting: OnWaiting | None = None,
         loop: Literal["thread", "kernel"] = "thread",
@@ -226,6 +246,10 @@ class Run:
             from .engines.offline import OfflineEngine
 
             work.engine = OfflineEngine(tape=answers.tape, strict=not answers.somebody, delay=answers.somebody)
+        if record is not None:
+            from .recording import Recorder
+
+            driver.feeds.append(Recorder(record, lambda: self.events, lambda: driver.state.texts, answers.tape))
         driver.hosted = loop == "kernel"
         if loop == "kernel":
             driver.loop = running_loop()
@@ -825,7 +849,7 @@ def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run
     return found
 
 
-@by_name("cm.resume", "engine", "on_gate", "on_waiting", "tape", "loop")
+@by_name("cm.resume", "engine", "on_gate", "on_waiting", "tape", "record", "loop")
 def resume(
     run_id: str,
     workflow: Workflow | None = None,
@@ -857,8 +881,8 @@ def resume(
     max_cost_usd, max_tokens, max_turns
         How much it may use in all, what it has used included; by default as before.
     **options
-        ``engine, on_gate, on_waiting, tape, loop`` of :meth:`Run.start`; of a run that is driven here already,
-        ``on_gate`` and ``on_waiting`` alone.
+        ``engine, on_gate, on_waiting, tape, record, loop`` of :meth:`Run.start`; of a run that is driven here already,
+        ``on_gate`` and ``on_waiting`` alone. What is recorded is the whole run, not only what comes.
 
     Raises
     ------

@@ -37,6 +37,7 @@ BUILT_IN = ("run_agents", "ask_human")
 """Tools that models have without being given them; see ``engines/builtin.py``."""
 
 _NAME = r"[A-Za-z0-9_-]{1,64}"
+_LEFT_OUT = r"\n\[… [\d,]+ characters are left out …\]\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,10 +258,10 @@ def text_of(value: Any) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """The text; of one that is longer than that, the beginning and the end."""
-    if len(text) <= most:
-        return text
+    """The text; of one that is longer than that, the beginning and the end. One that was cut so stays as it is."""
     half = most // 2
+    if len(text) <= most or re.fullmatch(_LEFT_OUT, text[half:-half]):
+        return text
     return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters are left out …]\n{text[-half:]}"
 
 

@@ -211,7 +211,7 @@ async def take_turn(
             output = _held(request.agent.output, text, output, started)
         if verdict is not None and verdict.score is not None:
             _check_json("score", verdict.score, started)
-        if turn.used.get("cost_usd") is None and getattr(engine, "free", False):
+        if turn.used.get("cost_usd") is None and getattr(engine, "free", False) and not done.unpriced:
             turn.used["cost_usd"] = 0.0
         event = TurnFinished(
             step=started.step,

@@ -212,6 +212,7 @@ class Work:
                 turn=started.turn,
                 iteration=started.iteration,
                 ordinal=step.attempts[-1].ordinal,
+                failures=turn.failures,
                 system=agent.system,
                 model=task.model or agent.model,
                 reasoning_effort=task.reasoning_effort or agent.reasoning_effort,

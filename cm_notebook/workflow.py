@@ -523,8 +523,17 @@ def separator(text: str = "") -> Separator:
 
 
 START_OPTIONS = (
-    *("engine", "journal", "workspace", "until", "max_concurrency", *LIMITS),
-    *("on_gate", "on_waiting", "tape", "loop"),
+    "engine",
+    "journal",
+    "workspace",
+    "until",
+    "max_concurrency",
+    *LIMITS,
+    "on_gate",
+    "on_waiting",
+    "tape",
+    "record",
+    "loop",
 )
 
 
@@ -639,7 +648,7 @@ class Workflow(Model):
             Values of template names, over the workflow's own.
         **options
             Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until, max_concurrency,
-            max_cost_usd, max_tokens, max_turns, on_gate, on_waiting, tape, loop``.
+            max_cost_usd, max_tokens, max_turns, on_gate, on_waiting, tape, record, loop``.
         """
         from .run import Run  # the run knows the workflow, not the other way round; this is only the short way to it
 

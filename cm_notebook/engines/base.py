@@ -37,6 +37,8 @@ class AgentRequest(Plain):
     ordinal
         Which turn of this agent in the run, over all its steps and attempts, from 1. Turns that ended count, by an
         answer or an error; one that was cut short does not, so a resumed run counts on where it was. 0: not known.
+    failures
+        How often this turn has failed before and was tried again by itself.
     feedback
         Why the last attempt was rejected, or why a module sent the run back; ``None`` in a first attempt.
     inputs, outputs
@@ -75,6 +77,7 @@ class AgentRequest(Plain):
     turn: int = 1
     iteration: int = 1
     ordinal: int = 0
+    failures: int = 0
     system: str | None = None
     model: str | None = None
     reasoning_effort: str | None = None
@@ -146,7 +149,8 @@ class TurnDone(Plain):
     ``output``: a validated value (JSON-ready) when the agent gave one. ``verdict``: when the agent gave one apart from
     its text; engines whose agents only write leave ``None``, and the run reads a module's text (``Verdict.from_text``).
     ``duration_s``: only when it was not measured now (a tape). ``note``: one line that the view says beside the answer.
-    ``unsent``: nobody was asked, so the text is no answer, and need not fit the agent's ``output``.
+    ``unsent``: nobody was asked, so the text is no answer, and need not fit the agent's ``output``. ``unpriced``: it is
+    not known what it cost, though the engine is free now (a tape).
     """
 
     text: str
@@ -155,6 +159,7 @@ class TurnDone(Plain):
     duration_s: float | None = None
     note: str | None = None
     unsent: bool = False
+    unpriced: bool = False
 
 
 AgentEvent = Delta | SessionStarted | ToolCalled | ToolReturned | UsageReported | TurnDone

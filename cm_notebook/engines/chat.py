@@ -31,7 +31,7 @@ from ..events import Usage
 from ..tools import Tool, read_arguments, text_of
 from ..workflow import fitted, unfenced
 from .base import AgentEvent, AgentRequest, Delta, ToolCalled, ToolReturned, TurnDone, UsageReported
-from .builtin import built_in
+from .builtin import built_in, refusal
 from .functions import Raised, in_thread
 from .http import SILENCE_S, Complaint, Connection
 from .prices import Tokens, cost_usd, price_of
@@ -392,7 +392,7 @@ async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> 
                 return failed("Refused: this needs a person's permission, and nobody can be asked here.")
             permission = await request.ask_permission(tool.name, arguments)
             if not permission.allowed:
-                return failed(f"Refused by a person{': ' + permission.reason if permission.reason else '.'}")
+                return failed(refusal(permission))
             if permission.arguments is not None:
                 checked = tool.check(permission.arguments)
     except WorkflowError as error:

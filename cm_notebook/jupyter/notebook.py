@@ -55,6 +55,7 @@ class Plan:
     sub_agents: list[str] = field(default_factory=list)
     engine: str | None = None
     tape: str | None = None
+    record: str | None = None
     workspace: str | None = None
     max_cost_usd: float | None = None
     max_tokens: int | None = None
@@ -78,6 +79,16 @@ class Plan:
                 made.append(item)
         return made
 
+    def played(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Which tapes a run plays and writes: `options` come before what the workflow's cell says.
+
+        To record again the tape that the workflow plays, it is not played.
+        """
+        given = {"tape": self.tape, "record": self.record, **options}
+        if "record" in options and "tape" not in options and _same_file(self.tape, options["record"]):
+            given["tape"] = None
+        return given
+
 
 class Left(NamedTuple):
     """An unfinished run whose workflow is not the current one, and what cells had said about it."""
@@ -95,6 +106,10 @@ class Left(NamedTuple):
             at = ", ".join(gate.step for gate in state.gates.values())
             how = f"waits at {at}" if at else f"is {state.status}"
             return f"Run {self.run.id} of {state.name} still {how}: `%cm resume {self.run.id}` goes back to it."
+
+
+def _same_file(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and Path(one).resolve() == Path(other).resolve()
 
 
 def _place(items: list[AnyStep], id: str) -> int | None:
@@ -210,7 +225,7 @@ class Notebook:
         ------
         WorkflowError    The run there was does not fit it; nothing was changed.
         """
-        check_options(engine=plan.engine, tape=plan.tape, workspace=plan.workspace)
+        check_options(engine=plan.engine, tape=plan.tape, record=plan.record, workspace=plan.workspace)
         kept, current = dict(vars(self)), self._started()
         try:
             return self._define(plan, new or not bridge.somebody())
@@ -240,7 +255,8 @@ class Notebook:
         elif before is not None and before.name == plan.name:
             plan.placed = before.placed
             self._revise(plan)
-            fixed = [name for name in ("engine", "tape", "workspace") if getattr(plan, name) != getattr(before, name)]
+            kept = ("engine", "tape", "record", "workspace")
+            fixed = [name for name in kept if getattr(plan, name) != getattr(before, name)]
         self.plan = plan
         if self.run is not None and (other := self._started()) is not self.run:
             self._note(other)
@@ -410,8 +426,8 @@ class Notebook:
         inputs
             Values of template names, over the workflow's.
         **options
-            ``engine, tape, workspace, on_gate`` of ``Workflow.start``, for a run that is started or taken up; and
-            ``max_cost_usd, max_tokens, max_turns``, what it may use in all, and ``on_waiting``, from now on.
+            ``engine, tape, record, workspace, on_gate`` of ``Workflow.start``, for a run that is started or taken up;
+            and ``max_cost_usd, max_tokens, max_turns``, what it may use in all, and ``on_waiting``, from now on.
         """
         plan = self._planned()
         check_options(**{name: value for name, value in options.items() if name not in LIMITS})
@@ -474,7 +490,7 @@ class Notebook:
             run = found.go_on(on_waiting=on_waiting)
         else:
             agents = [agent for agent in self.agents.values() if agent.id in found.state.agents]
-            run = runs.resume(run_id, agents=agents, engine=plan.engine, tape=plan.tape, on_waiting=on_waiting)
+            run = runs.resume(run_id, agents=agents, engine=plan.engine, on_waiting=on_waiting, **plan.played({}))
         if before is not None and before is not run:
             runs.set_current(before)
             self._leave()
@@ -550,7 +566,7 @@ class Notebook:
             self._check_kept(run, {name: value for name, value in options.items() if name not in _CHANGES})
         limit = _limit([item.id for item in workflow.executable], allowed)
         if run is None:
-            with_ = {"tape": plan.tape, "workspace": plan.workspace, **options}
+            with_ = {"workspace": plan.workspace, **plan.played(options)}
             run = Run.start(workflow, until=limit, notebook=bridge.notebook_key(), **with_)
             self.since, self._given = time.time(), with_
         else:
@@ -571,7 +587,7 @@ class Notebook:
     def _resume(self, found: Run, workflow: Workflow, until: str | None, options: dict[str, Any]) -> Run:
         self._check_functions(found.state)
         plan = self._planned()
-        given = {"engine": plan.engine, "tape": plan.tape, **options}
+        given = {"engine": plan.engine, **plan.played(options)}
         given.pop("workspace", None)
         why = "stopped by you" if found.status == "stopped" else "the kernel had ended"
         try:

@@ -259,6 +259,28 @@ def test_a_tape_decides_where_nobody_is() -> None:
     assert "cm: planner approved (recorded)" in done.lines
 
 
+def test_a_run_is_recorded_and_played_by_the_command_line() -> None:
+    agent = (
+        "planner = cm.Agent('planner', 'Plan {{ goal }}.', engine='scripted')\n"
+        "cm.register_engine(cm.ScriptedEngine({'planner': ['1. Do it.', '1. Test it.']}))\n"
+        "wf = cm.Workflow('taped', agents=[planner], steps='planner?', inputs={'goal': 'it'})\n"
+    )
+    file = write(HEAD + agent)
+    assert ran("run", file, "--record", "tapes/t.jsonl", "--on-gate", "approve").code == 0
+    done = ran("run", file, "--tape", "tapes/t.jsonl")
+    assert (done.code, done.err) == (0, "")
+    assert "cm: planner approved (recorded)" in done.lines
+    other = ran("run", file, "--tape", "tapes/t.jsonl", "--input", "goal=that")
+    assert other.code == 1
+    assert "it changed here: recorded 'it', now 'that' (from input goal). `%cm run --record tapes/t" in other.err
+    refused = ran("run", file, "--tape", "tapes/t.jsonl", "--record", "tapes/t.jsonl")
+    assert refused.code == 1
+    assert "is the tape that is played" in refused.err
+    waiting = ran("run", file, "--record", "tapes/u.jsonl")
+    assert waiting.code == 3
+    assert f"--resume {last_run().id} --record tapes/u.jsonl" in waiting.err
+
+
 def test_the_journal_can_be_elsewhere_or_nowhere() -> None:
     done = ran("run", write(TWO_STEPS), "--journal", "else where/runs.db")
     assert done.err.endswith("--journal 'else where/runs.db'\n")

@@ -723,6 +723,38 @@ def test_a_wrong_engine_is_refused_in_the_cell_that_names_it(cells: Cells, line:
     cells.to("planner")
 
 
+def test_a_tape_is_recorded_played_and_recorded_again(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CM_HEADLESS", "1")
+    said = iter(["one", "two"])
+
+    class Counting:
+        name = "counting"
+
+        async def stream(self, request: cm.AgentRequest) -> Any:
+            yield cm.TurnDone(next(said))
+
+    cm.register_engine(Counting())
+    workflow = "%%cm workflow w --autonomous always --engine counting{}\nplanner"
+    agent = "%%cm agent planner\nPlan."
+
+    def text() -> str:
+        until(lambda: cells.run.status == "completed", "the end")
+        return str(cells.run["planner"].text)
+
+    cells(workflow.format(""), agent, "%cm run --record t.jsonl")
+    assert text() == "one"
+    cells(workflow.format(" --tape t.jsonl"), agent, "%cm run")
+    assert text() == "one"
+    cells(workflow.format(" --tape t.jsonl"), agent, "%cm run --record t.jsonl")
+    assert text() == "two", "the tape of the workflow is recorded again, so it is not played"
+    assert '"text": "two"' in Path("t.jsonl").read_text("utf-8")
+    cells(workflow.format(" --tape t.jsonl --record u.jsonl"), agent, "%cm run")
+    assert text() == "two"
+    assert Path("u.jsonl").read_bytes() == Path("t.jsonl").read_bytes()
+    assert "is the tape that is played" in error(cells, "%cm run --tape t.jsonl --record t.jsonl")
+    assert "is a folder" in error(cells, workflow.format(" --record ."))
+
+
 def test_what_a_run_that_is_under_way_cannot_take_is_refused(cells: Cells) -> None:
     run = start(cells)
     assert "which keeps what it began with" in error(cells, "%cm run --engine offline")
