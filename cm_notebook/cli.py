@@ -146,8 +146,7 @@ CODES = """\
 -p NAME VALUE is --input NAME=VALUE, as papermill has it.
 
 Exit codes: 0 completed, or paused where --until said; 1 failed, or the file or a value is wrong;
-2 not understood; 3 waits for a decision; 4 stopped. A run that did not complete can go on: --resume.
-8: it is driven elsewhere.
+2 not understood; 3 waits for a decision; 4 stopped; 8 driven elsewhere. --resume goes on with what did not complete.
 """
 RESUME_CODES = """\
 Exit codes: those of `cm-notebook run`; 6 nothing is unfinished; 7 no such run or journal; 8 it is driven elsewhere.
@@ -155,7 +154,6 @@ Exit codes: those of `cm-notebook run`; 6 nothing is unfinished; 7 no such run o
 RUN_EXAMPLES = """\
 Examples:
   cm-notebook run plan.py --input goal='a todo CLI' -v
-  cm-notebook run plan.py --until planner
   cm-notebook run plan.py --resume r-1f2e3d4c
 """
 

@@ -100,7 +100,7 @@ def _drive(plan: Plan, run_id: str | None, deadly: Point | None) -> None:
     oracle, plan.ledger = Ledger(ORACLE), Ledger(LEDGER, passed)
     _environment(plan)
     journal = PointedJournal(JOURNAL, passed)
-    options: dict[str, Any] = {"engine": plan.engine(), "journal": journal}
+    options: dict[str, Any] = {"engine": plan.engine(), "journal": journal, "on_waiting": plan.on_waiting}
     if plan.headless:
         options["on_gate"] = plan.policy
     if run_id is None:
@@ -171,7 +171,9 @@ def _whole(plan: Plan) -> None:
     """The same run in one life, in memory: how it ends, and which events it has."""
     plan.ledger = Ledger(Path("whole-ledger.jsonl"))
     _environment(plan)
-    options = {"on_gate": plan.policy} if plan.headless else {}
+    options: dict[str, Any] = {"on_waiting": plan.on_waiting}
+    if plan.headless:
+        options["on_gate"] = plan.policy
     begun = time.monotonic()
     plan.deciders = 0
     run = plan.workflow.start(engine=plan.engine(), journal=":memory:", workspace="whole", **options)

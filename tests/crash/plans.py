@@ -75,6 +75,7 @@ class Plan:
     deciders: int = 0
     """Processes that decide; 0: the one that drives."""
     headless: bool = False
+    on_waiting: Callable[[cm.Gate], Any] | None = None
     max_turns: int | None = None
     last: str = ""
     ledger: Ledger = field(default_factory=lambda: Ledger(Path(os.devnull)))
@@ -382,7 +383,22 @@ def _alone(plan: Plan) -> None:
     plan.add("end", cm.step("end", prompt=plan.prompt("end"), interactive=True), worker(plan, "end"))
 
 
-NAMED = {"gates": _gates, "steered": _steered, "looped": _looped, "teamed": _teamed, "alone": _alone}
+def _untold(plan: Plan) -> None:
+    """Who should be told that a gate is open cannot be."""
+
+    def nobody(_gate: cm.Gate) -> None:
+        raise OSError("no such address")
+
+    def heard(run: cm.Run) -> None:
+        while "TellingFailed" not in deeds_done(run.events):
+            time.sleep(0.001)
+
+    plan.on_waiting = nobody
+    plan.add("first", cm.step("first", prompt="first", interactive=True), worker(plan, "first"))
+    plan.deeds = [Deed("first", "TellingFailed", heard)]
+
+
+NAMED = {"untold": _untold, "gates": _gates, "steered": _steered, "looped": _looped, "teamed": _teamed, "alone": _alone}
 
 
 def make(seed: str) -> Plan:
