@@ -36,8 +36,19 @@ import filelock  # noqa: F401 - each life would import it anew
 import cm_notebook as cm
 import cm_notebook.driving
 from cm_notebook import events as facts
+from cm_notebook.workspace import Snapshots
 from tests.crash.plans import Ledger, Plan, deeds_done, make, read_lines
-from tests.crash.points import CALL_POINTS, COUNTED, SIDES, Passed, Point, PointedJournal
+from tests.crash.points import (
+    CALL_POINTS,
+    COUNTED,
+    SIDES,
+    SNAPSHOT_POINTS,
+    SNAPSHOTS,
+    Passed,
+    Point,
+    PointedJournal,
+    around,
+)
 
 JOURNAL, LEDGER, ORACLE, LOG = Path("journal.db"), Path("ledger.jsonl"), Path("oracle.jsonl"), "log.txt"
 LIFE_S = 30
@@ -100,6 +111,7 @@ def _drive(plan: Plan, run_id: str | None, deadly: Point | None) -> None:
     oracle, plan.ledger = Ledger(ORACLE), Ledger(LEDGER, passed)
     _environment(plan)
     journal = PointedJournal(JOURNAL, passed)
+    around(Snapshots, passed, SNAPSHOTS)
     options: dict[str, Any] = {"engine": plan.engine(), "journal": journal, "on_waiting": plan.on_waiting}
     if plan.headless:
         options["on_gate"] = plan.policy
@@ -526,6 +538,8 @@ def at_point(name: str, kinds: Mapping[str, Container[str]]) -> tuple[str, list[
     what = name.partition(":")[2]
     if what in RESUMING:
         return "gates", [Kill(point=Point("after:TurnStarted")), Kill(point=Point(name))]
+    if name in SNAPSHOT_POINTS:
+        return "filed", [Kill(point=Point(name))]
     plan = "gates" if name in CALL_POINTS else next((plan for plan, known in kinds.items() if what in known), None)
     if plan is None:
         raise Broken(f"no plan has the event {what}: give one of NAMED it, so that the run is killed there too")

@@ -185,6 +185,21 @@ def worker(plan: Plan, name: str, *, sync: bool = False, asks: bool = False, bre
     return work
 
 
+def writer(plan: Plan, name: str, file: str) -> cm.Agent:
+    """A function that writes a file, which holds what it answers."""
+
+    @cm.agent(name)
+    def write(turn: cm.Turn) -> str:
+        about = {"path": turn.path, "attempt": turn.attempt, "digest": digest(turn.prompt)}
+        plan.ledger.note("begin", **about)
+        text = said(name, turn.prompt)
+        (turn.workspace / file).write_text(f"{text}\n")
+        plan.ledger.note("end", **about, text=text)
+        return text
+
+    return write
+
+
 def caller(plan: Plan, name: str, asked: str) -> cm.Agent:
     """A function that calls others, and says what came of it."""
 
@@ -398,7 +413,22 @@ def _untold(plan: Plan) -> None:
     plan.deeds = [Deed("first", "TellingFailed", heard)]
 
 
-NAMED = {"untold": _untold, "gates": _gates, "steered": _steered, "looped": _looped, "teamed": _teamed, "alone": _alone}
+def _filed(plan: Plan) -> None:
+    """Agents that write files: one is rejected, and one writes what git does not take."""
+    for name, file in (("first", "a.txt"), ("second", "git~1")):
+        plan.add(name, cm.step(name, prompt=plan.prompt(name), interactive=True), writer(plan, name, file))
+    plan.answers["first"] = "reject"
+
+
+NAMED = {
+    "filed": _filed,
+    "untold": _untold,
+    "gates": _gates,
+    "steered": _steered,
+    "looped": _looped,
+    "teamed": _teamed,
+    "alone": _alone,
+}
 
 
 def make(seed: str) -> Plan:

@@ -27,8 +27,9 @@ CALLS = ("create", "drive", "begin", "release")
 """What a journal does besides."""
 EVENT_POINTS = tuple(f"{side}:{name}" for name in TYPES for side in SIDES)
 CALL_POINTS = tuple(f"{side}:{name}" for name in CALLS for side in ("before", "after"))
-SNAPSHOT_POINTS: tuple[str, ...] = ()
-"""Around the snapshots of a workspace: what ``around`` is given for them."""
+SNAPSHOTS = ("take", "diff", "restore")
+"""What is done with the files of a workspace."""
+SNAPSHOT_POINTS = tuple(f"{side}:{name}" for name in SNAPSHOTS for side in ("before", "after"))
 COUNTED = ("statement", "ledger")
 
 
