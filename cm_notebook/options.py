@@ -349,20 +349,19 @@ COMMANDS: dict[str, Command] = {
         Command(
             "diff",
             "Show what changed between two attempts, by default the last two, or between two runs.",
-            'run["planner"].diff(…), run.diff(other)',
+            'run["planner"].diff(…), run.diff(against)',
             (
                 Argument("step", "the step; against another run, all steps without it", many="?"),
                 Argument("attempts", "which two", "count", many="*"),
             ),
             (
-                Option("against", "compare with this run of the journal", example="r-1f2e3d4c", own=True),
+                Option("against", "what is different from this run of the journal", example="r-1f2e3d4c"),
                 Option("side_by_side", "two columns, as for runs", "switch", own=True),
                 OUT,
             ),
             examples=(
                 "%cm diff implementer 1 3",
                 "%cm diff implementer --against r-1f2e3d4c",
-                "%cm diff --against r-1f2e3d4c",
             ),
         ),
         Command(

@@ -673,8 +673,8 @@ class Run:
             raise
         return fork._become_current()
 
-    def diff(self, other: Run, step: str | None = None) -> str:
-        """What is different in the run `other`: the answer of `step`, else all that differs; as a unified diff.
+    def diff(self, against: Run, step: str | None = None) -> str:
+        """What is different here from the run `against`: the answer of `step`, else all that differs; a unified diff.
 
         Raises
         ------
@@ -682,8 +682,8 @@ class Run:
         """
         from .render import compare
 
-        with both(self, other) as (mine, theirs):
-            return compare.text(mine, theirs, step)
+        with both(against, self) as (old, new):
+            return compare.text(old, new, step)
 
     def _revision(self, workflow: Workflow | None, inputs: Mapping[str, Any] | None) -> list[AnyEvent]:
         """The events that lead to an edited definition; refused if it is none of this run's."""

@@ -348,10 +348,10 @@ class CMMagics(Magics):
             if numbers:
                 raise WorkflowError("`%cm diff --against` compares two runs as they are: leave out the attempts.")
             other = self._notebook.named(values["against"])
-            with both(run, other) as (mine, theirs):
-                made = Text(compare.text(mine, theirs, values.get("step")))
-                self._display(made, compare.compare_html(mine, theirs, values.get("step")))
-            return made
+            with both(other, run) as (theirs, mine):
+                said = Text(compare.text(theirs, mine, values.get("step")))
+                self._display(said, compare.compare_html(theirs, mine, values.get("step")))
+            return said
         if "step" not in values:
             raise WorkflowError("`%cm diff` needs a step, or another run. For instance: %cm diff implementer 1 3")
         if len(numbers) > 2:

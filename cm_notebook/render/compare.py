@@ -23,27 +23,27 @@ class Pair(NamedTuple):
     """A step in both runs; ``None`` where it is in one alone."""
 
     id: str
-    mine: StepState | None
-    theirs: StepState | None
+    old: StepState | None
+    new: StepState | None
     texts: tuple[str, str]
 
     @property
     def word(self) -> str:
         """Whether its answer is another one."""
-        if self.mine is None or self.theirs is None:
+        if self.old is None or self.new is None:
             return "only in one"
         if self.texts == ("", ""):
             return ""
         return "the same" if self.texts[0] == self.texts[1] else "different"
 
 
-def text(mine: RunState, theirs: RunState, step: str | None = None) -> str:
-    """The comparison as ``text/plain``: of one step a unified diff; of all a table, then a diff of each that differs."""
+def text(old: RunState, new: RunState, step: str | None = None) -> str:
+    """The comparison as ``text/plain``: a unified diff of one step; of all a table, and a diff of each that differs."""
     if step is not None:
-        return diff.text(*_pair(mine, theirs, step).texts)
-    pairs = list(_pairs(mine, theirs))
-    rows = [["Step", *names(mine, theirs), "Answer"]]
-    rows += [[pair.id, _stands(mine, pair.mine), _stands(theirs, pair.theirs), pair.word] for pair in pairs]
+        return diff.text(*_pair(old, new, step).texts)
+    pairs = list(_pairs(old, new))
+    rows = [["Step", *names(old, new), "Answer"]]
+    rows += [[pair.id, _stands(old, pair.old), _stands(new, pair.new), pair.word] for pair in pairs]
     parts = [
         "\n".join(say.table(rows)),
         *(f"{pair.id}:\n{diff.text(*pair.texts)}" for pair in _different(pairs)[:MOST]),
@@ -51,22 +51,22 @@ def text(mine: RunState, theirs: RunState, step: str | None = None) -> str:
     return "\n\n".join(parts).rstrip() + "\n"
 
 
-def compare_html(mine: RunState, theirs: RunState, step: str | None = None) -> str:
+def compare_html(old: RunState, new: RunState, step: str | None = None) -> str:
     """The comparison as HTML: answers in two columns, one for each run."""
-    heads = names(mine, theirs)
-    pairs = [_pair(mine, theirs, step)] if step is not None else list(_pairs(mine, theirs))
+    heads = names(old, new)
+    pairs = [_pair(old, new, step)] if step is not None else list(_pairs(old, new))
     table = html.table(
         ("Step", *heads, "Answer"),
-        [[html.bold(pair.id), _pill(mine, pair.mine), _pill(theirs, pair.theirs), pair.word] for pair in pairs],
+        [[html.bold(pair.id), _pill(old, pair.old), _pill(new, pair.new), pair.word] for pair in pairs],
     )
     shown = pairs if step is not None else _different(pairs)[:MOST]
     parts = [f"<div>{html.bold(pair.id)}</div>\n{diff.side_by_side(*pair.texts, heads)}" for pair in shown]
     return f'<div style="{html.FRAME}">\n{table if step is None else ""}{"".join(parts)}</div>\n'
 
 
-def names(mine: RunState, theirs: RunState) -> tuple[str, str]:
+def names(old: RunState, new: RunState) -> tuple[str, str]:
     """What the two runs are called beside each other."""
-    return _name(mine, theirs, "this run"), _name(theirs, mine, "the other run")
+    return _name(old, new, "the other run"), _name(new, old, "this run")
 
 
 def _name(state: RunState, other: RunState, plain: str) -> str:
@@ -78,19 +78,19 @@ def _name(state: RunState, other: RunState, plain: str) -> str:
     return f"run{id}" if id else plain
 
 
-def _pairs(mine: RunState, theirs: RunState) -> Iterator[Pair]:
-    ids = dict.fromkeys([*(step.id for step in mine.order), *(step.id for step in theirs.order)])
+def _pairs(old: RunState, new: RunState) -> Iterator[Pair]:
+    ids = dict.fromkeys([*(step.id for step in old.order), *(step.id for step in new.order)])
     for id in ids:
-        one, other = mine.steps.get(id), theirs.steps.get(id)
-        yield Pair(id, one, other, (_said(mine, one), _said(theirs, other)))
+        one, other = old.steps.get(id), new.steps.get(id)
+        yield Pair(id, one, other, (_said(old, one), _said(new, other)))
 
 
-def _pair(mine: RunState, theirs: RunState, step: str) -> Pair:
-    known = {**mine.steps, **theirs.steps, **mine.members, **theirs.members}
-    places = [{**state.steps, **state.members}.get(step) or state.named(step) for state in (mine, theirs)]
-    if places == [None, None]:
+def _pair(old: RunState, new: RunState, step: str) -> Pair:
+    known = {**old.steps, **new.steps, **old.members, **new.members}
+    one, other = ({**state.steps, **state.members}.get(step) or state.named(step) for state in (old, new))
+    if one is None and other is None:
         raise TransitionError(f"neither run has a step {step!r}. {did_you_mean(step, known, 'Steps')}")
-    return Pair(step, *places, (_said(mine, places[0]), _said(theirs, places[1])))
+    return Pair(step, one, other, (_said(old, one), _said(new, other)))
 
 
 def _different(pairs: list[Pair]) -> list[Pair]:

@@ -81,6 +81,7 @@ SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
     "RunFinished": {"waiting": ("due", "finished", "pending", "ready")},
     "RunForked": {"waiting": ("due", "finished", "pending", "ready")},
     "StepChanged": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
+    "StepRemoved": {"waiting": ("pending", "ready")},  # at its limit; it is gone
     "AgentsCalled": {"failed": ("ready",)},
     # a member whose caller waits for it no more
     "AgentsReturned": {"waiting": ("due", "pending", "ready")},
