@@ -156,7 +156,7 @@ _STEP_OPTIONS = (
 )
 _STEP = Argument("step", "the step, when several gates are open", many="?")
 _NAMED_STEP = Argument("step", "the step")
-_OF_RUN = Option("run", "which run of the journal, if not the current one", example="r-1f2e3d4c", own=True)
+_OF_RUN = Option("run", "which run, if not the current one: its id, or a variable", example="r-1f2e3d4c", own=True)
 _DECIDED_STEP = Option("step", "the step, when several gates are open", example="planner")
 _MODES = ("step-by-step", "gates", "unattended")
 _AUTONOMY = ("never", "always", "true", "false")
@@ -355,13 +355,13 @@ COMMANDS: dict[str, Command] = {
                 Argument("attempts", "which two", "count", many="*"),
             ),
             (
-                Option("against", "what is different from this run of the journal", example="r-1f2e3d4c"),
+                Option("against", "what is different from this run: its id, or a variable", example="r-1f2e3d4c"),
                 Option("side_by_side", "two columns, as for runs", "switch", own=True),
                 OUT,
             ),
             examples=(
                 "%cm diff implementer 1 3",
-                "%cm diff implementer --against r-1f2e3d4c",
+                "%cm diff --against r-1f2e3d4c",
             ),
         ),
         Command(

@@ -519,9 +519,11 @@ class Notebook:
         return fork
 
     def named(self, run_id: str | None) -> Run:
-        """The run of that id, here or in the journal; the current one without it."""
+        """The run of that id, here or in the journal, or in the variable of that name; the current one without it."""
         if run_id is None:
             return self.current()
+        if isinstance(variable := self.variables().get(run_id), Run):
+            return variable
         here = [run for run in (self.run, *(left.run for left in self.left.values())) if run is not None]
         found = next((run for run in here if run.id == run_id), None)
         if found is None and run_id not in (known := self.run_ids()):
@@ -566,7 +568,9 @@ class Notebook:
         started = self._started()
         if self.run is not None and started is not None and started is not self.run:
             origin = started.state.origin
-            if origin is not None and origin.run == self.run.id:  # made in Python
+            if started.id == self.run.id:  # resumed in Python
+                self.run = started
+            elif origin is not None and origin.run == self.run.id:  # forked in Python
                 self._follow_fork(started)
         return self.run or self.found
 

@@ -903,6 +903,8 @@ def test_a_fork_is_what_the_cells_go_on_with(cells: Cells) -> None:
     assert "implementer 1" in said
     assert "the same" in said
     assert "<table" in cells.shown[-1]["text/html"]
+    cells.shell.user_ns["before"] = run
+    assert "-implementer 1" in cells("%cm diff implementer --against before")
     assert "-implementer 1" in cells(f"%cm diff implementer --against {run.id}")
     cells("%cm approve implementer")
     assert run.gates, "only the fork was decided"
@@ -920,6 +922,15 @@ def test_a_fork_made_in_python_is_gone_on_with_too(cells: Cells) -> None:
     cells.to("planner")
     assert cells.run is fork
     assert len(run["planner"].attempts) == 1
+
+
+def test_a_run_resumed_in_python_is_gone_on_with(cells: Cells) -> None:
+    run = two_steps(cells)
+    run.stop().wait(10)
+    again = cm.resume(run.id, until="planner", rewind="planner")
+    cells("%cm run")
+    cells.to("planner")
+    assert cells.run is again
 
 
 def test_attempts_stand_in_two_columns(cells: Cells) -> None:
