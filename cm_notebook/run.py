@@ -664,7 +664,7 @@ class Run:
             return [forked, *cut, Rewound(to=to, later=True, afresh=True), *different, *permitting(limits)]
 
         try:
-            fork._driver.read_on()
+            fork._driver.reload()
             different = [event for event in fork._revision(workflow, inputs) if not isinstance(event, TurnCutShort)]
             fork._work.check_prices(workflow or fork.workflow, limits)
             fork._driver.propose(propose)
