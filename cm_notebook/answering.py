@@ -2,21 +2,23 @@
 
 Strategy: a gate that has opened is put once to those who may answer it unasked, in this order: mode ``unattended``, the
 tape, the policy ``on_gate``. Their answer is a proposal like a person's, which a faster person beats. When nobody
-answers and nobody is there, a failed step ends the run; any other gate is kept as unheard, and lets it rest.
+answers and nobody is there, a failed step ends the run; any other gate is kept as unheard, and lets it rest. Of a gate
+that a person has to answer, here or elsewhere, ``on_waiting`` tells somebody.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from . import allowed
+from . import allowed, waiting
 from . import state as meaning
 from .driving import Driver
 from .errors import AlreadyDecided, CodeMachineError, TransitionError
-from .events import Action, AnyEvent, Decision, Gate, GateDecided, RunFinished, StepFailed
+from .events import Action, AnyEvent, Decision, Gate, GateDecided, RunFinished, StepFailed, TellingFailed
 from .runstate import RunState
 from .starting import GatePolicy
 from .tools import read_arguments
@@ -33,6 +35,8 @@ class Answers:
     ----------
     on_gate, tape
         The policy and the recorded run, where they are given.
+    on_waiting
+        Who is told that a person is needed; see ``waiting.py``.
     somebody
         Whether a person can answer here.
     asked
@@ -41,12 +45,14 @@ class Answers:
 
     def __init__(self, driver: Driver, work: Work) -> None:
         self.on_gate: GatePolicy | None = None
+        self.on_waiting: waiting.Told | None = None
         self.tape: Any = None
         self.somebody = True
         self.asked: set[str] = set()
         self._driver = driver
         self._work = work
         self._rejected: set[str] = set()
+        self._told: set[str] = set()
 
     # -- in place of a person -----------------------------------------------------------------------------------------
 
@@ -131,6 +137,8 @@ class Answers:
         self._driver.come_to_rest()
 
     def _unanswered(self, gate: Gate) -> None:
+        if self.somebody or gate.default is not None or gate.kind != "failed":  # of those without, the run ends
+            self._tell(gate)
         if self.somebody or gate.default is not None:  # without one it could only stop, and later
             return
         if gate.kind == "failed" and gate.path in self._driver.state.members:
@@ -147,6 +155,32 @@ class Answers:
             self._driver.propose(lambda: [RunFinished(status="failed", reason=reason)], wait=False)
         else:
             self._driver.unheard[gate.id] = gate
+
+    def tell_anew(self, on_waiting: waiting.Told | None) -> None:
+        """Who is told of gates from now on, those included that are open where the run is taken up."""
+        self.on_waiting, self._told = on_waiting, set()
+
+    def _tell(self, gate: Gate) -> None:
+        """Tell somebody that a person is needed, once."""
+        driver = self._driver
+        if self.on_waiting is None or gate.id in self._told:
+            return
+        from .render import shell  # not needed to import the package
+
+        self._told.add(gate.id)
+        with driver.reading() as state:
+            if gate.id not in state.gates:
+                return
+            facts = shell.facts(state, gate, shell.Shell(driver.id, driver.journal.path))
+
+        def failed(why: str) -> None:
+            def propose() -> list[AnyEvent]:
+                return [TellingFailed(gate_id=gate.id, reason=why)] if gate.id in driver.state.gates else []
+
+            with contextlib.suppress(CodeMachineError):  # the run was given up meanwhile
+                driver.propose(propose)
+
+        waiting.tell(self.on_waiting, gate, facts, failed)
 
     def allow_alike(self) -> None:
         """A tool was allowed for longer: others who wait for the same need not be asked."""

@@ -10,17 +10,15 @@ from __future__ import annotations
 import functools
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .errors import CodeMachineError, did_you_mean
 
 Kind = Literal["text", "switch"]
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """One setting: its kind, its default, what it is for, a variable of other programs that says the same.
 
     ``choices``: the values it may have, if not any.

@@ -70,6 +70,8 @@ Start = tuple[TurnStarted, str]
 
 POLL_S = 0.25
 """How often the journal is looked at for what another process has decided."""
+MANY = 10_000
+"""So many new objects make a collection of the young ones dear."""
 PATIENCE_S = 60.0
 """How long a journal that another program holds is tried again before the run is given up."""
 
@@ -230,18 +232,8 @@ class Driver:
                     self._find_again()
                 seen = self.journal.begin(self.id, self.state.seq)
                 begun, self._busy_since = True, None
-                for event in seen:
-                    apply(self.state, event)
-                while self._inbox:
-                    proposal, reply = self._inbox[0]  # it stays there until then, so that its proposer hears of a bug
-                    refused = self._record_all(proposal)
-                    if reply is not None:
-                        answers.append((reply, refused))
-                    elif refused is not None and not isinstance(refused, CodeMachineError):
-                        raise refused  # nobody else would hear of it
-                    self._inbox.popleft()
-                if self.driving:
-                    self._act(starts)
+                with _NoCollecting():
+                    self._record_due(seen, answers, starts)
                 begun = False
                 if batch:
                     self.journal.commit(self.id, batch)
@@ -269,6 +261,26 @@ class Driver:
             for reply, refused in answers:
                 reply.set_exception(refused) if refused is not None else reply.set_result(None)
         return 0.0
+
+    def _record_due(
+        self,
+        seen: list[AnyEvent],
+        answers: list[tuple[concurrent.futures.Future[None], Exception | None]],
+        starts: list[Start],
+    ) -> None:
+        """Take in what others have recorded, record what is proposed here, and all that follows."""
+        for event in seen:
+            apply(self.state, event)
+        while self._inbox:
+            proposal, reply = self._inbox[0]  # it stays there until then, so that its proposer hears of a bug
+            refused = self._record_all(proposal)
+            if reply is not None:
+                answers.append((reply, refused))
+            elif refused is not None and not isinstance(refused, CodeMachineError):
+                raise refused  # nobody else would hear of it
+            self._inbox.popleft()
+        if self.driving:
+            self._act(starts)
 
     def _try_again_in(self) -> float | None:
         """In how many seconds to make this pass again, another program holding the journal; ``None``: no more."""
@@ -378,7 +390,8 @@ class Driver:
     def _resting(self) -> bool:
         """Whether the run goes no further until somebody does something."""
         state = self.state
-        self.unheard = {id: gate for id, gate in self.unheard.items() if id in state.gates}
+        if self.unheard:
+            self.unheard = {id: gate for id, gate in self.unheard.items() if id in state.gates}
         if self.unheard and not state.at_work and not state.backing_off:
             return True  # else others go on beside it
         return state.ended is not None or (state.paused and state.status == "paused")
@@ -430,7 +443,7 @@ class Driver:
         self.check_loop()
         if self.driving:
             return
-        with self.lock, _no_collecting():
+        with self.lock, _NoCollecting():
             if self.lost is not None:
                 with contextlib.suppress(JournalError):
                     if self.journal.events(self.id, self.state.seq):
@@ -461,7 +474,7 @@ class Driver:
     def reload(self) -> None:
         """Make the state anew from the journal."""
         self.state = RunState()
-        with _no_collecting():
+        with _NoCollecting():
             self.read_on()
 
     def _show(self, events: list[AnyEvent]) -> None:
@@ -597,13 +610,22 @@ def more(have: Iterable[AnyEvent], cut: Iterable[TurnCutShort]) -> list[TurnCutS
     return [event for event in cut if event.path not in known]
 
 
-@contextlib.contextmanager
-def _no_collecting() -> Iterator[None]:
-    """Keep the garbage collector from walking a state again and again while it is built of objects that all stay."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
+class _NoCollecting:
+    """Keep the garbage collector from walking a state again and again while it is built of objects that all stay.
+
+    Many of them count as old at the end: else the next collection, which is to be of young ones, would walk them all.
+    """
+
+    __slots__ = ("_on",)
+
+    def __enter__(self) -> None:
+        self._on = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *_error: object) -> None:
+        if not self._on:
+            return
+        if gc.get_count()[0] > MANY and not gc.get_freeze_count():  # what the host has frozen stays so
+            gc.freeze()
+            gc.unfreeze()
+        gc.enable()

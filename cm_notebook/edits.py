@@ -14,6 +14,7 @@ from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, WorkflowChang
 from .prompts import agent_facts, check_templates, fingerprint
 from .runstate import RunState
 from .state import cut_all
+from .team import CAP
 from .workflow import Agent, Separator, Step, Workflow, check_inputs, limits_of, sound, step_data
 
 _MISSING = object()
@@ -161,7 +162,8 @@ def _redefinition(state: RunState, workflow: Workflow, inputs: Mapping[str, Any]
     agents = _others(state, (workflow.agent(name) for name in workflow.sub_agents))
     have, want = state.default_limits, limits_of(workflow)
     limits = {name: want.get(name) for name in {**have, **want} if have.get(name) != want.get(name)}
-    places = workflow.max_concurrency if workflow.max_concurrency != state.max_concurrency else None
+    cap = workflow.max_concurrency or CAP
+    places = cap if cap != state.default_places else None
     if not new and not agents and not limits and (mode, engine, team, places) == (None,) * 4:
         return []
     given = {name: value for name, value in new.items() if name not in defaults}

@@ -49,6 +49,10 @@ EDITABLE: tuple[GateKind, ...] = ("review", "start", "exhausted", "permission")
 """Where approving may carry an edited text; for a permission, the arguments as a JSON object."""
 ASKED_BY_TURNS: tuple[GateKind, ...] = ("question", "permission")
 """Those that a turn opens in its midst, and for whose answer it waits."""
+HISTORY = "history"
+"""The session of an engine that keeps none, and is told the whole conversation each time, as the events have it."""
+NOT_CALLED = "offline: no model was called"
+"""The note of a turn whose answer is no agent's."""
 OTHER_WORDS = "your words reached no model"
 """So ends the note of a turn whose answer was recorded for another prompt."""
 
@@ -424,6 +428,13 @@ class CalledAgent(Fact):
     tail: int | None = None
 
 
+class TellingFailed(BaseEvent):
+    """Somebody should have been told that the gate is open (``on_waiting``), and was not."""
+
+    gate_id: str
+    reason: str
+
+
 class AgentsCalled(BaseEvent):
     """The step's turn waits for other agents: groups one after the other, the members of a group side by side.
 
@@ -518,6 +529,7 @@ AnyEvent = (
     | TurnCutShort
     | GateOpened
     | GateDecided
+    | TellingFailed
     | AgentsCalled
     | AgentsReturned
     | TurnWentOn

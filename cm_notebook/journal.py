@@ -602,6 +602,8 @@ def _make(path: Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(draft)) as connection:
             connection.isolation_level = None
+            # here, where nobody else is: of two who change a file to it at the same time, one is refused at once
+            connection.execute("PRAGMA journal_mode=WAL")
             connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
             _bring_up(connection)
         try:
@@ -655,6 +657,11 @@ def _explain(path: str, error: sqlite3.Error) -> str:
         return (
             f"the journal {path} could not be written: the disk is full. "
             "What is recorded is safe; make room and resume."
+        )
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
+        return (
+            f"the journal {path} could not be read or written: {said}. What is recorded is safe; see that the disk is "
+            "there and that no quota and no limit (ulimit -f) is reached, and resume."
         )
     if "not a database" in said or "malformed" in said or "no such table" in said or "no such column" in said:
         return f"the journal {path} is damaged or no journal ({said}). It was left as it is. {MOVE_IT}"

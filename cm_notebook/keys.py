@@ -86,6 +86,16 @@ def missing(engine: str) -> str:
     )
 
 
+def refused(engine: str) -> str:
+    """What is to be done where the key of `engine` was refused, which depends on where it comes from."""
+    if source(engine) == (where := variable(engine)):
+        return (
+            f"It comes from {where}, which comes first: set that anew before starting Jupyter, or take it out "
+            f"(`del os.environ['{where}']`) and run `%cm keys set {engine}`."
+        )
+    return f"Type it again: `%cm keys set {engine}`, or set {where} before starting Jupyter."
+
+
 def set(engine: str) -> None:
     """Ask for the key of `engine` in a hidden field, and keep it until this process ends.
 

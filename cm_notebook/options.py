@@ -115,6 +115,8 @@ INPUTS = Option(
 )
 OUT = Option("out", "store the result under this name", short=("-o",), example="run", own=True)
 _ENGINE = Option("engine", "which engine does the work", example="offline")
+_TAPE = Option("tape", "play a recorded run", example="tapes/01.jsonl")
+_RECORD = Option("record", "record the run to this file, as a tape", example="tapes/01.jsonl")
 LIMITS = (
     Option(
         "max_cost_usd",
@@ -126,6 +128,11 @@ LIMITS = (
     ),
     Option("max_tokens", "tokens that may be used before you are asked", "count", example="50000", above=0),
     Option("max_turns", "turns that may start before you are asked", "count", example="20", above=0),
+)
+ON_WAITING = Option(
+    "on_waiting",
+    "a command that tells you when a gate is open; it finds the answer to give in $CM_ANSWER",
+    example="'notify-send Waiting'",
 )
 _STEP_OPTIONS = (
     Option("agent", "who does it, if not the agent of the step's name", example="planner"),
@@ -182,7 +189,8 @@ COMMANDS: dict[str, Command] = {
                     "sub_agents", "agents that an agent at work may call", "list", example="frontend-dev,backend-dev"
                 ),
                 _ENGINE,
-                Option("tape", "play a recorded run", example="tapes/01.jsonl"),
+                _TAPE,
+                _RECORD,
                 Option("workspace", "folder the agents work in", example="site"),
                 *LIMITS,
                 Option("new", "begin a new run, whatever there was", "switch", own=True),
@@ -254,7 +262,8 @@ COMMANDS: dict[str, Command] = {
                 Option("from_", "make this step and all after it again", example="planner", own=True),
                 INPUTS,
                 _ENGINE,
-                Option("tape", "play a recorded run", example="tapes/01.jsonl"),
+                _TAPE,
+                _RECORD,
                 Option("workspace", "folder the agents work in", example="site"),
                 *LIMITS,
                 Option(
@@ -263,6 +272,7 @@ COMMANDS: dict[str, Command] = {
                     "choice",
                     choices=("approve", "reject", "stop"),
                 ),
+                ON_WAITING,
                 Option("view", "how it is shown", "choice", choices=("full", "html", "log"), own=True),
                 OUT,
             ),
@@ -277,6 +287,7 @@ COMMANDS: dict[str, Command] = {
             "run.approve(…)",
             (_STEP,),
             (
+                Option("output", "the text to go on with in place of the one shown", example="'My plan'"),
                 Option("scope", "for how long a tool is allowed", "choice", choices=("once", "run", "always")),
                 *LIMITS,
             ),
@@ -402,13 +413,21 @@ COMMANDS: dict[str, Command] = {
             ),
             examples=("other = %cm fork implementer", "%cm fork implementer --run r-1f2e3d4c"),
         ),
+        Command(
+            "export",
+            "Write the workflow as .py or .json; the run as a pytest test (test_*.py), or as its tape (.jsonl).",
+            "run.export(…), workflow.export(…)",
+            (Argument("file", "its name says what is written"),),
+            (Option("overwrite", "replace a file that holds something else", "switch"), OUT),
+            examples=("%cm export plan.py", "%cm export test_plan.py --overwrite"),
+        ),
         Command("runs", "The runs in the journal, newest first.", "cm.runs()", options=(OUT,), examples=("%cm runs",)),
         Command(
             "resume",
             "Go on with a run of the journal.",
             "cm.resume(…)",
             (Argument("run", "its id, from %cm runs"),),
-            (OUT,),
+            (ON_WAITING, OUT),
             examples=("%cm resume r-1f2e3d4c",),
         ),
         Command(

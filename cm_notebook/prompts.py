@@ -15,7 +15,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import WorkflowError, did_you_mean
-from .events import Part, Ref
+from .events import HISTORY, Part, Ref
 from .workflow import NAME, RESERVED, Agent, Module, Separator, Step, Workflow
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def fingerprint(
     of the inputs that its templates name.
     """
     agents, used = list(agents), dict[str, object]()
-    for agent in agents:
+    for agent in agents if inputs else ():
         for template in step.prompts(agent):
             for hole in holes(template, step.raw):
                 if hole.name in inputs:
@@ -283,11 +283,11 @@ def _step_prompt(
     parsed = parse(template, step.step.raw)
     names = {hole.name for hole in holes(template, step.step.raw)}
     feedback = redo.feedback if redo is not None else None
-    if feedback is not None and (rejected := _repeated(step, names)) is not None:
+    if feedback is not None and (last := _repeated(step, names)) is not None:
         if continues:
             return (feedback,), None
-        answer: tuple[Part, ...] = (rejected.answer,) if rejected.answer is not None else ()
-        before: Part = Ref(rejected.turns[-1], "prompt") if rejected.turns else ""
+        answer: tuple[Part, ...] = (last.answer,) if last.answer is not None else ()
+        before: Part = Ref(last.turns[-1], "prompt") if last.turns else ""
         return (before, "\n\n## Your last answer\n\n", *answer, "\n\n## Feedback on it\n\n", feedback), None
     parts: tuple[Part, ...] = parsed  # type: ignore[assignment]
     if names:
@@ -331,10 +331,10 @@ def missing_field(state: RunState, step: StepState) -> str | None:
 
 def _repeated(step: StepState, names: Container[str]) -> Attempt | None:
     """The attempt whose prompt is sent again with the feedback on it; ``None``: the template has a place for that."""
-    return None if "feedback" in names else _rejected(step)
+    return None if "feedback" in names else rejected(step)
 
 
-def _rejected(step: StepState) -> Attempt | None:
+def rejected(step: StepState) -> Attempt | None:
     """The attempt that the feedback is about; attempts cut short since do not count."""
     for attempt in reversed(step.attempts):
         if attempt.decision is not None and attempt.decision.action == "reject":
@@ -422,9 +422,9 @@ def _headed(name: str, output: Ref | None) -> tuple[Part, ...]:
 
 
 def _edit_block(step: StepState) -> tuple[Part, ...]:
-    """The answer to the chained prompt before, if it is a person's; without a session the history has it."""
-    _asked, answer = step.said[step.turn - 2]
-    if answer is None or answer.name != EDITED:
+    """The answer to the chained prompt before, if it is a person's; where the history is sent, that has it."""
+    _asked, answer = step.said[-1]
+    if answer is None or answer.name != EDITED or step.session == HISTORY:
         return ()
     return ("\n\n## Your last answer, changed by a person to this\n\n", answer)
 

@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from . import edits
+from . import edits, waiting
 from . import state as meaning
 from .answering import Answers
 from .config import setting
@@ -62,6 +62,7 @@ from .runstate import RunState, Status
 from .starting import GatePolicy, check_options, check_places, checked_limits, making, permitting
 from .steps import StepView
 from .team import CAP
+from .waiting import OnWaiting
 from .work import Work
 from .workflow import Agent, Separator, Step, Workflow, as_step, sound
 
@@ -84,7 +85,7 @@ class Run:
         self._answers = Answers(self._driver, self._work)
         self._shown_in: int | None = None
         self._options: dict[str, Any] = {}
-        """What it was started or taken up with here: ``engine, tape, on_gate, loop``."""
+        """What it was started or taken up with here: ``engine, tape, on_gate, on_waiting, loop``."""
 
     # -- coming into being --------------------------------------------------------------------------------------------
 
@@ -103,7 +104,9 @@ class Run:
         max_tokens: int | None = None,
         max_turns: int | None = None,
         on_gate: GatePolicy | None = None,
+        on_waiting: OnWaiting | None = None,
         tape: Any = None,
+        record: str | os.PathLike[str] | None = None,
         loop: Literal["thread", "kernel"] = "thread",
         notebook: str | None = None,
     ) -> Run:
@@ -131,8 +134,17 @@ class Run:
             Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
             that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open. ``"approve"``
             approves gates of kind ``budget`` too, each time for the same amount again; mode ``unattended`` never does.
+        on_waiting
+            Tells somebody that a gate is open: called once for each gate that a person has to answer, by each process
+            that drives the run, so also for one that was open when it was resumed. A function that gets the gate (sync
+            or async; on a thread of its own), or a command (a line, or a list of words; no shell), which has 30 s, the
+            variables ``CM_RUN``, ``CM_STEP``, ``CM_GATE``, ``CM_KIND``, ``CM_MESSAGE``, ``CM_ANSWER`` (the command that
+            answers), and all of it as JSON on its stdin. If it fails, the gate says so, and nothing else changes.
         tape
             A recorded run to play instead of calling engines.
+        record
+            File to which the run is recorded as a tape, with what agents did and people decided. A tape that is there
+            is replaced as soon as an agent has answered.
         loop
             ``"thread"``: the run has the engine's own thread. ``"kernel"``: the loop that runs here, for objects bound
             to it.
@@ -142,14 +154,17 @@ class Run:
         Raises
         ------
         WorkflowError     A template names what is not there, an input cannot be kept, `until` is no step, `workspace`
-                          cannot be made, the price of a model is not known and a limit on cost needs it.
+                          cannot be made, `record` cannot be written or nothing would be recorded, the price of a model
+                          is not known and a limit on cost needs it.
         EngineNotFound    A step's engine is not there.
         JournalError      The journal cannot be used.
         """
         values = {**edits.checked_inputs(workflow.inputs), **edits.checked_inputs(inputs or {})}
         check_templates(workflow, values)
         check_read(workflow, inputs or {}, workflow.inputs)
-        tape = check_options(engine=engine, tape=tape, workspace=workspace, on_gate=on_gate)
+        tape = check_options(
+            engine=engine, tape=tape, record=record, workspace=workspace, on_gate=on_gate, on_waiting=on_waiting
+        )
         check_places("max_concurrency", max_concurrency)
         limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
         if until is not None and until not in (known := [item.id for item in workflow.executable]):
@@ -159,9 +174,14 @@ class Run:
                 Path(workspace).mkdir(parents=True, exist_ok=True)
         run = cls(_new_id(), open_journal(journal if journal is not None else setting("journal")))
         run.notebook = notebook
-        run._prepare(workflow.agents, engine=engine, tape=tape, on_gate=on_gate, loop=loop)
+        playing = {"tape": tape, "record": record}
+        run._prepare(workflow.agents, engine=engine, **playing, on_gate=on_gate, on_waiting=on_waiting, loop=loop)
         run._driver.state.engine = workflow.engine
         run._work.check_prices(workflow, limits)
+        if record is not None and tape is None:
+            from .recording import check_heard
+
+            check_heard(record, map(run._work.engine_for, workflow.tasks))
         run._journal.create(run.id, workflow.name, notebook)
         run._driver.drive()
         try:
@@ -205,21 +225,28 @@ class Run:
         *,
         engine: str | Engine | None = None,
         tape: Any = None,
+        record: str | os.PathLike[str] | None = None,
         on_gate: GatePolicy | None = None,
+        on_waiting: OnWaiting | None = None,
         loop: Literal["thread", "kernel"] = "thread",
     ) -> None:
         """Take what is needed for driving, from the thread that asks for it."""
         driver, work, answers = self._driver, self._work, self._answers
-        self._options = {"engine": engine, "tape": tape, "on_gate": on_gate, "loop": loop}
+        self._options = {"engine": engine, "tape": tape, "on_gate": on_gate, "on_waiting": on_waiting, "loop": loop}
         work.agents.update({agent.id: agent for agent in agents})
         answers.on_gate = on_gate if on_gate is not None else cast("GatePolicy | None", setting("on_gate"))
         self._options["tape"] = answers.tape = check_options(engine=engine, tape=tape, on_gate=answers.on_gate)
+        answers.tell_anew(waiting.checked(on_waiting))
         work.engine = engine
         answers.somebody = somebody()
         if answers.tape is not None:
             from .engines.offline import OfflineEngine
 
             work.engine = OfflineEngine(tape=answers.tape, strict=not answers.somebody, delay=answers.somebody)
+        if record is not None:
+            from .recording import Recorder
+
+            driver.feeds.append(Recorder(record, lambda: self.events, lambda: driver.state.texts, answers.tape))
         driver.hosted = loop == "kernel"
         if loop == "kernel":
             driver.loop = running_loop()
@@ -319,7 +346,7 @@ class Run:
                 steps=[*state.items],
                 agents=[self._work.agents.get(agent.id, agent) for agent in state.agents.values()],
                 sub_agents=state.sub_agents,
-                max_concurrency=state.max_concurrency if state.max_concurrency != CAP else None,
+                max_concurrency=state.default_places if state.default_places != CAP else None,
                 autonomous_mode=state.autonomous_mode,
                 inputs=dict(state.inputs),
                 engine=state.engine,
@@ -348,6 +375,15 @@ class Run:
             self._driver.feeds.append(feed)
         return feed
 
+    def follow(self, wake: Callable[[], None]) -> tuple[Feed, list[AnyEvent | LiveText]]:
+        """A feed as of :meth:`watch`, and what was before it: all events, then what is being written; nothing twice."""
+        with self.reading() as state:
+            feed = self.watch(wake)
+            past: list[AnyEvent | LiveText] = [event for event in self.events if event.seq <= state.seq]
+            turns = self._driver.turns.items()
+            texts = (LiveText(path, turn.started.attempt, turn.text()) for path, turn in turns)
+            return feed, past + [live for live in texts if live.text]
+
     def unwatch(self, feed: Feed) -> None:
         """Close a feed."""
         with self._driver.lock, contextlib.suppress(ValueError):
@@ -359,17 +395,11 @@ class Run:
         Of a run that is not driven here: its events, until it rests or nobody drives it any more.
         """
         loop, awake = asyncio.get_running_loop(), asyncio.Event()
-        with self.reading() as state:
-            feed, known = self.watch(lambda: quietly(loop, awake.set)), state.seq
-            past = [event for event in self.events if event.seq <= known]
-            under_way = [(path, turn.started.attempt, turn.text()) for path, turn in self._driver.turns.items()]
+        feed, before = self.follow(lambda: quietly(loop, awake.set))
         self._driver.rest.add_done_callback(lambda _rest: quietly(loop, awake.set))
         try:
-            for event in past:
-                yield event
-            for path, attempt, text in under_way:
-                if text:
-                    yield LiveText(path, attempt, text)
+            for thing in before:
+                yield thing
             while True:
                 over = self._driver.over()
                 things = feed.take()
@@ -595,7 +625,7 @@ class Run:
         self._driver.go_on(propose)
         return self
 
-    @by_name("run.fork", "engine", "on_gate", "tape", "loop")
+    @by_name("run.fork", "engine", "on_gate", "on_waiting", "tape", "loop")
     def fork(
         self,
         step: str,
@@ -628,7 +658,7 @@ class Run:
         notebook
             As of :meth:`start`; by default as this run.
         **options
-            ``engine, on_gate, tape, loop`` of :meth:`start`; by default those that this run has here.
+            ``engine, on_gate, on_waiting, tape, loop`` of :meth:`start`; by default those that this run has here.
 
         Raises
         ------
@@ -792,6 +822,7 @@ class Run:
         afresh: bool = False,
         limits: Mapping[str, Any] | None = None,
         on_gate: GatePolicy | None = None,
+        on_waiting: OnWaiting | None = None,
     ) -> Run:
         """Go on, ended or paused or not: what running a cell again comes to, as one change.
 
@@ -807,6 +838,8 @@ class Run:
             What the run may use in all from now on: ``max_cost_usd, max_tokens, max_turns``.
         on_gate
             Who answers in place of a person from now on, the gates that are open included.
+        on_waiting
+            Who is told of gates that open from now on, in place of who was.
 
         Raises
         ------
@@ -817,6 +850,7 @@ class Run:
         if workflow is not None:
             edits.check_order(self.state, workflow)
         values = edits.inputs_of(self.state, workflow, inputs)
+        told = waiting.checked(on_waiting)
         if workflow is not None:
             check_templates(workflow, values)
             self._work.agents.update({agent.id: agent for agent in workflow.agents})
@@ -835,6 +869,8 @@ class Run:
             held = state.paused or state.until_reached or (state.until, state.until_once) != (until, once)
             if not afresh and held if state.ended is None else until is not None:  # resuming lifts every limit
                 events.append(RunUnpaused(until=until, once=once))
+            if told is not None:
+                self._answers.tell_anew(told)
             if on_gate is not None:  # the gates that are open are put to it when this pass ends
                 self._answers.ask_anew(on_gate)
             return events
@@ -894,6 +930,26 @@ class Run:
         with self.reading() as state:
             return svg.graph(state, format)
 
+    def export(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write it to a file, and return the file's path.
+
+        Parameters
+        ----------
+        path
+            ``test_plan.py`` or ``plan_test.py``: a pytest test that plays the run's tape and compares what its steps
+            say, with the tape beside it (``test_plan.jsonl``). ``plan.jsonl``: the tape alone. Any other ``.py``, and
+            ``.json``: its workflow, see :meth:`~cm_notebook.workflow.Workflow.export`.
+        overwrite
+            Replace a file that is there and holds something else, which is refused otherwise.
+
+        Raises
+        ------
+        WorkflowError    The source of a function cannot be got, or a file cannot be written; none was.
+        """
+        from .exports import export_run
+
+        return export_run(self, path, overwrite=overwrite)
+
 
 _EFFECTS: dict[str, Callable[[Run, Any], None]] = {
     "TurnCutShort": lambda run, event: run._work.cut_short(event),
@@ -940,7 +996,7 @@ def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run
     return found
 
 
-@by_name("cm.resume", "engine", "on_gate", "tape", "loop")
+@by_name("cm.resume", "engine", "on_gate", "on_waiting", "tape", "record", "loop")
 def resume(
     run_id: str,
     workflow: Workflow | None = None,
@@ -975,7 +1031,8 @@ def resume(
     max_cost_usd, max_tokens, max_turns
         How much it may use in all, what it has used included; by default as before.
     **options
-        ``engine, on_gate, tape, loop`` of :meth:`Run.start`; of a run that is driven here already, ``on_gate`` alone.
+        ``engine, on_gate, on_waiting, tape, record, loop`` of :meth:`Run.start`; of a run that is driven here already,
+        ``on_gate`` and ``on_waiting`` alone. What is recorded is the whole run, not only what comes.
 
     Raises
     ------
@@ -988,8 +1045,15 @@ def resume(
     limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
     run = Run.open(run_id, journal)
     if run._driver.driving:
+        for name in ("engine", "tape", "record", "loop"):
+            if options.get(name) is not None:
+                raise WorkflowError(
+                    f"{name}= cannot be changed while run {run_id!r} is driven here. Stop it first: run.stop(), then "
+                    f"cm.resume({run_id!r}, {name}=…)."
+                )
+        answers = {name: options[name] for name in ("on_gate", "on_waiting") if name in options}
         back: dict[str, Any] = {"again": rewind, "afresh": True} if rewind is not None else {"until": until}
-        return run.go_on(workflow, inputs, limits=limits, on_gate=options.get("on_gate"), **back)
+        return run.go_on(workflow, inputs, limits=limits, **answers, **back)
     with run.reading() as state:
         if rewind is not None:
             rewind = meaning.check_rewind(state, rewind).id

@@ -253,7 +253,7 @@ class StepState(Plain):
     session_engine: str = ""
     """The engine that it was had with, the only one that knows it."""
     said: tuple[tuple[Ref, Ref | None], ...] = ()
-    """The prompts of the turns before this one, and their answers: what an engine without sessions is told again."""
+    """The prompts before this one in its conversation, and the answers: what an engine without sessions is told."""
     retry_at: float | None = None
     looped_by: str | None = None
     """The module that sent the run back, at the first repeated step that runs."""
@@ -433,6 +433,8 @@ class RunState(Plain):
     """Who may be called."""
     max_concurrency: int = CAP
     """How many members may work at the same time."""
+    default_places: int = CAP
+    """The same as the workflow's definition has it."""
     members: dict[str, StepState] = field(default_factory=dict)
     """Every agent that was called, by path."""
     named_calls: dict[str, int] = field(default_factory=dict)
@@ -466,6 +468,8 @@ class RunState(Plain):
     origin: Origin | None = None
     """Of a fork."""
     resumed: list[RunResumed] = field(default_factory=list)
+    untold: dict[str, str] = field(default_factory=dict)
+    """By gate: why nobody was told that it is open."""
     started_at: float = 0.0
     ended_at: float | None = None
     at: float = 0.0

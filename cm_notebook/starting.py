@@ -11,9 +11,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from .engines.base import Engine, find_engine, is_engine
+from . import waiting
+from .engines.base import Engine, engine_names, find_engine, is_engine
 from .errors import CodeMachineError, WorkflowError, did_you_mean
 from .events import Action, AnyEvent, Decision, Gate, WorkflowChanged
+from .waiting import OnWaiting
 
 GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
 
@@ -22,31 +24,38 @@ def check_options(
     *,
     engine: str | Engine | None = None,
     tape: Any = None,
+    record: str | os.PathLike[str] | None = None,
     workspace: str | os.PathLike[str] | None = None,
     on_gate: GatePolicy | None = None,
+    on_waiting: OnWaiting | None = None,
 ) -> Any:
     """Refuse what :meth:`Run.start` could not use, before anything happens; returns the tape, read.
 
     Raises
     ------
-    WorkflowError     One of them is none of its kind, or the tape cannot be read.
+    WorkflowError     One of them is none of its kind, the tape cannot be read, or `record` not be written.
     EngineNotFound    There is no engine of that name.
     """
     if engine is not None and not isinstance(engine, str) and not is_engine(engine):
         raise WorkflowError(f"engine={engine!r} is neither a name nor an engine (name, stream).")
-    if isinstance(engine, str):
-        find_engine(engine)
+    if isinstance(engine, str) and (tape is None or engine.partition(":")[0] not in engine_names()):
+        find_engine(engine)  # who plays a tape needs none, not even made
     if workspace is not None and not isinstance(workspace, (str, os.PathLike)):
         raise WorkflowError(f"workspace={workspace!r} is not a folder. Name one, for instance workspace='site'.")
     if on_gate is not None and not isinstance(on_gate, str) and not callable(on_gate):
         raise WorkflowError(f"on_gate={on_gate!r} is not 'approve', 'reject', 'stop' or a function.")
     if isinstance(on_gate, str) and on_gate not in (policies := ("approve", "reject", "stop")):
         raise WorkflowError(f"on_gate={on_gate!r} is not known. {did_you_mean(on_gate, policies, 'Possible')}")
-    if tape is None:
-        return None
-    from .tape import Tape
+    waiting.checked(on_waiting)
+    if tape is not None:
+        from .tape import Tape
 
-    return tape if isinstance(tape, Tape) else Tape.read(tape)
+        tape = tape if isinstance(tape, Tape) else Tape.read(tape)
+    if record is not None:
+        from .recording import check
+
+        check(record, tape)
+    return tape
 
 
 def checked_limits(**given: Any) -> dict[str, int | float]:
@@ -81,7 +90,7 @@ def check_places(what: str, number: object) -> None:
     ------
     WorkflowError    It is none.
     """
-    if number is not None and (not isinstance(number, int) or number < 1):
+    if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
         raise WorkflowError(f"{what}={number!r} is not a number of agents from 1 on.")
 
 

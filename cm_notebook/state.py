@@ -130,7 +130,8 @@ def _run_started(state: RunState, event: RunStarted) -> None:
     state.agents = {agent.id: agent for agent in workflow.agents}
     take_autonomy(state, workflow.autonomous_mode)
     state.sub_agents = workflow.sub_agents
-    state.max_concurrency = event.max_concurrency or workflow.max_concurrency or CAP
+    state.default_places = workflow.max_concurrency or CAP
+    state.max_concurrency = event.max_concurrency or state.default_places
     state.workspace, state.recorded, state.started_at = event.workspace, event.recorded, event.at
     state.defaults = workflow.inputs
     state.default_limits = limits_of(workflow)
@@ -238,6 +239,7 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "TurnWentOn": turning.turn_went_on,
     "GateOpened": gates.gate_opened,
     "GateDecided": deciding.gate_decided,
+    "TellingFailed": gates.telling_failed,
     "AgentsCalled": members.agents_called,
     "AgentsReturned": members.agents_returned,
     "StepFailed": members.step_failed,

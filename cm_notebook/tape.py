@@ -3,7 +3,7 @@
 Strategy: JSON Lines, small enough to read in a diff and simple enough to write by hand. The first line says what it is;
 every other line is one turn or one decision, and says itself where in a run it belongs, so no line depends on another:
 
-    {"tape": 1, "run": "careful-builder-1", "workflow": "careful-builder"}
+    {"tape": 2, "run": "careful-builder-1", "workflow": "careful-builder"}
     {"path": "planner", "attempt": 1, "text": "1. Write it."}
     {"gate": {"path": "planner", "attempt": 1, "kind": "review"}, "decision": {"action": "reject", "feedback": "Test!"}}
     {"path": "planner", "attempt": 2, "prompt": {"sha256": "9f86…", "start": "Plan a todo CLI"},
@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -33,11 +34,16 @@ from .errors import EngineError, TransitionError, WorkflowError, did_you_mean
 from .events import ACTIONS, Decision, ErrorInfo, Fact, Gate, GateKind, Usage
 from .prompts import digest
 from .state import check_decision
-from .team import ToolCall
+from .team import ToolCall, wrong_arguments
+from .tools import BUILT_IN
 from .workflow import Verdict
 
-VERSION = 1
+VERSION = 2
+"""Of what is written. A tape of version 1 has fewer keys, which mean the same."""
+READ = (1, 2)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_MARK = 24
+"""Characters by which the beginning of a part is known again."""
 
 Counted = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=0)]
@@ -48,21 +54,66 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Header(Fact):
     """The first line. ``run``: what a run from this tape is called; ``recorded_at``: an ISO 8601 date, to read."""
 
-    tape: Literal[1] = 1
+    tape: Literal[1, 2] = 2
     run: str | None = None
     workflow: str | None = None
     recorded_at: str | None = None
 
 
+Digest = Annotated[str, Field(pattern=_DIGEST.pattern + "$")]
+
+
+class Part(Fact):
+    """A piece of a prompt: its ``text``, or of a long one ``sha256``, the number of its ``chars``, and its ``start``.
+
+    ``source``: what the text was put in from, such as ``input goal`` or ``planner``; ``""``: the template's own words.
+    On a tape a plain string will do for those.
+    """
+
+    source: str = ""
+    text: str | None = None
+    sha256: Digest | None = None
+    chars: Length = 0
+    start: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, data: Any) -> Any:
+        return {"text": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Part:
+        if self.text is None and self.sha256 is None:
+            raise ValueError("a part of a prompt has its text, or sha256 and chars")
+        return self
+
+    @property
+    def length(self) -> int:
+        """The number of its characters."""
+        return len(self.text) if self.text is not None else self.chars
+
+    def stands(self, now: str, at: int) -> bool:
+        """Whether it stands in the prompt `now`, from there on."""
+        if self.text is not None:
+            return now.startswith(self.text, at)
+        return at + self.chars <= len(now) and digest(now[at : at + self.chars]) == self.sha256
+
+    @property
+    def where(self) -> str:
+        """Where it came from, in words."""
+        return f"from {self.source}" if self.source else "in its own words"
+
+
 class Prompt(Fact):
-    """The prompt that a turn answered: its ``text``, or its ``sha256`` with the ``start`` that tells which it was.
+    """The prompt that a turn answered: its ``text``, its ``parts``, or ``sha256`` with the ``start`` that tells which.
 
     On a tape a plain string will do: the prompt's text, or its digest.
     """
 
-    sha256: Annotated[str, Field(pattern=_DIGEST.pattern + "$")] | None = None
+    sha256: Digest | None = None
     start: str = ""
     text: str | None = None
+    parts: list[Part] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -71,10 +122,15 @@ class Prompt(Fact):
             return {"sha256": data} if _DIGEST.fullmatch(data) else {"text": data}
         return data
 
-    def difference(self, now: str) -> str | None:
-        """Where the prompt `now` differs from this one, in a few words; ``None`` when it does not."""
+    def difference(self, now: str, known: Callable[[str], str | None] = lambda sha256: None) -> str | None:
+        """Where the prompt `now` differs from this one, in a few words; ``None`` when it does not.
+
+        `known` gives the text of a digest, where it is on the tape too.
+        """
         if self.text is not None:
             return None if self.text == now else _apart(self.text, now)
+        if self.parts is not None:
+            return "; ".join(_apart_in(self.parts, now, known)) or None
         if self.sha256 is None or self.sha256 == digest(now):
             return None
         if not self.start:
@@ -85,18 +141,73 @@ class Prompt(Fact):
         return f"somewhere after {_short(self.start, end=True)!r} (the tape keeps no more of it), now {_short(rest)!r}"
 
 
-class TapedCall(ToolCall):
-    """What an agent asked of its run; ``said``: what it had written before."""
+class TapedCall(Fact):
+    """A tool that an agent called, or what it asked of its run.
 
+    Attributes
+    ----------
+    name, arguments
+        Which tool, and with what. ``run_agents`` and ``ask_human`` are done again when the tape is played; of all
+        others only what they returned is on the tape. No ``arguments``: the call stands above, and returns here.
+    said
+        What the agent had written before.
+    call_id
+        By which the agent's engine told of the call; without it, it told nothing.
+    permission
+        A person was asked whether the tool may be called.
+    returned, failed
+        What the agent was told of it; of what is done again only where it was refused.
+    meant
+        The arguments, where those that the engine told of are cut.
+    """
+
+    name: str
+    arguments: dict[str, Any] | str | None = None
     said: str = ""
+    call_id: str | None = None
+    permission: bool = False
+    returned: str | None = None
+    failed: bool = False
+    meant: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _can_be_played(self) -> TapedCall:
+        if self.again is not None:
+            wrong = wrong_arguments(self.name, self.given)
+            if wrong is not None:
+                raise ValueError(wrong)
+        elif self.call_id is None and not self.permission:
+            raise ValueError(f"{self.name} needs a call_id, under which its engine told of it. Without: {_PLAYED}")
+        return self
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments to call it with."""
+        return self.meant or (self.arguments if isinstance(self.arguments, dict) else {})
+
+    @property
+    def again(self) -> ToolCall | None:
+        """What is to be done again, if it is."""
+        name: Any = self.name
+        if name not in BUILT_IN or self.returned is not None or self.arguments is None:
+            return None
+        return ToolCall.model_construct(name=name, arguments=self.given)
+
+
+_PLAYED = " or ".join(BUILT_IN)
 
 
 _KINDS: list[type[EngineError]] = [EngineError, *EngineError.__subclasses__()]
-_ERRORS = {kind.__name__: kind for kind in _KINDS}
+ERRORS = {kind.__name__: kind for kind in _KINDS}
+"""What may be a turn's ``error``, by its ``kind``."""
 
 
 class TapedTurn(Fact):
-    """One turn as it was recorded. ``session_id``: of the conversation that later turns continued, if there was one."""
+    """One turn as it was recorded.
+
+    ``session_id``: of the conversation that later turns continued, if there was one. ``cost_usd``: nothing where it is
+    left out; ``null`` where it is not known. ``note``: was said beside the answer.
+    """
 
     path: str
     attempt: Counted
@@ -107,25 +218,41 @@ class TapedTurn(Fact):
     text: str
     tool_calls: list[TapedCall] = Field(default_factory=list)
     error: ErrorInfo | None = None
+    retry_in_s: Amount | None = None
     output: Any = None
     verdict: Verdict | None = None
     usage: Usage | None = None
     cost_usd: Amount | None = None
+    cost_estimated: bool = False
     duration_s: Amount | None = None
+    note: str | None = None
 
     @field_validator("error")
     @classmethod
     def _of_a_known_kind(cls, error: ErrorInfo | None) -> ErrorInfo | None:
-        if error is not None and error.kind not in _ERRORS:
-            raise ValueError(f"there is no error {error.kind!r}. {did_you_mean(error.kind, _ERRORS, 'Possible')}")
+        if error is not None and error.kind not in ERRORS:
+            raise ValueError(f"there is no error {error.kind!r}. {did_you_mean(error.kind, ERRORS, 'Possible')}")
         return error
 
-    def failure(self) -> EngineError | None:
-        """The error with which it ended, if it did. The last one: what was tried again unasked is not on a tape."""
+    @model_validator(mode="after")
+    def _tried_again_after_an_error(self) -> TapedTurn:
+        if self.retry_in_s is not None and self.error is None:
+            raise ValueError("retry_in_s goes with an error")
+        return self
+
+    @property
+    def unpriced(self) -> bool:
+        """Whether it is not known what it cost."""
+        return self.cost_usd is None and "cost_usd" in self.model_fields_set
+
+    def failure(self, longest_s: float = 0.0) -> EngineError | None:
+        """The error with which it ended, if it did; what was tried again then is tried again in at most `longest_s`."""
         if self.error is None:
             return None
-        made = _ERRORS[self.error.kind](self.error.message)
-        made.detail, made.retryable = self.error.detail, False
+        made = ERRORS[self.error.kind](self.error.message)
+        made.detail, made.retryable = self.error.detail, self.retry_in_s is not None
+        if self.retry_in_s is not None:
+            made.retry_after_s = min(self.retry_in_s, longest_s)
         return made
 
     def pieces(self) -> list[tuple[float, str]]:
@@ -143,12 +270,26 @@ class TapedTurn(Fact):
 
 
 class GatePlace(Fact):
-    """Which gate a decision answers. ``ordinal``, the last part of a gate's id, tells apart several of one kind."""
+    """Which gate a decision answers. ``ordinal``, the last part of a gate's id, tells apart several of one kind.
+
+    ``about``: the question, or the tool that may be called; a gate that asks something else is not answered.
+    """
 
     path: str
     attempt: Counted
     kind: GateKind
     ordinal: Counted | None = None
+    about: str | None = None
+
+    def fits(self, gate: Gate) -> bool:
+        """Whether `gate`, at this place, asks what was asked."""
+        return self.about is None or self.about == about(gate)
+
+
+def about(gate: Gate) -> str | None:
+    """What `gate` asks in the midst of a turn: the question, or the tool that may be called."""
+    told = gate.payload.get({"question": "question", "permission": "tool"}.get(gate.kind, ""))
+    return str(told) if told is not None else None
 
 
 class TapedDecision(Fact):
@@ -162,6 +303,7 @@ _PARTS: dict[str, type[BaseModel]] = {
     "gate": GatePlace,
     "decision": Decision,
     "prompt": Prompt,
+    "parts": Part,
     "usage": Usage,
     "error": ErrorInfo,
     "tool_calls": TapedCall,
@@ -179,6 +321,8 @@ class Tape:
         The file, for messages.
     turns
         By path, attempt and turn.
+    tries
+        What was tried again by itself in each of them before, in order.
     decisions
         By path, attempt and kind of gate; in the order of the file.
     """
@@ -186,8 +330,10 @@ class Tape:
     source: str
     header: Header
     turns: dict[tuple[str, int, int], TapedTurn] = field(default_factory=dict)
+    tries: dict[tuple[str, int, int], list[TapedTurn]] = field(default_factory=dict)
     decisions: dict[tuple[str, int, str], list[TapedDecision]] = field(default_factory=dict)
     _asked: dict[tuple[str, str], list[str]] = field(default_factory=dict, repr=False)
+    _texts: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Tape:
@@ -242,16 +388,30 @@ class Tape:
         key = (turn.path, turn.attempt, turn.turn)
         if key in self.turns:
             raise WorkflowError(f"{turn.path!r}, attempt {turn.attempt}, turn {turn.turn} is on the tape already.")
-        self.turns[key] = turn
+        if turn.retry_in_s is not None:
+            self.tries.setdefault(key, []).append(turn)
+        else:
+            self.turns[key] = turn
 
     @property
     def run_name(self) -> str:
         """The name that a run from this tape goes by."""
         return self.header.run or Path(self.source).stem
 
-    def turn(self, path: str, attempt: int, turn: int = 1) -> TapedTurn | None:
-        """What was recorded there; ``None`` when nothing was."""
-        return self.turns.get((path, attempt, turn))
+    def turn(self, path: str, attempt: int, turn: int = 1, failures: int = 0) -> TapedTurn | None:
+        """What was recorded there, when it has been tried again by itself so often; ``None`` when nothing was."""
+        tries = self.tries.get((path, attempt, turn), [])
+        return tries[failures] if failures < len(tries) else self.turns.get((path, attempt, turn))
+
+    def text(self, sha256: str) -> str | None:
+        """The text of that digest, if it stands on the tape: an answer, or what a person has written."""
+        if not self._texts:
+            said = [turn.text for turn in self.turns.values()]
+            for lines in self.decisions.values():
+                given = (line.decision for line in lines)
+                said += [text for one in given for text in (one.feedback, one.output, one.prompt) if text is not None]
+            self._texts = {digest(text): text for text in said}
+        return self._texts.get(sha256)
 
     def nearest(self, path: str, attempt: int, turn: int = 1) -> TapedTurn | None:
         """What stands in for a turn that is not there: the last answer before it at that `path`, else the next."""
@@ -273,12 +433,12 @@ class Tape:
         Found by path, attempt and kind. Of several there, the one with the gate's ordinal; of those without an ordinal,
         the first for the first gate that is asked about here, the second for the second, and none is given twice.
         """
-        lines = self.decisions.get((gate.path, gate.attempt, gate.kind), [])
+        lines = [line for line in self.decisions.get((gate.path, gate.attempt, gate.kind), []) if line.gate.fits(gate)]
         place, _, ordinal = gate.id.rpartition("/")
         found = next((line for line in lines if str(line.gate.ordinal) == ordinal), None)
         if found is None:
             free = [line for line in lines if line.gate.ordinal is None]
-            asked = self._asked.setdefault((place, gate.kind), []) if free else []
+            asked = self._asked.setdefault((place, f"{gate.kind} {about(gate)}"), []) if free else []
             if gate.id not in asked:
                 asked.append(gate.id)
             number = asked.index(gate.id)
@@ -286,7 +446,7 @@ class Tape:
         return found.decision.model_copy(update={"by": "tape"}) if found is not None else None
 
 
-_BEGINNING = '{"tape": 1, "run": "a name"}'
+_BEGINNING = f'{{"tape": {VERSION}, "run": "a name"}}'
 
 
 def _value(line: bytes) -> dict[str, Any]:
@@ -312,9 +472,10 @@ def _header(value: dict[str, Any]) -> Header:
     version = value.get("tape")
     if version is None:
         raise WorkflowError(f"this is not a tape, which begins with {_BEGINNING}.")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in READ:
+        known = " and ".join(map(str, READ))
         raise WorkflowError(
-            f"this tape has the version {_short(repr(version))}; this cm_notebook reads {VERSION}. "
+            f"this tape has the version {_short(repr(version))}; this cm_notebook reads {known}. "
             "A newer one may read it: pip install -U cm-notebook."
         )
     return _checked(Header, value)
@@ -328,7 +489,7 @@ def _checked(kind: type[_Line], value: dict[str, Any]) -> _Line:
     *parents, last = problem["loc"] or ("",)
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        owner = _PARTS.get(str(parents[-1]), kind) if parents else kind
+        owner = next((_PARTS[name] for name in reversed(parents) if name in _PARTS), kind)
         raise WorkflowError(f"there is no {where!r}. {did_you_mean(str(last), owner.model_fields, 'Possible')}")
     if problem["type"] == "missing":
         raise WorkflowError(f"{where!r} is missing.")
@@ -367,3 +528,32 @@ def _apart(then: str, now: str) -> str:
     start = max(0, same - 20)
     before = "…" if start else ""
     return f"recorded {before + _short(then[start:])!r}, now {before + _short(now[start:])!r}"
+
+
+def _apart_in(parts: Sequence[Part], now: str, known: Callable[[str], str | None]) -> Iterator[str]:
+    """What has become of each part that does not stand in the prompt `now` any more."""
+    at = 0
+    for number, part in enumerate(parts):
+        if part.stands(now, at):
+            at += part.length
+            continue
+        # the part ends where the next one that is still there begins
+        end = next((found for later in parts[number + 1 :] if (found := _begins(later, now, at)) is not None), len(now))
+        was = part.text if part.text is not None else known(part.sha256 or "")
+        if was is not None:
+            yield f"{_apart(was, now[at:end])} ({part.where})"
+        elif now.startswith(part.start, at):
+            rest = now[at + len(part.start) : end]
+            yield f"somewhere after {_short(part.start, end=True)!r}, now {_short(rest)!r} ({part.where})"
+        else:
+            yield f"recorded {_short(part.start)!r} and more, now {_short(now[at:end])!r} ({part.where})"
+        at = end
+    if rest := now[at:]:
+        yield f"new at its end {_short(rest)!r}"
+
+
+def _begins(part: Part, now: str, at: int) -> int | None:
+    """Where it begins in `now`, from there on, as far as its first characters say."""
+    mark = (part.text if part.text is not None else part.start)[:_MARK]
+    found = now.find(mark, at) if mark.strip() else -1
+    return found if found >= 0 else None

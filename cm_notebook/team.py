@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .errors import WorkflowError, did_you_mean
+from .plain import Plain
 from .workflow import NAME, Model
 
 MOST_DEPTH = 3
@@ -98,8 +99,8 @@ def wrong_arguments(name: str, arguments: Collection[str]) -> str | None:
     return f"{name} takes {wanted}, not {', '.join(map(repr, sorted(given))) or 'nothing'}"
 
 
-@dataclass(frozen=True, slots=True)
-class AgentResult:
+@dataclass(slots=True, eq=False, repr=False)
+class AgentResult(Plain):
     """What came of one agent that was called.
 
     Attributes

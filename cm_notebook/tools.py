@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, Validation
 from pydantic_core import PydanticUndefined, to_json
 
 from .errors import WorkflowError
+from .plain import Plain
 
 if sys.version_info >= (3, 12):
     from typing import TypedDict
@@ -37,10 +38,11 @@ BUILT_IN = ("run_agents", "ask_human")
 """Tools that models have without being given them; see ``engines/builtin.py``."""
 
 _NAME = r"[A-Za-z0-9_-]{1,64}"
+_LEFT_OUT = r"\n\[… [\d,]+ characters are left out …\]\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Permission:
+@dataclass(slots=True, eq=False, repr=False)
+class Permission(Plain):
     """The answer to whether a tool may be called: with which arguments, or why not."""
 
     allowed: bool
@@ -257,10 +259,10 @@ def text_of(value: Any) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """The text; of one that is longer than that, the beginning and the end."""
-    if len(text) <= most:
-        return text
+    """The text; of one that is longer than that, the beginning and the end. One that was cut so stays as it is."""
     half = most // 2
+    if len(text) <= most or re.fullmatch(_LEFT_OUT, text[half:-half]):
+        return text
     return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters are left out …]\n{text[-half:]}"
 
 

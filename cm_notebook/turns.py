@@ -28,7 +28,7 @@ from .engines.base import (
     UsageReported,
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
-from .events import AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted
+from .events import HISTORY, AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted
 from .tools import shortened
 from .workflow import Module, Step, Verdict, fitted, not_json, sound, unfenced
 
@@ -190,7 +190,7 @@ async def take_turn(
                     write(_tool_line(told))
                     record(_tool_event(started, told))
                 elif isinstance(told, SessionStarted):
-                    if told.session_id not in (session_id, started.session_id):
+                    if told.session_id not in (session_id, started.session_id, HISTORY):  # that is there once it ended
                         opened(told.session_id)
                     session_id = told.session_id
                 else:
@@ -211,7 +211,7 @@ async def take_turn(
             output = _held(request.agent.output, text, output, started)
         if verdict is not None and verdict.score is not None:
             _check_json("score", verdict.score, started)
-        if turn.used.get("cost_usd") is None and getattr(engine, "free", False):
+        if turn.used.get("cost_usd") is None and getattr(engine, "free", False) and not done.unpriced:
             turn.used["cost_usd"] = 0.0
         event = TurnFinished(
             step=started.step,

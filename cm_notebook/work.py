@@ -202,7 +202,6 @@ class Work:
                 raise EngineError(wrong)
             task = step.step
             agent = self.agents.get(task.agent) or state.agents[task.agent]
-            history = step.said[: started.turn - 1]
             return AgentRequest(
                 agent=agent,
                 prompt=prompt,
@@ -212,11 +211,12 @@ class Work:
                 turn=started.turn,
                 iteration=started.iteration,
                 ordinal=step.attempts[-1].ordinal,
+                failures=turn.failures,
                 system=agent.system,
                 model=task.model or agent.model,
                 reasoning_effort=task.reasoning_effort or agent.reasoning_effort,
                 session_id=started.session_id,
-                history=[(state.text(asked), state.text(got)) for asked, got in history] if history else (),
+                history=[(state.text(asked), state.text(got)) for asked, got in step.said] if step.said else (),
                 feedback=meaning.feedback_on(state, step) or None,
                 inputs=MappingProxyType(state.inputs),
                 outputs=_Outputs(self._driver),

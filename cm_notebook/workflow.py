@@ -8,6 +8,7 @@ A workflow is a list of steps; each step names the agent that does the work. The
 import json
 import math
 import operator
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
@@ -29,6 +30,8 @@ from .errors import WorkflowError, by_name, did_you_mean
 from .tools import Tool, as_tool, implementation_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .run import Run
 
 AutonomousMode = Literal["never", "always"] | bool
@@ -522,7 +525,10 @@ def separator(text: str = "") -> Separator:
     return Separator(text=text)
 
 
-START_OPTIONS = ("engine", "journal", "workspace", "until", "max_concurrency", *LIMITS, "on_gate", "tape", "loop")
+START_OPTIONS = (
+    *("engine", "journal", "workspace", "until", "max_concurrency", *LIMITS),
+    *("on_gate", "on_waiting", "tape", "record", "loop"),
+)
 
 
 def limits_of(source: Any) -> dict[str, int | float]:
@@ -636,7 +642,7 @@ class Workflow(Model):
             Values of template names, over the workflow's own.
         **options
             Those of :meth:`cm_notebook.run.Run.start`: ``engine, journal, workspace, until, max_concurrency,
-            max_cost_usd, max_tokens, max_turns, on_gate, tape, loop``.
+            max_cost_usd, max_tokens, max_turns, on_gate, on_waiting, tape, record, loop``.
         """
         from .run import Run  # the run knows the workflow, not the other way round; this is only the short way to it
 
@@ -661,6 +667,26 @@ class Workflow(Model):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data from which :meth:`from_dict` builds the same workflow (functions by name only)."""
         return {**self._data(), "steps": [step_data(item) for item in self.steps]}
+
+    def export(self, path: "str | os.PathLike[str]", *, overwrite: bool = False) -> "Path":
+        """Write it to a file, and return the file's path.
+
+        Parameters
+        ----------
+        path
+            ``plan.py``: a Python program with the agents, their functions, tools and outputs, which
+            ``cm-notebook run plan.py`` runs. ``plan.json``: :meth:`to_dict` as JSON, with functions by name only. A
+            warning says what the file names and does not hold.
+        overwrite
+            Replace a file that is there and holds something else, which is refused otherwise.
+
+        Raises
+        ------
+        WorkflowError    The source of a function cannot be got, or the file cannot be written; nothing was.
+        """
+        from .exports import export_workflow
+
+        return export_workflow(self, path, overwrite=overwrite)
 
     def _data(self) -> dict[str, Any]:
         return cast("dict[str, Any]", sound(self.model_dump(mode="json", exclude_defaults=True, exclude={"steps"})))

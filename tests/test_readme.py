@@ -107,6 +107,19 @@ def test_commands(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.timeout(300)
+def test_answer_from_anywhere(tmp_path: Path) -> None:
+    """In order, in one folder; whoever drives the run leaves it at the gate, where nobody is."""
+    codes, out = [], ""
+    for line in "".join(blocks("console")).splitlines():
+        done = python("-m", "cm_notebook", *shlex.split(line.removeprefix("$ cm-notebook ")), folder=tmp_path)
+        codes.append(done.returncode)
+        out += done.stdout
+    assert codes == [3, 0, 0, 0, 3, 0, 0], out
+    assert "rejected by" in out
+    assert out.splitlines()[-3].startswith("cm: careful-builder completed")
+
+
 def test_tape_is_a_test(tmp_path: Path) -> None:
     """Another prompt than the recorded one, and a decision less."""
     tape = (tmp_path / "plan.jsonl").read_text(encoding="utf-8")

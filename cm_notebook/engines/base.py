@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 from .. import config
 from ..errors import EngineError, EngineNotFound, WorkflowError, did_you_mean
-from ..events import Usage
+from ..events import HISTORY, Usage
 from ..plain import Plain
 from ..team import AgentResult
 from ..tools import Permission
@@ -37,6 +37,8 @@ class AgentRequest(Plain):
     ordinal
         Which turn of this agent in the run, over all its steps and attempts, from 1. Turns that ended count, by an
         answer or an error; one that was cut short does not, so a resumed run counts on where it was. 0: not known.
+    failures
+        How often this turn has failed before and was tried again by itself.
     feedback
         Why the last attempt was rejected, or why a module sent the run back; ``None`` in a first attempt.
     inputs, outputs
@@ -46,8 +48,9 @@ class AgentRequest(Plain):
     session_id
         The agent's own conversation to continue.
     history
-        The prompts and answers of this attempt's earlier turns (chained prompts), for engines that keep no
-        conversation of their own. After a rejection the prompt itself holds what an engine without sessions needs.
+        The prompts and answers that came before in this conversation (chained prompts, and what was rejected), for
+        engines that keep none of their own. After a rejection the prompt itself holds what an engine needs that has
+        said nothing of a session.
     timeout_s
         Seconds the turn may take. The run enforces it; an engine may pass it on.
     emit
@@ -75,6 +78,7 @@ class AgentRequest(Plain):
     turn: int = 1
     iteration: int = 1
     ordinal: int = 0
+    failures: int = 0
     system: str | None = None
     model: str | None = None
     reasoning_effort: str | None = None
@@ -103,9 +107,13 @@ class Delta(Plain):
 
 @dataclass(slots=True, eq=False, repr=False)
 class SessionStarted(Plain):
-    """The agent's conversation has this id and can be continued."""
+    """The agent's conversation has this id and can be continued.
 
-    session_id: str
+    Without an id: the engine keeps none, but sends ``AgentRequest.history`` each time. Once a turn has ended so, the
+    prompt after a rejection is the person's feedback alone.
+    """
+
+    session_id: str = HISTORY
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -146,7 +154,8 @@ class TurnDone(Plain):
     ``output``: a validated value (JSON-ready) when the agent gave one. ``verdict``: when the agent gave one apart from
     its text; engines whose agents only write leave ``None``, and the run reads a module's text (``Verdict.from_text``).
     ``duration_s``: only when it was not measured now (a tape). ``note``: one line that the view says beside the answer.
-    ``unsent``: nobody was asked, so the text is no answer, and need not fit the agent's ``output``.
+    ``unsent``: nobody was asked, so the text is no answer, and need not fit the agent's ``output``. ``unpriced``: it is
+    not known what it cost, though the engine is free now (a tape).
     """
 
     text: str
@@ -155,6 +164,7 @@ class TurnDone(Plain):
     duration_s: float | None = None
     note: str | None = None
     unsent: bool = False
+    unpriced: bool = False
 
 
 AgentEvent = Delta | SessionStarted | ToolCalled | ToolReturned | UsageReported | TurnDone

@@ -12,9 +12,10 @@ from typing import Any
 
 from ..errors import EngineError, WorkflowError
 from ..team import ToolCall, checked_calls, told, wrong_arguments
-from ..tools import LONGEST_RESULT, Tool, shortened
+from ..tools import LONGEST_RESULT, Permission, Tool, shortened
 from .base import AgentRequest
 
+REFUSED = "Refused by a person"
 MOST_CALLED = 100
 """So many agents a model may call at once: a slip of it should not cost a fortune."""
 
@@ -54,6 +55,11 @@ async def use(request: AgentRequest, call: ToolCall) -> str:
         share = LONGEST_RESULT // max(1, len(results))  # so that one who says too much hides no other
         return told(replace(one, text=shortened(one.text, share)) for one in results)
     raise EngineError(f"{request.step!r} uses {call.name}, but is no part of a run here.", step=request.step)
+
+
+def refusal(permission: Permission) -> str:
+    """What a model is told of a tool that a person does not allow."""
+    return f"{REFUSED}{': ' + permission.reason if permission.reason else '.'}"
 
 
 class _Checker:

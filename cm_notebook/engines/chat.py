@@ -30,8 +30,8 @@ from ..errors import EngineAuthError, EngineError, EngineProtocolError, Workflow
 from ..events import Usage
 from ..tools import Tool, read_arguments, text_of
 from ..workflow import fitted, unfenced
-from .base import AgentEvent, AgentRequest, Delta, ToolCalled, ToolReturned, TurnDone, UsageReported
-from .builtin import built_in
+from .base import AgentEvent, AgentRequest, Delta, SessionStarted, ToolCalled, ToolReturned, TurnDone, UsageReported
+from .builtin import built_in, refusal
 from .functions import Raised, in_thread
 from .http import SILENCE_S, Complaint, Connection
 from .prices import Tokens, cost_usd, price_of
@@ -210,6 +210,7 @@ class ChatEngine(abc.ABC):
         body = self.body(replace(request, agent=agent.model_copy(update={"tools": tuple(tools.values())})))
         spent, written, corrected = _Spent(price), False, False
         async with self._connection() as connection:
+            yield SessionStarted()
             for _ in range(MOST_ROUNDS):
                 reader, begun = self.reader(), False
                 try:
@@ -392,7 +393,7 @@ async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> 
                 return failed("Refused: this needs a person's permission, and nobody can be asked here.")
             permission = await request.ask_permission(tool.name, arguments)
             if not permission.allowed:
-                return failed(f"Refused by a person{': ' + permission.reason if permission.reason else '.'}")
+                return failed(refusal(permission))
             if permission.arguments is not None:
                 checked = tool.check(permission.arguments)
     except WorkflowError as error:

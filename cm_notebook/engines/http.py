@@ -182,9 +182,9 @@ class Connection:
         if kind in _NO_MONEY or status == 402:
             return tell(EngineError, f"the account at {self._where} has no credit left: {said}")
         if status == 401 or kind in ("authentication_error", "invalid_api_key"):
-            where = keys.source(self._engine) or keys.variable(self._engine)
-            hint = f"Check the key ({where}), or put in another: `%cm keys set {self._engine}`."
-            return tell(EngineAuthError, f"{self._where} does not accept the key: {sentence} {hint}")
+            return tell(
+                EngineAuthError, f"{self._where} does not accept the key: {sentence} {keys.refused(self._engine)}"
+            )
         if status == 403 or kind == "permission_error":
             return tell(EngineAuthError, f"{self._where} does not permit this: {said}")
         if status == 429 or kind.startswith("rate_limit"):

@@ -3,7 +3,8 @@
 Strategy: one answer, two audiences. Where nobody is there (``strict``) a tape is a test: a turn that it does not hold,
 or holds for another prompt, ends the run with ``ReplayMismatch``. Where a person decides, their words may lead
 anywhere: the nearest recorded answer is given, and a note says that no model has read them. Nothing is invented,
-neither session nor usage.
+neither session nor usage. No tool is called: what it had returned is told again. Only agents that were called and
+people who were asked are part of the run, and so are called and asked.
 """
 
 from __future__ import annotations
@@ -12,14 +13,24 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from ..errors import ReplayMismatch
+from ..errors import ReplayMismatch, WorkflowError
+from ..events import NOT_CALLED as NOT_CALLED
 from ..events import OTHER_WORDS, Usage
-from ..tape import Tape, TapedTurn
+from ..tape import Tape, TapedCall, TapedTurn
 from ..workflow import Verdict
-from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
-from .scripted import use_tools, words
+from .base import (
+    AgentEvent,
+    AgentRequest,
+    Delta,
+    SessionStarted,
+    ToolCalled,
+    ToolReturned,
+    TurnDone,
+    UsageReported,
+)
+from .builtin import REFUSED, refusal, use
+from .scripted import words
 
-NOT_CALLED = "offline: no model was called"
 BESIDE = f"recorded answer: {OTHER_WORDS}"
 REPEATED = f"recorded answer again, as the tape has none for this attempt: {OTHER_WORDS}"
 
@@ -68,35 +79,47 @@ class OfflineEngine:
             return
         if taped.session_id is not None:
             yield SessionStarted(taped.session_id)
+        notes = [taped.note, note]
         for call in taped.tool_calls:
             due = _clock()
             for at_s, piece in self._paced(call.said.rstrip() + "\n\n" if call.said else ""):
                 await due(at_s)
                 yield Delta(piece)
-            if wrong := await use_tools(request, [call]):
-                note = " ".join(filter(None, (note, *wrong)))
+            if call.call_id is not None and call.arguments is not None:
+                yield ToolCalled(call.call_id, call.name, call.arguments)
+            returned, wrong = await _done_again(request, call)
+            notes.append(wrong)
+            if returned is not None:
+                yield returned
         due = _clock()
         for at_s, piece in self._paced(taped.text, taped):
             await due(at_s)
             yield Delta(piece)
-        if (failure := taped.failure()) is not None:
-            raise failure
         if taped.usage is not None or taped.cost_usd is not None:
-            yield UsageReported(taped.usage or Usage(), taped.cost_usd)
-        yield TurnDone(taped.text, output=taped.output, verdict=taped.verdict, duration_s=taped.duration_s, note=note)
+            yield UsageReported(taped.usage or Usage(), taped.cost_usd, cost_estimated=taped.cost_estimated)
+        if (failure := taped.failure(self.delay)) is not None:
+            raise failure
+        yield TurnDone(
+            taped.text,
+            output=taped.output,
+            verdict=taped.verdict,
+            duration_s=taped.duration_s,
+            note=" ".join(filter(None, notes)) or None,
+            unpriced=taped.unpriced,
+        )
 
     def _found(self, request: AgentRequest) -> tuple[TapedTurn | None, str | None]:
         """The recorded turn to play, and what is to be said beside it."""
         if self.tape is None:
             return None, NOT_CALLED
         where = (request.path, request.attempt, request.turn)
-        taped = self.tape.turn(*where)
+        taped = self.tape.turn(*where, request.failures)
         if taped is None:
             if self.strict:
                 raise ReplayMismatch(self._missing(request))
             taped = self.tape.nearest(*where)
             return taped, NOT_CALLED if taped is None else REPEATED
-        difference = taped.prompt.difference(request.prompt) if taped.prompt is not None else None
+        difference = taped.prompt.difference(request.prompt, self.tape.text) if taped.prompt is not None else None
         if difference is None:
             return taped, None
         if self.strict:
@@ -115,7 +138,7 @@ class OfflineEngine:
 
     def _again(self) -> str:
         source = self.tape.source if self.tape is not None else "FILE"
-        return f"Change the prompt back, or mend the tape ({source})."
+        return f"`%cm run --record {source}` records again; this calls a model."
 
     def _paced(self, text: str, taped: TapedTurn | None = None) -> list[tuple[float, str]]:
         """The text as it was streamed, in at most `delay` seconds: when each piece is due, and the piece."""
@@ -128,6 +151,25 @@ class OfflineEngine:
         total_s = pieces[-1][0] if pieces else 0.0
         pace = min(1.0, self.delay / total_s) if total_s else 0.0
         return [(at_s * pace, piece) for at_s, piece in pieces]
+
+
+async def _done_again(request: AgentRequest, call: TapedCall) -> tuple[ToolReturned | None, str | None]:
+    """What is told of a tool that was called, and what is to be said beside the answer."""
+    again, text, failed, wrong = call.again, call.returned, call.failed, None
+    if again is not None:
+        try:
+            text = await use(request, again)
+        except WorkflowError as refused:
+            text, failed, wrong = str(refused), True, None if call.call_id is not None else str(refused)
+    elif call.permission and request.ask_permission is not None:
+        permission = await request.ask_permission(call.name, call.given)
+        if not permission.allowed and not failed:
+            text, failed, wrong = refusal(permission), True, BESIDE
+        elif permission.allowed and failed and (call.returned or "").startswith(REFUSED):
+            wrong = BESIDE
+    if call.call_id is None or text is None:
+        return None, wrong
+    return ToolReturned(call.call_id, call.name, text, failed), wrong
 
 
 def _clock() -> Callable[[float], Awaitable[None]]:

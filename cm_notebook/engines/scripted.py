@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import ReplayMismatch, WorkflowError, by_name, did_you_mean
 from ..events import Usage
+from ..plain import Plain
 from ..team import ToolCall
 from ..workflow import Verdict
 from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
@@ -25,8 +26,8 @@ from .builtin import use
 
 
 @by_name("cm.Reply")
-@dataclass(frozen=True, slots=True)
-class Reply:
+@dataclass(slots=True, eq=False, repr=False)
+class Reply(Plain):
     """What a scripted agent does in one turn.
 
     Attributes
@@ -63,15 +64,15 @@ class Reply:
     tool_calls: Sequence[ToolCall | Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
-        made = tuple(call if isinstance(call, ToolCall) else ToolCall(**dict(call)) for call in self.tool_calls)
-        object.__setattr__(self, "tool_calls", made)
+        calls = self.tool_calls
+        self.tool_calls = tuple(call if isinstance(call, ToolCall) else ToolCall(**dict(call)) for call in calls)
         if not isinstance(self.text, str):
             raise WorkflowError(f"cm.Reply: text={self.text!r} is not a text.")
         if not isinstance(self.delay_s, (int, float)):
             raise WorkflowError(f"cm.Reply: delay_s={self.delay_s!r} is not a number of seconds.")
         whole = "".join(self.deltas) if self.deltas is not None else self.verdict.reason if self.verdict else ""
         if not self.text:
-            object.__setattr__(self, "text", whole)
+            self.text = whole
         elif self.deltas is not None and whole != self.text:
             raise WorkflowError(f"reply {self.text[:40]!r}: its deltas make {whole[:40]!r}. Leave one of them out.")
         if self.delay_s < 0:

@@ -85,7 +85,7 @@ def _fragment(line: str) -> str:
     return re.search(r"[\w-]*$", line)[0]  # type: ignore[index]
 
 
-_FILES = {"tape": ".jsonl", "workspace": ""}
+_FILES = {"tape": ".jsonl", "record": ".jsonl", "workspace": ""}
 """Options that name a file, and how its name ends; ``""``: a folder."""
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
@@ -20,8 +22,10 @@ from .. import config, keys, options
 from .. import workflow as define
 from ..allowed import Permissions, permissions
 from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
-from ..events import EDITABLE, Decision, Ref
+from ..events import EDITABLE, Decision
+from ..exports import is_program
 from ..render import compare, diff, html, svg, text, timeline
+from ..render.shell import editable
 from ..run import Run, both
 from ..run import runs as all_runs
 from ..runstate import RunState
@@ -35,7 +39,7 @@ Values = dict[str, Any]
 
 
 class Text(str):
-    """A text that was shown as something better: a picture, a coloured difference."""
+    """A text that was shown as something better: a picture, a coloured difference, a sentence."""
 
     __slots__ = ()
 
@@ -106,6 +110,7 @@ class CMMagics(Magics):
         Running:   run  next  pause  stop  resume  rewind  fork  mode
         Deciding:  approve  reject  edit  skip  retry  answer
         Looking:   show  diff  graph  status  runs  permissions  config  keys  doctor
+        Sharing:   export
 
         {{ name }} in a prompt is a step's output, an input (--input name=…), or a variable of the notebook.
         `%cm` alone says where things stand; `%cm step --help` says more about one subcommand.
@@ -229,7 +234,7 @@ class CMMagics(Magics):
         return run
 
     def _resume(self, values: Values, body: str | None) -> Run:
-        run = self._notebook.take_up(values["run"])
+        run = self._notebook.take_up(values["run"], values.get("on_waiting"))
         self._present(run)
         return run
 
@@ -292,20 +297,15 @@ class CMMagics(Magics):
         run = self._notebook.deciding(values.get("step"))
         gate = run.gate(values.get("step"))
         with run.reading() as state:
-            step = state.find(gate.path)
-            if gate.kind in EDITABLE:
-                sent = step.redo.prompt if gate.kind == "start" and step.redo is not None else None
-                written = state.text(sent) if sent is not None else step.last.text if step.last is not None else ""
-                head, then = f"%%cm edit {gate.path}", "goes on with it"
-                if gate.kind == "permission":
-                    written, then = text.requested(gate), f"calls {gate.payload.get('tool')} with these arguments"
-            elif "retry" in gate.actions:
-                turns = step.last.turns if step.last is not None else []
-                written = state.text(Ref(turns[-1], "prompt")) if turns else ""
-                head, then = f"%%cm retry {gate.path}", "is tried again with this prompt"
-            else:
+            written = editable(state, gate)
+            if written is None:
                 magics = " or ".join(f"`{way.magic}`" for way in text.ways(state, gate))
                 raise TransitionError(f"{gate.step} has no text to edit: it asks a question. Use {magics}.")
+        head, then = f"%%cm edit {gate.path}", "goes on with it"
+        if gate.kind == "permission":
+            then = f"calls {gate.payload.get('tool')} with these arguments"
+        elif gate.kind not in EDITABLE:
+            head, then = f"%%cm retry {gate.path}", "is tried again with this prompt"
         self._shell.set_next_input(f"{head}\n{written}")
         print(f"Edit the text in the cell below and run that cell: {gate.step} {then}.")
         return run
@@ -403,6 +403,16 @@ class CMMagics(Magics):
         with run.reading() as state:
             self._display(text.status_table(state), html.status_html(state))
         return run
+
+    def _export(self, values: Values, body: str | None) -> Text:
+        file = Path(values["file"])
+        workflow = self._notebook.exported() if is_program(file) else None
+        source = workflow if workflow is not None else self._notebook.current()
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
+            made = source.export(file, overwrite=values.get("overwrite", False))
+        print("\n".join([f"{made} is written.", *(str(one.message) for one in noted)]))
+        return Text(made)
 
     def _runs(self, values: Values, body: str | None) -> Runs:
         found = Runs(all_runs())

@@ -37,8 +37,12 @@ from ..run import Run
 from ..runstate import RunState, StepState
 from ..starting import check_options, checked_limits
 from ..state import state_of
+from ..waiting import OnWaiting
 from ..workflow import LIMITS, RESERVED, Agent, AnyStep, AutonomousMode, Separator, Step, Workflow, limits_of
 from . import bridge
+
+_CHANGES = (*LIMITS, "on_waiting")
+"""Options that a run takes at any time."""
 
 
 @dataclass(slots=True)
@@ -51,6 +55,7 @@ class Plan:
     sub_agents: list[str] = field(default_factory=list)
     engine: str | None = None
     tape: str | None = None
+    record: str | None = None
     workspace: str | None = None
     max_cost_usd: float | None = None
     max_tokens: int | None = None
@@ -74,6 +79,16 @@ class Plan:
                 made.append(item)
         return made
 
+    def played(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Which tapes a run plays and writes: `options` come before what the workflow's cell says.
+
+        To record again the tape that the workflow plays, it is not played.
+        """
+        given = {"tape": self.tape, "record": self.record, **options}
+        if "record" in options and "tape" not in options and _same_file(self.tape, options["record"]):
+            given["tape"] = None
+        return given
+
 
 class Left(NamedTuple):
     """An unfinished run whose workflow is not the current one, and what cells had said about it."""
@@ -91,6 +106,10 @@ class Left(NamedTuple):
             at = ", ".join(gate.step for gate in state.gates.values())
             how = f"waits at {at}" if at else f"is {state.status}"
             return f"Run {self.run.id} of {state.name} still {how}: `%cm resume {self.run.id}` goes back to it."
+
+
+def _same_file(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and Path(one).resolve() == Path(other).resolve()
 
 
 def _place(items: list[AnyStep], id: str) -> int | None:
@@ -206,7 +225,7 @@ class Notebook:
         ------
         WorkflowError    The run there was does not fit it; nothing was changed.
         """
-        check_options(engine=plan.engine, tape=plan.tape, workspace=plan.workspace)
+        check_options(engine=plan.engine, tape=plan.tape, record=plan.record, workspace=plan.workspace)
         kept, current = dict(vars(self)), self._started()
         try:
             return self._define(plan, new or not bridge.somebody())
@@ -236,7 +255,8 @@ class Notebook:
         elif before is not None and before.name == plan.name:
             plan.placed = before.placed
             self._revise(plan)
-            fixed = [name for name in ("engine", "tape", "workspace") if getattr(plan, name) != getattr(before, name)]
+            kept = ("engine", "tape", "record", "workspace")
+            fixed = [name for name in kept if getattr(plan, name) != getattr(before, name)]
         self.plan = plan
         if self.run is not None and (other := self._started()) is not self.run:
             self._note(other)
@@ -406,8 +426,8 @@ class Notebook:
         inputs
             Values of template names, over the workflow's.
         **options
-            ``engine, tape, workspace, on_gate`` of ``Workflow.start``, for a run that is started or taken up; and
-            ``max_cost_usd, max_tokens, max_turns``: what it may use in all, from now on.
+            ``engine, tape, record, workspace, on_gate`` of ``Workflow.start``, for a run that is started or taken up;
+            and ``max_cost_usd, max_tokens, max_turns``, what it may use in all, and ``on_waiting``, from now on.
         """
         plan = self._planned()
         check_options(**{name: value for name, value in options.items() if name not in LIMITS})
@@ -456,14 +476,14 @@ class Notebook:
             raise TransitionError(f"{self._planned().name} has no step left. Add one, or start anew: `%cm run`.")
         return self._run_to(ids[: ids.index(id) + 1], items, exactly=True, once=True), id
 
-    def take_up(self, run_id: str) -> Run:
+    def take_up(self, run_id: str, on_waiting: OnWaiting | None = None) -> Run:
         """Go on with a run of the journal, by its id."""
         here = self.left.get(run_id)
         if here is None and run_id not in (known := self.run_ids()):
             raise TransitionError(f"there is no run {run_id!r}. {did_you_mean(run_id, known, 'Runs')}")
-        return self._take(here.run if here is not None else Run.open(run_id))
+        return self._take(here.run if here is not None else Run.open(run_id), on_waiting=on_waiting)
 
-    def _take(self, found: Run, rewind: str | None = None) -> Run:
+    def _take(self, found: Run, rewind: str | None = None, on_waiting: OnWaiting | None = None) -> Run:
         """The cells go on with this run; with `rewind` it goes back to before that step, and waits there."""
         run_id, here = found.id, self.left.get(found.id)
         self._check_functions(found.state)
@@ -471,10 +491,11 @@ class Notebook:
         plan = mine if mine is not None and mine.name == found.state.name else Plan(found.state.name)
         before = self._started()
         if here is not None and found.state.ended is None:
-            run = found.go_on()
+            run = found.go_on(on_waiting=on_waiting)
         else:
             agents = [agent for agent in self.agents.values() if agent.id in found.state.agents]
-            run = runs.resume(run_id, agents=agents, engine=plan.engine, tape=plan.tape, rewind=rewind)
+            played = plan.played({})
+            run = runs.resume(run_id, agents=agents, engine=plan.engine, on_waiting=on_waiting, rewind=rewind, **played)
         if before is not None and before is not run:
             runs.set_current(before)
             self._leave()
@@ -615,10 +636,10 @@ class Notebook:
         workflow = self._fresh(touched) if run is None else self._workflow(run, touched)
         self._check_inputs(plan, workflow, given)
         if run is not None and run is not self.found:
-            self._check_kept(run, {name: value for name, value in options.items() if name not in LIMITS})
+            self._check_kept(run, {name: value for name, value in options.items() if name not in _CHANGES})
         limit = _limit([item.id for item in workflow.executable], allowed)
         if run is None:
-            with_ = {"tape": plan.tape, "workspace": plan.workspace, **options}
+            with_ = {"workspace": plan.workspace, **plan.played(options)}
             run = Run.start(workflow, until=limit, notebook=bridge.notebook_key(), **with_)
             self.since, self._given = time.time(), with_
         else:
@@ -631,7 +652,8 @@ class Notebook:
                     run.go_on(until=limit, once=once, again=again, later=later)
             else:
                 limits = {name: options[name] for name in LIMITS if name in options}
-                run.go_on(workflow, until=limit, once=once, again=again, later=later, limits=limits)
+                told = options.get("on_waiting")
+                run.go_on(workflow, until=limit, once=once, again=again, later=later, limits=limits, on_waiting=told)
         self.run, self.found, self._allowed = run, None, allowed
         return run
 
@@ -640,7 +662,7 @@ class Notebook:
     ) -> Run:
         self._check_functions(found.state)
         plan = self._planned()
-        given = {"engine": plan.engine, "tape": plan.tape, **options}
+        given = {"engine": plan.engine, **plan.played(options)}
         given.pop("workspace", None)
         why = "stopped by you" if found.status == "stopped" else "the kernel had ended"
         try:
@@ -722,6 +744,18 @@ class Notebook:
         )
         check_templates(made, inputs)
         return made.model_copy(update={"agents": [agent for agent in made.agents if agent.id in used]})
+
+    def exported(self) -> Workflow | None:
+        """The workflow as cells say it, with the notebook's variables that its prompts name; ``None``: no cell does.
+
+        Raises
+        ------
+        WorkflowError    It is not complete.
+        """
+        if self.plan is None:
+            return None
+        items, run = self.items(), self._last()
+        return self._fresh(items) if run is None else self._workflow(run, items)
 
     def draft(self) -> Workflow | None:
         """The workflow as far as it is known, to look at; ``None`` while agents are missing."""

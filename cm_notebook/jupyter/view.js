@@ -1,22 +1,36 @@
 // The run's view in the page: shows what the kernel says, tells it what a person did, decides nothing. The messages
-// stand in view.py, and what can be said in Python comes from there as HTML, made safe; what is being written becomes
-// text nodes. "connecting" (the snapshot is seen) until the kernel answered `hello`, then "live"; "silent": not in 5 s;
-// "gone": there is none.
+// stand in view.py; HTML comes from there, made safe; what is being written becomes text nodes. "connecting" (the
+// snapshot is seen) until the kernel answered `hello`, then "live"; "silent": not in 5 s; "gone": there is none.
 
 const SILENT_MS = 5000;
 const DEAD_MS = 500; // a new bar takes no click meant for what stood there before
 const PIECE = 4000; // characters of growing text laid out anew each time
 const KEPT = 8; // such pieces that stay of an endless text
 const HUSH_MS = 2000; // between two things said aloud
-const CALM = matchMedia("(prefers-reduced-motion: reduce)");
+// The gates that are open, by view: all views of a page share it, though each has a module of its own.
+const OPEN = document.cmOpen ??= (document.addEventListener("visibilitychange", entitle), new Map());
+
+// While nobody sees the page, its title says how many decisions wait.
+function entitle() {
+  const { title, hidden } = document, { mark = "" } = OPEN, open = new Set([...OPEN.values()].flat()).size;
+  OPEN.mark = hidden && open ? `(${open}) ` : "";
+  document.title = OPEN.mark + (title.startsWith(mark) ? title.slice(mark.length) : title);
+}
 
 const unique = () => `cm${Math.random().toString(36).slice(2)}`;
 
-function make(tag, attributes = {}, ...children) {
+function make(tag, className, ...children) {
   const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (className) node.className = className;
   node.append(...children);
   return node;
+}
+
+// The nodes that HTML from Python describes; those with a name become parts of `owner`.
+function parts(html, owner) {
+  const root = document.createRange().createContextualFragment(html).firstChild;
+  for (const node of root.querySelectorAll("[data-part]")) owner[node.dataset.part] = node;
+  return root;
 }
 
 // What has the focus inside of a node.
@@ -30,7 +44,7 @@ const put = (node, html) => { if (node.cmHtml !== html) { node.cmHtml = html; no
 
 // A text while it is written: formatted blocks, then growing plain pieces.
 class Text {
-  constructor() { this.node = make("div", {}, this.blocks = make("div"), this.rest = make("div")); }
+  constructor() { this.node = make("div", "", this.blocks = make("div"), this.rest = make("div")); }
   block(html, rest) { this.blocks.insertAdjacentHTML("beforeend", html); this.plain(rest); }
   plain(rest) { this.rest.replaceChildren(); this.left = this.piece = null; if (rest) this.add(rest); }
   add(text) {
@@ -47,9 +61,9 @@ class Text {
   }
   begin() {
     this.piece = document.createTextNode("");
-    this.rest.append(make("div", { class: "cm-piece" }, this.piece));
+    this.rest.append(make("div", "cm-piece", this.piece));
     if (this.rest.children.length - (this.left ? 1 : 0) <= KEPT) return;
-    if (!this.left) this.rest.prepend(this.left = make("div", { class: "cm-small" }, "… left out until it is finished …"));
+    if (!this.left) this.rest.prepend(this.left = make("div", "cm-small", "… left out until it is finished …"));
     this.left.nextSibling.remove();
   }
 }
@@ -57,15 +71,14 @@ class Text {
 class Card {
   constructor(view, key) {
     Object.assign(this, { view, key, record: {}, tab: "output", attempt: 0, follow: true });
-    const body = this.body = make("div", { class: "cm-body", id: unique(), tabindex: 0 });
-    body.onscroll = () => { this.follow = body.scrollHeight - body.scrollTop - body.clientHeight < 40; };
-    this.summary = make("summary");
-    this.summary.onclick = byHand(() => { this.touched = true; });
-    this.details = make("details", {}, this.summary, this.tools = make("div", { class: "cm-tools" }), body);
-    this.details.ontoggle = () => this.fill();
-    this.tail = make("div", { class: "cm-tail cm-small" });
-    this.node = make("li", {}, this.flat = make("div"), this.lanes = make("ol"), this.slot = make("div"));
+    this.node = parts(view.page.card, this);
     this.node.card = this;
+    const { body } = this;
+    body.id = unique();
+    body.onscroll = () => { this.follow = body.scrollHeight - body.scrollTop - body.clientHeight < 40; };
+    this.summary.onclick = byHand(() => { this.touched = true; });
+    this.details.ontoggle = () => this.fill();
+    this.details.remove(); this.tail.remove(); // until a record wants them
   }
 
   update(record) {
@@ -78,7 +91,7 @@ class Card {
     const main = body ? this.details : this.flat;
     if (this.node.firstChild !== main) this.node.firstChild.replaceWith(main);
     if (lane) main.after(this.tail); else if (body) this.details.append(this.lanes); // what a step has called folds with it
-    this.lanes.className = columns > 1 ? "cm-lanes cm-beside" : "cm-lanes";
+    this.lanes.classList.toggle("cm-beside", columns > 1);
     this.lanes.hidden = !record.lanes?.length;
     this.line(record.summary);
     this.last(record.tail);
@@ -160,10 +173,10 @@ class Card {
 
 class Bar {
   constructor(view, record) {
-    Object.assign(this, { view, record, busy: false, young: true });
-    const id = unique();
-    this.node = make("div", { class: "cm-bar", role: "group", tabindex: -1, "aria-labelledby": id }, this.words = make("div", { id }),
-      this.buttons = make("div", { class: "cm-buttons" }), this.more = make("div", { class: "cm-ask", hidden: "" }), this.error = make("div", { class: "cm-note", hidden: "" }));
+    Object.assign(this, { view, busy: false, young: true });
+    this.node = parts(view.page.bar, this);
+    this.words.id = unique();
+    this.node.setAttribute("aria-labelledby", this.words.id);
     setTimeout(() => { this.young = false; this.enable(); }, DEAD_MS);
     this.update(record);
     const open = record.buttons.find(one => one.at_once);
@@ -230,12 +243,8 @@ class Bar {
   send(one) {
     if (!this.ready) return;
     const words = this.field?.value;
-    if (one.ask && !words.trim()) {
-      this.say(one.empty ?? "Nothing to send yet.");
-      this.field.focus();
-      return;
-    }
-    this.decide(one, one.ask ? { [one.ask]: words } : {});
+    if (one.ask && !words.trim()) { this.say(one.empty); this.field.focus(); }
+    else this.decide(one, one.ask ? { [one.ask]: words } : {});
   }
 
   decide(one, words = {}) {
@@ -244,7 +253,7 @@ class Bar {
     this.enable();
     this.say("");
     this.view.tell({ decide: this.record.id, digest: this.record.digest, action: one.action, ...one.more, ...words });
-    setTimeout(() => { if (this.busy && this.node.isConnected && this.view.live) this.say("Sent. The kernel is busy; it answers when it can."); }, 1500);
+    setTimeout(() => { if (this.busy && this.node.isConnected && this.view.live) this.say(this.view.page.words_for.busy); }, 1500);
   }
 
   go() {
@@ -258,22 +267,24 @@ class Bar {
 
 class View {
   constructor(model, host) {
-    Object.assign(this, { model, id: unique(), state: "connecting", number: null, sent: 0, skew: 0, page: model.get("page"), head: model.get("head") });
+    Object.assign(this, { model, id: unique(), state: "connecting", number: null, sent: 0, skew: 0, page: model.get("page") });
     for (const name of ["cards", "bars", "texts", "asked", "records"]) this[name] = new Map();
     this.build();
     host.append(this.style = make("style"), this.root);
-    this.handlers = { "msg:custom": message => this.told(message), comm_live_update: () => { if (!model.comm_live) this.lose("gone"); } };
-    for (const name of ["head", "graph", "cards", "gates", "final"]) this.handlers[`change:${name}`] = () => this.soon();
+    this.handlers = { "msg:custom": message => this.told(message), change: () => this.soon(), comm_live_update: () => { if (!model.comm_live) this.lose("gone"); } };
     for (const [name, handler] of Object.entries(this.handlers)) model.on(name, handler);
     this.hello();
   }
 
   close() {
     for (const timer of [this.timer, this.ticker, this.hush]) clearTimeout(timer);
+    OPEN.delete(this);
+    entitle();
     for (const [name, handler] of Object.entries(this.handlers)) this.model.off(name, handler);
   }
 
   get live() { return this.state === "live"; }
+  waits(gates) { OPEN.set(this, gates.map(gate => gate.id)); entitle(); }
 
   // -- to and from the kernel
 
@@ -331,6 +342,7 @@ class View {
     if (this.state === "gone" || this.model.get("final")) return;
     clearTimeout(this.timer);
     this.number = null; this.state = state;
+    this.waits([]);
     if (!this.drawn) this.style.textContent = ""; // the snapshot has all there is to see
     this.root.hidden = false;
     this.note(this.page.words_for[state]);
@@ -346,8 +358,7 @@ class View {
   // -- showing
 
   build() {
-    this.root = document.createRange().createContextualFragment(this.page.html).firstChild;
-    for (const node of this.root.querySelectorAll("[data-part]")) this[node.dataset.part] = node;
+    this.root = parts(this.page.html, this);
     this.root.onkeydown = event => this.key(event);
     this.root.onclick = byHand(({ target }) => {
       const at = target.closest("[data-do],[data-gate],[role=tab],svg [data-step]"), { do: what, gate, mode, step } = at?.dataset ?? {};
@@ -372,7 +383,7 @@ class View {
 
   draw() {
     if (!this.live) return;
-    const { model } = this, head = this.head = model.get("head"), final = model.get("final");
+    const { model } = this, head = model.get("head"), final = model.get("final");
     const before = focused(this.root);
     this.drawn = true;
     this.inside.hidden = false; this.root.hidden = Boolean(final);
@@ -393,6 +404,7 @@ class View {
       places.set(place, [...places.get(place) ?? [], gate]);
     }
     for (const [place, records] of places) this.match(this.bars, place, records, "id", record => { this.note(""); return new Bar(this, record); });
+    this.waits(final ? [] : gates);
     this.tick();
     this.enable();
     this.speak(head.spoken);
@@ -438,7 +450,7 @@ class View {
       const left = Math.max(0, Math.ceil(node.dataset.until - this.skew - Date.now() / 1000));
       node.textContent = left < 120 ? `${left} s` : `${Math.floor(left / 60)} min ${left % 60} s`;
     }
-    if (nodes.length) this.ticker = setTimeout(() => this.tick(), CALM.matches ? 5000 : 1000);
+    if (nodes.length) this.ticker = setTimeout(() => this.tick(), matchMedia("(prefers-reduced-motion: reduce)").matches ? 5000 : 1000);
   }
 
   note(words) { this.say(this.error, words); }
@@ -477,22 +489,22 @@ class View {
     const bars = [...this.bars.values()], bar = bars.find(one => one.node.contains(target)) ?? bars[0];
     const node = target.closest("svg [data-step]");
     let act;
-    const row = [...this.menu.children], by = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[key];
-    if (row.includes(target) && by) act = () => row[(row.indexOf(target) + by + row.length) % row.length].focus();
-    else if (row.includes(target) && (key === "Escape" || key === "Tab")) act = () => this.back();
+    const row = [...this.menu.children], inRow = row.includes(target), by = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[key];
+    if (inRow && by) act = () => row[(row.indexOf(target) + by + row.length) % row.length].focus();
+    else if (inRow && (key === "Escape" || key === "Tab")) act = () => this.back();
     else if (key === "Escape") act = () => this.leave(bar);
     else if (target.closest("textarea")) act = key === "Enter" && (event.ctrlKey || event.metaKey) && bar?.opened && (() => bar.send(bar.opened));
     else if (node && (key === "Enter" || key === " ")) act = () => this.visit(node);
     else if (by && target.role === "tab") {
       const { card } = target.closest("li");
       act = () => card.pick(card.beside(by, target.dataset.tab ? "tab" : "attempt", true), true);
-    } else if (this.page.shortcuts && !(event.repeat || event.ctrlKey || event.metaKey || event.altKey || row.includes(target))) act = this.actions(target, bar)[key.toLowerCase()];
+    } else if (this.page.shortcuts && !(event.repeat || event.ctrlKey || event.metaKey || event.altKey || inRow)) act = this.actions(target, bar, bars)[key.toLowerCase()];
     if (!act) return;
     event.preventDefault();
     act();
   }
 
-  actions(target, bar) {
+  actions(target, bar, bars) {
     const cards = [...this.root.querySelectorAll("summary")].filter(one => one.getClientRects().length).map(one => one.closest("li")?.card);
     const at = cards.findIndex(card => card?.details.contains(target)), card = cards[at] ?? cards.findLast(one => one?.details.open);
     const move = to => () => cards[Math.min(cards.length - 1, Math.max(0, to))]?.summary.focus();
@@ -501,7 +513,7 @@ class View {
     const inBar = bar?.node.contains(target);
     return {
       a: inBar && press("A"), s: inBar && press("S"), r: press("R"), e: press("E"),
-      g: () => { const all = [...this.bars.values()]; all[(inBar ? all.indexOf(bar) + 1 : 0) % all.length]?.go(); },
+      g: () => bars[(inBar ? bars.indexOf(bar) + 1 : 0) % bars.length]?.go(),
       j: move(at + 1), k: move(at < 0 ? cards.length : at - 1), "[": attempt(-1), "]": attempt(1),
       d: () => card?.pick(card.tabs.find(one => one.dataset.tab === (card.tab === "diff" ? "output" : "diff"))),
       "?": () => { this.help.hidden = !this.help.hidden; },

@@ -37,6 +37,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..cleaning import SAVED_BELOW
 from ..config import setting
 from ..errors import AlreadyDecided, CodeMachineError, did_you_mean
 from ..events import Action, Decision, Gate, Mode, RunResumed, RunStarted, TurnStarted
@@ -192,7 +193,21 @@ MODES: dict[Mode, str] = {
 }
 SURE = "Switch to unattended? Gates that open from now on are approved without you."
 SILENT = "The kernel has not answered yet. The buttons come when it does; until then use %cm approve in a cell."
+BUSY = "Sent. The kernel is busy; it answers when it can."
 GONE = "Not connected to the kernel. Run the notebook from the top to here: nothing runs twice, the gate is the same."
+
+
+CARD = (
+    '<li><div data-part="flat"></div><details data-part="details"><summary data-part="summary"></summary>'
+    '<div class="cm-tools" data-part="tools"></div><div class="cm-body" tabindex="0" data-part="body"></div></details>'
+    '<div class="cm-tail cm-small" data-part="tail"></div><ol class="cm-lanes" data-part="lanes"></ol>'
+    '<div data-part="slot"></div></li>'
+)
+BAR = (
+    '<div class="cm-bar" role="group" tabindex="-1"><div data-part="words"></div>'
+    '<div class="cm-buttons" data-part="buttons"></div><div class="cm-ask" data-part="more" hidden></div>'
+    '<div class="cm-note" data-part="error" hidden></div></div>'
+)
 
 
 def page_record(state: RunState, steps: Sequence[str] | None = None) -> dict[str, Any]:
@@ -228,8 +243,10 @@ def page_record(state: RunState, steps: Sequence[str] | None = None) -> dict[str
         '<div class="cm-note" data-part="error" hidden></div>'
         f'<div class="cm-help" data-part="help" hidden>{keys}</div>'
         '<div class="cm-status" data-part="status" role="status" aria-live="polite"></div></section>',
+        "card": CARD,
+        "bar": BAR,
         "shortcuts": bool(setting("shortcuts")),
-        "words_for": {"silent": SILENT, "gone": GONE},
+        "words_for": {"silent": SILENT, "gone": GONE, "busy": BUSY},
     }
 
 
@@ -435,6 +452,7 @@ def _tools(state: RunState, step: StepState) -> str:
     return made
 
 
+NO_WORDS = "Nothing to send yet."
 _ASKS: dict[str, dict[str, Any]] = {
     "reject": {
         "ask": "feedback",
@@ -442,13 +460,14 @@ _ASKS: dict[str, dict[str, Any]] = {
         "send": "Send back",
         "empty": "Say what should be different: its agent gets your words.",
     },
-    "answer": {"ask": "feedback", "label": "Your answer", "send": "Answer", "at_once": True},
+    "answer": {"ask": "feedback", "label": "Your answer", "send": "Answer", "at_once": True, "empty": NO_WORDS},
     "edit": {
         "action": "approve",
         "ask": "output",
         "text_of": "edit-output",
         "label": "The output to go on with",
         "send": "Approve this",
+        "empty": NO_WORDS,
     },
     "prompt": {
         "action": "retry",
@@ -456,6 +475,7 @@ _ASKS: dict[str, dict[str, Any]] = {
         "text_of": "edit-prompt",
         "label": "The prompt to try with",
         "send": "Try this",
+        "empty": NO_WORDS,
     },
     "rerun": {"do": "rerun"},
 }
@@ -753,7 +773,7 @@ class Display:
         # Seen where the widget is not: in a file that is not trusted, and in tools that read text. It is not renewed,
         # so it says nothing about the state; the snapshot below does.
         name = ", ".join([self.run.state.name, *(self.steps or ())])
-        return {**bundle, "text/plain": f"{name}, as saved below. Run this cell again to go on here."}, metadata
+        return {**bundle, "text/plain": f"{name}{SAVED_BELOW}"}, metadata
 
     def _snapshot(self) -> dict[str, str]:
         bundle = _static(self.run, self.steps)

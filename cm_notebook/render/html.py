@@ -56,7 +56,11 @@ COLOURS: dict[Tone, str] = {
 RULE = "#8c8c8c"
 
 FRAME = f"border:1px solid {RULE};border-radius:8px;padding:10px 14px;margin:4px 0;font-size:13px;line-height:1.5"
-_FAINT = "opacity:0.78"
+BAR = f"border-top:1px solid {RULE};margin:10px 0 0;padding:8px 0 0"
+"""Of what waits for a decision."""
+FAINT = "opacity:0.78"
+"""Of words about a run or a step; nothing that an agent wrote stands by itself in it."""
+_FAINT = FAINT
 _SMALL = f"font-size:12px;{_FAINT}"
 _CODE = "font-family:monospace;font-size:12px;background:rgba(128,128,128,0.14);padding:0 3px"
 _PRE = (
@@ -395,7 +399,7 @@ def gate_bar(state: RunState, gate: Gate, *, beside: bool = False, again: bool =
     lead = "Run this cell again to decide, or:" if again else "To decide:"
     said = "\n".join(map(_way, say.ways(state, gate)))
     return (
-        f'<div style="border-top:1px solid {RULE};margin:10px 0 0;padding:8px 0 0">\n'
+        f'<div style="{BAR}">\n'
         f"<div>{sentence_html(state, gate, beside=beside)}</div>\n"
         f'<div style="font-size:12px;margin:4px 0 0">{lead}\n{said}</div>\n'
         "</div>\n"
@@ -711,6 +715,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[in
             lines.append(f'<td style="{_CELL};text-align:{"right" if number in right else "left"}">{cell}</td>')
         lines.append("</tr>")
     return "\n".join([*lines, "</tbody>\n</table>\n"])
+
+
+STATUS_HEAD = table(say.STATUS_COLUMNS, [], right=(2, 3, 4, 5)).partition("</tr>")[0]
+RUNS_HEAD = table(("Run", "Workflow", "State", "Started"), []).partition("</tr>")[0]
 
 
 def status_html(state: RunState, now: float | None = None) -> str:

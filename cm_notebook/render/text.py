@@ -43,6 +43,7 @@ from ..events import (
     StepFailed,
     StepRemoved,
     StepSkipped,
+    TellingFailed,
     ToolCalled,
     ToolReturned,
     TurnCutShort,
@@ -462,7 +463,8 @@ def following(state: RunState, step: StepState) -> str:
 
 def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
     """What the run waits for at `gate`, why, what the answers mean, until when; without what is shown `beside` it."""
-    return " ".join(filter(None, (_gate_words(state, gate, beside=beside), deadline_words(state, gate))))
+    untold = f"Nobody was told: {_ended(one_line(state.untold[gate.id], 300))}" if gate.id in state.untold else ""
+    return " ".join(filter(None, (_gate_words(state, gate, beside=beside), deadline_words(state, gate), untold)))
 
 
 QUESTION = 600
@@ -558,8 +560,8 @@ def stale_words(state: RunState, step: StepState) -> str:
     return why_stale(step)
 
 
-def sentence(state: RunState, now: float | None = None) -> str:
-    """What state the run is in and what comes next."""
+def sentence(state: RunState, now: float | None = None, go_on: str = "%cm run") -> str:
+    """What state the run is in and what comes next; `go_on`: what one types to go on with it."""
     if state.ended == "completed":
         return f"Finished: {counts(state)}."
     if state.ended is not None:
@@ -572,7 +574,7 @@ def sentence(state: RunState, now: float | None = None) -> str:
             if reason.startswith("stopped by")
             else f"{word}: {reason}"
         )
-        return f"{said} {_capital(counts(state))}. `%cm run` goes on."
+        return f"{said} {_capital(counts(state))}. `{go_on}` goes on."
     if state.gates:
         return " ".join(gate_sentence(state, gate) for gate in state.gates.values())
     if state.running:
@@ -583,7 +585,7 @@ def sentence(state: RunState, now: float | None = None) -> str:
             other = f"its cell with other words: `%%cm step {step.id}`"
             return f"Back at {step.id}: nothing runs until you go on. Next: `%cm run`, or {other}."
         why = f" ({one_line(state.pause_reason, 120)})" if state.pause_reason else ""
-        return f"Paused{why}. " + (f"Next: {step.id}. " if step is not None else "") + "`%cm run` goes on."
+        return f"Paused{why}. " + (f"Next: {step.id}. " if step is not None else "") + f"`{go_on}` goes on."
     if step is None:
         return f"{counts(state)}."
     if step.status == "retrying":
@@ -878,6 +880,8 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
         return f"gate: {gate_sentence(state, event.gate)}"
     if isinstance(event, GateDecided):
         return f"{gate_path(event.gate_id)} {decided(state, event.decision)}"
+    if isinstance(event, TellingFailed):
+        return f"{gate_path(event.gate_id)} waits, and nobody was told: {one_line(event.reason, 300)}"
     if isinstance(event, AgentsCalled):
         groups = (", ".join(one.agent for one in group[:8]) + _left_out(len(group) - 8) for group in event.groups)
         return f"{event.path} calls {', then '.join(groups)}"
@@ -1156,8 +1160,13 @@ def run_text(state: RunState, now: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def show_text(state: RunState, step: StepState, attempt: Attempt | None = None, full: bool = False) -> str:
-    """One step as ``text/plain``: a line about it, then its output; `full`: all of it, however long."""
+def show_text(
+    state: RunState, step: StepState, attempt: Attempt | None = None, full: bool = False, more: str = ""
+) -> str:
+    """One step as ``text/plain``: a line about it, then its output; `full`: all of it, however long.
+
+    `more`: the command that shows all of it, if not the magic.
+    """
     shown = attempt if attempt is not None else step.last
     words = [f"{step.path}: {look(state, step).word}"]
     if shown is not None:
@@ -1173,7 +1182,7 @@ def show_text(state: RunState, step: StepState, attempt: Attempt | None = None, 
     if step.gate is not None and step.gate.kind == "permission" and attempt is None:
         text = clean(requested(step.gate))
     elif shown is not None:
-        text = clean(shown.text) if full else bounded(shown.text, show_command(step, shown))
+        text = clean(shown.text) if full else bounded(shown.text, more or show_command(step, shown))
     return f"{head}\n\n{text}" if text else head
 
 

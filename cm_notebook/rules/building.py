@@ -25,7 +25,8 @@ def workflow_changed(state: RunState, event: WorkflowChanged) -> None:
         state.engine = event.engine or None
     if event.sub_agents is not None:
         state.sub_agents = event.sub_agents
-    state.max_concurrency = event.max_concurrency or state.max_concurrency
+    if event.max_concurrency is not None:
+        state.max_concurrency = state.default_places = event.max_concurrency
     if event.limits or event.default_limits:
         for name, most in (event.default_limits or {}).items():
             if most is None:

@@ -181,7 +181,7 @@ def _reject_verdict(state: RunState, step: StepState, gate: Gate, decision: Deci
 
 def _retry(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
     if gate.kind == "stale":
-        step.session = None
+        step.turn, step.session, step.said = 1, None, ()  # from the first prompt, in a new conversation
     edited = Ref(seq, "prompt") if decision.prompt is not None else None
     kept = step.redo.feedback if step.redo is not None and edited is None else None
     if edited is None and step.redo is not None:

@@ -11,7 +11,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import AlreadyDecided, TransitionError
-from ..events import ACTIONS, ASKED_BY_TURNS, GATE_DEADLINE, Decision, Gate, GateKind, GateOpened, Part, Ref
+from ..events import (
+    ACTIONS,
+    ASKED_BY_TURNS,
+    GATE_DEADLINE,
+    Decision,
+    Gate,
+    GateKind,
+    GateOpened,
+    Part,
+    Ref,
+    TellingFailed,
+)
 from ..prompts import pieces
 from ..runstate import Due, Redo, RunState, StepState, gate_path
 from ..tools import write_arguments
@@ -117,6 +128,11 @@ def gate_opened(state: RunState, event: GateOpened) -> None:
     if gate.kind == "start":
         step.redo = Redo(prompt=Ref(event.seq, "prompt"), goes_on=chained)
     state.gates[gate.id] = state.last_gate = gate
+
+
+def telling_failed(state: RunState, event: TellingFailed) -> None:
+    """Nobody knows of the gate; it stays open."""
+    state.untold[gate_of(state, event.gate_id).id] = event.reason
 
 
 def waits_for(state: RunState, gate_id: str) -> bool:

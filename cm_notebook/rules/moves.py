@@ -173,7 +173,7 @@ def begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:
 
     One that may have run does not in the run's course: its gate asks first.
     """
-    step.turn, step.redo, step.retry_at, step.session = 1, None, None, None
+    step.turn, step.redo, step.retry_at, step.session, step.said = 1, None, None, None, ()
     step.team, step.recall = (), None
     if status == "pending" and _may_have_run(step):
         step.status = "due"

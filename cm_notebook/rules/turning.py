@@ -10,6 +10,7 @@ import heapq
 
 from ..errors import TransitionError
 from ..events import (
+    HISTORY,
     Ref,
     SessionOpened,
     ToolCalled,
@@ -20,6 +21,7 @@ from ..events import (
     TurnStarted,
     TurnWentOn,
 )
+from ..prompts import rejected
 from ..runstate import Attempt, Due, Ordinals, Redo, RunState, StepState, ToolUse
 from ..workflow import Parallel
 from .budgets import budgets_of, pay, used_up
@@ -50,6 +52,8 @@ def turn_started(state: RunState, event: TurnStarted) -> None:
     last = step.attempts[-1]
     if step.redo is not None:
         step.redo.goes_on = False  # cut short, it is the next attempt
+        if step.redo.feedback is not None:
+            _remember(step, event.session_id)
     if step.status != "retrying":
         for budget in budgets_of(state, step):
             budget.used["max_turns"] += 1
@@ -77,6 +81,16 @@ def turn_started(state: RunState, event: TurnStarted) -> None:
     last.ordinal = state.ordinals[step.step.agent].take()
     step.status, step.retry_at, step.note = "running", None, None
     state.running[step.path] = step
+
+
+def _remember(step: StepState, session_id: str | None) -> None:
+    """What was rejected is a part of the conversation, where that is told by its history; else the prompt holds it."""
+    last = rejected(step)
+    if last is None or not last.turns:
+        return
+    exchange = (Ref(last.turns[-1], "prompt"), last.answer)
+    before = step.said[:-1] if step.said[-1:] == (exchange,) else step.said  # this turn may have been begun before
+    step.said = (*before, exchange) if session_id == HISTORY else before
 
 
 def _turn_met(

@@ -55,7 +55,7 @@ def note_beside(state: RunState, step: StepState) -> dict[str, Any]:
 
 def next_prompt(step: StepState, last: Attempt) -> None:
     """The next of the chained prompts is sent."""
-    step.said = (*step.said[: step.turn - 1], (Ref(last.turns[-1], "prompt"), last.answer))
+    step.said = (*step.said, (Ref(last.turns[-1], "prompt"), last.answer))
     step.turn += 1
     step.status, step.redo = "ready", None
 

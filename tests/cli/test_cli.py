@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,6 +159,29 @@ def test_verbose_does_not_repeat_what_was_streamed() -> None:
     assert done.lines[2].startswith("cm: a ok"), done.out
 
 
+def test_verbose_tells_once_what_was_written_while_it_began_to_look(capsys: pytest.CaptureFixture[str]) -> None:
+    looked_at = threading.Event()
+
+    @cm.agent("a")
+    def agent(turn: cm.Turn) -> str:
+        turn.emit("before, ")
+        began.set()
+        looked_at.wait()
+        turn.emit("after")
+        return "before, after"
+
+    def ends() -> None:
+        looked_at.set()
+        run.wait()
+
+    began = threading.Event()
+    run = cm.Workflow("w", agents=[agent], steps="a").start()
+    began.wait()
+    assert cli.Session(run, cli.Console(), asks=False, verbose=True).see_through(None, ready=ends) == 0
+    out = capsys.readouterr().out
+    assert (out.splitlines()[1], out.count("after")) == ("before, after", 1), out
+
+
 @pytest.mark.parametrize("how", ["return text", "turn.emit(text)\n    return text"])
 def test_verbose_is_bounded_and_says_where_the_rest_is(how: str) -> None:
     text = HEAD + f"\n@cm.agent('a')\ndef a(turn):\n    text = 'begin ' + 'x' * 300_000 + ' end'\n    {how}\n"
@@ -233,6 +257,28 @@ def test_a_tape_decides_where_nobody_is() -> None:
     done = ran("run", write(HEAD + agent), "--tape", "t.jsonl")
     assert (done.code, done.err) == (0, "")
     assert "cm: planner approved (recorded)" in done.lines
+
+
+def test_a_run_is_recorded_and_played_by_the_command_line() -> None:
+    agent = (
+        "planner = cm.Agent('planner', 'Plan {{ goal }}.', engine='scripted')\n"
+        "cm.register_engine(cm.ScriptedEngine({'planner': ['1. Do it.', '1. Test it.']}))\n"
+        "wf = cm.Workflow('taped', agents=[planner], steps='planner?', inputs={'goal': 'it'})\n"
+    )
+    file = write(HEAD + agent)
+    assert ran("run", file, "--record", "tapes/t.jsonl", "--on-gate", "approve").code == 0
+    done = ran("run", file, "--tape", "tapes/t.jsonl")
+    assert (done.code, done.err) == (0, "")
+    assert "cm: planner approved (recorded)" in done.lines
+    other = ran("run", file, "--tape", "tapes/t.jsonl", "--input", "goal=that")
+    assert other.code == 1
+    assert "it changed here: recorded 'it', now 'that' (from input goal). `%cm run --record tapes/t" in other.err
+    refused = ran("run", file, "--tape", "tapes/t.jsonl", "--record", "tapes/t.jsonl")
+    assert refused.code == 1
+    assert "is the tape that is played" in refused.err
+    waiting = ran("run", file, "--record", "tapes/u.jsonl")
+    assert waiting.code == 3
+    assert f"--resume {last_run().id} --record tapes/u.jsonl" in waiting.err
 
 
 def test_the_journal_can_be_elsewhere_or_nowhere() -> None:
@@ -906,8 +952,9 @@ def test_help_is_one_screen(here: Here, capsys: pytest.CaptureFixture[str]) -> N
     assert max(map(len, page.splitlines())) <= 80
     assert cli.main([]) == 2
     assert capsys.readouterr().out == page
-    for command in (cli.RUN, cli.TUTORIAL, cli.PERMISSIONS, cli.DOCTOR):
-        assert f"cm-notebook {command.name}" in page
+    elsewhere = cli.anywhere.COMMANDS_HERE.values()
+    for command in (cli.RUN, cli.RESUME, cli.TUTORIAL, cli.PERMISSIONS, cli.DOCTOR, *elsewhere):
+        assert re.search(rf"\b{command.name}\b", page)
         assert cli.main([command.name, "--help"]) == 0
         more = capsys.readouterr().out
         assert len(more.splitlines()) <= 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import sqlite3
@@ -198,6 +199,22 @@ def test_the_file_alone_holds_a_run_that_has_ended(tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "j.db").write_bytes((tmp_path / "j.db").read_bytes())
     assert [found.id for found in cm.runs(tmp_path / "copy" / "j.db")] == [run.id]
+
+
+def test_two_may_make_the_same_journal_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process opens it, and reads, as soon as it has its name."""
+    monkeypatch.setattr("cm_notebook.journal.BUSY_S", 0.1)
+    link, others = os.link, []
+
+    def and_read(draft: Path, path: Path) -> None:
+        link(draft, path)
+        others.append(sqlite3.connect(path, isolation_level=None))
+        others[-1].execute("BEGIN")
+        others[-1].execute("SELECT * FROM runs").fetchall()
+
+    monkeypatch.setattr("os.link", and_read)
+    assert finished(tmp_path / "j.db").status == "completed"
+    others[0].close()
 
 
 def test_looking_makes_no_journal(tmp_path: Path) -> None:

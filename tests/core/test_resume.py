@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import os
 import random
 import subprocess
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 import cm_notebook as cm
+from cm_notebook import driving
 from cm_notebook.events import AnyEvent
 from cm_notebook.journal import MemoryJournal
 from tests.core.five import SCRIPT, five_steps, outcome, policy, whole
@@ -397,3 +400,79 @@ def test_kill_9_at_random_points_loses_nothing_and_repeats_nothing(tmp_path: Pat
         assert outcome(run) == expected, f"seed {seed}"
         assert _answered_once(kept), f"seed {seed}"
         assert _finished(kept) == _finished(uncut.events), f"seed {seed}: a finished turn was repeated"
+
+
+# -- the garbage collector of the process --------------------------------------------------------------------------
+
+
+def _read_anew(monkeypatch: pytest.MonkeyPatch) -> cm.Run:
+    """A run of some steps as its journal has it, which counts as a long one."""
+
+    @cm.agent("work")
+    async def work(turn: cm.Turn) -> str:
+        return turn.step
+
+    monkeypatch.setattr(driving, "MANY", 100)
+    journal = MemoryJournal()
+    steps = [cm.step("work", id=f"s{number}") for number in range(100)]
+    run = cm.Workflow("long", agents=[work], steps=steps).start(journal=journal).wait(20)
+    return cm.Run.open(run.id, journal)
+
+
+def test_what_is_read_of_a_long_run_counts_as_old_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _read_anew(monkeypatch)
+    old = {id(one) for one in gc.get_objects(generation=2)}
+    assert all(id(step) in old for step in run.state.order)
+
+
+def test_what_the_host_has_frozen_stays_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.freeze()
+    try:
+        _read_anew(monkeypatch)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_collecting_is_on_or_off_as_the_host_has_it(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as after:
+        if not on:
+            gc.disable()
+            after.callback(gc.enable)
+        _read_anew(monkeypatch)
+        assert gc.isenabled() is on
+
+
+def test_a_cap_that_is_dropped_from_the_definition_is_none() -> None:
+    def flow(cap: int | None) -> cm.Workflow:
+        agents = [cm.Agent("a", "A."), cm.Agent("b", "B.")]
+        return cm.Workflow("w", agents=agents, steps="[a | b]?", max_concurrency=cap)
+
+    run = flow(2).start(engine=cm.ScriptedEngine({"a": ["1"], "b": ["1"]}), journal=":memory:")
+    gate(run)
+    assert (run.revise(flow(2)), run.state.max_concurrency) == ([], 2)
+    run.revise(flow(None))
+    assert (run.state.max_concurrency, run.workflow.max_concurrency) == (4, None)
+    run.stop()
+
+
+def test_a_cap_of_the_run_stays_when_the_definition_says_nothing_else() -> None:
+    flow = cm.Workflow("w", agents=[cm.Agent("a", "A.")], steps="a?")
+    run = flow.start(engine=cm.ScriptedEngine({"a": ["1"]}), journal=":memory:", max_concurrency=1)
+    gate(run)
+    run.revise(cm.Workflow("w", agents=[cm.Agent("a", "A.", system="Be short.")], steps="a?"))
+    assert run.state.max_concurrency == 1
+    run.stop()
+
+
+@pytest.mark.parametrize("option", [{"engine": "offline"}, {"loop": "thread"}])
+def test_what_drives_a_run_is_not_changed_under_it(option: dict[str, str]) -> None:
+    run = cm.Workflow("w", agents=[cm.Agent("a", "A.")], steps="a?").start(
+        engine=cm.ScriptedEngine({"a": ["1"]}), journal=":memory:"
+    )
+    gate(run)
+    name = next(iter(option))
+    with pytest.raises(cm.WorkflowError, match=f"{name}= cannot be changed while run .* is driven here. Stop it first"):
+        cm.resume(run.id, journal=run._journal, **option)
+    run.stop()

@@ -122,7 +122,7 @@ def test_what_is_wrong_is_named_with_file_and_line(line, message):
         (b"", r"t\.jsonl is empty\. A tape begins with"),
         (b"\n \n", "is empty"),
         (b'{"path": "a", "attempt": 1, "text": ""}', "line 1: this is not a tape, which begins with"),
-        (b'{"tape": 2}', r"line 1: this tape has the version 2; this cm_notebook reads 1\..*pip install -U"),
+        (b'{"tape": 3}', r"line 1: this tape has the version 3; this cm_notebook reads 1 and 2\..*pip install -U"),
         (b'{"tape": true}', "the version True"),
         (b'{"tape": 1, "name": "x"}', "there is no 'name'.*run, workflow"),
         (b"\xff\xfe", "line 1: this is not UTF-8 text"),

@@ -21,7 +21,15 @@ import cm_notebook as cm
 from cm_notebook.allowed import Rule, allows, keep
 from cm_notebook.engines import chat, http
 from cm_notebook.engines.anthropic import Anthropic
-from cm_notebook.engines.base import Delta, ToolCalled, ToolReturned, TurnDone, UsageReported, find_engine
+from cm_notebook.engines.base import (
+    Delta,
+    SessionStarted,
+    ToolCalled,
+    ToolReturned,
+    TurnDone,
+    UsageReported,
+    find_engine,
+)
 from cm_notebook.engines.chat import ChatEngine, closed_schema
 from cm_notebook.engines.openai import OpenAI
 from cm_notebook.testing import answers, collect, fails, lets_go, request
@@ -106,7 +114,7 @@ def test_an_answer_is_streamed(dialect):
         "lo, ",
         "wörld 🙂 \u2028\u0085 end",
     ]
-    assert events[0] == Delta("hm", "thinking")
+    assert events[:2] == [SessionStarted(), Delta("hm", "thinking")]
     assert events[-2:] == [
         UsageReported(cm.Usage(input_tokens=100, output_tokens=20)),
         TurnDone("Hello, wörld 🙂 \u2028\u0085 end"),
@@ -196,7 +204,7 @@ FAILURES: list[tuple[str, Said, type[cm.EngineError], bool, str]] = [
     ("unavailable", error(503, "busy"), cm.EngineUnavailable, True, "HTTP status 503, busy"),
     ("a gateway's page", error(502, "<html>Bad gateway"), cm.EngineUnavailable, True, "HTTP status 502, a web page"),
     ("no credit", error(429, complaint("x", code="insufficient_quota")), cm.EngineError, False, "no credit left"),
-    ("wrong key", error(401, complaint("authentication_error")), cm.EngineAuthError, False, "reason. Check the key"),
+    ("wrong key", error(401, complaint("authentication_error")), cm.EngineAuthError, False, "reason. It comes from"),
     ("forbidden", error(403, complaint("permission_error")), cm.EngineAuthError, False, "does not permit"),
     ("unknown model", error(404, complaint("not_found_error")), cm.EngineNotFound, False, "does not know this model"),
     ("bad request", error(400, complaint("invalid_request_error")), cm.EngineError, False, "refused the request"),
@@ -766,12 +774,9 @@ def test_a_rejected_answer_is_made_again_with_the_feedback(dialect):
         assert gate(run).attempt == 2
         run.approve().wait(20)
         assert run["planner"].text == "Second plan."
-    assert len(messages(server)) == 1  # what was sent is what the journal shows
-    sent = messages(server)[0]["content"]
-    assert sent == run["planner"].attempts[1].prompt
-    assert "Plan it." in sent
-    assert "First plan." in sent
-    assert "Name the tests." in sent
+    said = [message["content"] for message in messages(server)]
+    assert said == ["Plan it.", "First plan.", "Name the tests."]
+    assert run["planner"].prompt == "Name the tests.", "what was sent is what the journal shows"
 
 
 @both
@@ -796,9 +801,56 @@ def test_chained_prompts_are_one_conversation_also_in_another_process(dialect, t
     said = [[message["content"] for message in sent.body["messages"]] for sent in server.asked]
     assert said[0] == ["A"]
     assert said[1] == ["A", "One, edited.", "B"]
-    assert said[2][:2] == ["A", "One, edited."]
-    assert said[2][2].startswith("B\n\n## Your last answer\n\nTwo.")
+    assert said[2] == [*said[1], "Two.", "Better."]
     assert said[3] == [*said[2], "Two, better.", "C"]
+
+
+@both
+def test_a_turn_continues_the_conversation_after_each_reject_also_in_another_process(dialect, tmp_path):
+    journal = cm.Journal(tmp_path / "journal.db")
+    says = SAYS[dialect]
+    replies = [says("One."), error(500, complaint("api_error")), says("Two."), says("Three."), says("Anew.")]
+    with ModelServer(replies) as server:
+        made = engine(dialect, server)
+        step = cm.step("planner", prompt="Plan it.", retries=0)
+        run = start(dialect, server, steps=[step, cm.step("end", prompt="End.", interactive=True)], journal=journal)
+        gate(run)
+        run.reject("Shorter.")
+        assert gate(run).kind == "failed"
+        run.stop().wait(20)
+        again = cm.resume(run.id, journal=journal, engine=made)
+        gate(again)
+        again.retry()
+        gate(again)
+        again.reject("And friendly.")
+        gate(again)
+        assert again["planner"].prompt == "And friendly."
+        again.rerun("planner")
+        until(lambda: len(server.asked) == 5, "a new conversation")
+        again.stop().wait(20)
+    said = [[message["content"] for message in sent.body["messages"]] for sent in server.asked]
+    assert said[0] == ["Plan it."]
+    assert said[1] == said[2] == ["Plan it.", "One.", "Shorter."]
+    assert said[3] == [*said[2], "Two.", "And friendly."]
+    assert said[4] == ["Plan it."], "what runs anew begins a new conversation"
+    roles = [message["role"] for message in server.asked[3].body["messages"]]
+    assert roles == ["user", "assistant", "user", "assistant", "user"]
+
+
+def test_another_engine_is_told_in_its_prompt_what_was_rejected(tmp_path):
+    journal = cm.Journal(tmp_path / "journal.db")
+    with ModelServer([openai_says("One.")]) as server:
+        run = start("openai", server, steps=[cm.step("planner", prompt="Plan it.")], journal=journal)
+        gate(run)
+        run.stop().wait(20)
+    with ModelServer([anthropic_says("Two.")]) as server:
+        again = cm.resume(run.id, journal=journal, engine=engine("anthropic", server))
+        gate(again)
+        again.reject("Shorter.")
+        until(lambda: again["planner"].attempts[-1].text == "Two.", "its answer")
+        again.stop().wait(20)
+    (said,) = server.asked[0].body["messages"]
+    assert said["content"] == "Plan it.\n\n## Your last answer\n\nOne.\n\n## Feedback on it\n\nShorter."
 
 
 @both

@@ -240,3 +240,12 @@ def test_a_third_partys_engine_that_says_it(monkeypatch: pytest.MonkeyPatch) -> 
     run.reject("again")
     _gate(run)
     assert not {place for place, found in _shown(run).items() if PLANTED in found} - {"traceback", "error"}
+
+
+def test_a_key_that_was_refused_is_mended_where_it_comes_from(monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-planted-of-the-environment")
+    assert "take it out (`del os.environ['ANTHROPIC_API_KEY']`) and run `%cm keys set anthropic`" in keys.refused(
+        "anthropic"
+    )
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    assert keys.refused("anthropic").startswith("Type it again: `%cm keys set anthropic`")

@@ -155,7 +155,7 @@ def mismatch(**options):
     return str(caught.value)
 
 
-AGAIN = "Change the prompt back, or mend the tape (tapes/01.jsonl)."
+AGAIN = "`%cm run --record tapes/01.jsonl` records again; this calls a model."
 
 
 def test_strict_shows_what_changed():

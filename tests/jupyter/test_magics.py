@@ -19,7 +19,7 @@ from IPython.utils.capture import capture_output
 from traitlets.config import Config
 
 import cm_notebook as cm
-from cm_notebook import config, driving, keys, options
+from cm_notebook import cli, config, driving, keys, options
 from cm_notebook import run as runs
 from cm_notebook.jupyter import bridge
 from cm_notebook.jupyter import notebook as books
@@ -133,6 +133,33 @@ def test_pattern_1_cell_by_cell(cells: Cells) -> None:
     assert 'alt="Timeline of careful' in cells.shown[-1]["text/html"]
     assert cells("%cm graph --timeline --format mermaid").startswith("gantt")
     assert cells.run.id in cells("%cm runs")
+
+
+def test_what_the_cells_have_built_is_exported(cells: Cells) -> None:
+    cells(
+        "import statistics\nimport cm_notebook as cm\nLIMIT = 3",
+        "@cm.agent('judge')\ndef judge(turn):\n    return str(statistics.mean([LIMIT, 5]))",
+        "from pydantic import BaseModel\nclass Made(BaseModel):\n    name: str",
+        "maker = cm.Agent('maker', 'Make {{ planner }}.', output=Made)",
+        WORKFLOW,
+    )
+    cells(PLANNER, "%cm step judge", "%cm step maker")
+    assert cells("%cm export early.py").splitlines()[0] == "early.py is written."
+    made = cli.load("early.py")
+    assert made.inputs == {"goal": "a todo CLI"}
+    assert [step.id for step in made.executable] == ["planner", "judge", "maker"]
+    assert made.agent("judge")(None) == "4"
+    assert made.agent("maker").output.__name__ == "Made"
+    cells.to("planner")
+    assert "this one is waiting" in error(cells, "%cm export test_w.py")
+    assert "early.py is written" in cells("%cm export early.py"), "the same again is no harm"
+    cells("goal = 'another'")
+    assert "early.py is there already" in error(cells, "%cm export early.py")
+    assert cells("%cm export early.py --overwrite -o file").startswith("early.py is written.\n")
+    assert cells.shell.user_ns["file"] == "early.py"
+    assert "is a Python function (judge)" in cells("%cm export early.json")
+    cells("import pydantic\nmaker = cm.Agent('maker', 'x', output=pydantic.create_model('Made', other=(str, ...)))")
+    assert "the source of its output, Made, cannot be read" in error(cells, "%cm export other.py")
 
 
 def test_pattern_2_in_one_go(cells: Cells) -> None:
@@ -723,6 +750,38 @@ def test_a_wrong_engine_is_refused_in_the_cell_that_names_it(cells: Cells, line:
     cells.to("planner")
 
 
+def test_a_tape_is_recorded_played_and_recorded_again(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CM_HEADLESS", "1")
+    said = iter(["one", "two"])
+
+    class Counting:
+        name = "counting"
+
+        async def stream(self, request: cm.AgentRequest) -> Any:
+            yield cm.TurnDone(next(said))
+
+    cm.register_engine(Counting())
+    workflow = "%%cm workflow w --autonomous always --engine counting{}\nplanner"
+    agent = "%%cm agent planner\nPlan."
+
+    def text() -> str:
+        until(lambda: cells.run.status == "completed", "the end")
+        return str(cells.run["planner"].text)
+
+    cells(workflow.format(""), agent, "%cm run --record t.jsonl")
+    assert text() == "one"
+    cells(workflow.format(" --tape t.jsonl"), agent, "%cm run")
+    assert text() == "one"
+    cells(workflow.format(" --tape t.jsonl"), agent, "%cm run --record t.jsonl")
+    assert text() == "two", "the tape of the workflow is recorded again, so it is not played"
+    assert '"text": "two"' in Path("t.jsonl").read_text("utf-8")
+    cells(workflow.format(" --tape t.jsonl --record u.jsonl"), agent, "%cm run")
+    assert text() == "two"
+    assert Path("u.jsonl").read_bytes() == Path("t.jsonl").read_bytes()
+    assert "is the tape that is played" in error(cells, "%cm run --tape t.jsonl --record t.jsonl")
+    assert "is a folder" in error(cells, workflow.format(" --record ."))
+
+
 def test_what_a_run_that_is_under_way_cannot_take_is_refused(cells: Cells) -> None:
     run = start(cells)
     assert "which keeps what it began with" in error(cells, "%cm run --engine offline")
@@ -846,6 +905,22 @@ def test_resume_by_id(cells: Cells) -> None:
     cells(f"%cm resume {run.id}")
     assert cells.run.id == run.id
     cells.to("planner")
+
+
+def test_somebody_is_told_of_a_gate(cells: Cells) -> None:
+    told = Path("told")
+    tells = """--on-waiting "sh -c 'echo $CM_GATE >> told'\""""
+    run = start(cells)
+    assert "there is no program" in error(cells, "%cm run --on-waiting notify-sedn")
+    cells(f"%cm run {tells}")
+    cells("%cm reject again")
+    until(lambda: told.exists() and told.read_text() == f"{run.id}/planner/2/2\n", "the second gate")
+    cells.restart()
+    cells(f"%cm resume {run.id} {tells}")
+    until(lambda: told.read_text() == 2 * f"{run.id}/planner/2/2\n", "the gate that is open")
+    cells("%cm approve --output 'My plan'")
+    cells.to("implementer")
+    assert cells.run["planner"].text == "My plan"
 
 
 # -- going back --------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ TWINS: dict[str, set[str]] = {
     "step": parameters(cm.step, cm.Run.add),
     "module": parameters(cm.module, cm.step, cm.Run.add),
     "run": parameters(cm.Run.start, Notebook.go),
+    "resume": parameters(cm.Run.start),
     "approve": parameters(cm.Run.approve),
     "reject": parameters(cm.Run.reject),
     "answer": parameters(cm.Run.answer),
@@ -35,6 +36,7 @@ TWINS: dict[str, set[str]] = {
     "graph": parameters(cm.Run.graph),
     "diff": parameters(cm.Run.diff, cm.StepView.diff),
     "fork": parameters(cm.Run.fork, cm.Run.start),
+    "export": parameters(cm.Run.export) & parameters(cm.Workflow.export),
 }
 SHORT = {"--max-cost", "--input", "--autonomous", "--timeout", "--gate-timeout", "--effort", "--attempt", "-o"}
 
@@ -88,6 +90,7 @@ READ: list[tuple[str, bool, dict[str, Any]]] = [
     ("run --max-cost 0.50 --max-tokens 9000", False, {"max_cost_usd": 0.5, "max_tokens": 9000}),
     ("step a --max-turns 3", False, {"id": "a", "max_turns": 3}),
     ("mode gates", False, {"mode": "gates"}),
+    ("export 'my plan.py' --overwrite", False, {"file": "my plan.py", "overwrite": True}),
 ]
 
 
