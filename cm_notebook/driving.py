@@ -310,7 +310,7 @@ class Driver:
         except CodeMachineError as error:
             if len(self._batch) > kept:  # a state cannot go back: it is made anew, without these
                 del self._batch[kept:]
-                self._reload()
+                self.reload()
                 for event in self._batch:
                     apply(self.state, event)
             return error
@@ -376,7 +376,7 @@ class Driver:
         self._inbox.clear()
         self.error = error
         try:
-            self._reload()
+            self.reload()
         except Exception:  # it cannot be read either, or there is a bug in reading; who waits is told the first error
             self.state = RunState()
         if self.driving:
@@ -471,7 +471,7 @@ class Driver:
                 found.append(event)
         return found
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
         """Make the state anew from the journal."""
         self.state = RunState()
         with _NoCollecting():
@@ -543,7 +543,7 @@ class Driver:
     def _find_again(self) -> None:
         """After :meth:`_lose`: the state as it is on disk."""
         if self.lost is not None:
-            self._reload()
+            self.reload()
             self.lost = None
 
     # -- who waits -----------------------------------------------------------------------------------------------------

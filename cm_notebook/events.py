@@ -548,10 +548,27 @@ class LoopedBack(BaseEvent):
 
 
 class Rewound(BaseEvent):
-    """The step ``to`` runs again; later outputs are stale, or (``later``) are made again too."""
+    """The step ``to`` runs again; later outputs are stale, or (``later``) are made again too.
+
+    ``afresh``: as if ``to`` and all after it had never run; the run is paused before it.
+    """
 
     to: str
     later: bool = False
+    afresh: bool = False
+
+
+class RunForked(BaseEvent):
+    """From here on this is a run of its own, ``run_id``; all before it is shared with the run ``of``, at ``step``.
+
+    ``recorded``: as of ``RunStarted``, for what comes.
+    """
+
+    run_id: str
+    of: str
+    step: str
+    workspace: str | None = None
+    recorded: str | None = None
 
 
 AnyEvent = (
@@ -585,6 +602,7 @@ AnyEvent = (
     | WorkspaceRestored
     | LoopedBack
     | Rewound
+    | RunForked
 )
 TYPES: dict[str, type[BaseEvent]] = {kind.__name__: kind for kind in get_args(AnyEvent)}
 """The kinds of event, by name."""

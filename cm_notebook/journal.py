@@ -4,6 +4,9 @@ Strategy: one SQLite file in WAL mode with ``synchronous=FULL``; all that one pa
 so one fsync. An event is a row with one integer key, ``run number << 32 | seq``. Events are all there is: what else one
 wants to know about a run is read out of them.
 
+A *fork* begins with the events of another run, up to one of them (``parent``, ``shared``), and its own go on counting
+from there. Nothing is copied: it is read in *stretches*, first that of its parent's, which may be a fork itself.
+
 Several processes may write. Whoever wants to takes the write lock first (``begin``), and gets what others have
 recorded meanwhile; so the check "is this legal now?" is always made on all there is. While another program writes,
 ``begin`` says so at once (``JournalBusy``) and holds nothing: when to try again is the caller's. A file that was
@@ -41,6 +44,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         " created_at REAL NOT NULL)",
         "CREATE TABLE events (id INTEGER PRIMARY KEY, at REAL NOT NULL, type TEXT NOT NULL, body TEXT NOT NULL)",
     ),
+    (  # forks: the number of the run that it begins with, and up to which event
+        "ALTER TABLE runs ADD COLUMN parent INTEGER",
+        "ALTER TABLE runs ADD COLUMN shared INTEGER",
+    ),
 )
 """The statements that lead from version n to n + 1; a journal of version n has had the first n."""
 
@@ -48,6 +55,7 @@ _RUNS = (
     "SELECT id, name, notebook, created_at FROM runs WHERE EXISTS"
     " (SELECT 1 FROM events WHERE events.id > no << 32 AND events.id < (no + 1) << 32) ORDER BY no DESC"
 )
+_INSERT = "INSERT INTO runs (id, name, notebook, created_at, parent, shared) VALUES (?, ?, ?, ?, ?, ?)"
 _SELECT = "SELECT id, at, type, body FROM events WHERE id > ? AND id < ? ORDER BY id"
 
 MOVE_IT = "Move it away, and the next run makes a new one; the runs in it cannot be read."
@@ -69,6 +77,18 @@ class RunInfo(NamedTuple):
     created_at: float
 
 
+class _Stretch(NamedTuple):
+    """Events of one run in the file that belong to a run: those after ``first`` up to ``last``."""
+
+    number: int
+    first: int
+    last: int
+
+
+_WHOLE = (1 << 32) - 1
+"""The last event there can be."""
+
+
 class MemoryJournal:
     """A journal that ends with the process."""
 
@@ -77,15 +97,18 @@ class MemoryJournal:
 
     def __init__(self) -> None:
         self._runs: dict[str, tuple[RunInfo, list[AnyEvent]]] = {}
+        self._parents: dict[str, tuple[str, int]] = {}
         self._leases: set[str] = set()
 
-    def create(self, run_id: str, name: str, notebook: str | None) -> None:
-        """Make room for a new run, which is there with its first events."""
+    def create(self, run_id: str, name: str, notebook: str | None, parent: tuple[str, int] | None = None) -> None:
+        """Make room for a new run, which is there with its first events; see :meth:`Journal.create`."""
         self._runs[run_id] = (RunInfo(run_id, name, notebook, time.time()), [])
+        if parent is not None:
+            self._parents[run_id] = parent
 
     def begin(self, run_id: str, after: int) -> list[AnyEvent]:
         """Start to write; returns the events after `after` that others have recorded."""
-        return self._runs[run_id][1][after:]
+        return self.events(run_id, after)
 
     def commit(self, run_id: str, events: Sequence[AnyEvent]) -> None:
         """Keep `events`, whose ``seq`` follow what is there."""
@@ -108,7 +131,14 @@ class MemoryJournal:
             raise JournalError(
                 f"there is no run {run_id!r}. {did_you_mean(run_id, self._runs, 'Runs')}", path=self.path
             )
-        return self._runs[run_id][1][after:]
+        found: list[AnyEvent] = []
+        last: int | None = None
+        while True:  # its own, and before them those of the run that it is a fork of
+            own, (parent, shared) = self._runs[run_id][1], self._parents.get(run_id, (None, 0))
+            found[:0] = own[max(0, after - shared) : None if last is None else max(0, last - shared)]
+            if parent is None or after >= shared:
+                return found
+            run_id, last = parent, shared if last is None else min(last, shared)
 
     def runs(self) -> list[RunInfo]:
         """All runs, newest first."""
@@ -169,7 +199,8 @@ class Journal:
         self._write = threading.RLock()
         self._read = threading.Lock()
         self._numbers: dict[str, int] = {}
-        self._new: dict[str, RunInfo] = {}
+        self._inherited: dict[str, tuple[_Stretch, ...]] = {}
+        self._new: dict[str, tuple[RunInfo, tuple[int, int] | None]] = {}
         self._leases: dict[str, BaseFileLock] = {}
         self._seen: dict[str, tuple[int, int]] = {}
         self._inserts: dict[int, str] = {}
@@ -249,28 +280,64 @@ class Journal:
                 path=self.path,
             )
         _bring_up(self._writer)
-        execute("SELECT no, id, name, notebook, created_at FROM runs LIMIT 1")
+        execute("SELECT no, id, name, notebook, created_at, parent, shared FROM runs LIMIT 1")
         execute("SELECT id, at, type, body FROM events LIMIT 1")
 
     def _translated(self) -> _Translated:
         return _Translated(self.path)
 
-    def create(self, run_id: str, name: str, notebook: str | None) -> None:
-        """Name a new run; it is written together with its first events."""
-        self._new[run_id] = RunInfo(run_id, name, notebook, time.time())
+    def create(self, run_id: str, name: str, notebook: str | None, parent: tuple[str, int] | None = None) -> None:
+        """Name a new run; it is written together with its first events.
 
-    def _base(self, run_id: str) -> int:
+        Parameters
+        ----------
+        parent
+            Of a fork: the run that it begins with, and the last event (``seq``) that they share; its own come after.
+        """
+        before: tuple[int, int] | None = None
+        stretches: tuple[_Stretch, ...] = ()
+        if parent is not None:
+            before = self._number(parent[0]), parent[1]
+            stretches = _cut((*self._inherited[parent[0]], _Stretch(before[0], 0, _WHOLE)), parent[1])
+        self._inherited[run_id] = stretches
+        self._new[run_id] = RunInfo(run_id, name, notebook, time.time()), before
+
+    def _number(self, run_id: str) -> int:
+        """The number of the run, and with it what it inherits."""
         number = self._numbers.get(run_id)
         if number is None:
+            select = "SELECT no, parent, shared FROM runs WHERE "
             with self._read, self._translated():
-                row = self._reader.execute("SELECT no FROM runs WHERE id = ?", (run_id,)).fetchone()
+                row = self._reader.execute(f"{select}id = ?", (run_id,)).fetchone()
+                line = [row] if row is not None else []
+                while line and line[-1][1] is not None:
+                    above = self._reader.execute(f"{select}no = ? AND no < ?", (line[-1][1], line[-1][0])).fetchone()
+                    if above is None:
+                        raise JournalError(
+                            f"{self.path} is damaged: the run that {run_id!r} is a fork of is not there.",
+                            path=self.path,
+                        )
+                    line.append(above)
             if row is None:
                 known = [info.id for info in self.runs()]
                 raise JournalError(
                     f"there is no run {run_id!r} in {self.path}. {did_you_mean(run_id, known, 'Runs')}", path=self.path
                 )
+            stretches: tuple[_Stretch, ...] = ()
+            for (above, _parent, _shared), (_no, _above, shared) in zip(line[:0:-1], line[-2::-1], strict=True):
+                stretches = _cut((*stretches, _Stretch(above, 0, _WHOLE)), shared)
+            self._inherited[run_id] = stretches
             number = self._numbers[run_id] = int(row[0])
-        return number << 32
+        return number
+
+    def _rows(self, connection: sqlite3.Connection, run_id: str, after: int) -> Iterator[AnyEvent]:
+        """The events of a run after `after`, in order."""
+        number = self._numbers.get(run_id)  # one that is not written yet has none
+        for own, first, last in (*self._inherited[run_id], *([(number, 0, _WHOLE)] if number is not None else ())):
+            if last > after:
+                base = own << 32
+                rows = connection.execute(_SELECT, (base + max(first, after), base + last + 1))
+                yield from _read_rows(rows, self.path)
 
     def begin(self, run_id: str, after: int) -> list[AnyEvent]:
         """Take the write lock; returns the events after `after` that others have recorded meanwhile.
@@ -283,7 +350,8 @@ class Journal:
         JournalError    There is no such run, or the journal cannot be used.
         """
         new = self._new.get(run_id)
-        base = self._base(run_id) if new is None else 0
+        if new is None:
+            self._number(run_id)
         self._write.acquire()
         try:
             with self._translated():
@@ -292,13 +360,13 @@ class Journal:
                 execute("BEGIN IMMEDIATE")
                 version = execute("PRAGMA data_version").fetchone()[0]
                 if new is not None:
-                    added = execute("INSERT INTO runs (id, name, notebook, created_at) VALUES (?, ?, ?, ?)", new)
+                    info, before = new
+                    added = execute(_INSERT, (*info, *(before or (None, None))))
                     self._numbers[run_id] = int(added.lastrowid or 0)
-                    self._seen[run_id] = (version, 0)
+                    self._seen[run_id] = (version, before[1] if before is not None else 0)
                 if self._seen.get(run_id) == (version, after):
                     return []
-                rows = execute(_SELECT, (base + after, base + (1 << 32)))
-                found = list(_read_rows(rows, self.path))
+                found = list(self._rows(self._writer, run_id, after))
                 self._seen[run_id] = (version, found[-1].seq if found else after)
                 return found
         except BaseException:
@@ -312,7 +380,7 @@ class Journal:
         ------
         JournalError    They could not be written (disk full, read-only …); none of them was.
         """
-        base = self._base(run_id)
+        base = self._number(run_id) << 32
         try:
             with self._translated():
                 execute = self._writer.execute
@@ -364,9 +432,10 @@ class Journal:
 
     def read(self, run_id: str, after: int = 0) -> Iterator[AnyEvent]:
         """The events of a run one by one, as :meth:`events`; nobody else reads here until the last one is taken."""
-        base = self._base(run_id)
+        if run_id not in self._new:
+            self._number(run_id)
         with self._read, self._translated():
-            yield from _read_rows(self._reader.execute(_SELECT, (base + after, base + (1 << 32))), self.path)
+            yield from self._rows(self._reader, run_id, after)
 
     def runs(self) -> list[RunInfo]:
         """All runs, newest first."""
@@ -415,6 +484,7 @@ class Journal:
         lock = self._leases.pop(run_id, None)
         if self._new.pop(run_id, None) is not None:  # nothing was ever written
             self._numbers.pop(run_id, None)
+            self._inherited.pop(run_id, None)
         with contextlib.suppress(sqlite3.Error), self._write:
             self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")  # so that a copy of the file alone holds the run
         if lock is not None:
@@ -436,6 +506,16 @@ class Journal:
         with contextlib.suppress(OSError):  # Windows removes no open file; there filelock does it
             self._lock_file(run_id).unlink()
         lock.release()
+
+
+def _cut(stretches: tuple[_Stretch, ...], last: int) -> tuple[_Stretch, ...]:
+    """Of these stretches what lies up to the event `last`; each begins where the one before ends."""
+    found: list[_Stretch] = []
+    for number, _first, end in stretches:
+        first = found[-1].last if found else 0
+        if first < last:
+            found.append(_Stretch(number, first, min(end, last)))
+    return tuple(found)
 
 
 AnyJournal = Journal | MemoryJournal

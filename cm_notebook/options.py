@@ -163,6 +163,7 @@ _STEP_OPTIONS = (
 )
 _STEP = Argument("step", "the step, when several gates are open", many="?")
 _NAMED_STEP = Argument("step", "the step")
+_OF_RUN = Option("run", "which run, if not the current one: its id, or a variable", example="r-1f2e3d4c", own=True)
 _DECIDED_STEP = Option("step", "the step, when several gates are open", example="planner")
 _MODES = ("step-by-step", "gates", "unattended")
 _AUTONOMY = ("never", "always", "true", "false")
@@ -358,10 +359,21 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "diff",
-            "Show what changed between two attempts; without numbers, the last two.",
-            'run["planner"].diff(…)',
-            (_NAMED_STEP, Argument("attempts", "which two", "count", many="*")),
-            examples=("%cm diff implementer 1 3",),
+            "Show what changed between two attempts, by default the last two, or between two runs.",
+            'run["planner"].diff(…), run.diff(against)',
+            (
+                Argument("step", "the step; against another run, all steps without it", many="?"),
+                Argument("attempts", "which two", "count", many="*"),
+            ),
+            (
+                Option("against", "what is different from this run: its id, or a variable", example="r-1f2e3d4c"),
+                Option("side_by_side", "two columns, as for runs", "switch", own=True),
+                OUT,
+            ),
+            examples=(
+                "%cm diff implementer 1 3",
+                "%cm diff --against r-1f2e3d4c",
+            ),
         ),
         Command(
             "graph",
@@ -377,6 +389,29 @@ COMMANDS: dict[str, Command] = {
         ),
         Command(
             "status", "One table: states, times, tokens, cost.", "run.state", options=(OUT,), examples=("%cm status",)
+        ),
+        Command(
+            "rewind",
+            "Go back to before a step: it and all after it are to run again. Nothing runs until you go on: `%cm run`.",
+            "run.rewind(…)",
+            (_NAMED_STEP,),
+            (_OF_RUN, OUT),
+            examples=("%cm rewind implementer",),
+        ),
+        Command(
+            "fork",
+            "A new run with the same history, paused before a step; the run itself is not touched.",
+            "run.fork(…)",
+            (_NAMED_STEP,),
+            (
+                _OF_RUN,
+                _ENGINE,
+                Option("tape", "play a recorded run", example="tapes/01.jsonl"),
+                Option("workspace", "folder the agents work in, by default a new one", example="site"),
+                *LIMITS,
+                OUT,
+            ),
+            examples=("other = %cm fork implementer", "%cm fork implementer --run r-1f2e3d4c"),
         ),
         Command(
             "export",

@@ -45,6 +45,7 @@ from .events import (
     ModeChanged,
     Rewound,
     RunFinished,
+    RunForked,
     RunPaused,
     RunResumed,
     RunStarted,
@@ -85,6 +86,8 @@ class Run:
         self._work = Work(self._driver)
         self._answers = Answers(self._driver, self._work)
         self._shown_in: int | None = None
+        self._options: dict[str, Any] = {}
+        """What it was started or taken up with here: ``engine, tape, on_gate, on_waiting, loop``."""
 
     # -- coming into being --------------------------------------------------------------------------------------------
 
@@ -171,7 +174,7 @@ class Run:
         if workspace is not None:
             with making(workspace, WorkflowError):
                 Path(workspace).mkdir(parents=True, exist_ok=True)
-        run = cls(f"r-{secrets.token_hex(4)}", open_journal(journal if journal is not None else setting("journal")))
+        run = cls(_new_id(), open_journal(journal if journal is not None else setting("journal")))
         run.notebook = notebook
         playing = {"tape": tape, "record": record}
         run._prepare(workflow.agents, engine=engine, **playing, on_gate=on_gate, on_waiting=on_waiting, loop=loop)
@@ -231,9 +234,10 @@ class Run:
     ) -> None:
         """Take what is needed for driving, from the thread that asks for it."""
         driver, work, answers = self._driver, self._work, self._answers
+        self._options = {"engine": engine, "tape": tape, "on_gate": on_gate, "on_waiting": on_waiting, "loop": loop}
         work.agents.update({agent.id: agent for agent in agents})
         answers.on_gate = on_gate if on_gate is not None else cast("GatePolicy | None", setting("on_gate"))
-        answers.tape = check_options(engine=engine, tape=tape, on_gate=answers.on_gate)
+        self._options["tape"] = answers.tape = check_options(engine=engine, tape=tape, on_gate=answers.on_gate)
         answers.tell_anew(waiting.checked(on_waiting))
         work.engine = engine
         answers.somebody = somebody()
@@ -639,6 +643,131 @@ class Run:
                 raise TransitionError(f"{', '.join(self._driver.state.running)} is at work on the files. Wait for it.")
             return self._work.files.bring_back(tree)
 
+    def rewind(self, step: str) -> Run:
+        """Go back to before `step`: it and all after it are to run as if they never had; the run is paused there.
+
+        Nothing runs, and nothing is paid, until you go on (:meth:`unpause`, :meth:`next`), so the step may be edited
+        first (:meth:`replace`). What runs is cut short. What earlier steps gave stays; what was tried stays to be seen.
+        A loop that goes over the step is in the pass that it was in. A run that has ended can be rewound too; one that
+        is not driven here, by ``cm.resume(…, rewind=step)``.
+
+        Raises
+        ------
+        TransitionError    There is no such step, or the run has not come to it; nothing was changed.
+        """
+        if self._driver.loop is None or self._driver.loop.is_closed():
+            raise TransitionError(
+                f"run {self.id!r} is not driven here. Take it up at that step: cm.resume({self.id!r}, rewind={step!r})."
+            )
+
+        def propose() -> list[AnyEvent]:
+            to = meaning.check_rewind(self._driver.state, step).id  # before anything is cut short for it
+            return [*meaning.cut_all(self._driver.state, f"back to {to}"), Rewound(to=to, later=True, afresh=True)]
+
+        self._driver.go_on(propose)
+        return self
+
+    @by_name("run.fork", "engine", "on_gate", "on_waiting", "tape", "loop")
+    def fork(
+        self,
+        step: str,
+        workflow: Workflow | None = None,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        agents: Iterable[Agent] = (),
+        workspace: str | os.PathLike[str] | None = None,
+        max_cost_usd: float | None = None,
+        max_tokens: int | None = None,
+        max_turns: int | None = None,
+        notebook: str | None = None,
+        **options: Any,
+    ) -> Run:
+        """A new run that shares this one's history and is paused before `step`, as after :meth:`rewind`.
+
+        This run is not touched: it goes on, here or in another process, and may be forked again. Nothing is copied. The
+        fork has gates, a workspace and limits of its own: what was used before it does not count against them, while
+        ``usage`` and ``cost_usd`` are of the whole history (``state.origin`` has what of them is from before). Tools
+        that were allowed for the run ask again.
+
+        Parameters
+        ----------
+        workflow, inputs, agents
+            As of :func:`resume`: the definition as the fork goes on by, if that is another one.
+        workspace
+            Folder its agents work in; by default an own one, never this run's.
+        max_cost_usd, max_tokens, max_turns
+            How much the fork may use, from its beginning; by default as much as this run from its.
+        notebook
+            As of :meth:`start`; by default as this run.
+        **options
+            ``engine, on_gate, on_waiting, tape, loop`` of :meth:`start`; by default those that this run has here.
+
+        Raises
+        ------
+        TransitionError    There is no such step, or the run has not come to it.
+        WorkflowError      A function is missing, or `workflow` is no edit of this run's.
+        """
+        mine = {name: one for name, one in self._options.items() if name != "tape" or "engine" not in options}
+        options = {**mine, **options}
+        check_options(workspace=workspace, **{name: value for name, value in options.items() if name != "loop"})
+        limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
+        with self.reading() as state:
+            to, shared, name = meaning.check_rewind(state, step).id, state.seq, state.name
+            given = _given(state, (*self._work.agents.values(), *agents), workflow, f"run.fork({step!r}")
+        if workspace is not None:
+            with making(workspace, WorkflowError):
+                Path(workspace).mkdir(parents=True, exist_ok=True)
+        fork = Run(_new_id(), self._journal)
+        fork.notebook = notebook if notebook is not None else self.notebook
+        fork._prepare(given.values(), **options)
+        self._journal.create(fork.id, name, fork.notebook, (self.id, shared))
+        fork._driver.drive()
+        forked = RunForked(
+            run_id=fork.id,
+            of=self.id,
+            step=to,
+            workspace=str(Path(workspace).absolute()) if workspace is not None else None,
+            recorded=fork._answers.tape.run_name if fork._answers.tape is not None else None,
+        )
+        different: list[AnyEvent] = []
+
+        def propose() -> list[AnyEvent]:
+            cut = meaning.cut_all(fork._driver.state, f"it goes on in run {self.id}, not in this fork")
+            return [forked, *cut, Rewound(to=to, later=True, afresh=True), *different, *permitting(limits)]
+
+        try:
+            fork._driver.reload()
+            different = [event for event in fork._revision(workflow, inputs) if not isinstance(event, TurnCutShort)]
+            fork._work.check_prices(workflow or fork.workflow, limits)
+            fork._driver.propose(propose)
+        except BaseException:
+            fork._driver.let_go()
+            raise
+        return fork._become_current()
+
+    def diff(self, against: Run, step: str | None = None) -> str:
+        """What is different here from the run `against`: the answer of `step`, else all that differs; a unified diff.
+
+        Raises
+        ------
+        TransitionError    One of them has no such step.
+        """
+        from .render import compare
+
+        with both(against, self) as (old, new):
+            return compare.text(old, new, step)
+
+    def _revision(self, workflow: Workflow | None, inputs: Mapping[str, Any] | None) -> list[AnyEvent]:
+        """The events that lead to an edited definition; refused if it is none of this run's."""
+        if inputs and workflow is None:
+            workflow = self.workflow
+        if workflow is None:
+            return []
+        edits.check_order(self.state, workflow)
+        values = edits.inputs_of(self.state, workflow, inputs)
+        check_templates(workflow, values)
+        return edits.revision(self._driver.state, workflow, values)
+
     # -- building while it lives --------------------------------------------------------------------------------------
 
     def add(
@@ -732,6 +861,7 @@ class Run:
         once: bool = False,
         again: str | None = None,
         later: bool = False,
+        afresh: bool = False,
         limits: Mapping[str, Any] | None = None,
         on_gate: GatePolicy | None = None,
         on_waiting: OnWaiting | None = None,
@@ -745,7 +875,7 @@ class Run:
         until, once
             Id of a step: pause when it is done, or (``once``) has run once. ``None``: no limit.
         again, later
-            A step to run again, as for :meth:`rerun`.
+            A step to run again, as for :meth:`rerun`; with `afresh` to go back to and wait at, as for :meth:`rewind`.
         limits
             What the run may use in all from now on: ``max_cost_usd, max_tokens, max_turns``.
         on_gate
@@ -777,9 +907,9 @@ class Run:
                 if again in state.steps:
                     meaning.check_rewind(state, again)  # before anything is cut short for it
                 events += more(different, meaning.cut_all(state, f"{again} runs again"))
-                events.append(Rewound(to=again, later=later))
+                events.append(Rewound(to=again, later=later or afresh, afresh=afresh))
             held = state.paused or state.until_reached or (state.until, state.until_once) != (until, once)
-            if held if state.ended is None else until is not None:  # resuming lifts every limit
+            if not afresh and held if state.ended is None else until is not None:  # resuming lifts every limit
                 events.append(RunUnpaused(until=until, once=once))
             if told is not None:
                 self._answers.tell_anew(told)
@@ -802,7 +932,11 @@ class Run:
     # -- showing ------------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return f"<Run {self.id} {self.state.name!r}: {self.status}>"
+        from .render import text
+
+        with self.reading() as state:
+            fork = text.fork_words(state)
+            return f"<Run {self.id} {state.name!r}{f' ({fork})' if fork else ''}: {self.status}>"
 
     def show_here(self) -> None:
         """In a notebook with somebody there: the live view under the present cell, once; elsewhere nothing."""
@@ -913,6 +1047,7 @@ def resume(
     journal: str | os.PathLike[str] | AnyJournal | None = None,
     agents: Iterable[Agent] = (),
     until: str | None = None,
+    rewind: str | None = None,
     reason: str = "",
     max_cost_usd: float | None = None,
     max_tokens: int | None = None,
@@ -931,6 +1066,8 @@ def resume(
         Values of template names, over those the run has.
     until
         Id of a step: pause when it is done.
+    rewind
+        Id of a step: go back to before it and wait there, as :meth:`Run.rewind`; so a completed run can go on too.
     reason
         What had happened, for those who look; by default, where its process had not ended it, that.
     max_cost_usd, max_tokens, max_turns
@@ -957,18 +1094,17 @@ def resume(
                     f"cm.resume({run_id!r}, {name}=…)."
                 )
         answers = {name: options[name] for name in ("on_gate", "on_waiting") if name in options}
-        return run.go_on(workflow, inputs, until=until, limits=limits, **answers)
+        back: dict[str, Any] = {"again": rewind, "afresh": True} if rewind is not None else {"until": until}
+        return run.go_on(workflow, inputs, limits=limits, **answers, **back)
     with run.reading() as state:
-        if state.ended == "completed":
-            raise TransitionError(f"run {run_id!r} is completed. Start a new one, or add a step: run.add(…).")
-        given = {agent.id: agent for agent in (*agents, *(workflow.agents if workflow is not None else ()))}
-        for agent in state.agents.values():
-            missing = (given.get(agent.id) or agent).missing
-            if missing is not None:
-                raise WorkflowError(
-                    f"agent {agent.id!r} {missing}, which a journal cannot keep. "
-                    f"Pass it: cm.resume({run_id!r}, agents=[{agent.id.replace('-', '_')}]), or workflow=."
-                )
+        if rewind is not None:
+            rewind = meaning.check_rewind(state, rewind).id
+        elif state.ended == "completed":
+            raise TransitionError(
+                f"run {run_id!r} is completed. Start a new one, add a step: run.add(…), or go back to one: "
+                f"cm.resume({run_id!r}, rewind='STEP')."
+            )
+        given = _given(state, agents, workflow, f"cm.resume({run_id!r}")
     run._prepare(given.values(), **options)
     run._driver.drive()
 
@@ -978,19 +1114,39 @@ def resume(
         why = reason or ("" if run._driver.state.ended is not None else "the process that drove it had ended")
         cut = meaning.cut_all(run._driver.state, why)
         changes = [event for event in different if not isinstance(event, TurnCutShort)]  # it was not the edit that cut
-        return [RunResumed(reason=why, until=until), *cut, *changes, *permitting(limits)]
+        back = [Rewound(to=rewind, later=True, afresh=True)] if rewind is not None else []
+        return [RunResumed(reason=why, until=until), *cut, *changes, *permitting(limits), *back]
 
     try:
         run._driver.read_on()  # what the one who drove it before wrote until the last moment
-        if inputs and workflow is None:
-            workflow = run.workflow
-        if workflow is not None:
-            edits.check_order(run.state, workflow)
-            values = edits.inputs_of(run.state, workflow, inputs)
-            check_templates(workflow, values)
-            different = edits.revision(run._driver.state, workflow, values)
+        different = run._revision(workflow, inputs)
         run._driver.propose(propose)
     except BaseException:
         run._driver.let_go()
         raise
     return run._become_current()
+
+
+@contextlib.contextmanager
+def both(one: Run, other: Run) -> Iterator[tuple[RunState, RunState]]:
+    """The states of two runs, which do not change inside the ``with`` block; always locked in the same order."""
+    first, second = sorted((one, other), key=lambda run: run.id)
+    with first.reading(), second.reading():
+        yield one._driver.state, other._driver.state
+
+
+def _new_id() -> str:
+    return f"r-{secrets.token_hex(4)}"
+
+
+def _given(state: RunState, agents: Iterable[Agent], workflow: Workflow | None, call: str) -> dict[str, Agent]:
+    """The agents that are given, by id; refused when the run needs one that its journal cannot keep."""
+    given = {agent.id: agent for agent in (*agents, *(workflow.agents if workflow is not None else ()))}
+    for agent in state.agents.values():
+        missing = (given.get(agent.id) or agent).missing
+        if missing is not None:
+            raise WorkflowError(
+                f"agent {agent.id!r} {missing}, which a journal cannot keep. "
+                f"Pass it: {call}, agents=[{agent.id.replace('-', '_')}]), or workflow=."
+            )
+    return given

@@ -227,6 +227,10 @@ class Budget(Plain):
     waived: set[str] = field(default_factory=set)
     """Where a person knows that and goes on."""
 
+    def begin_anew(self) -> None:
+        """Nothing of it is used yet."""
+        self.limits, self.used, self.unknown = dict(self.amounts), dict.fromkeys(LIMITS, 0), {}
+
     def permit(self, amounts: Mapping[str, int | float]) -> None:
         """From now on so much in all."""
         self.amounts |= amounts
@@ -398,6 +402,20 @@ class Ordinals(Plain):
 
 
 @dataclass(slots=True, eq=False, repr=False)
+class Origin(Plain):
+    """What a fork was made of: the run, the step it begins at, and how far their history is shared.
+
+    ``usage`` and ``cost_usd``: what had been used by then, in the runs before.
+    """
+
+    run: str
+    step: str
+    seq: int
+    usage: Usage
+    cost_usd: float
+
+
+@dataclass(slots=True, eq=False, repr=False)
 class RunState(Plain):
     """All that a run is, as its events say. Nobody but ``apply`` changes it."""
 
@@ -442,6 +460,8 @@ class RunState(Plain):
     """Counts the times an output that was already settled may have changed."""
     paused: bool = False
     pause_reason: str = ""
+    back_at: str | None = None
+    """The step before which the run is paused since somebody went back to it."""
     until: str | None = None
     until_once: bool = False
     """A module is gone as far as when it has spoken, even where it sends the run back."""
@@ -494,6 +514,8 @@ class RunState(Plain):
     unkept: str | None = None
     """Why there are no snapshots at all."""
     recorded: str | None = None
+    origin: Origin | None = None
+    """Of a fork."""
     resumed: list[RunResumed] = field(default_factory=list)
     untold: dict[str, str] = field(default_factory=dict)
     """By gate: why nobody was told that it is open."""

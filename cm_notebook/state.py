@@ -33,13 +33,16 @@ from typing import Any, cast
 
 from .errors import TransitionError
 from .events import (
+    NO_FILES,
     AgentsReturned,
     AnyEvent,
     GateDecided,
     LoopedBack,
     ModeChanged,
+    Part,
     RunEnd,
     RunFinished,
+    RunForked,
     RunPaused,
     RunResumed,
     RunStarted,
@@ -49,7 +52,7 @@ from .events import (
     TurnWentOn,
     place,
 )
-from .prompts import compose, missing_field
+from .prompts import compose, missing_field, text_of
 from .rules import building, deciding, files, gates, members, moves, turning
 from .rules.budgets import used_up
 from .rules.building import append_item, take_autonomy
@@ -60,7 +63,7 @@ from .rules.members import call_agents, call_members, may_ask, may_call, results
 from .rules.moves import check_rewind, close, next_attempt
 from .rules.texts import take_inputs
 from .rules.verdicts import note_beside
-from .runstate import Due, Loop, Record, RunState, StartTurn, StepState, standing, why_stale
+from .runstate import Due, Loop, Origin, Record, RunState, StartTurn, StepState, standing, why_stale
 from .team import CAP
 from .workflow import Module, Parallel, Step, Workflow, limits_of
 
@@ -82,6 +85,7 @@ __all__ = [
     "may_ask",
     "may_call",
     "next_actions",
+    "prompt_of",
     "results",
     "standing",
     "state_of",
@@ -106,7 +110,7 @@ def apply(state: RunState, event: AnyEvent) -> None:
             raise TransitionError(f"run {state.run_id!r} has started already.")
     elif not begun:
         raise TransitionError(f"{kind} comes before RunStarted.")
-    elif state.ended is not None and kind not in ("RunResumed", "GateDecided"):
+    elif state.ended is not None and kind not in ("RunResumed", "RunForked", "GateDecided"):
         raise TransitionError(f"run {state.run_id!r} is {state.ended}; resume it first.")
     _HANDLERS[kind](state, event)
     state.at, state.seq = event.at, event.seq
@@ -147,9 +151,23 @@ def _run_started(state: RunState, event: RunStarted) -> None:
 
 def _run_resumed(state: RunState, event: RunResumed) -> None:
     state.ended, state.ended_at, state.reason = None, None, ""  # an end decided on before a crash still comes
-    state.paused, state.pause_reason = False, ""
+    state.paused, state.pause_reason, state.back_at = False, "", None
     state.resumed.append(event)
     _go_until(state, event.until)
+
+
+def _run_forked(state: RunState, event: RunForked) -> None:
+    """The same history, and another run from now on: what was open there is not open here, and nothing is used yet."""
+    _close_gates(state)
+    state.origin = Origin(event.of, event.step, event.seq - 1, state.usage, state.cost_usd)
+    state.run_id, state.workspace, state.recorded = event.run_id, event.workspace, event.recorded
+    state.tree, state.loose, state.unkept = NO_FILES, False, None  # its folder is another one
+    state.started_at, state.resumed = event.at, []
+    state.ended, state.ended_at, state.reason, state.ending = None, None, "", None
+    state.allowed = {tool: one for tool, one in state.allowed.items() if one.scope == "always"}
+    for budget in (state.budget, *(step.budget for step in state.order)):
+        if budget is not None:
+            budget.begin_anew()
 
 
 def _run_paused(state: RunState, event: RunPaused) -> None:
@@ -160,7 +178,7 @@ def _run_paused(state: RunState, event: RunPaused) -> None:
 
 
 def _run_unpaused(state: RunState, event: RunUnpaused) -> None:
-    state.paused, state.pause_reason = False, ""
+    state.paused, state.pause_reason, state.back_at = False, "", None
     _go_until(state, event.until, once=event.once)
 
 
@@ -188,10 +206,15 @@ def _run_finished(state: RunState, event: RunFinished) -> None:
         raise TransitionError(f"RunFinished while {', '.join(state.running)} is running.")
     if event.status == "completed" and state.cursor < len(state.order):
         raise TransitionError(f"RunFinished(completed) while step {state.order[state.cursor].id!r} is not done.")
-    for gate in list(state.gates.values()):
-        close(state, state.find(gate.path), reopen=True)
+    _close_gates(state)
     state.ended, state.reason, state.ended_at = event.status, event.reason, event.at
     state.ending = None
+
+
+def _close_gates(state: RunState) -> None:
+    """No gate is open any more; each opens anew when the run goes on."""
+    for gate in list(state.gates.values()):
+        close(state, state.find(gate.path), reopen=True)
 
 
 # -- what each event means ---------------------------------------------------------------------------------------------
@@ -203,6 +226,7 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "RunUnpaused": _run_unpaused,
     "ModeChanged": _mode_changed,
     "RunFinished": _run_finished,
+    "RunForked": _run_forked,
     "WorkflowChanged": building.workflow_changed,
     "StepAdded": building.step_added,
     "StepChanged": building.step_changed,
@@ -344,10 +368,7 @@ def _start(
         return Record(opening(state, step, over))
     if isinstance(step.step, Parallel):
         return Record(call_members(state, step, step.step))
-    session = step.session
-    if session is not None and engine_of is not None and engine_of(step.step) != step.session_engine:
-        session = None  # another engine would not know it
-    prompt, context = compose(state, step, continues=session is not None)
+    prompt, context, session = _next_prompt(state, step, engine_of)
     if _asks_first(state, step) and missing_field(state, step) is None:  # else it fails as a turn
         return Record(
             opening(state, step, Due("start", note_beside(state, step), prompt + (context or ())), prompt, context)
@@ -361,6 +382,33 @@ def _start(
         session_id=session,
         not_before=step.retry_at,
     )
+
+
+def _next_prompt(
+    state: RunState, step: StepState, engine_of: Callable[[Step], str] | None
+) -> tuple[tuple[Part, ...], tuple[Part, ...] | None, str | None]:
+    """What would be sent to `step` now, and into which session."""
+    session = step.session
+    if session is not None and engine_of is not None and engine_of(step.step) != step.session_engine:
+        session = None  # another engine would not know it
+    return *compose(state, step, continues=session is not None), session
+
+
+def prompt_of(state: RunState, step: StepState, engine_of: Callable[[Step], str] | None = None) -> str:
+    """The prompt of `step`: what would be sent now, where its turn is the next; else what was sent last.
+
+    Of one that the run has not come to yet, its templates as they stand.
+    """
+    if isinstance(step.step, Parallel):
+        return ""
+    if step.gate is not None and step.gate.kind == "start" and step.redo is not None:
+        return state.text(step.redo.prompt)
+    if step.status in ("pending", "ready") and (step is state.current or step.caller):
+        prompt, context, _session = _next_prompt(state, step, engine_of)
+        return text_of(prompt + (context or ()), state.texts)
+    if step.last is not None:
+        return step.last.prompt
+    return "\n\n".join(step.step.prompts(state.agents.get(step.step.agent)))
 
 
 def _asks_first(state: RunState, step: StepState) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import GatePending, TransitionError
 from .events import FileChange, Usage
 from .runstate import Attempt, StepState, standing, status_word
+from .state import prompt_of
 
 if TYPE_CHECKING:
     from .run import Run
@@ -131,9 +132,12 @@ class StepView:
 
     @property
     def prompt(self) -> str:
-        """The exact prompt of the last attempt; ``""`` before the first."""
-        attempts = self.attempts
-        return attempts[-1].prompt if attempts else ""
+        """The exact prompt: where its turn is next, the one that would be sent now; else that of the last attempt.
+
+        Of a step that the run has not come to yet it is the template, as earlier outputs are still to come.
+        """
+        with self.run.reading() as state:
+            return prompt_of(state, self._step, self.run._work.engine_name)
 
     @property
     def files_changed(self) -> list[FileChange]:

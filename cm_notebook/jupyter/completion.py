@@ -138,6 +138,7 @@ def _values(notebook: Notebook, what: str, choices: tuple[str, ...]) -> list[str
         "engine": engine_names,
         "key": keys.names,
         "run": notebook.run_ids,
+        "against": notebook.run_ids,
         "tool": _allowed_tools,
     }
     return sorted(dict.fromkeys(sources[what]())) if what in sources else []

@@ -24,9 +24,9 @@ from ..allowed import Permissions, permissions
 from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
 from ..events import EDITABLE, Decision
 from ..exports import is_program
-from ..render import diff, html, svg, text, timeline
+from ..render import compare, diff, html, svg, text, timeline
 from ..render.shell import editable
-from ..run import Run
+from ..run import Run, both
 from ..run import runs as all_runs
 from ..runstate import RunState
 from ..starting import check_options
@@ -107,7 +107,7 @@ class CMMagics(Magics):
             researcher -> planner -> quality-gate(loop 1, max 5) -> reviewer? -> deployer
             run = %cm run
         Building:  workflow  agent  step  module  remove
-        Running:   run  next  pause  stop  resume  mode
+        Running:   run  next  pause  stop  resume  rewind  fork  mode
         Deciding:  approve  reject  edit  skip  retry  answer
         Looking:   show  diff  graph  status  runs  permissions  config  keys  doctor
         Sharing:   export
@@ -238,6 +238,23 @@ class CMMagics(Magics):
         self._present(run)
         return run
 
+    def _rewind(self, values: Values, body: str | None) -> Run:
+        run = self._notebook.rewind(values["step"], values.get("run"))
+        self._say_back(run)
+        return run
+
+    def _fork(self, values: Values, body: str | None) -> Run:
+        run_id = values.pop("run", None)
+        run = self._notebook.fork(values.pop("step"), run_id, **values)
+        with run.reading() as state:
+            print(f"Run {run.id} is a {text.fork_words(state)}.")
+        self._say_back(run)
+        return run
+
+    def _say_back(self, run: Run) -> None:
+        with run.reading() as state:
+            print(text.sentence(state))
+
     def _stop(self, values: Values, body: str | None) -> Run:
         run = self._notebook.current().stop()
         print(f"{run.state.name} is stopped. `%cm run` goes on with it.")
@@ -327,6 +344,16 @@ class CMMagics(Magics):
     def _diff(self, values: Values, body: str | None) -> Text:
         run = self._notebook.current()
         numbers = [*values.get("attempts", [])]
+        if "against" in values:
+            if numbers:
+                raise WorkflowError("`%cm diff --against` compares two runs as they are: leave out the attempts.")
+            other = self._notebook.named(values["against"])
+            with both(other, run) as (theirs, mine):
+                said = Text(compare.text(theirs, mine, values.get("step")))
+                self._display(said, compare.compare_html(theirs, mine, values.get("step")))
+            return said
+        if "step" not in values:
+            raise WorkflowError("`%cm diff` needs a step, or another run. For instance: %cm diff implementer 1 3")
         if len(numbers) > 2:
             raise WorkflowError("`%cm diff` compares two attempts. For instance: %cm diff implementer 1 3")
         a, b = numbers if len(numbers) == 2 else (*numbers, -1) if numbers else (-2, -1)
@@ -338,7 +365,8 @@ class CMMagics(Magics):
         old, new = step.attempt(a), step.attempt(b)
         with run.reading() as state:
             made = Text(diff.text(old.text, new.text))
-            self._display(made, html.diff_html(state, state.find(step.path), a, b))
+            columns = values.get("side_by_side", False)
+            self._display(made, html.diff_html(state, state.find(step.path), a, b, columns=columns))
         return made
 
     def _graph(self, values: Values, body: str | None) -> Text:
@@ -388,7 +416,11 @@ class CMMagics(Magics):
 
     def _runs(self, values: Values, body: str | None) -> Runs:
         found = Runs(all_runs())
-        rows = [(run.id, run.state.name, run.status, run.state.started_at) for run in found]
+        rows = []
+        for run in found:
+            with run.reading() as state:
+                name = ", ".join(filter(None, (state.name, text.fork_words(state))))
+                rows.append((run.id, name, run.status, state.started_at))
         lines = text.table([["Run", "Workflow", "State", "Started"], *text.runs_rows(rows)])
         self._display("\n".join(lines) if rows else "There are no runs yet.", html.runs_html(rows))
         return found

@@ -22,7 +22,7 @@ import difflib
 import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -481,7 +481,11 @@ class Notebook:
         here = self.left.get(run_id)
         if here is None and run_id not in (known := self.run_ids()):
             raise TransitionError(f"there is no run {run_id!r}. {did_you_mean(run_id, known, 'Runs')}")
-        found = here.run if here is not None else Run.open(run_id)
+        return self._take(here.run if here is not None else Run.open(run_id), on_waiting=on_waiting)
+
+    def _take(self, found: Run, rewind: str | None = None, on_waiting: OnWaiting | None = None) -> Run:
+        """The cells go on with this run; with `rewind` it goes back to before that step, and waits there."""
+        run_id, here = found.id, self.left.get(found.id)
         self._check_functions(found.state)
         mine = here.plan if here is not None else self.plan
         plan = mine if mine is not None and mine.name == found.state.name else Plan(found.state.name)
@@ -490,7 +494,8 @@ class Notebook:
             run = found.go_on(on_waiting=on_waiting)
         else:
             agents = [agent for agent in self.agents.values() if agent.id in found.state.agents]
-            run = runs.resume(run_id, agents=agents, engine=plan.engine, on_waiting=on_waiting, **plan.played({}))
+            played = plan.played({})
+            run = runs.resume(run_id, agents=agents, engine=plan.engine, on_waiting=on_waiting, rewind=rewind, **played)
         if before is not None and before is not run:
             runs.set_current(before)
             self._leave()
@@ -501,6 +506,64 @@ class Notebook:
         self._allowed = set(run.state.steps)
         runs.set_current(run)
         return run
+
+    def rewind(self, step: str, run_id: str | None = None) -> Run:
+        """Go back to before a step of the current run, or of that run of the journal, and wait there.
+
+        Raises
+        ------
+        CodeMachineError    It cannot go back there; nothing was changed.
+        """
+        run = self._last() if run_id is None and self._started() is None else self.named(run_id)
+        if run is None:
+            return self.current().rewind(step)  # which says that there is none
+        if run is self.found:
+            return self._resume(run, self._workflow(run), None, {}, rewind=step)
+        return run.rewind(step) if run._driver.loop is not None else self._take(run, rewind=step)
+
+    def fork(self, step: str, run_id: str | None = None, **options: Any) -> Run:
+        """A fork of the current run, or of that run of the journal, which the cells go on with.
+
+        `options` are those of :meth:`Run.fork`.
+        """
+        parent = self.named(run_id)
+        if parent is self.found:
+            self._check_functions(parent.state)
+        agents = [agent for agent in self.agents.values() if agent.id in parent.state.agents]
+        mine = self.plan if self.plan is not None and self.plan.name == parent.state.name else None
+        given = {name: options.get(name) for name in ("engine", "tape")}
+        if mine is not None and parent._driver.loop is None and not any(given.values()):
+            given = {"engine": mine.engine, "tape": mine.tape}
+        with_ = {**options, **{name: value for name, value in given.items() if value is not None}}
+        fork = parent.fork(step, agents=agents, notebook=bridge.notebook_key(), **with_)
+        self._follow_fork(fork)
+        return fork
+
+    def named(self, run_id: str | None) -> Run:
+        """The run of that id, here or in the journal, or in the variable of that name; the current one without it."""
+        if run_id is None:
+            return self.current()
+        if isinstance(variable := self.variables().get(run_id), Run):
+            return variable
+        here = [run for run in (self.run, *(left.run for left in self.left.values())) if run is not None]
+        found = next((run for run in here if run.id == run_id), None)
+        if found is None and run_id not in (known := self.run_ids()):
+            raise TransitionError(f"there is no run {run_id!r}. {did_you_mean(run_id, known, 'Runs')}")
+        return found or Run.open(run_id)
+
+    def _follow_fork(self, fork: Run) -> None:
+        """The cells go on with `fork`, which begins with what they said about the run that it was forked from."""
+        mine = self.plan is not None and self.plan.name == fork.state.name
+        plan = self.plan if mine and self.plan is not None else Plan(fork.state.name)
+        seen, allowed = self._seen, self._allowed
+        runs.set_current(None)
+        self._note(self.run)
+        self._forget(looked=True)
+        self.plan = replace(plan, inputs=dict(plan.inputs), placed=dict(plan.placed))
+        self.run, self.since, self._given = fork, time.time(), {}
+        if mine:
+            self._seen, self._allowed = set(seen), set(allowed)
+        runs.set_current(fork)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -523,6 +586,13 @@ class Notebook:
         """The run that cells go on with: the one of this kernel, else the one that was found."""
         if self.run is None and self.found is None and not self._looked:
             self.found, self._looked = self._last_run(self._planned().name), True
+        started = self._started()
+        if self.run is not None and started is not None and started is not self.run:
+            origin = started.state.origin
+            if started.id == self.run.id:  # resumed in Python
+                self.run = started
+            elif origin is not None and origin.run == self.run.id:  # forked in Python
+                self._follow_fork(started)
         return self.run or self.found
 
     def _journal(self) -> AnyJournal | None:
@@ -559,6 +629,9 @@ class Notebook:
         `given` names the inputs of this very call.
         """
         run, plan = self._last(), self._planned()
+        if run is not None and (back := run.state.steps.get(run.state.back_at or "")) is not None:
+            # what cells had allowed after it was allowed before somebody went back
+            self._allowed = {step.id for step in run.state.order[: back.index]} & self._allowed
         allowed = set(reach) if exactly else self._allowed | set(reach)
         workflow = self._fresh(touched) if run is None else self._workflow(run, touched)
         self._check_inputs(plan, workflow, given)
@@ -584,14 +657,16 @@ class Notebook:
         self.run, self.found, self._allowed = run, None, allowed
         return run
 
-    def _resume(self, found: Run, workflow: Workflow, until: str | None, options: dict[str, Any]) -> Run:
+    def _resume(
+        self, found: Run, workflow: Workflow, until: str | None, options: dict[str, Any], rewind: str | None = None
+    ) -> Run:
         self._check_functions(found.state)
         plan = self._planned()
         given = {"engine": plan.engine, **plan.played(options)}
         given.pop("workspace", None)
         why = "stopped by you" if found.status == "stopped" else "the kernel had ended"
         try:
-            run = runs.resume(found.id, workflow, until=until, reason=why, **given)
+            run = runs.resume(found.id, workflow, until=until, rewind=rewind, reason=why, **given)
         except RunLocked as error:
             raise RunLocked(
                 f"{error} Or begin another run: `%cm workflow {plan.name} --new`.", path=error.path

@@ -446,6 +446,11 @@ def _tools(state: RunState, step: StepState) -> str:
             f'<button type="button" data-do="rerun" data-step="{escape(step.id)}" title="%cm run --from '
             f'{escape(step.id)}">Run from here</button>'
         )
+    if not step.caller and state.back_at != step.id:
+        made += (
+            f'<button type="button" data-do="rewind" data-step="{escape(step.id)}" title="%cm rewind '
+            f'{escape(step.id)}: it and all after it are to run again, once you go on">Back to here</button>'
+        )
     return made
 
 
@@ -1264,6 +1269,8 @@ class Hub:
             self.run.set_mode(content.get("mode", ""))
         elif what == "rerun":
             self.run.rerun(str(content.get("step")), later=True)
+        elif what == "rewind":
+            self.run.rewind(str(content.get("step")))
 
 
 _hubs: weakref.WeakValueDictionary[str, Hub] = weakref.WeakValueDictionary()

@@ -107,6 +107,51 @@ def lines(old: str, new: str) -> str:
     return f'<pre style="{style}">{"".join(shown)}</pre>\n'
 
 
+def side_by_side(old: str, new: str, heads: tuple[str, str] = ("before", "after")) -> str:
+    """Show both texts beside each other, as HTML: changed lines with three unchanged ones around them, marked by words.
+
+    `heads`: what stands above the two columns.
+    """
+    old, new = clean(old), clean(new)
+    before, after = old.split("\n") if old else [], new.split("\n") if new else []
+    if old == new or len(before) + len(after) > LINE_LIMIT or len(old) + len(new) > CHAR_LIMIT:
+        return lines(old, new)  # which says so
+    purse, rows = _Purse(), [_row(*(f"<b>{html.escape(head)}</b>" for head in heads))]
+    for number, hunk in enumerate(_hunks(_changes(before, after, purse))):
+        rows += [_row("…", "…")] if number or hunk[0].old or hunk[0].new else []
+        for change in hunk:
+            removed, added = before[change.old : change.old_end], after[change.new : change.new_end]
+            if change.same:
+                rows += [_row(html.escape(line), html.escape(line)) for line in removed]
+            else:
+                rows += [_row(*_sides(*pair, purse)) for pair in itertools.zip_longest(removed, added)]
+    frame = "width:100%;table-layout:fixed;border-collapse:collapse;font-size:13px;margin:0 0 8px"
+    return f'<table style="{frame}"><tbody>\n{"".join(rows)}</tbody></table>\n'
+
+
+def _row(left: str, right: str) -> str:
+    style = (
+        "vertical-align:top;text-align:left;padding:1px 8px;border:1px solid rgba(128,128,128,0.35);"
+        "white-space:pre-wrap;overflow-wrap:anywhere"
+    )
+    return f'<tr><td style="{style}">{left}</td><td style="{style}">{right}</td></tr>\n'
+
+
+def _sides(old: str | None, new: str | None, purse: _Purse) -> tuple[str, str]:
+    """A line and what became of it; ``None`` where there is none."""
+    left, right = _split_words(old or ""), _split_words(new or "")
+    if len(left) + len(right) > WORD_LIMIT // 8:
+        left, right = [old or ""], [new or ""]
+    made: tuple[list[str], list[str]] = [], []
+    for change in _changes(left, right, purse):
+        for side, (tag, words) in enumerate(
+            (("del", left[change.old : change.old_end]), ("ins", right[change.new : change.new_end]))
+        ):
+            shown = html.escape("".join(words))
+            made[side].append(shown if change.same or not shown else _mark(tag, f"{_GROUND[tag]};{_DRAWN[tag]}", shown))
+    return "".join(made[0]), "".join(made[1])
+
+
 def text(old: str, new: str) -> str:
     """Show the difference as a plain unified diff, for ``text/plain``."""
     return "\n".join(text for _, text in _unified(old, new)) + "\n"

@@ -464,9 +464,10 @@ def header(state: RunState, now: float | None = None) -> str:
 
 
 def origin_words(state: RunState) -> str:
-    """Where the answers came from, if not from a model, and what the run goes on from."""
+    """What the run is a fork of, where answers came from, if not from a model, and what it goes on from."""
     unkept = _capital(one_line(state.unkept or "", 300))
-    return inline(" · ".join(filter(None, (_capital(say.source(state)), _resumed(state), unkept))))
+    fork = _capital(say.fork_words(state))
+    return inline(" · ".join(filter(None, (fork, _capital(say.source(state)), _resumed(state), unkept))))
 
 
 def _resumed(state: RunState) -> str:
@@ -721,8 +722,13 @@ def plain_html(text: str) -> str:
 # -- answers of single commands ---------------------------------------------------------------------------------------
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Cells are HTML already."""
+def bold(text: str) -> str:
+    """A name that stands out."""
+    return f"<b>{_esc(text)}</b>"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows as a table; cells are HTML already."""
     lines = ['<table style="border-collapse:collapse;font-size:13px;margin:4px 0">\n<thead>\n<tr>']
     for number, cell in enumerate(head):
         lines.append(f'<th scope="col" style="{_CELL};text-align:{"right" if number in right else "left"}">{cell}</th>')
@@ -735,8 +741,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[i
     return "\n".join([*lines, "</tbody>\n</table>\n"])
 
 
-STATUS_HEAD = _table(say.STATUS_COLUMNS, [], right=(2, 3, 4, 5)).partition("</tr>")[0]
-RUNS_HEAD = _table(("Run", "Workflow", "State", "Started"), []).partition("</tr>")[0]
+STATUS_HEAD = table(say.STATUS_COLUMNS, [], right=(2, 3, 4, 5)).partition("</tr>")[0]
+RUNS_HEAD = table(("Run", "Workflow", "State", "Started"), []).partition("</tr>")[0]
 
 
 def status_html(state: RunState, now: float | None = None) -> str:
@@ -747,7 +753,7 @@ def status_html(state: RunState, now: float | None = None) -> str:
         rows.append([f"<b>{_esc(cells[0])}</b>", pill(seen), *(_esc(cell) for cell in cells[2:])])
     said = _line(" · ".join(filter(None, (say.source(state), say.sentence(state, now)))))
     name = f"<div><b>{_esc(one_line(state.name, 80))}</b></div>\n"
-    return f"<div>\n{name}{_table(say.STATUS_COLUMNS, rows, right=(2, 3, 4, 5))}{said}</div>\n"
+    return f"<div>\n{name}{table(say.STATUS_COLUMNS, rows, right=(2, 3, 4, 5))}{said}</div>\n"
 
 
 def find_attempt(step: StepState, number: int | None) -> Attempt:
@@ -770,13 +776,18 @@ def find_attempt(step: StepState, number: int | None) -> Attempt:
     raise TransitionError(f"{step.id!r} has no attempt {number}; there is {numbers}.")
 
 
-def diff_html(state: RunState, step: StepState, a: int = -2, b: int = -1) -> str:
-    """What changed in a step's output from attempt `a` to attempt `b` (numbers, or negative from the end)."""
+def diff_html(state: RunState, step: StepState, a: int = -2, b: int = -1, *, columns: bool = False) -> str:
+    """What changed in a step's output from attempt `a` to attempt `b` (numbers, or negative from the end).
+
+    `columns`: each in a column of its own.
+    """
     old, new = find_attempt(step, a), find_attempt(step, b)
     head = f"<div><b>{_esc(step.id)}</b> {faint(f'attempt {old.number} to attempt {new.number}')}</div>\n"
     said = say.outcome(state, step, old)
     why = _line(f"Attempt {old.number}: {said}") if said else ""
-    return f'<div style="{FRAME}">\n{head}{why}{diff.between(old.text, new.text)}</div>\n'
+    heads = f"attempt {old.number}", f"attempt {new.number}"
+    made = diff.side_by_side(old.text, new.text, heads) if columns else diff.between(old.text, new.text)
+    return f'<div style="{FRAME}">\n{head}{why}{made}</div>\n'
 
 
 def show_html(state: RunState, step: StepState, attempt: int | None = None, full: bool = False) -> str:
@@ -813,5 +824,5 @@ def runs_html(runs: Iterable[tuple[str, str, str, float]]) -> str:
         rows.append([f'<code style="{_CODE}">{_esc(id)}</code>', _esc(name), state, _esc(when)])
     if not rows:
         return _line("There are no runs yet.")
-    table = _table(("Run", "Workflow", "State", "Started"), rows)
-    return f"<div>\n{table}{_line('To go on with one: `%cm resume RUN`')}</div>\n"
+    made = table(("Run", "Workflow", "State", "Started"), rows)
+    return f"<div>\n{made}{_line('To go on with one: `%cm resume RUN`')}</div>\n"

@@ -32,6 +32,7 @@ from ..events import (
     ModeChanged,
     Rewound,
     RunFinished,
+    RunForked,
     RunPaused,
     RunResumed,
     RunStarted,
@@ -194,10 +195,11 @@ class Spent(NamedTuple):
         computed = estimated or self.cost_estimated
         said = {"max_tokens": tokens(count, estimated), "max_cost_usd": cost(self.cost_usd, computed)}
         if self.budget is not None:
-            paid = amount("max_cost_usd", self.cost_usd) if self.cost_usd else "$0"
+            counted = self.budget.used  # of a fork less than all: what was used before it does not count
+            paid = amount("max_cost_usd", counted["max_cost_usd"]) if counted["max_cost_usd"] else "$0"
             used = {
-                "max_cost_usd": f"{'~' if computed and self.cost_usd else ''}{paid}",
-                "max_tokens": said["max_tokens"].removesuffix(" tok") or "0",
+                "max_cost_usd": f"{'~' if computed and counted['max_cost_usd'] else ''}{paid}",
+                "max_tokens": tokens(int(counted["max_tokens"]), estimated).removesuffix(" tok") or "0",
                 "max_turns": f"{self.budget.used['max_turns']:,}",
             }
             said |= {name: f"{used[name]} of {amount(name, most)}" for name, most in self.budget.limits.items()}
@@ -255,6 +257,16 @@ def source(state: RunState) -> str:
     if _first_offline(state) is not None:
         return "offline: no model was called"
     return ""
+
+
+def fork_words(state: RunState) -> str:
+    """What the run is a fork of, and what had been paid before: ``fork of r-1f2e at planner``; ``""`` for none."""
+    origin = state.origin
+    if origin is None:
+        return ""
+    of = "" if state.recorded is not None else f" of {origin.run}"
+    before = cost(origin.cost_usd, state.cost_estimated)
+    return f"fork{of} at {origin.step}{f', {before} of it before the fork' if before else ''}"
 
 
 def _first_offline(state: RunState) -> Attempt | None:
@@ -572,6 +584,9 @@ def sentence(state: RunState, now: float | None = None, go_on: str = "%cm run") 
         return " ".join(_running(state, step) for step in state.running.values() if not step.caller)
     step = state.current
     if state.paused:
+        if step is not None and step.id == state.back_at:
+            other = f"its cell with other words: `%%cm step {step.id}`"
+            return f"Back at {step.id}: nothing runs until you go on. Next: `%cm run`, or {other}."
         why = f" ({one_line(state.pause_reason, 120)})" if state.pause_reason else ""
         return f"Paused{why}. " + (f"Next: {step.id}. " if step is not None else "") + f"`{go_on}` goes on."
     if step is None:
@@ -883,7 +898,9 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
             f": {one_line(reason)}" if reason else ""
         )
     if isinstance(event, Rewound):
-        return f"back to {event.to}"
+        return f"back {'at' if event.afresh else 'to'} {event.to}{', paused' if event.afresh else ''}"
+    if isinstance(event, RunForked):
+        return f"forked at {event.step}: a run of its own from here on"
     if isinstance(event, SnapshotTaken):
         many = f"{event.total:,} file{'' if event.total == 1 else 's'}"
         if event.when == "kept":
@@ -1052,7 +1069,7 @@ def status_table(state: RunState, now: float | None = None) -> str:
 
 def headline(state: RunState, now: float | None = None) -> str:
     """Name, state, time, tokens, cost and source in one line."""
-    parts = [run_look(state).word, *run_total(state, now).words(), source(state)]
+    parts = [run_look(state).word, *run_total(state, now).words(), fork_words(state), source(state)]
     return f"{one_line(state.name, 80)}: {' · '.join(filter(None, parts))}"
 
 

@@ -32,11 +32,13 @@ def take_back(state: RunState, step: StepState, before: str | None) -> None:
 def begin_files(state: RunState, step: StepState, *, attempt: bool) -> None:
     """A turn of `step` begins, and a new `attempt` with it: until its files are looked at, what is known of them.
 
-    Nobody else puts files into a folder that we have made; of any other nothing is known yet.
+    Nobody else puts files into a folder that we have made; of any other nothing is known yet, nor of one where files
+    are still to be taken back.
     """
     if not attempt:
         step.files_before = None  # a chained prompt: its rejection leaves what the ones before it did
-    if step.files_before is None and state.workspace is None and state.tree == NO_FILES:
+    empty = state.workspace is None and state.tree == NO_FILES and step.restore is None
+    if step.files_before is None and empty:
         step.files_before = NO_FILES
     if step.files_first is None:
         step.files_first = step.files_before

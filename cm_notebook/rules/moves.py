@@ -103,10 +103,22 @@ def looped_back(state: RunState, event: LoopedBack) -> None:
 
 
 def check_rewind(state: RunState, to: str) -> StepState:
-    """The step `to`, if the run can go back to it; a turn that runs can be cut short for it."""
+    """The step `to`, if the run can go back to it; a turn that runs can be cut short for it.
+
+    Raises
+    ------
+    TransitionError    There is no such step, it is no step of the workflow's own, or the run has not come to it.
+    """
+    caller = next((member.caller for member in state.members.values() if to in (member.path, member.id)), None)
+    if caller is not None and state.named(to) is None:
+        own = caller.partition("/")[0]
+        raise TransitionError(
+            f"{to!r} is called by {own!r}, so it has no place of its own to go back to: name {own!r}."
+        )
     target = state.step(to)
     if target.status == "pending" and target.index > state.cursor:
-        raise TransitionError(f"step {target.id!r} has not run yet; {state.order[state.cursor].id!r} comes first.")
+        why = "is to run again" if target.attempts else "has not run yet"
+        raise TransitionError(f"step {target.id!r} {why}; {state.order[state.cursor].id!r} comes first.")
     return target
 
 
@@ -118,7 +130,7 @@ def rewound(state: RunState, event: Rewound) -> None:
     check_rewind(state, event.to)
     for later in state.order[target.index + 1 :]:
         close(state, later, reopen=True)
-        if later.status not in ("finished", "skipped") or event.later:
+        if later.status not in ("finished", "skipped") or event.later or event.afresh:
             begin_again(later, "pending")
         if isinstance(later.step, Module) and later.index - later.step.loop_steps > target.index:
             state.loops.pop(later.id, None)  # its loop has not begun yet
@@ -128,10 +140,36 @@ def rewound(state: RunState, event: Rewound) -> None:
     before = files_before(state, target)
     begin_again(target, "ready")
     take_back(state, target, before)
-    target.redo = Redo(answered=True)
+    if event.afresh:
+        _forget_from(state, target)
+        state.paused, state.pause_reason, state.back_at = True, f"back at {target.id}", target.id
+        state.until, state.until_once, state.until_reached = None, False, False
+    else:
+        target.redo = Redo(answered=True)
     doubt_later(state, target)
     state.cursor = min(state.cursor, target.index)
     state.epoch += 1
+
+
+def _forget_from(state: RunState, target: StepState) -> None:
+    """`target` and what comes after it have given nothing yet; a loop that goes over `target` is in the pass it is in.
+
+    What they did stays to be seen: their attempts.
+    """
+    target.status = "pending"
+    for step in state.order[target.index :]:
+        step.approved, step.note, step.looped_by, step.resent, step.iteration = None, None, None, (), 1
+        if isinstance(step.step, Parallel):
+            state.voices.update(dict.fromkeys(step.step.members))
+    for later in reversed(state.order[target.index :]):  # of loops in one another, the inner one counts
+        loop = state.loops.get(later.id)
+        if isinstance(later.step, Module) and loop is not None and loop.count:
+            begins = max(0, later.index - later.step.loop_steps)
+            for inside in state.order[max(begins, target.index) : later.index + 1]:
+                inside.iteration = loop.count + 1
+            if begins == target.index:
+                target.looped_by = later.id  # what sent the run back is said again
+    state.frontier = min(state.frontier, target.index)
 
 
 def begin_again(step: StepState, status: Literal["pending", "ready"]) -> None:

@@ -24,13 +24,13 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "GateOpened": ("waiting",),  # start, budget
         "AgentsCalled": ("calling",),  # a parallel step
         "StepSkipped": ("skipped",),
-        "Rewound": ("ready",),
+        "Rewound": ("ready", "pending"),
     },
     "ready": {
         "TurnStarted": ("running",),
         "AgentsCalled": ("calling",),
         "GateOpened": ("waiting",),  # start, of a chained prompt; budget
-        "Rewound": ("ready",),
+        "Rewound": ("ready", "pending"),
     },
     "running": {
         "SessionOpened": ("running",),
@@ -69,16 +69,16 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
     },
-    "retrying": {"TurnStarted": ("running",), "TurnCutShort": ("ready", "due"), "Rewound": ("ready",)},
-    "due": {"GateOpened": ("waiting",), "StepFailed": ("failed",), "Rewound": ("ready",)},
+    "retrying": {"TurnStarted": ("running",), "TurnCutShort": ("ready", "due"), "Rewound": ("ready", "pending")},
+    "due": {"GateOpened": ("waiting",), "StepFailed": ("failed",), "Rewound": ("ready", "pending")},
     "waiting": {
         "GateDecided": ("ready", "finished", "skipped", "looping", "due", "pending"),
         "StepFailed": ("failed",),
-        "Rewound": ("ready",),
+        "Rewound": ("ready", "pending"),
     },
-    "looping": {"LoopedBack": ("pending",), "Rewound": ("ready",)},
-    "finished": {"GateOpened": ("waiting",), "Rewound": ("ready",)},  # stale
-    "skipped": {"GateOpened": ("waiting",), "Rewound": ("ready",)},  # stale
+    "looping": {"LoopedBack": ("pending",), "Rewound": ("ready", "pending")},
+    "finished": {"GateOpened": ("waiting",), "Rewound": ("ready", "pending")},  # stale
+    "skipped": {"GateOpened": ("waiting",), "Rewound": ("ready", "pending")},  # stale
     "failed": {},  # a member; called again, it is ready
 }
 """Which events a step may meet in each status, and what it may become by them."""
@@ -88,7 +88,9 @@ SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
     "LoopedBack": dict.fromkeys(SETTLED, ("pending",)),
     "Rewound": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
     "RunFinished": {"waiting": ("due", "finished", "pending", "ready")},
+    "RunForked": {"waiting": ("due", "finished", "pending", "ready")},
     "StepChanged": {**dict.fromkeys(_AT_REST, ("pending", "finished")), "waiting": ("pending", "finished", "due")},
+    "StepRemoved": {"waiting": ("pending", "ready")},  # at its limit; it is gone
     "AgentsCalled": {"failed": ("ready",)},
     # a member whose caller waits for it no more
     "AgentsReturned": {"waiting": ("due", "pending", "ready")},

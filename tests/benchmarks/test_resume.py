@@ -1,7 +1,8 @@
-"""Going on with a long run: reading its events and knowing where it stands."""
+"""Going on with a long run, or back in it: reading its events and knowing where it stands."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,30 @@ def test_resume_takes_time_for_each_event_only(budget, stopped):
         name = f"resume, {steps:,} steps, {2 * steps:,} events"
         budget(name, figures[steps], "ms/event", at_most=0.03)
     budget("resume, per event, 10,000 steps ÷ 500", figures[10_000].ours / figures[500].ours, "×", at_most=1.25)
+
+
+def test_fork_and_rewind_take_time_for_each_event_only(budget, stopped):
+    forked, rewound = {}, {}
+    for steps, (run_id, path) in stopped.items():
+
+        def fork(run_id: str = run_id, path: Path = path, last: str = f"s{steps - 2}", steps: int = steps) -> cm.Run:
+            return cm.Run(run_id, Journal(path)).fork(last, agents=[work])
+
+        def forks(fork: Callable[[], cm.Run] = fork, events: int = 2 * steps) -> Time:
+            with stopwatch() as passed:
+                made = fork()
+            made.stop()
+            return passed().per(events)
+
+        def rewinds(fork: Callable[[], cm.Run] = fork, events: int = 2 * steps) -> Time:
+            made = fork()
+            with stopwatch() as passed:
+                made.rewind("s1")
+            made.stop()
+            return passed().per(events)
+
+        forked[steps], rewound[steps] = paired(forks, rounds=5).cpu, paired(rewinds, rounds=5).cpu
+    for what, figures in (("fork", forked), ("rewind", rewound)):
+        budget(f"{what}, 10,000 steps, 20,000 events", figures[10_000], "ms/event")
+        growth = figures[10_000].ours / figures[500].ours
+        budget(f"{what}, per event, 10,000 steps ÷ 500", growth, "×", at_most=1.5)

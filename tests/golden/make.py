@@ -33,6 +33,21 @@ OPEN = "open"
 """A run that waits at its gate."""
 
 
+FORKED = "forked"
+"""A fork of a fork of a run, each of which has gone on, beside those."""
+
+
+def forked(journal: Path) -> None:
+    """Write the fork of a fork, the newest run of its journal."""
+    names = ("a", "b", "c")
+    flow = cm.Workflow("forked", agents=[cm.Agent(name, f"Be {name}.") for name in names], steps="a -> b -> c")
+    script = cm.ScriptedEngine({name: [f"{name} {number}" for number in range(1, 9)] for name in names})
+    run = flow.start(engine=script, journal=journal, workspace=journal.parent).wait()
+    for step in ("b", "c"):
+        run = run.fork(step)
+        run.unpause().wait()
+
+
 def open_flow() -> cm.Workflow:
     """The workflow of the run that waits, as its cell would define it."""
     steps = [cm.step("plan", prompt="Plan {{ goal }}.", interactive=True), cm.step("build", prompt="Build {{ plan }}.")]
@@ -106,7 +121,7 @@ def main(names: Iterable[str]) -> None:
     names = [name for name in names if not (HERE / str(FORMAT) / f"{name}.db").exists()]
     with tempfile.TemporaryDirectory() as folder:
         warm_up()
-        for name in [name for name in names if name != OPEN]:
+        for name in [name for name in names if name not in (OPEN, FORKED)]:
             kills = [Kill(point=Point("after:TurnStarted", 2))] if name == CUT else []
             scene = Scene(Path(folder, name), make("gates" if name == CUT else name), kills)
             scene.prepare()
@@ -118,10 +133,13 @@ def main(names: Iterable[str]) -> None:
                 pass
             _keep(OPEN, Path(folder, "o.db"))
             run.stop()
+        if FORKED in names:
+            forked(Path(folder, "f.db"))
+            _keep(FORKED, Path(folder, "f.db"))
     for tape in (HERE / str(FORMAT)).glob("*.jsonl"):
         if not (beside := tape.with_suffix(".json")).exists():
             _write(beside, of_tape(Tape.read(tape)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [*NAMED, CUT, OPEN])
+    main(sys.argv[1:] or [*NAMED, CUT, OPEN, FORKED])

@@ -923,6 +923,101 @@ def test_somebody_is_told_of_a_gate(cells: Cells) -> None:
     assert cells.run["planner"].text == "My plan"
 
 
+# -- going back --------------------------------------------------------------------------------------------------------
+
+
+def two_steps(cells: Cells) -> cm.Run:
+    run = start(cells)
+    cells.to("planner")
+    cells("%cm approve", IMPLEMENTER)
+    cells.to("implementer")
+    return run
+
+
+def test_rewind_waits_before_the_step_and_its_cell_runs_it_alone(cells: Cells) -> None:
+    run = two_steps(cells)
+    said = cells("%cm rewind planner")
+    assert "Back at planner: nothing runs until you go on. Next: `%cm run`" in said
+    assert run.status == "paused"
+    cells("%%cm step planner\nPlan {{ goal }} in three steps.")
+    cells.to("planner")
+    assert run["planner"].prompt.endswith("in three steps.")
+    cells("%cm approve")
+    until(lambda: run.status == "paused", "the run to stop behind the cell that was run")
+    assert run["implementer"].status == "pending"
+    cells("%cm run")
+    cells.to("implementer")
+    assert len(run["implementer"].attempts) == 2
+    assert "name planner" not in error(cells, "%cm rewind plannr")
+
+
+def test_rewind_in_a_new_kernel(cells: Cells) -> None:
+    run = two_steps(cells)
+    cells.restart()
+    cells(WORKFLOW, PLANNER.replace("%%cm step planner", "%%cm agent other"))
+    assert "Back at planner" in cells("%cm rewind planner")
+    assert cells.run.id == run.id
+    assert cells.run.status == "paused"
+    cells("%cm run")
+    cells.to("planner")
+    assert len(cells.run["planner"].attempts) == 2
+
+
+def test_a_fork_is_what_the_cells_go_on_with(cells: Cells) -> None:
+    run = two_steps(cells)
+    said = cells("other = %cm fork implementer")
+    fork = cells.shell.user_ns["other"]
+    assert f"Run {fork.id} is a fork of {run.id} at implementer." in said
+    assert cells.run is fork
+    assert (run.status, fork.status) == ("waiting", "paused")
+    cells("%cm run")
+    cells.to("implementer")
+    assert f"fork of {run.id} at implementer" in cells("%cm runs")
+    assert f"fork of {run.id} at implementer" in cells("%cm show")
+    said = cells(f"%cm diff --against {run.id}")
+    assert "implementer 1" in said
+    assert "the same" in said
+    assert "<table" in cells.shown[-1]["text/html"]
+    cells.shell.user_ns["before"] = run
+    assert "-implementer 1" in cells("%cm diff implementer --against before")
+    assert "-implementer 1" in cells(f"%cm diff implementer --against {run.id}")
+    cells("%cm approve implementer")
+    assert run.gates, "only the fork was decided"
+    cells(f"%cm resume {run.id}")
+    assert cells.run is run
+    assert "leave out the attempts" in error(cells, f"%cm diff implementer 1 2 --against {fork.id}")
+    assert "needs a step, or another run" in error(cells, "%cm diff")
+    assert "Did you mean" in error(cells, f"%cm fork planner --run {run.id}x")
+
+
+def test_a_fork_made_in_python_is_gone_on_with_too(cells: Cells) -> None:
+    run = two_steps(cells)
+    fork = run.fork("planner")
+    cells("%cm run")
+    cells.to("planner")
+    assert cells.run is fork
+    assert len(run["planner"].attempts) == 1
+
+
+def test_a_run_resumed_in_python_is_gone_on_with(cells: Cells) -> None:
+    run = two_steps(cells)
+    run.stop().wait(10)
+    again = cm.resume(run.id, until="planner", rewind="planner")
+    cells("%cm run")
+    cells.to("planner")
+    assert cells.run is again
+
+
+def test_attempts_stand_in_two_columns(cells: Cells) -> None:
+    start(cells)
+    cells.to("planner")
+    cells("%cm reject shorter")
+    until(lambda: cells.run.gates and len(cells.run["planner"].attempts) == 2, "the second attempt")
+    cells("%cm diff planner --side-by-side")
+    assert "<del" in (made := cells.shown[-1]["text/html"])
+    assert made.count("<td") >= 4
+
+
 # -- two workflows -----------------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,8 @@ TWINS: dict[str, set[str]] = {
     "retry": parameters(cm.Run.retry),
     "show": parameters(cm.StepView.attempt) | {"full"},
     "graph": parameters(cm.Run.graph),
+    "diff": parameters(cm.Run.diff, cm.StepView.diff),
+    "fork": parameters(cm.Run.fork, cm.Run.start),
     "export": parameters(cm.Run.export) & parameters(cm.Workflow.export),
 }
 SHORT = {"--max-cost", "--input", "--autonomous", "--timeout", "--gate-timeout", "--effort", "--attempt", "-o"}
@@ -80,6 +82,8 @@ READ: list[tuple[str, bool, dict[str, Any]]] = [
     ("reject --step planner", True, {"step": "planner"}),
     ("answer “yes”, she said", False, {"words": "“yes”, she said"}),
     ("diff a -2 -1", False, {"step": "a", "attempts": [-2, -1]}),
+    ("diff --against r-1", False, {"against": "r-1"}),
+    ("fork a --run r-1 --max-turns 2", False, {"step": "a", "run": "r-1", "max_turns": 2}),
     ("approve", False, {}),
     ("approve planner", False, {"step": "planner"}),
     ("approve --max-cost 1.00", False, {"max_cost_usd": 1.0}),

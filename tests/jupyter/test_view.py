@@ -592,6 +592,21 @@ def test_what_cannot_be_decided_is_said_in_words(notebook):
     assert run.status == "stopped"
 
 
+def test_back_to_here_takes_the_run_back(notebook):
+    run = begin("planner -> builder?")
+    view.show(run)
+    gate(run, "builder")
+    assert 'data-do="rewind" data-step="planner"' in str(widget().cards)
+    widget().says(do="rewind", step="planner")
+    until(lambda: run.status == "paused", "the run to be back")
+    assert [step.status for step in run] == ["pending", "pending"]
+    until(lambda: "Back at planner" in str(widget().head), "the words below")
+    widget().says(do="unpause")
+    gate(run, "builder")
+    assert len(run["planner"].attempts) == 2
+    run.stop()
+
+
 def test_a_message_that_is_none_changes_nothing(notebook):
     run = begin()
     view.show(run)

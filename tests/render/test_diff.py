@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -270,3 +271,34 @@ def test_too_large_says_so():
     assert diff.text(old, new) == shown + "\n"
     assert Page(diff.lines(old, new)).side("p") == shown
     assert Page(diff.words(old * 2, new * 2)).side("p").startswith("Too large")
+
+
+def columns(made: str) -> tuple[list[str], list[str]]:
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", made, re.DOTALL)[2:]
+    plain = [re.sub(r"<[^>]*>", "", re.sub(r'<span style="position[^>]*>.*?</span>', "", cell)) for cell in cells]
+    return plain[::2], plain[1::2]
+
+
+def test_side_by_side_each_text_has_its_column() -> None:
+    made = diff.side_by_side("one <b>\nsame\nthe long plan", "two <b>\nsame\nthe short plan\nmore", ("A & B", "C"))
+    assert "<b>A &amp; B</b>" in made
+    left, right = columns(made)
+    assert left == ["one &lt;b&gt;", "same", "the long plan", ""]
+    assert right == ["two &lt;b&gt;", "same", "the short plan", "more"]
+    assert len(re.findall("<del", made)) == 2
+    assert len(re.findall("<ins", made)) == 3
+    assert "No changes." in diff.side_by_side("same", "same")
+
+
+@UNHURRIED
+@given(LINES, LINES)
+def test_side_by_side_shows_all_that_changed(old, new):
+    made = diff.side_by_side(old, new)
+    if old == new:
+        return
+    left, right = columns(made)
+    before, after = clean(old).split("\n"), clean(new).split("\n")
+    shown = [line for line in left if line], [line for line in right if line]
+    for lines, others, seen in ((before, after, shown[0]), (after, before, shown[1])):
+        gone = [line for line in lines if line and line not in others]
+        assert all(escape(line) in seen for line in gone)
