@@ -112,9 +112,16 @@ def test_a_run_from_a_tape_is_left_as_it_is() -> None:
     )
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in books.shipped()])
-def test_a_shipped_notebook_is_clean(path: Path) -> None:
-    assert cleaned(path.read_bytes(), keep_count=True) == path.read_bytes()
+UNFINISHED = "08-resume-and-rewind"
+"""Shows runs on purpose that have not ended."""
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem) for path in books.shipped() if path.stem != UNFINISHED]
+)
+def test_a_shipped_notebook_is_clean(stem: str) -> None:
+    content = next(path for path in books.shipped() if path.stem == stem).read_bytes()
+    assert cleaned(content, keep_count=True) == content
 
 
 @pytest.mark.parametrize("make", [waiting, looping])

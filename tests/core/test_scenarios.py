@@ -351,3 +351,48 @@ def test_waiting_not_counted_in_time_outs() -> None:
             until(lambda: run["asker"].status == "done", "the first step")
     assert run.wait(20)["boss"].text == "answer go"
     assert not [event for event in run.events if event.type == "TurnFailed"]
+
+
+def test_multiple_forks_from_one_point() -> None:
+    """Each fork has the history up to that point, and after it its own; neither they nor the run see of each other."""
+    run = flow("a", "b?", "c").start(engine=script(), journal=":memory:")
+    gate(run, "b")
+    before = run.events
+    forks = [run.fork("b"), run.fork("b")]
+    assert len({run.id, *(fork.id for fork in forks)}) == 3
+    for fork, words in zip(forks, ("left", "right"), strict=True):
+        assert fork.events[: len(before)] == before
+        fork.unpause()
+        gate(fork, "b")
+        fork.approve(output=words).wait(20)
+    assert [fork["b"].text for fork in forks] == ["left", "right"]
+    assert [fork["a"].text for fork in forks] == ["a1", "a1"]
+    assert run.events == before
+    run.approve().wait(20)
+    assert run["b"].text == "b1"
+
+
+def test_fork_does_not_apply_pending_writes() -> None:
+    """What a turn of the run writes later is none of the fork's: there the turn was cut short, and runs anew."""
+    go = threading.Event()
+    at_work: list[str] = []
+
+    @cm.agent("b")
+    def b(turn: cm.Turn) -> str:
+        at_work.append(turn.step)
+        assert go.wait(20)
+        return f"late {len(at_work)}"
+
+    made = cm.Workflow("scenario", agents=[b], steps=[cm.step("a", prompt="Do a."), cm.step("b")])
+    run = made.start(engine=script(), journal=":memory:")
+    until(lambda: at_work, "b is at work")
+    fork = run.fork("b")
+    shared = fork.events
+    go.set()
+    run.wait(20)
+    assert run["b"].text == "late 1"
+    assert fork.events == shared
+    assert [attempt.text for attempt in fork["b"].attempts] == [""]
+    fork.unpause().wait(20)
+    assert fork["b"].text == "late 2"
+    assert turns(fork) == ["a", "b", "b"]

@@ -255,6 +255,35 @@ def test_a_step_that_is_cut_short_and_run_again_begins_with_its_files_as_they_we
     run.stop()
 
 
+@pytest.mark.parametrize("how", ["rewind", "fork", "fork into a folder"])
+def test_who_goes_back_finds_the_files_of_then(folder, tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    run = started(
+        folder,
+        agent("one", writes(a="1")),
+        agent("two", writes(a="2", b="2"), lambda turn: seen.append(held(turn.workspace))),
+        agent("three", writes(c="3")),
+        steps="one -> two -> three",
+    ).wait()
+    after = held(folder)
+    mine = tmp_path / "mine"
+    write(mine, d="mine")
+    if how == "rewind":
+        other = run.rewind("two")
+    else:
+        other = run.fork("two", **({"workspace": mine} if how == "fork into a folder" else {}))
+    other.unpause().wait()
+    assert [{name: about[1] for name, about in files.items()} for files in seen] == [{"a": b"1"}]
+    if how != "rewind":
+        assert held(folder) == after
+        assert other["one"].files_changed == run["one"].files_changed
+    if how == "fork into a folder":
+        assert held(mine).keys() == {"a", "c"}
+        other.restore_files("two", "kept")
+        assert held(mine).keys() == {"d"}
+
+
 def test_a_loop_refines_the_files(folder):
     @cm.agent("check")
     def check(turn):
