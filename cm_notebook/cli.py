@@ -130,7 +130,7 @@ cm-notebook: workflows of AI agents, with you deciding at the right moments.
   cm-notebook approve [RUN] [STEP]
               also reject, edit, skip, retry, answer; pause, unpause, stop
   cm-notebook resume [RUN]       go on with it here
-  cm-notebook clean [FILE …]     take times and ids out of notebooks; --install: as git's filter
+  cm-notebook clean [FILE …]     take times and ids out of notebooks, for git
   cm-notebook permissions        the tools that may always be called unasked
   cm-notebook doctor             what is here, what is missing, how to mend it
   cm-notebook COMMAND --help     more about one of them

@@ -116,9 +116,7 @@ UNFINISHED = "08-resume-and-rewind"
 """Shows runs on purpose that have not ended."""
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.stem) for path in books.shipped() if path.stem != UNFINISHED]
-)
+@pytest.mark.parametrize("stem", [path.stem for path in books.shipped() if path.stem != UNFINISHED])
 def test_a_shipped_notebook_is_clean(stem: str) -> None:
     content = next(path for path in books.shipped() if path.stem == stem).read_bytes()
     assert cleaned(content, keep_count=True) == content

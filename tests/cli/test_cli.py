@@ -953,7 +953,7 @@ def test_help_is_one_screen(here: Here, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main([]) == 2
     assert capsys.readouterr().out == page
     elsewhere = cli.anywhere.COMMANDS_HERE.values()
-    for command in (cli.RUN, cli.RESUME, cli.TUTORIAL, cli.PERMISSIONS, cli.DOCTOR, *elsewhere):
+    for command in (cli.RUN, cli.RESUME, cli.TUTORIAL, cli.CLEAN, cli.PERMISSIONS, cli.DOCTOR, *elsewhere):
         assert re.search(rf"\b{command.name}\b", page)
         assert cli.main([command.name, "--help"]) == 0
         more = capsys.readouterr().out
