@@ -210,7 +210,6 @@ class ChatEngine(abc.ABC):
         body = self.body(replace(request, agent=agent.model_copy(update={"tools": tuple(tools.values())})))
         spent, written, corrected = _Spent(price), False, False
         async with self._connection() as connection:
-            yield SessionStarted()
             for _ in range(MOST_ROUNDS):
                 reader, begun = self.reader(), False
                 try:
@@ -241,6 +240,7 @@ class ChatEngine(abc.ABC):
                     body["messages"] += [answer.message, *self.results(returned)]
                     continue
                 self._check(answer)
+                yield SessionStarted()  # what was said can be gone on from, once there is an answer
                 note = CUT_OFF if answer.stop == "length" else None
                 if agent.output is None:
                     yield TurnDone(answer.text, note=note)

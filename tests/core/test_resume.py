@@ -459,7 +459,7 @@ def test_a_cap_that_is_dropped_from_the_definition_is_none() -> None:
 
 def test_a_cap_of_the_run_stays_when_the_definition_says_nothing_else() -> None:
     flow = cm.Workflow("w", agents=[cm.Agent("a", "A.")], steps="a?")
-    run = flow.start(engine=cm.ScriptedEngine({"a": ["1"]}), journal=":memory:", max_concurrency=1)
+    run = flow.start(engine=cm.ScriptedEngine({"a": ["1", "2"]}), journal=":memory:", max_concurrency=1)
     gate(run)
     run.revise(cm.Workflow("w", agents=[cm.Agent("a", "A.", system="Be short.")], steps="a?"))
     assert run.state.max_concurrency == 1
