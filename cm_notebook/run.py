@@ -981,12 +981,14 @@ class Run:
             ``test_plan.py`` or ``plan_test.py``: a pytest test that plays the run's tape and compares what its steps
             say, with the tape beside it (``test_plan.jsonl``). ``plan.jsonl``: the tape alone. Any other ``.py``, and
             ``.json``: its workflow, see :meth:`~cm_notebook.workflow.Workflow.export`.
+            On the tape is the way to what the run came to: what it has gone back over is left out.
         overwrite
             Replace a file that is there and holds something else, which is refused otherwise.
 
         Raises
         ------
-        WorkflowError    The source of a function cannot be got, or a file cannot be written; none was.
+        WorkflowError    The source of a function cannot be got, a file cannot be written, or a step was kept although
+                         what it builds on is another now, so no tape plays the run; no file was written.
         """
         from .exports import export_run
 
