@@ -125,6 +125,18 @@ def test_a_run_that_is_driven_elsewhere_is_not_driven_here() -> None:
     until(lambda: run.status == "stopped", "the stop")
 
 
+def test_a_run_that_went_back_or_was_stopped_says_the_command_that_goes_on(here: Here) -> None:
+    run = start().rewind("planner")
+    assert f"Back at planner: nothing runs until you go on. Next: `cm-notebook unpause {run.id}`.\n" in here("show")[1]
+    code, _, err = here("approve", run.id)
+    assert (code, err.count(f"is paused. Go on with it: cm-notebook unpause {run.id}\n")) == (6, 1)
+    assert here("unpause")[0] == 0
+    gate(run, "planner")
+    run.stop()
+    code, _, err = here("approve", run.id)
+    assert (code, err.count(f"and it asks again: cm-notebook resume {run.id}.\n")) == (5, 1)
+
+
 def test_edit_takes_the_text_from_stdin() -> None:
     run = start()
     code, out, err = process("edit", run.id, stdin="My own plan")
