@@ -638,9 +638,11 @@ class Recorder(Feed):
         for event in self._events():
             if event.seq <= seq:
                 self._taping.take(event, self._lines)
+        if len(self._lines) > 1:  # what was decided while nobody drove it may be the last that is
+            self._write()
 
     def _write(self) -> None:
-        if self._close is None and self.file.exists() and not any(map(_answered, self._lines)):
+        if self._close is None and not any(map(_answered, self._lines)) and self._answers_there():
             return  # one where everything failed is not worth the one that is there
         data = "".join(f"{line}\n" for line in self._lines).encode()
         if self._close is None:
@@ -652,6 +654,13 @@ class Recorder(Feed):
             while data:
                 data = data[os.write(self._handle, data) :]
         self._lines.clear()
+
+    def _answers_there(self) -> bool:
+        """Whether the file holds a tape on which an agent has answered, or that cannot be read."""
+        try:
+            return self.file.exists() and any(turn.error is None for turn in Tape.read(self.file).turns.values())
+        except WorkflowError:
+            return True
 
     def _pace(self, place: Place, text: str) -> Pace | None:
         for tape in self._tapes:

@@ -650,6 +650,7 @@ class Run:
         first (:meth:`replace`). What runs is cut short. What earlier steps gave stays; what was tried stays to be seen.
         A loop that goes over the step is in the pass that it was in. A run that has ended can be rewound too; one that
         is not driven here, by ``cm.resume(…, rewind=step)``.
+        The files are brought back as the step begins to run, not before; what is there by then is kept first.
 
         Raises
         ------
@@ -1143,8 +1144,10 @@ def _new_id() -> str:
 
 def _given(state: RunState, agents: Iterable[Agent], workflow: Workflow | None, call: str) -> dict[str, Agent]:
     """The agents that are given, by id; refused when the run needs one that its journal cannot keep."""
+    if workflow is not None:
+        edits.check_order(state, workflow)  # an agent may be missing as its step is
     given = {agent.id: agent for agent in (*agents, *(workflow.agents if workflow is not None else ()))}
-    for agent in state.agents.values():
+    for agent in state.agents.values() if workflow is None else workflow.agents:
         missing = (given.get(agent.id) or agent).missing
         if missing is not None:
             raise WorkflowError(

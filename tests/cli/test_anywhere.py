@@ -97,7 +97,7 @@ def test_another_process_looks_and_decides_and_the_driver_goes_on() -> None:
 
 def test_a_run_that_nobody_drives_is_decided_and_resumed_here(headless: None) -> None:
     Path("flow.py").write_text(FLOW, encoding="utf-8")
-    assert process("run", "flow.py")[0] == 3
+    assert process("run", "flow.py", "--record", "t.jsonl")[0] == 3
     id = cm.runs()[0].id
     code, out, _ = process("approve")
     assert code == 0
@@ -106,10 +106,12 @@ def test_a_run_that_nobody_drives_is_decided_and_resumed_here(headless: None) ->
     code, _, err = process("resume")
     assert code == 1
     assert "needs Python functions, which no journal can keep: planner, coder. Name the file that defines them: " in err
-    code, out, err = process("resume", id, "--workflow", "flow.py:workflow")
+    code, out, err = process("resume", id, "--workflow", "flow.py:workflow", "--record", "t.jsonl")
     assert (code, err) == (0, "")
     assert "cm: coder ok" in out
     assert "planner ok" not in out  # it was told before
+    taped = Path("t.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    assert [json.loads(line)["decision"] for line in taped] == [{"action": "approve"}]
 
 
 def test_a_run_that_is_driven_elsewhere_is_not_driven_here() -> None:
