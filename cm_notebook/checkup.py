@@ -186,7 +186,7 @@ def _engines() -> Iterator[Finding]:
             said, remedy = str(getattr(engine, "about", "can be named")), str(getattr(engine, "remedy", ""))
         except (Exception, SystemExit) as error:  # somebody else's plug-in, which may do anything
             cause = error.__cause__ or error
-            wrong = keys.hide(f"cannot be loaded: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+            wrong = f"cannot be loaded: {type(cause).__name__}: {keys.hide(' '.join(str(cause).split()))[:300]}"
             update = f"update {package} or remove it: pip install -U {package}" if package else "register another"
             yield Finding(f"engine {name}{of}", wrong, update, needed or bool(package))
         else:

@@ -2,8 +2,9 @@
 
 Strategy: a key comes from the environment (``ANTHROPIC_API_KEY``), else from :func:`set`, which asks for it in a hidden
 field and keeps it in this process's memory alone: no environment, so no child process gets it, no file, no object that
-shows it. Every key that was handed out is remembered, and :func:`hide` and :class:`Hider` take it out of whatever comes
-back: a server may repeat it in an error or in an answer. With no key there is nothing to do, and nothing is done.
+shows it. Every key that was handed out, or was there when a run began, is remembered, and :func:`hide` and
+:class:`Hider` take it out of whatever comes back: a server may repeat it in an error or in an answer, and a function
+may write it to a file. With no key there is nothing to do, and nothing is done.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ def find(engine: str) -> Key:
     if len(key.reveal()) >= SHORTEST:
         _known[f"{engine} {source(engine)}"] = key
     return key
+
+
+def learn() -> None:
+    """Look up all keys that are here, so that they are hidden from now on, whoever uses them, and with whatever."""
+    for engine in names():
+        find(engine)
 
 
 def source(engine: str) -> str:

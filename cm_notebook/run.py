@@ -29,7 +29,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from . import edits, waiting
+from . import edits, keys, waiting
 from . import state as meaning
 from .answering import Answers
 from .config import setting
@@ -79,6 +79,7 @@ class Run:
     """
 
     def __init__(self, run_id: str, journal: AnyJournal) -> None:
+        keys.learn()  # whatever is recorded from here on is without them
         self.id = run_id
         self.notebook: str | None = None
         self._journal = journal

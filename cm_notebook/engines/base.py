@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
-from .. import config
+from .. import config, keys
 from ..errors import EngineError, EngineNotFound, WorkflowError, did_you_mean
 from ..events import HISTORY, Usage
 from ..plain import Plain
@@ -285,9 +285,10 @@ def _loaded(point: importlib.metadata.EntryPoint) -> Engine:
         engine: Engine = point.load()()
     except (Exception, SystemExit) as error:
         package = point.dist.name if point.dist is not None else point.value
+        said = keys.hide(" ".join(str(error).split()))[:300]
         raise EngineError(
             f"the engine {point.name!r} of the package {package} cannot be loaded: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}. Update it (pip install -U {package}), or name another engine.",
+            f"{said}. Update it (pip install -U {package}), or name another engine.",
             engine=point.name,
         ) from error
     return engine

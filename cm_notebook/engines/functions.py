@@ -23,6 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from .. import keys
 from ..errors import EngineError, EngineProtocolError, ReplayMismatch
 from ..plain import Plain
 from ..workflow import Verdict
@@ -334,11 +335,11 @@ def _translated(request: AgentRequest, error: BaseException) -> BaseException:
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next  # ours say nothing to who wrote the function
     try:
-        said = " ".join(str(error).split())
+        said = keys.hide(" ".join(str(error).split()))[:500]  # cut last: half a key is not known again
     except Exception:
         said = ""
-    problem = f"agent {request.agent.id!r} raised {type(error).__name__}" + (f": {said[:500]}" if said else "")
-    detail = "".join(traceback.format_exception(type(error), error, frames))
+    problem = f"agent {request.agent.id!r} raised {type(error).__name__}" + (f": {said}" if said else "")
+    detail = keys.hide("".join(traceback.format_exception(type(error), error, frames)))
     made = EngineError(problem, detail=detail, **_where(request))
     made.__cause__ = error
     return made

@@ -217,7 +217,7 @@ class Connection:
             body += chunk
             if len(body) > LONGEST_BODY:
                 break
-        text = body[:LONGEST_BODY].decode("utf-8", "replace")
+        text = keys.hide(body[:LONGEST_BODY].decode("utf-8", "replace"))  # before it is cut: half a key is one too
         page = kind in ("text/html", "application/xhtml+xml") or _PAGE.search(text[:500]) is not None
         if 300 <= status < 400:
             return self._error(

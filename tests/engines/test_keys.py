@@ -242,6 +242,44 @@ def test_a_third_partys_engine_that_says_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert not {place for place, found in _shown(run).items() if PLANTED in found} - {"traceback", "error"}
 
 
+@pytest.mark.parametrize("comes_from", ["environment", "typed"])
+def test_a_function_that_says_it_though_no_engine_has_used_it(
+    comes_from: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    @cm.agent("a")
+    def a(turn: cm.Turn) -> str:
+        turn.workspace.joinpath(".env").write_text(f"OPENAI_API_KEY={PLANTED}\n")
+        turn.emit(f"I use {PLANTED}")
+        if turn.attempt > 1:
+            raise RuntimeError("x" * 480 + f" bad key {PLANTED}")  # where it is cut, half a key would be left
+        return f"I use {PLANTED}"
+
+    if comes_from == "environment":
+        monkeypatch.setenv("OPENAI_API_KEY", PLANTED)
+    else:
+        typed(monkeypatch)
+        cm.keys.set("openai")
+    run = cm.Workflow("w", agents=[a], steps="a?").start({"key": PLANTED}, workspace=tmp_path / "work")
+    _gate(run)
+    assert run["a"].attempts[0].text == "I use [key]"
+    assert "+OPENAI_API_KEY=[key]" in run["a"].attempts[0].diff
+    run.reject(f"not {PLANTED}")
+    _gate(run)
+    assert PLANTED in (tmp_path / "work/.env").read_text(), "files are as agents write them"
+    assert not {place for place, found in _shown(run).items() if PLANTED[:20] in found} - {"traceback"}
+
+
+def test_a_key_where_an_error_is_cut_is_not_half_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key := "0123456789" * 3)  # of a form that nobody knows as a key
+    with ModelServer(error(400, "x" * 290 + " " + key)) as server:
+        monkeypatch.setenv("CM_OPENAI_BASE_URL", server.url)
+        run = cm.Workflow("w", agents=[cm.Agent("a", "Do it.", engine="openai:m")], steps="a").start()
+        said = _gate(run).payload["error"]
+        run.stop()
+    assert "x [key" in said
+    assert "0123" not in said
+
+
 def test_a_key_that_was_refused_is_mended_where_it_comes_from(monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-planted-of-the-environment")
     assert "take it out (`del os.environ['ANTHROPIC_API_KEY']`) and run `%cm keys set anthropic`" in keys.refused(
