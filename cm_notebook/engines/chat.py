@@ -208,7 +208,7 @@ class ChatEngine(abc.ABC):
         if tools.keys() == {"ask_human"} and request.model in self._without_tools:
             tools = {}
         body = self.body(replace(request, agent=agent.model_copy(update={"tools": tuple(tools.values())})))
-        spent, written, corrected = _Spent(price), False, False
+        spent, opened, written, corrected = _Spent(price), False, False, False
         async with self._connection() as connection:
             for _ in range(MOST_ROUNDS):
                 reader, begun = self.reader(), False
@@ -226,6 +226,9 @@ class ChatEngine(abc.ABC):
                     if spent.add(body, _so_far(reader)):
                         yield spent.report()
                     raise
+                if not opened:
+                    opened = True
+                    yield SessionStarted()  # what was said can be gone on from, now that there is an answer
                 answer, written = _without_keys(reader.answer()), written or begun
                 spent.add(body, answer)
                 yield spent.report()
@@ -240,7 +243,6 @@ class ChatEngine(abc.ABC):
                     body["messages"] += [answer.message, *self.results(returned)]
                     continue
                 self._check(answer)
-                yield SessionStarted()  # what was said can be gone on from, once there is an answer
                 note = CUT_OFF if answer.stop == "length" else None
                 if agent.output is None:
                     yield TurnDone(answer.text, note=note)

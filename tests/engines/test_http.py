@@ -116,8 +116,8 @@ def test_an_answer_is_streamed(dialect):
     ]
     assert events[0] == Delta("hm", "thinking")
     assert events[-3:] == [
-        UsageReported(cm.Usage(input_tokens=100, output_tokens=20)),
         SessionStarted(),
+        UsageReported(cm.Usage(input_tokens=100, output_tokens=20)),
         TurnDone("Hello, wörld 🙂 \u2028\u0085 end"),
     ]
     sent = server.asked[0]
