@@ -224,7 +224,7 @@ class Answers:
                 f"that {tool} may always be called cannot be kept, so nothing is decided: {error}"
             ) from None
 
-    def gate(self, step: str | None = None) -> Gate:
+    def gate(self, step: Any = None) -> Gate:
         """The open gate that is meant; see :meth:`Run.gate`."""
         with self._driver.reading() as state:
             opened = list(state.gates.values())
@@ -242,7 +242,7 @@ class Answers:
                 raise TransitionError(
                     f"several gates are open; name the step: {', '.join(gate.path for gate in opened)}."
                 )
-            if step not in state.members and state.named(step) is None:
+            if isinstance(step, str) and step not in state.members and state.named(step) is None:
                 meant = [gate for gate in opened if gate.step == step]
                 if len(meant) == 1:
                     return meant[0]

@@ -627,7 +627,7 @@ class Run:
         SnapshotError      It cannot be done; the message says why.
         """
         view = self[step]
-        tree = to if _SNAPSHOT.fullmatch(to) else None
+        tree = to if _SNAPSHOT.fullmatch(str(to)) else None
         if tree is None:
             names = ("before", "after", "kept")
             if to not in names:
@@ -715,7 +715,8 @@ class Run:
         limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
         with self.reading() as state:
             to, shared, name = meaning.check_rewind(state, step).id, state.seq, state.name
-            given = _given(state, (*self._work.agents.values(), *agents), workflow, f"run.fork({step!r}")
+            known = {**self._work.agents, **edits.by_id(agents)}
+            given = _given(state, known.values(), workflow, f"run.fork({step!r}")
         if workspace is not None:
             with making(workspace, WorkflowError):
                 Path(workspace).mkdir(parents=True, exist_ok=True)
@@ -756,6 +757,8 @@ class Run:
         """
         from .render import compare
 
+        if not isinstance(against, Run):
+            raise TransitionError(f"{against!r} is no run. One of the journal: cm.runs()[0].")
         with both(against, self) as (old, new):
             return compare.text(old, new, step)
 
@@ -821,6 +824,8 @@ class Run:
         WorkflowError    The workflow would not be right with it; nothing was changed.
         """
         values = edits.checked_inputs(inputs or {})
+        if not isinstance(step, Step):
+            raise WorkflowError(f"{step!r} is not a step. Use cm.step(…), cm.module(…) or cm.parallel(…).")
         with self._driver.lock:
             old = self._driver.state.step(step.id)
             made = self._changed(
@@ -924,7 +929,7 @@ class Run:
 
     def _changed(self, items: list[Step | Separator], agents: Iterable[Agent], inputs: Mapping[str, Any]) -> Workflow:
         """The workflow with these steps; refused here, before anything changes, if it cannot run."""
-        given = {**self._work.agents, **{agent.id: agent for agent in agents}}
+        given = {**self._work.agents, **edits.by_id(agents)}
         made = edits.changed(self._driver.state, items, given, inputs)
         self._work.agents.update({agent.id: agent for agent in made.agents})
         for item in made.tasks:
@@ -1147,7 +1152,7 @@ def _given(state: RunState, agents: Iterable[Agent], workflow: Workflow | None, 
     """The agents that are given, by id; refused when the run needs one that its journal cannot keep."""
     if workflow is not None:
         edits.check_order(state, workflow)  # an agent may be missing as its step is
-    given = {agent.id: agent for agent in (*agents, *(workflow.agents if workflow is not None else ()))}
+    given = {**edits.by_id(agents), **edits.by_id(workflow.agents if workflow is not None else ())}
     for agent in state.agents.values() if workflow is None else workflow.agents:
         missing = (given.get(agent.id) or agent).missing
         if missing is not None:
