@@ -306,6 +306,11 @@ class Run:
             return "failed" if self._driver.lost is not None else state.status
 
     @property
+    def driven(self) -> bool:
+        """Whether anybody, here or in another process, drives it now. Without, it is read and decided, and stands."""
+        return self._driver.driving or self._journal.driven(self.id)
+
+    @property
     def error(self) -> BaseException | None:
         """What went wrong last."""
         return self._driver.error

@@ -820,7 +820,7 @@ def runs_html(runs: Iterable[tuple[str, str, str, float]]) -> str:
     tones: dict[str, Tone] = {"running": "running", "waiting": "waiting", "paused": "waiting", "completed": "done"}
     rows = []
     for id, name, status, when in say.runs_rows(runs):
-        state = pill(Look(status, tones.get(status, "failed")))
+        state = pill(Look(status, tones.get(status.partition(",")[0], "failed")))
         rows.append([f'<code style="{_CODE}">{_esc(id)}</code>', _esc(name), state, _esc(when)])
     if not rows:
         return _line("There are no runs yet.")

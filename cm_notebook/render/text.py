@@ -1251,6 +1251,11 @@ def _files(step: StepState, attempt: Attempt) -> list[str]:
     return [*lines, *(f"  {note}" for note in files_notes(step, attempt))]
 
 
+def undriven(word: str) -> str:
+    """How a run stands, given in a word, when nobody drives it."""
+    return "interrupted" if word == "running" else f"{word}, not driven"
+
+
 def runs_rows(runs: Iterable[Any]) -> list[list[str]]:
     """Rows (id, name, state, started) of runs given as ``(id, name, status, started_at)``."""
     rows = []

@@ -490,6 +490,25 @@ def test_after_a_restart_the_run_can_be_looked_at_and_decided(cells: Cells) -> N
     assert "approved by you" in cells("%cm approve")
 
 
+def test_after_a_restart_what_nobody_drives_is_not_said_to_run(cells: Cells) -> None:
+    idle = "Nobody drives this run now. `%cm run` goes on with it."
+    run = start(cells)
+    assert idle not in cells("%cm status")
+    cells.restart()
+    assert "waiting, not driven" in cells("%cm")
+    assert "waiting, not driven" in cells("%cm runs")
+    assert idle in cells("%cm approve")  # it is not over: nobody is there to make what follows
+    said = cells("%cm")
+    assert f"run {run.id}: interrupted" in said
+    assert "Try: %cm run" in said
+    assert idle in cells("%cm status")
+    assert idle in cells("%cm show")
+    assert "which is interrupted" in cells(WORKFLOW)
+    cells(PLANNER)
+    assert cells.run.driven
+    assert idle not in cells("%cm status")
+
+
 def test_after_a_restart_with_a_finished_run_a_new_one_starts(cells: Cells) -> None:
     cells(WORKFLOW, PLANNER)
     cells.to("planner")
