@@ -192,9 +192,12 @@ class Answers:
     # -- what is answered ---------------------------------------------------------------------------------------------
 
     def check_decision(self, gate: Gate, decision: Decision) -> None:
-        """Refuse an answer that does not fit, also by the arguments that the tool takes, where it is known here."""
+        """Refuse an answer that does not fit, also by what its agent and the tool take, where they are known here."""
         meaning.check_decision(gate, decision)
         agent = self._work.agents.get(self._driver.state.find(gate.path).step.agent)
+        prompt = decision.output if gate.kind == "start" else decision.prompt
+        if prompt is not None and not prompt.strip() and agent is not None and agent.implementation is None:
+            raise TransitionError(f"the prompt for {gate.path!r} is empty. Write what the agent should do.")
         if decision.output is not None and gate.kind in ("review", "exhausted") and agent is not None:
             wrong = fitted(agent.output, decision.output)[1] if isinstance(agent.output, type) else None
             if wrong is not None:

@@ -444,6 +444,8 @@ def test_a_gate_before_asks_about_the_prompt() -> None:
     run = flow.start({"word": "hello"}, engine=Echo(), journal=":memory:")
     assert gate(run).kind == "start"
     assert run["a"].attempts == []
+    with pytest.raises(cm.TransitionError, match="the prompt for 'a' is empty"):
+        run.approve(output=" ")
     run.approve(output="Say goodbye.")
     assert run.wait(10)["a"].prompt == "Say goodbye."
 
@@ -1096,6 +1098,8 @@ def test_after_the_retries_a_gate_asks() -> None:
     run = flow.start(engine=cm.ScriptedEngine({"a": [busy, busy, "fine"]}), journal=":memory:")
     opened = gate(run)
     assert (opened.kind, opened.payload["error"]) == ("failed", "overloaded")
+    with pytest.raises(cm.TransitionError, match="the prompt for 'a' is empty"):
+        run.retry(prompt=" ")
     run.retry(prompt="x, shorter")
     assert run.wait(10)["a"].prompt == "x, shorter"
 
