@@ -776,6 +776,7 @@ class Run:
         edits.check_order(self.state, workflow)
         values = edits.inputs_of(self.state, workflow, inputs)
         check_templates(workflow, values)
+        check_read(workflow, inputs or {}, {**self.state.inputs, **workflow.inputs})
         return edits.revision(self._driver.state, workflow, values)
 
     # -- building while it lives --------------------------------------------------------------------------------------
