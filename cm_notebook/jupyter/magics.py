@@ -171,7 +171,9 @@ class CMMagics(Magics):
         kept = self._notebook.define(plan, new=new)
         state = self._notebook.sketch()
         if state is not None:
-            self._display(svg.graph(state, "text"), svg.graph_img(state))
+            with self._notebook.current().reading() if kept else contextlib.nullcontext(state) as now:
+                shown = now if [one.step for one in now.order] == [one.step for one in state.order] else state
+                self._display(svg.graph(shown, "text"), svg.graph_img(shown))
         if kept:
             print(" ".join(kept))
         else:

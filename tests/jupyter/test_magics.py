@@ -272,6 +272,8 @@ def test_workflow_changed_keeps_what_it_shares(cells: Cells) -> None:
     cells(line.format("shoes", "planner -> implementer? -> reviewer"), "%cm run")
     run = cells.run
     gate(run, "implementer")
+    drawn = cells(line.format("shoes", "planner -> implementer? -> reviewer"))
+    assert "planner (done) -> implementer? (waiting" in drawn, "as the run stands that it goes on with"
     cells(line.format("hats", "planner -> implementer?"))
     assert cells.run is run
     assert [step.id for step in run] == ["planner", "implementer"]
