@@ -971,9 +971,14 @@ def files_notes(step: StepState, attempt: Attempt) -> list[str]:
 
 
 def tool_words(attempt: Attempt) -> str:
-    """Which tools an attempt called: ``called add (3 times), remove (failed)``; ``""`` for none."""
+    """Which tools an attempt called: ``called add (3 times), remove (failed)``; ``""`` for none.
+
+    While the attempt goes on, one that has not returned does not count: it may be waiting for a permission.
+    """
     names: dict[str, int] = {}
     for use in attempt.tools:
+        if use.text is None and attempt.ended_at is None:
+            continue
         names[_tool_name(use.name)] = names.get(_tool_name(use.name), 0) + 1
     failed = sum(use.failed for use in attempt.tools)
     said = [f"{name} ({count} times)" if count > 1 else name for name, count in names.items()]
