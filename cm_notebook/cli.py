@@ -118,7 +118,8 @@ Examples:
 
 Taken out: ids and times of runs in views, in lines that begin with "cm: " and in errors; ids of
 runs in all that cells print; the picture of a timeline, of which the words stay; views of runs at
-work and of gates. What else your own code prints stays, as do runs that play a tape.
+work and of gates. What your own code prints besides stays, as do runs that play a tape, and a
+timeline as text or Mermaid.
 
 Exit codes: 0 done, or nothing to do; 1 something would change or is wrong. What is no notebook
 comes out of the filter as it went in.

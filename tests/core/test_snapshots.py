@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -479,6 +480,21 @@ def test_what_we_write_ourselves_and_the_notebook_are_left_out(tmp_path, monkeyp
     assert (tmp_path / "a").read_text() == "1"
     assert run["one"].files_changed == []
     run.stop()
+
+
+def test_the_tape_that_is_recorded_is_left_out(folder):
+    tape = folder / "tapes" / "t.jsonl"
+    run = started(folder, agent("one", writes(a="1"), writes(b="2")), agent("two", None), record=tape)
+    waiting(run)
+    run.reject("again")
+    waiting(run, 2)
+    run.approve()
+    until(lambda: run.gates and run.gates[0].step == "two")
+    run.approve()
+    run.wait()
+    assert [[change.path for change in step.files_changed] for step in run] == [["b"], []]
+    taped = [line["decision"]["action"] for line in map(json.loads, tape.read_text().splitlines()) if "gate" in line]
+    assert taped == ["reject", "approve", "approve"], "Reject did not take it back"
 
 
 def test_a_notebook_that_was_kept_once_is_not_brought_back(tmp_path, monkeypatch):
