@@ -249,7 +249,9 @@ class Run:
         if record is not None:
             from .recording import Recorder
 
-            driver.feeds.append(Recorder(record, lambda: self.events, lambda: driver.state.texts, answers.tape))
+            recorder = Recorder(record, lambda: self.events, lambda: driver.state.texts, answers.tape)
+            driver.feeds.append(recorder)
+            work.files.leave_out(recorder.file)
         driver.hosted = loop == "kernel"
         if loop == "kernel":
             driver.loop = running_loop()
