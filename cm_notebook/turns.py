@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 import time
 import traceback
@@ -28,7 +29,7 @@ from .engines.base import (
     UsageReported,
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
-from .events import HISTORY, AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted
+from .events import HISTORY, AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted, Usage
 from .tools import shortened
 from .workflow import Module, Step, Verdict, fitted, not_json, sound, unfenced
 
@@ -183,7 +184,9 @@ async def take_turn(
                     pieces += 1
                     if pieces % YIELD_EVERY == 0:
                         await asyncio.sleep(0)
-                elif isinstance(told, TurnDone):
+                    continue
+                _check(told, engine)
+                if isinstance(told, TurnDone):
                     done = told
                 elif isinstance(told, UsageReported):
                     turn.used = {"usage": told.usage, "cost_usd": told.cost_usd}
@@ -192,24 +195,19 @@ async def take_turn(
                 elif isinstance(told, (ToolCalled, ToolReturned)):
                     write(_tool_line(told))
                     record(_tool_event(started, told))
-                elif isinstance(told, SessionStarted):
+                else:
                     if told.session_id not in (session_id, started.session_id, HISTORY):  # that is there once it ended
                         opened(told.session_id)
                     session_id = told.session_id
-                else:
-                    raise EngineProtocolError(
-                        f"the engine {engine.name!r} gave {told!r}, which is no event. It yields cm.Delta(…) and at "
-                        "the end cm.TurnDone(…).",
-                        engine=engine.name,
-                    )
         finally:
             await stream.aclose()
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
         text, verdict = sound(_text_of(done, engine)), _verdict(step, done)
-        output = sound(done.output) if done.output is not None else None
-        if output is not None:
-            _check_json("output", output, started)
+        output = None
+        if done.output is not None:
+            _check_json("output", done.output, started)
+            output = sound(done.output)
         if isinstance(request.agent.output, type) and not done.unsent:
             output = _held(request.agent.output, text, output, started)
         if verdict is not None and verdict.score is not None:
@@ -270,8 +268,66 @@ def _text_of(told: Delta | TurnDone, engine: Engine) -> str:
     return told.text
 
 
+def _is_amount(value: Any) -> bool:
+    """Whether it is a number from 0 on: ``nan``, or less than nothing, would keep a budget from ever being used up."""
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_PARTS: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    TurnDone: {
+        "verdict": (lambda value: value is None or isinstance(value, Verdict), "a cm.Verdict"),
+        "duration_s": (lambda value: value is None or _is_amount(value), "a number of seconds"),
+        "note": (lambda value: value is None or _is_text(value), "a text"),
+    },
+    UsageReported: {
+        "usage": (
+            lambda value: isinstance(value, Usage) and value.input_tokens >= 0 and value.output_tokens >= 0,
+            "a cm.Usage with numbers of tokens",
+        ),
+        "cost_usd": (lambda value: value is None or _is_amount(value), "an amount of US dollars"),
+    },
+    SessionStarted: {"session_id": (_is_text, "a text")},
+    ToolCalled: {"call_id": (_is_text, "a text"), "name": (_is_text, "a text")},
+    ToolReturned: {"call_id": (_is_text, "a text"), "name": (_is_text, "a text"), "text": (_is_text, "a text")},
+}
+"""What is kept of each event: whether a value can be, and what it has to be."""
+
+
+def _check(told: Any, engine: Engine) -> None:
+    """Refuse what cannot be kept of what the engine told, which may be anybody's.
+
+    Raises
+    ------
+    EngineProtocolError    It is no event, or a part of it is not what it has to be.
+    """
+    parts = next((parts for kind, parts in _PARTS.items() if isinstance(told, kind)), None)
+    if parts is None:
+        raise EngineProtocolError(
+            f"the engine {engine.name!r} gave {told!r}, which is no event. It yields cm.Delta(…) and at the end "
+            "cm.TurnDone(…).",
+            engine=engine.name,
+        )
+    for name, (fits, wanted) in parts.items():
+        value = getattr(told, name)
+        if not fits(value):
+            raise EngineProtocolError(
+                f"the engine {engine.name!r} gave a {type(told).__name__} with {name}={repr(value)[:100]}, which is "
+                f"not {wanted}.",
+                engine=engine.name,
+            )
+
+
 def _check_json(what: str, value: Any, started: TurnStarted) -> None:
-    if (wrong := not_json(value)) is not None:
+    try:
+        wrong = not_json(value)
+    except (TypeError, RecursionError) as error:
+        problem = f"{started.step}: its {what} is not made of what JSON has: {error}. Give model_dump(mode='json')."
+        raise EngineProtocolError(problem, engine=started.engine, step=started.step) from None
+    if wrong is not None:
         problem = f"{started.step}: its {what} holds {wrong}, a number that JSON does not have. Give null instead."
         raise EngineProtocolError(problem, engine=started.engine, step=started.step)
 

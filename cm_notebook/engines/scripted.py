@@ -14,6 +14,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from ..errors import ReplayMismatch, WorkflowError, by_name, did_you_mean
@@ -23,6 +24,18 @@ from ..team import ToolCall
 from ..workflow import Verdict
 from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
 from .builtin import use
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "text": ((str,), "a text"),
+    "deltas": ((Sequence, NoneType), "a list of texts"),
+    "usage": ((Usage, NoneType), "a cm.Usage"),
+    "cost_usd": ((int, float, NoneType), "an amount of US dollars"),
+    "delay_s": ((int, float), "a number of seconds"),
+    "error": ((Exception, NoneType), "an exception"),
+    "session_id": ((str, NoneType), "a text"),
+    "verdict": ((Verdict, NoneType), "a cm.Verdict"),
+    "tool_calls": ((Sequence,), "a list of calls"),
+}
 
 
 @by_name("cm.Reply")
@@ -64,12 +77,16 @@ class Reply(Plain):
     tool_calls: Sequence[ToolCall | Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
+        for name, (kinds, wanted) in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool) or value != value:
+                raise WorkflowError(f"cm.Reply: {name}={value!r} is not {wanted}.")
+        if isinstance(self.deltas, str) or not all(isinstance(piece, str) for piece in self.deltas or ()):
+            raise WorkflowError(f"cm.Reply: deltas={self.deltas!r} is not a list of texts.")
         calls = self.tool_calls
+        if isinstance(calls, (str, Mapping)) or not all(isinstance(call, (ToolCall, Mapping)) for call in calls):
+            raise WorkflowError(f"cm.Reply: tool_calls={calls!r} is not a list of calls. Write tool_calls=[{{…}}].")
         self.tool_calls = tuple(call if isinstance(call, ToolCall) else ToolCall(**dict(call)) for call in calls)
-        if not isinstance(self.text, str):
-            raise WorkflowError(f"cm.Reply: text={self.text!r} is not a text.")
-        if not isinstance(self.delay_s, (int, float)):
-            raise WorkflowError(f"cm.Reply: delay_s={self.delay_s!r} is not a number of seconds.")
         whole = "".join(self.deltas) if self.deltas is not None else self.verdict.reason if self.verdict else ""
         if not self.text:
             self.text = whole

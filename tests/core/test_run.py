@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -165,6 +166,16 @@ async def _answer() -> Any:
         (lambda request: _events(TurnDone(5)), r"the engine 'mine' gave TurnDone\(5\), whose text is none"),  # type: ignore[arg-type]
         (lambda request: _events(Delta(None)), r"the engine 'mine' gave Delta\(None\)"),  # type: ignore[arg-type]
         (lambda request: _events("x"), "the engine 'mine' gave 'x', which is no event. It yields cm.Delta"),
+        (lambda request: _events(cm.UsageReported(5)), "a UsageReported with usage=5, which is not a cm.Usage"),  # type: ignore[arg-type]
+        (lambda request: _events(cm.UsageReported(cm.Usage(), math.nan)), "cost_usd=nan, which is not an amount of US"),
+        (
+            lambda request: _events(cm.UsageReported(cm.Usage(), -1)),
+            "cost_usd=-1, which is not an amount of US dollars",
+        ),
+        (lambda request: _events(cm.SessionStarted(5)), "a SessionStarted with session_id=5, which is not a text"),  # type: ignore[arg-type]
+        (lambda request: _events(cm.ToolReturned("1", "look", 5)), "a ToolReturned with text=5, which is not a text"),  # type: ignore[arg-type]
+        (lambda request: _events(TurnDone("x", verdict="loop")), "a TurnDone with verdict='loop', which is not a cm"),  # type: ignore[arg-type]
+        (lambda request: _events(TurnDone("x", output={"at": object()})), "its output is not made of what JSON has"),
     ],
 )
 def test_an_engine_that_is_wrong_is_named(stream: Any, words: str) -> None:
