@@ -36,6 +36,7 @@ _LINE = re.compile(
 )
 _RECORDED = re.compile(r"(?:^|· |>)[Rr]ecorded \([^\n]*?\): no model was called", re.MULTILINE)
 _RUN = re.compile(r"\br-[0-9a-f]{8}\b")
+_FORK = re.compile(r"((?:^|· )[Ff]ork) of r-[0-9a-f]{8}(?= at )", re.MULTILINE)
 _RUN_CODE = re.compile(r'(?: · |(?<=">))run <code style="[^"]*">[^<]*</code>(?=</span>)')
 _HEADER = '<b style="font-size:15px">'
 _PLACE = re.compile(r"Step \d+.* in ")
@@ -246,9 +247,9 @@ def _without_times(words: str, head: str = "") -> str:
 
 
 def _without_clock(words: str) -> str:
-    """Without the time of day of a decision; what is quoted stays."""
+    """Without the time of day of a decision, and the run that a fork is of; what is quoted stays."""
     parts = re.split("(“[^”]*”)", words)
-    return "".join(part if part.startswith("“") else _CLOCK.sub(r"\1", part) for part in parts)
+    return "".join(part if part.startswith("“") else _FORK.sub(r"\1", _CLOCK.sub(r"\1", part)) for part in parts)
 
 
 def _without_column(table: str, name: str) -> str:

@@ -20,7 +20,7 @@ import os
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,7 +76,11 @@ MOST_PIECES = 40
 """In so many pieces a text is said to have arrived."""
 
 
-def lines_of(events: Iterable[AnyEvent]) -> list[str]:
+def lines_of(
+    events: Iterable[AnyEvent],
+    gone: Container[int] = (),
+    fewer: Mapping[int, Mapping[str, int]] | None = None,
+) -> list[str]:
     """The lines of the tape that the events of a run make, without their ends; ``[]`` if nothing is to be played.
 
     A key of a service, as far as it is known here, is in none of them.
@@ -85,6 +89,10 @@ def lines_of(events: Iterable[AnyEvent]) -> list[str]:
     ----------
     events
         All of a run, or its first ones: ``run.events``.
+    gone
+        Numbers of events that are not to be on it.
+    fewer
+        By how much less the numbers of the attempts of steps are, from which event on.
     """
     state = RunState()
     taping = Taping(lambda: state.texts)
@@ -93,7 +101,10 @@ def lines_of(events: Iterable[AnyEvent]) -> list[str]:
     for event in events:
         kept = without_keys(event)
         apply(state, kept)
-        taping.take(kept, lines)
+        if fewer is not None and event.seq in fewer:
+            taping.count_less(fewer[event.seq])
+        if event.seq not in gone:
+            taping.take(kept, lines)
     return lines if len(lines) > 1 else []
 
 
@@ -178,6 +189,11 @@ class Taping:
         handle = _HANDLERS.get(event.type)
         if handle is not None:
             handle(self, event, lines)
+
+    def count_less(self, attempts: Mapping[str, int]) -> None:
+        """From now on the attempts at these paths have numbers that are so much lower."""
+        for path, number in attempts.items():
+            self._cuts[path] = self._cuts.get(path, 0) + number
 
     def _write(self, lines: list[str], made: Iterable[Mapping[str, Any]]) -> None:
         for line in made:
@@ -622,9 +638,11 @@ class Recorder(Feed):
         for event in self._events():
             if event.seq <= seq:
                 self._taping.take(event, self._lines)
+        if len(self._lines) > 1:  # what was decided while nobody drove it may be the last that is
+            self._write()
 
     def _write(self) -> None:
-        if self._close is None and self.file.exists() and not any(map(_answered, self._lines)):
+        if self._close is None and not any(map(_answered, self._lines)) and self._answers_there():
             return  # one where everything failed is not worth the one that is there
         data = "".join(f"{line}\n" for line in self._lines).encode()
         if self._close is None:
@@ -636,6 +654,13 @@ class Recorder(Feed):
             while data:
                 data = data[os.write(self._handle, data) :]
         self._lines.clear()
+
+    def _answers_there(self) -> bool:
+        """Whether the file holds a tape on which an agent has answered, or that cannot be read."""
+        try:
+            return self.file.exists() and any(turn.error is None for turn in Tape.read(self.file).turns.values())
+        except WorkflowError:
+            return True
 
     def _pace(self, place: Place, text: str) -> Pace | None:
         for tape in self._tapes:

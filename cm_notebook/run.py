@@ -651,6 +651,7 @@ class Run:
         first (:meth:`replace`). What runs is cut short. What earlier steps gave stays; what was tried stays to be seen.
         A loop that goes over the step is in the pass that it was in. A run that has ended can be rewound too; one that
         is not driven here, by ``cm.resume(…, rewind=step)``.
+        The files are brought back as the step begins to run, not before; what is there by then is kept first.
 
         Raises
         ------
@@ -982,12 +983,14 @@ class Run:
             ``test_plan.py`` or ``plan_test.py``: a pytest test that plays the run's tape and compares what its steps
             say, with the tape beside it (``test_plan.jsonl``). ``plan.jsonl``: the tape alone. Any other ``.py``, and
             ``.json``: its workflow, see :meth:`~cm_notebook.workflow.Workflow.export`.
+            On the tape is the way to what the run came to: what it has gone back over is left out.
         overwrite
             Replace a file that is there and holds something else, which is refused otherwise.
 
         Raises
         ------
-        WorkflowError    The source of a function cannot be got, or a file cannot be written; none was.
+        WorkflowError    The source of a function cannot be got, a file cannot be written, or a step was kept although
+                         what it builds on is another now, so no tape plays the run; no file was written.
         """
         from .exports import export_run
 
@@ -1142,8 +1145,10 @@ def _new_id() -> str:
 
 def _given(state: RunState, agents: Iterable[Agent], workflow: Workflow | None, call: str) -> dict[str, Agent]:
     """The agents that are given, by id; refused when the run needs one that its journal cannot keep."""
+    if workflow is not None:
+        edits.check_order(state, workflow)  # an agent may be missing as its step is
     given = {agent.id: agent for agent in (*agents, *(workflow.agents if workflow is not None else ()))}
-    for agent in state.agents.values():
+    for agent in state.agents.values() if workflow is None else workflow.agents:
         missing = (given.get(agent.id) or agent).missing
         if missing is not None:
             raise WorkflowError(

@@ -208,9 +208,8 @@ class ChatEngine(abc.ABC):
         if tools.keys() == {"ask_human"} and request.model in self._without_tools:
             tools = {}
         body = self.body(replace(request, agent=agent.model_copy(update={"tools": tuple(tools.values())})))
-        spent, written, corrected = _Spent(price), False, False
+        spent, opened, written, corrected = _Spent(price), False, False, False
         async with self._connection() as connection:
-            yield SessionStarted()
             for _ in range(MOST_ROUNDS):
                 reader, begun = self.reader(), False
                 try:
@@ -227,6 +226,9 @@ class ChatEngine(abc.ABC):
                     if spent.add(body, _so_far(reader)):
                         yield spent.report()
                     raise
+                if not opened:
+                    opened = True
+                    yield SessionStarted()  # what was said can be gone on from, now that there is an answer
                 answer, written = _without_keys(reader.answer()), written or begun
                 spent.add(body, answer)
                 yield spent.report()

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from .. import keys
 from ..errors import WorkflowError, did_you_mean
-from ..events import NOT_CALLED, TurnFinished
+from ..events import NOT_CALLED, TurnFinished, TurnStarted
 from ..prompts import digest
 from ..workflow import Workflow
+from .counted import counted
 from .literals import write
 from .program import program
 
@@ -55,11 +56,22 @@ def export_run(run: Run, path: str | os.PathLike[str], *, overwrite: bool = Fals
 def _tape(run: Run) -> str:
     from ..recording import lines_of
 
-    if any(isinstance(event, TurnFinished) and event.note == NOT_CALLED for event in run.events):
+    events = run.events
+    gone, fewer = counted(events)
+    left = (event for event in events if event.seq not in gone)
+    if any(isinstance(event, TurnFinished) and event.note == NOT_CALLED for event in left):
         raise WorkflowError(
             "export: no model was called in this run, so there is no tape of it: its answers are the prompts."
         )
-    lines = lines_of(run.events)
+    for event in events:
+        if not isinstance(event, TurnStarted) or event.seq in gone:
+            continue
+        if any(not isinstance(part, str) and part[0] in gone for part in event.prompt + (event.context or ())):
+            raise WorkflowError(
+                f"export: {event.path!r} was asked with what another answer has replaced since, so no tape plays this "
+                f"run. Make it again, then export: run.rerun({event.path.partition('/')[0]!r}, later=True)."
+            )
+    lines = lines_of(events, gone, fewer)
     if not lines:
         raise WorkflowError("export: nothing of this run is for a tape: functions did it, and nobody has decided.")
     return "".join(f"{line}\n" for line in lines)

@@ -585,8 +585,8 @@ def sentence(state: RunState, now: float | None = None, go_on: str = "%cm run") 
     step = state.current
     if state.paused:
         if step is not None and step.id == state.back_at:
-            other = f"its cell with other words: `%%cm step {step.id}`"
-            return f"Back at {step.id}: nothing runs until you go on. Next: `%cm run`, or {other}."
+            other = f", or its cell with other words: `%%cm step {step.id}`" if go_on.startswith("%cm") else ""
+            return f"Back at {step.id}: nothing runs until you go on. Next: `{go_on}`{other}."
         why = f" ({one_line(state.pause_reason, 120)})" if state.pause_reason else ""
         return f"Paused{why}. " + (f"Next: {step.id}. " if step is not None else "") + f"`{go_on}` goes on."
     if step is None:

@@ -200,6 +200,12 @@ def shell_of(run: Run, asked: dict[str, Any]) -> Shell:
     return Shell(run.id, asked.get("journal"))
 
 
+def _goes_on(run: Run, asked: dict[str, Any]) -> str:
+    """The command by which a run that is paused, or has stopped, goes on."""
+    shell = shell_of(run, asked)
+    return shell.command("unpause") if _driven(run) else shell.goes_on
+
+
 def _driven(run: Run) -> bool:
     return run._driver.journal.driven(run.id)
 
@@ -296,7 +302,7 @@ def _show(asked: dict[str, Any]) -> None:
     shell, full = shell_of(run, asked), "full" in asked
     with run.reading() as state:
         if asked["step"] is None:
-            print("\n".join(_run_lines(run, state, shell, full)))
+            print("\n".join(_run_lines(run, state, asked, full)))
             return
         step = _found_step(state, asked["step"])
         if "json" in asked:
@@ -311,13 +317,13 @@ def _show(asked: dict[str, Any]) -> None:
             print(say.show_text(state, step, attempt, full, shell.command("show", step.path, *words, "--full")))
 
 
-def _run_lines(run: Run, state: RunState, shell: Shell, full: bool) -> list[str]:
-    now = time.time()
+def _run_lines(run: Run, state: RunState, asked: dict[str, Any], full: bool) -> list[str]:
+    now, shell = time.time(), shell_of(run, asked)
     lines = [f"{run.id}  {say.headline(state, now)}", *say.step_lines(state, now)]
     for gate in state.gates.values():
         lines += ["", *gate_lines(state, gate, shell, full)]
     if not state.gates:
-        lines.append(say.sentence(state, now, shell.goes_on))
+        lines.append(say.sentence(state, now, _goes_on(run, asked)))
     if state.ended is None and not _driven(run):
         lines += ["", f"Nobody drives it now. Go on with it: {shell.goes_on}"]
     return lines
@@ -353,9 +359,11 @@ def _gate(asked: dict[str, Any]) -> tuple[Run, Gate]:
             _found_step(state, asked["step"])
         try:
             gate = run.gate(asked["step"])
-        except AlreadyDecided:
-            raise
+        except AlreadyDecided as error:  # where it tells how to go on, it is by Python
+            raise AlreadyDecided(str(error).replace(f"cm.resume({run.id!r})", _goes_on(run, asked))) from error
         except TransitionError as error:
+            if state.paused and not state.gates:
+                raise Refused(f"{error} Go on with it: {_goes_on(run, asked)}", NOTHING) from error
             raise (Misunderstood(str(error)) if several and state.gates else Refused(str(error), NOTHING)) from error
         seen = asked.get("digest")
         if seen is not None and not (seen and gate.digest.startswith(seen)):

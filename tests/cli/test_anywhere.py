@@ -97,7 +97,7 @@ def test_another_process_looks_and_decides_and_the_driver_goes_on() -> None:
 
 def test_a_run_that_nobody_drives_is_decided_and_resumed_here(headless: None) -> None:
     Path("flow.py").write_text(FLOW, encoding="utf-8")
-    assert process("run", "flow.py")[0] == 3
+    assert process("run", "flow.py", "--record", "t.jsonl")[0] == 3
     id = cm.runs()[0].id
     code, out, _ = process("approve")
     assert code == 0
@@ -106,10 +106,12 @@ def test_a_run_that_nobody_drives_is_decided_and_resumed_here(headless: None) ->
     code, _, err = process("resume")
     assert code == 1
     assert "needs Python functions, which no journal can keep: planner, coder. Name the file that defines them: " in err
-    code, out, err = process("resume", id, "--workflow", "flow.py:workflow")
+    code, out, err = process("resume", id, "--workflow", "flow.py:workflow", "--record", "t.jsonl")
     assert (code, err) == (0, "")
     assert "cm: coder ok" in out
     assert "planner ok" not in out  # it was told before
+    taped = Path("t.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    assert [json.loads(line)["decision"] for line in taped] == [{"action": "approve"}]
 
 
 def test_a_run_that_is_driven_elsewhere_is_not_driven_here() -> None:
@@ -123,6 +125,18 @@ def test_a_run_that_is_driven_elsewhere_is_not_driven_here() -> None:
     until(lambda: not run.state.paused, "its end")
     assert process("stop", run.id)[:1] == (0,)
     until(lambda: run.status == "stopped", "the stop")
+
+
+def test_a_run_that_went_back_or_was_stopped_says_the_command_that_goes_on(here: Here) -> None:
+    run = start().rewind("planner")
+    assert f"Back at planner: nothing runs until you go on. Next: `cm-notebook unpause {run.id}`.\n" in here("show")[1]
+    code, _, err = here("approve", run.id)
+    assert (code, err.count(f"is paused. Go on with it: cm-notebook unpause {run.id}\n")) == (6, 1)
+    assert here("unpause")[0] == 0
+    gate(run, "planner")
+    run.stop()
+    code, _, err = here("approve", run.id)
+    assert (code, err.count(f"and it asks again: cm-notebook resume {run.id}.\n")) == (5, 1)
 
 
 def test_edit_takes_the_text_from_stdin() -> None:

@@ -85,6 +85,18 @@ def test_two_executions_are_one_file(name: str) -> None:
     assert made["execution_count"] is None
 
 
+def test_a_fork_does_not_say_of_which_run_it_is() -> None:
+    def fork() -> bytes:
+        workflow = cm.Workflow("w", agents=[cm.Agent("a", "x"), cm.Agent("b", "y")], steps="a -> b")
+        run = workflow.start(engine=cm.ScriptedEngine({"a": ["1"], "b": ["2", "3"]}), journal=":memory:").wait(20)
+        return notebook(*views(run.fork("b").unpause().wait(20).state))
+
+    once = cleaned(fork())
+    assert once == cleaned(fork())
+    assert b"Fork at b" in once
+    assert b"fork at b" in once
+
+
 def test_what_agents_wrote_stays() -> None:
     state = team(machine=HERE).state
     before, after = (json.dumps(json.loads(data), ensure_ascii=False) for data in (of(team()), cleaned(of(team()))))

@@ -470,6 +470,66 @@ def test_a_run_is_a_tape(tmp_path: Path, headless: None) -> None:
     assert [attempt.number for attempt in again["writer"].attempts] == [1, 2, 3]
 
 
+def back(run: cm.Run, step: str) -> cm.Run:
+    return run.rewind(step).unpause().wait()
+
+
+def forked(run: cm.Run) -> cm.Run:
+    back(run, "writer")
+    return run.fork("judge").unpause().wait()
+
+
+def edited(run: cm.Run) -> cm.Run:
+    run.replace(cm.step("writer", prompt="A poem about tea."))
+    return run.wait()
+
+
+@pytest.mark.parametrize(
+    ("goes_on", "attempts"),
+    [
+        (lambda run: back(run, "author"), {"writer": 2, "judge": 2, "author": 1}),
+        (lambda run: back(run, "writer"), {"writer": 1, "judge": 1, "author": 1}),
+        (lambda run: back(back(run, "writer"), "judge"), {"writer": 1, "judge": 1, "author": 1}),
+        (lambda run: back(back(run, "author"), "writer"), {"writer": 1, "judge": 1, "author": 1}),
+        (lambda run: run.rerun("writer", later=True).wait(), {"writer": 1, "judge": 1, "author": 1}),
+        (lambda run: run.rerun("author").wait(), {"writer": 2, "judge": 2, "author": 1}),
+        (forked, {"writer": 1, "judge": 1, "author": 1}),
+        (edited, {"writer": 1, "judge": 1, "author": 1}),
+    ],
+)
+def test_what_was_gone_back_over_is_not_on_the_tape(
+    goes_on: Any, attempts: dict[str, int], tmp_path: Path, headless: None
+) -> None:
+    agents = [cm.Agent("writer", "A slogan: {{ loop.reason }}"), cm.Agent("judge", "Judge {{ writer }}")]
+    workflow = cm.Workflow(
+        "tea",
+        agents=[*agents, cm.Agent("author", "Write on {{ writer }}")],
+        steps="writer? -> judge(loop 1, max 3) -> author?",
+    )
+    numbers = [str(number) for number in range(9)]
+    verdicts = [json.dumps({"action": "loop" if number == "0" else "continue", "reason": number}) for number in numbers]
+    script = cm.ScriptedEngine({"writer": numbers, "judge": verdicts, "author": numbers})
+
+    def decide(gate: cm.Gate) -> str:
+        return "retry" if gate.kind == "stale" else "approve"
+
+    run = goes_on(workflow.start(engine=script, journal=":memory:", on_gate=decide).wait())
+    assert run.status == "completed"
+    run.export("tea.jsonl")
+    again = run.workflow.start(tape="tea.jsonl", journal=":memory:").wait()
+    assert {step.id: step.text for step in again} == {step.id: step.text for step in run}
+    assert {step.id: len(step.attempts) for step in again} == attempts
+
+
+def test_a_step_that_was_kept_though_another_was_made_again_is_on_no_tape(tmp_path: Path, headless: None) -> None:
+    workflow = cm.Workflow("w", agents=[cm.Agent("a", "x"), cm.Agent("b", "On {{ a }}")], steps="a -> b")
+    script = cm.ScriptedEngine({"a": ["1", "2"], "b": ["3"]})
+    run = workflow.start(engine=script, journal=":memory:", on_gate="approve").wait()
+    run.rerun("a").wait()
+    with pytest.raises(cm.WorkflowError, match=r"'b' was asked with what another answer has replaced since"):
+        run.export("test_w.py")
+
+
 def test_both_files_or_none(tmp_path: Path) -> None:
     run = played(tmp_path)
     Path("tea_test.jsonl").write_text("mine")

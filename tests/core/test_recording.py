@@ -319,6 +319,18 @@ def test_a_run_that_goes_on_after_its_end_goes_on_recording():
     assert read(Path("t.jsonl")) == [("a", 1, "one"), ("b", 1, "two")]
 
 
+def test_decisions_about_functions_go_on_being_recorded_after_the_end():
+    @cm.agent("count")
+    def count(turn: cm.Turn) -> str:
+        return str(turn.attempt)
+
+    workflow = cm.Workflow("w", steps="count?", agents=[count])
+    run = workflow.start(journal=":memory:", record="t.jsonl", on_gate="approve").wait(20)
+    assert read(Path("t.jsonl")) == [("count", 1, "approve")]
+    run.rerun("count").wait(20)
+    assert read(Path("t.jsonl")) == [("count", 1, "approve"), ("count", 2, "approve")]
+
+
 def test_any_run_of_the_past_is_made_a_tape_by_what_it_did():
     run = chain("a").start(engine=scripted(a=["one"]), journal="j.db").wait(20)
     Path("t.jsonl").write_text("\n".join(lines_of(cm.Run.open(run.id, "j.db").events)), encoding="utf-8")

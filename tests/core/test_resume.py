@@ -261,6 +261,22 @@ def test_a_function_must_be_given_again() -> None:
     assert again.wait(10).status == "completed"
 
 
+def test_a_function_is_needed_only_where_the_definition_has_it() -> None:
+    def function(id: str) -> cm.Agent:
+        return cm.agent(id)(lambda turn: id)
+
+    a, b, c = map(function, "abc")
+    run = cm.Workflow("f", agents=[a, b, c], steps="a -> b? -> c").start(journal=MemoryJournal())
+    gate(run)
+    run.stop().wait(10)
+    with pytest.raises(cm.WorkflowError, match="step 'a' has run and is no longer in the workflow"):
+        cm.resume(run.id, cm.Workflow("f", agents=[b, c], steps="b? -> c"), journal=run._journal)
+    again = cm.resume(run.id, cm.Workflow("f", agents=[a, b], steps="a -> b?"), journal=run._journal)
+    gate(again)
+    again.approve()
+    assert again.wait(10).status == "completed", "a step that has not run may be deleted, with its agent"
+
+
 def test_what_must_not_run_twice_asks_first() -> None:
     flow = cm.Workflow("i", agents=[cm.Agent("a", "x")], steps=[cm.step("a", idempotent=False)])
     run = flow.start(engine=cm.ScriptedEngine({"a": [cm.Reply("sent", delay_s=30)]}), journal=MemoryJournal())
@@ -459,7 +475,7 @@ def test_a_cap_that_is_dropped_from_the_definition_is_none() -> None:
 
 def test_a_cap_of_the_run_stays_when_the_definition_says_nothing_else() -> None:
     flow = cm.Workflow("w", agents=[cm.Agent("a", "A.")], steps="a?")
-    run = flow.start(engine=cm.ScriptedEngine({"a": ["1"]}), journal=":memory:", max_concurrency=1)
+    run = flow.start(engine=cm.ScriptedEngine({"a": ["1", "2"]}), journal=":memory:", max_concurrency=1)
     gate(run)
     run.revise(cm.Workflow("w", agents=[cm.Agent("a", "A.", system="Be short.")], steps="a?"))
     assert run.state.max_concurrency == 1

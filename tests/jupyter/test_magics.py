@@ -21,6 +21,7 @@ from traitlets.config import Config
 import cm_notebook as cm
 from cm_notebook import cli, config, driving, keys, options
 from cm_notebook import run as runs
+from cm_notebook.engines import base
 from cm_notebook.jupyter import bridge
 from cm_notebook.jupyter import notebook as books
 from cm_notebook.jupyter.settings import SettingRefused
@@ -84,6 +85,7 @@ def cells(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cells]:
     monkeypatch.setattr(books, "notebook", books.Notebook())
     monkeypatch.setattr(config, "chosen", {})
     monkeypatch.setenv("JPY_SESSION_NAME", "/home/me/build.ipynb")
+    monkeypatch.setattr(base, "_engines", dict(base._engines))  # what a cell registers ends with the test
     cm.register_engine(cm.ScriptedEngine(REPLIES))
     monkeypatch.setenv("CM_ENGINE", "scripted")
     settings = Config()
