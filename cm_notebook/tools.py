@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, Validation
 from pydantic_core import PydanticUndefined, to_json
 
 from .errors import WorkflowError
-from .plain import Plain
+from .plain import Plain, not_json
 
 if sys.version_info >= (3, 12):
     from typing import TypedDict
@@ -228,16 +228,14 @@ def read_arguments(written: str) -> dict[str, Any]:
     ------
     ValueError    It is none.
     """
-
-    def no_number(name: str) -> Any:
-        raise ValueError(f"{name} is no number of JSON")
-
     try:
-        value = json.loads(written, parse_constant=no_number) if written.strip() else {}
+        value = json.loads(written) if written.strip() else {}
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
+    if (wrong := not_json(value)) is not None:
+        raise ValueError(f"it holds {wrong}")
     return value
 
 

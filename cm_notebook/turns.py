@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import threading
 import time
 import traceback
@@ -19,19 +18,21 @@ from pydantic import BaseModel
 
 from . import events, keys
 from .engines.base import (
+    AgentEvent,
     AgentRequest,
     Delta,
     Engine,
-    SessionStarted,
     ToolCalled,
     ToolReturned,
     TurnDone,
     UsageReported,
+    misfit,
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
-from .events import HISTORY, AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted, Usage
+from .events import HISTORY, AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted
+from .plain import not_json
 from .tools import shortened
-from .workflow import Module, Step, Verdict, fitted, not_json, sound, unfenced
+from .workflow import Module, Step, Verdict, fitted, sound, unfenced
 
 YIELD_EVERY = 64
 """After so many pieces of text other turns get their chance."""
@@ -179,14 +180,14 @@ async def take_turn(
         stream = _stream(engine, request)
         try:
             async for told in stream:
+                if not isinstance(told, Delta) or not isinstance(told.text, str):  # a piece of text has nothing else
+                    _check(told, engine)
                 if isinstance(told, Delta):
-                    (write if told.kind == "text" else think)(_text_of(told, engine))
+                    (write if told.kind == "text" else think)(told.text)
                     pieces += 1
                     if pieces % YIELD_EVERY == 0:
                         await asyncio.sleep(0)
-                    continue
-                _check(told, engine)
-                if isinstance(told, TurnDone):
+                elif isinstance(told, TurnDone):
                     done = told
                 elif isinstance(told, UsageReported):
                     turn.used = {"usage": told.usage, "cost_usd": told.cost_usd}
@@ -196,14 +197,14 @@ async def take_turn(
                     write(_tool_line(told))
                     record(_tool_event(started, told))
                 else:
-                    if told.session_id not in (session_id, started.session_id, HISTORY):  # that is there once it ended
-                        opened(told.session_id)
-                    session_id = told.session_id
+                    before, session_id = session_id, sound(told.session_id)
+                    if session_id not in (before, started.session_id, HISTORY):  # that is there once it ended
+                        opened(session_id)
         finally:
             await stream.aclose()
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
-        text, verdict = sound(_text_of(done, engine)), _verdict(step, done)
+        text, verdict = sound(done.text), _verdict(step, done)
         output = None
         if done.output is not None:
             _check_json("output", done.output, started)
@@ -225,7 +226,7 @@ async def take_turn(
             **turn.used,
             session_id=session_id,
             duration_s=done.duration_s,
-            note=done.note,
+            note=sound(done.note),
         )
     except EngineError as error:
         return failed(turn, error, _retry_in_s(step, error, turn.failures))
@@ -258,45 +259,6 @@ def _stream(engine: Engine, request: AgentRequest) -> Any:
     )
 
 
-def _text_of(told: Delta | TurnDone, engine: Engine) -> str:
-    """The text of what the engine told, which may be anybody's."""
-    if not isinstance(told.text, str):
-        raise EngineProtocolError(
-            f"the engine {engine.name!r} gave {type(told).__name__}({told.text!r}), whose text is none.",
-            engine=engine.name,
-        )
-    return told.text
-
-
-def _is_amount(value: Any) -> bool:
-    """Whether it is a number from 0 on: ``nan``, or less than nothing, would keep a budget from ever being used up."""
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-_PARTS: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
-    TurnDone: {
-        "verdict": (lambda value: value is None or isinstance(value, Verdict), "a cm.Verdict"),
-        "duration_s": (lambda value: value is None or _is_amount(value), "a number of seconds"),
-        "note": (lambda value: value is None or _is_text(value), "a text"),
-    },
-    UsageReported: {
-        "usage": (
-            lambda value: isinstance(value, Usage) and value.input_tokens >= 0 and value.output_tokens >= 0,
-            "a cm.Usage with numbers of tokens",
-        ),
-        "cost_usd": (lambda value: value is None or _is_amount(value), "an amount of US dollars"),
-    },
-    SessionStarted: {"session_id": (_is_text, "a text")},
-    ToolCalled: {"call_id": (_is_text, "a text"), "name": (_is_text, "a text")},
-    ToolReturned: {"call_id": (_is_text, "a text"), "name": (_is_text, "a text"), "text": (_is_text, "a text")},
-}
-"""What is kept of each event: whether a value can be, and what it has to be."""
-
-
 def _check(told: Any, engine: Engine) -> None:
     """Refuse what cannot be kept of what the engine told, which may be anybody's.
 
@@ -304,31 +266,20 @@ def _check(told: Any, engine: Engine) -> None:
     ------
     EngineProtocolError    It is no event, or a part of it is not what it has to be.
     """
-    parts = next((parts for kind, parts in _PARTS.items() if isinstance(told, kind)), None)
-    if parts is None:
+    if not isinstance(told, AgentEvent):
         raise EngineProtocolError(
             f"the engine {engine.name!r} gave {told!r}, which is no event. It yields cm.Delta(…) and at the end "
             "cm.TurnDone(…).",
             engine=engine.name,
         )
-    for name, (fits, wanted) in parts.items():
-        value = getattr(told, name)
-        if not fits(value):
-            raise EngineProtocolError(
-                f"the engine {engine.name!r} gave a {type(told).__name__} with {name}={repr(value)[:100]}, which is "
-                f"not {wanted}.",
-                engine=engine.name,
-            )
+    if (wrong := misfit(told)) is not None:
+        problem = f"the engine {engine.name!r} gave a {type(told).__name__} with {wrong}."
+        raise EngineProtocolError(problem, engine=engine.name)
 
 
 def _check_json(what: str, value: Any, started: TurnStarted) -> None:
-    try:
-        wrong = not_json(value)
-    except (TypeError, RecursionError) as error:
-        problem = f"{started.step}: its {what} is not made of what JSON has: {error}. Give model_dump(mode='json')."
-        raise EngineProtocolError(problem, engine=started.engine, step=started.step) from None
-    if wrong is not None:
-        problem = f"{started.step}: its {what} holds {wrong}, a number that JSON does not have. Give null instead."
+    if (wrong := not_json(value)) is not None:
+        problem = f"{started.step}: its {what} holds {wrong}. Give null instead, or text."
         raise EngineProtocolError(problem, engine=started.engine, step=started.step)
 
 
@@ -365,7 +316,7 @@ def _tool_text(told: ToolCalled | ToolReturned) -> str:
     elif isinstance(told.arguments, str):
         said = told.arguments
     else:
-        said = json.dumps(told.arguments, ensure_ascii=False, default=str)
+        said = json.dumps(told.arguments, ensure_ascii=False)
     return keys.hide(str(sound(said)))
 
 

@@ -6,7 +6,6 @@ A workflow is a list of steps; each step names the agent that does the work. The
 """
 
 import json
-import math
 import operator
 import os
 import re
@@ -27,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticSerializationError
 
 from .errors import WorkflowError, by_name, did_you_mean
+from .plain import not_json
 from .tools import Tool, as_tool, implementation_of
 
 if TYPE_CHECKING:
@@ -809,32 +809,11 @@ def check_inputs(inputs: Any) -> None:
     for name, value in inputs.items():
         if not isinstance(name, str) or name in RESERVED:
             raise WorkflowError(f"input {name!r}: an input has a name of its own; {', '.join(RESERVED)} are taken.")
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError, RecursionError):
-            raise WorkflowError(
-                f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
-                f"Pass its text: str({name})."
-            ) from None
         if (wrong := not_json(value)) is not None:
-            raise WorkflowError(f"input {name!r} holds {wrong}, a number that JSON does not have. Pass text, or None.")
-
-
-def not_json(value: Any) -> str | None:
-    """``nan``, ``inf`` or ``-inf``, if it stands anywhere in `value`: JSON has no word for it."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        stack = [value]
-        while stack:
-            one = stack.pop()
-            if isinstance(one, float) and not math.isfinite(one):
-                return repr(float(one))
-            if isinstance(one, dict):
-                stack += [*one, *one.values()]
-            elif isinstance(one, (list, tuple)):
-                stack += one
-    return None
+            raise WorkflowError(
+                f"input {name!r} holds {wrong}. An input is text, a number, a list or a dict. "
+                f"Pass its text: str({name})."
+            )
 
 
 def _check_loop(where: str, item: Module, before: list[Step]) -> None:

@@ -14,7 +14,6 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any
 
 from ..errors import ReplayMismatch, WorkflowError, by_name, did_you_mean
@@ -22,20 +21,8 @@ from ..events import Usage
 from ..plain import Plain
 from ..team import ToolCall
 from ..workflow import Verdict
-from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
+from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported, misfit
 from .builtin import use
-
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "text": ((str,), "a text"),
-    "deltas": ((Sequence, NoneType), "a list of texts"),
-    "usage": ((Usage, NoneType), "a cm.Usage"),
-    "cost_usd": ((int, float, NoneType), "an amount of US dollars"),
-    "delay_s": ((int, float), "a number of seconds"),
-    "error": ((Exception, NoneType), "an exception"),
-    "session_id": ((str, NoneType), "a text"),
-    "verdict": ((Verdict, NoneType), "a cm.Verdict"),
-    "tool_calls": ((Sequence,), "a list of calls"),
-}
 
 
 @by_name("cm.Reply")
@@ -77,23 +64,25 @@ class Reply(Plain):
     tool_calls: Sequence[ToolCall | Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
-        for name, (kinds, wanted) in _KINDS.items():
-            value = getattr(self, name)
-            if not isinstance(value, kinds) or isinstance(value, bool) or value != value:
-                raise WorkflowError(f"cm.Reply: {name}={value!r} is not {wanted}.")
-        if isinstance(self.deltas, str) or not all(isinstance(piece, str) for piece in self.deltas or ()):
-            raise WorkflowError(f"cm.Reply: deltas={self.deltas!r} is not a list of texts.")
+        if (wrong := misfit(self)) is not None:
+            raise WorkflowError(f"cm.Reply: {wrong}.")
+        if not (self.error is None or isinstance(self.error, Exception)):
+            raise WorkflowError(f"cm.Reply: error={self.error!r}, which is not an exception.")
+        if not (self.deltas is None or _listed(self.deltas, str)):
+            raise WorkflowError(f"cm.Reply: deltas={self.deltas!r}, which is not a list of texts.")
         calls = self.tool_calls
-        if isinstance(calls, (str, Mapping)) or not all(isinstance(call, (ToolCall, Mapping)) for call in calls):
-            raise WorkflowError(f"cm.Reply: tool_calls={calls!r} is not a list of calls. Write tool_calls=[{{…}}].")
+        if not _listed(calls, (ToolCall, Mapping)):
+            raise WorkflowError(f"cm.Reply: tool_calls={calls!r}, which is not a list of calls: tool_calls=[{{…}}].")
         self.tool_calls = tuple(call if isinstance(call, ToolCall) else ToolCall(**dict(call)) for call in calls)
         whole = "".join(self.deltas) if self.deltas is not None else self.verdict.reason if self.verdict else ""
         if not self.text:
             self.text = whole
         elif self.deltas is not None and whole != self.text:
             raise WorkflowError(f"reply {self.text[:40]!r}: its deltas make {whole[:40]!r}. Leave one of them out.")
-        if self.delay_s < 0:
-            raise WorkflowError(f"reply {self.text[:40]!r}: delay_s={self.delay_s!r} is negative.")
+
+
+def _listed(value: Any, kinds: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(one, kinds) for one in value)
 
 
 class ScriptedEngine:
