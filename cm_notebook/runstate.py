@@ -118,6 +118,8 @@ class Attempt(Plain):
     cost_usd: float | None = None
     cost_estimated: bool = False
     """The cost, or a part of it, was computed from a table of prices."""
+    so_far: tuple[Usage | None, float | None] = (None, None)
+    """Of that, what the turn that runs has said that it used."""
     tools: list[ToolUse] = field(default_factory=list)
     """What it did with tools, in that order."""
     session_id: str | None = None

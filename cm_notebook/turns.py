@@ -77,6 +77,7 @@ class LiveTurn:
         "hide_thoughts",
         "over",
         "recalled",
+        "said",
         "started",
         "step",
         "task",
@@ -90,6 +91,8 @@ class LiveTurn:
         self.hide, self.hide_thoughts = keys.Hider(), keys.Hider()
         self.used: dict[str, Any] = {}
         """What it has said so far that it used, as its last event keeps it."""
+        self.said = self.used
+        """The same as it was recorded last."""
         self.asking: asyncio.Lock | None = None
         self.recalled: set[int] = set()
         self.over = False
@@ -138,6 +141,14 @@ class LiveTurn:
             self._timer.cancel()
             self._timer = None
             self._left_s = max(0.0, (self._left_s or 0.0) - (asyncio.get_running_loop().time() - self._since))
+
+    def spent(self) -> list[AnyEvent]:
+        """What is to be recorded before it goes on: what it has used, where that is not known yet."""
+        if self.said is self.used:
+            return []
+        self.said, one = self.used, self.started
+        about = {"step": one.step, "path": one.path, "attempt": one.attempt, "turn": one.turn}
+        return [events.UsageReported(**about, **self.used)]
 
     def cancel(self) -> None:
         """It is not waited for any more."""

@@ -102,7 +102,8 @@ class Work:
 
         def record(event: AnyEvent) -> None:
             def propose() -> list[AnyEvent]:
-                return [event] if driver.turns.get(turn.started.path) is turn else []  # else it was cut short
+                # else it was cut short
+                return [*turn.spent(), event] if driver.turns.get(turn.started.path) is turn else []
 
             driver.propose(propose, wait=False)
 
@@ -311,7 +312,7 @@ class Work:
         def propose() -> list[AnyEvent]:
             opened = opening()
             self.questions[opened.gate.id] = answer
-            return [opened]
+            return [*turn.spent(), opened]
 
         turn.stop_clock()
         self._driver.propose(propose)
@@ -340,7 +341,7 @@ class Work:
                 called = meaning.call_agents(self._driver.state, step, groups, files, limit)
                 self.calls[called.path, called.call] = ended
                 made.append(called)
-                return [called]
+                return [*turn.spent(), called]
 
             turn.stop_clock()
             try:

@@ -20,6 +20,7 @@ from ..events import (
     TurnFinished,
     TurnStarted,
     TurnWentOn,
+    UsageReported,
 )
 from ..prompts import rejected
 from ..runstate import Attempt, Due, Ordinals, Redo, RunState, StepState, ToolUse
@@ -98,7 +99,8 @@ def _remember(step: StepState, session_id: str | None) -> None:
 
 
 def _turn_met(
-    state: RunState, event: SessionOpened | ToolCalled | ToolReturned | TurnFinished | TurnFailed | TurnCutShort
+    state: RunState,
+    event: SessionOpened | ToolCalled | ToolReturned | UsageReported | TurnFinished | TurnFailed | TurnCutShort,
 ) -> tuple[StepState, Attempt]:
     """The turn that an event is about, which runs now; one that ends it needs all that it has called to have ended."""
     step = met(state, event.path, event.type)
@@ -108,7 +110,7 @@ def _turn_met(
             f"{event.type} names attempt {event.attempt}, turn {event.turn} of step {step.id!r}, "
             f"which is at attempt {step.attempt}, turn {step.turn}."
         )
-    if step.path in state.calls and not isinstance(event, (SessionOpened, ToolCalled, ToolReturned)):
+    if step.path in state.calls and not isinstance(event, (SessionOpened, ToolCalled, ToolReturned, UsageReported)):
         check_alone(state, step)
     return step, last
 
@@ -136,6 +138,12 @@ def tool_returned(state: RunState, event: ToolReturned) -> None:
     if use is None:
         raise TransitionError(f"{event.name!r} returned to {event.path!r}, which had not called it.")
     use.text, use.failed, use.returned_at = event.text, event.failed, event.at
+
+
+def usage_reported(state: RunState, event: UsageReported) -> None:
+    """What the turn has used so far is paid."""
+    step, last = _turn_met(state, event)
+    pay(state, step, last, event)
 
 
 def turn_finished(state: RunState, event: TurnFinished) -> None:
