@@ -194,11 +194,11 @@ class Answers:
     def check_decision(self, gate: Gate, decision: Decision) -> None:
         """Refuse an answer that does not fit, also by the arguments that the tool takes, where it is known here."""
         meaning.check_decision(gate, decision)
-        agent = self._work.agents.get(self._driver.state.find(gate.path).step.agent)
-        if decision.output is not None and gate.kind in ("review", "exhausted") and agent is not None:
-            wrong = fitted(agent.output, decision.output)[1] if isinstance(agent.output, type) else None
+        model = self._work.model(gate.path) if gate.kind in ("review", "exhausted") else None
+        if model is not None and decision.output is not None:
+            wrong = fitted(model, decision.output)[1]
             if wrong is not None:
-                raise TransitionError(f"the edited text does not fit {agent.output.__name__}: {wrong}")
+                raise TransitionError(f"the edited text does not fit {model.__name__}: {wrong}")
         tool = self._work.tool(gate.path, meaning.tool_of(gate)[0]) if gate.kind == "permission" else None
         if tool is not None and decision.output is not None and tool.checker is not None:
             try:

@@ -75,6 +75,7 @@ class LiveTurn:
         "failures",
         "hide",
         "hide_thoughts",
+        "model",
         "over",
         "recalled",
         "said",
@@ -93,6 +94,8 @@ class LiveTurn:
         """What it has said so far that it used, as its last event keeps it."""
         self.said = self.used
         """The same as it was recorded last."""
+        self.model: type[BaseModel] | None = None
+        """The class of the value that it gave."""
         self.asking: asyncio.Lock | None = None
         self.recalled: set[int] = set()
         self.over = False
@@ -216,7 +219,7 @@ async def take_turn(
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
         text, verdict = sound(done.text), _verdict(step, done)
-        output = None
+        output, turn.model = None, done.model
         if done.output is not None:
             _check_json("output", done.output, started)
             output = sound(done.output)

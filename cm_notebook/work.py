@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+from pydantic import BaseModel
+
 from . import allowed
 from . import state as meaning
 from .driving import Driver, more
@@ -55,6 +57,8 @@ class Work:
         As they were handed over, with their functions, which a journal cannot keep.
     engine
         The one given for the run: a name, or what does all that is no function.
+    models
+        The classes of the values that agents gave here, by path.
     questions, calls
         What waits inside a turn: for the answer of a gate, for agents it has called.
     """
@@ -62,6 +66,7 @@ class Work:
     def __init__(self, driver: Driver) -> None:
         self.agents: dict[str, Agent] = {}
         self.engine: str | Engine | None = None
+        self.models: dict[str, type[BaseModel]] = {}
         self.questions: dict[str, asyncio.Future[Decision]] = {}
         self.calls: dict[tuple[str, int], asyncio.Future[None]] = {}
         self.files = Files(driver, self.workspace)
@@ -150,6 +155,8 @@ class Work:
         if self._driver.turns.get(started.path) is not turn:
             return []
         del self._driver.turns[started.path]
+        if turn.model is not None:
+            self.models[started.path] = turn.model
         if ending.error is not None:
             self._driver.error = ending.error
         called: list[TurnCutShort] = []
@@ -257,6 +264,12 @@ class Work:
                 folder.mkdir(parents=True, exist_ok=True)
             self._folder = folder
         return self._folder
+
+    def model(self, path: str) -> type[BaseModel] | None:
+        """The class that the output there fits, where it is known here: the one its agent names, else its value's."""
+        agent = self.agents.get(self._driver.state.find(path).step.agent)
+        named = agent.output if agent is not None else None
+        return named if isinstance(named, type) else self.models.get(path)
 
     def tool(self, path: str, name: str) -> Tool | None:
         """The tool of that name that the agent there has."""

@@ -201,7 +201,8 @@ class Agent(Model):
         Functions made with :func:`~cm_notebook.tools.tool` that its model may call; for HTTP engines.
     output
         A pydantic class that the answer must fit, and a person's edit of it. HTTP engines tell their model so; of any
-        other engine, an answer that does not fit fails the turn. A journal keeps its schema.
+        other engine, an answer that does not fit fails the turn. A journal keeps its schema. Where a function returns a
+        model and names no class here, an edit must fit the class of what it returned, as long as its process lives.
     """
 
     id: str

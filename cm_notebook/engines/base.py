@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
+from pydantic import BaseModel
+
 from .. import config, keys
 from ..errors import EngineError, EngineNotFound, WorkflowError, did_you_mean
 from ..events import HISTORY, Usage
@@ -152,7 +154,8 @@ class UsageReported(Plain):
 class TurnDone(Plain):
     """The whole answer. Every stream ends with exactly one.
 
-    ``output``: a validated value (JSON-ready) when the agent gave one. ``verdict``: when the agent gave one apart from
+    ``output``: a validated value (JSON-ready) when the agent gave one; ``model``: its class, where the agent says none
+    (``Agent.output``): a person's edit must fit it too. ``verdict``: when the agent gave one apart from
     its text; engines whose agents only write leave ``None``, and the run reads a module's text (``Verdict.from_text``).
     ``duration_s``: only when it was not measured now (a tape). ``note``: one line that the view says beside the answer.
     ``unsent``: nobody was asked, so the text is no answer, and need not fit the agent's ``output``. ``unpriced``: it is
@@ -161,6 +164,7 @@ class TurnDone(Plain):
 
     text: str
     output: Any = None
+    model: type[BaseModel] | None = None
     verdict: Verdict | None = None
     duration_s: float | None = None
     note: str | None = None
@@ -184,6 +188,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
 def _is_arguments(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, dict) and not_json(value) is None)
 
@@ -194,6 +202,7 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "usage": (_is_usage, "a cm.Usage with numbers of tokens"),
     "cost_usd": (_is_amount, "an amount of US dollars"),
     **dict.fromkeys(("duration_s", "delay_s"), (_is_amount, "a number of seconds")),
+    "model": (_is_model, "a pydantic class"),
     "verdict": (lambda value: isinstance(value, Verdict), "a cm.Verdict"),
     **dict.fromkeys(("failed", "unsent", "unpriced"), (lambda value: isinstance(value, bool), "True or False")),
 }

@@ -1091,13 +1091,25 @@ def test_an_edited_output_keeps_its_fields() -> None:
     assert run["planner"].attempts[-1].note is None
 
 
-def test_an_edited_output_that_is_no_json_any_more_says_so() -> None:
+def test_an_edit_fits_the_class_of_what_the_function_returned() -> None:
     run = fields("{{ planner.title }}")
+    opened = gate(run)
+    for edited, words in (("Rebuild it", "Invalid JSON"), ('{"title": "Rebuild it"}', "hours: Field required")):
+        with pytest.raises(cm.TransitionError, match=f"the edited text does not fit Plan: .*{words}"):
+            run.approve(output=edited)
+    assert run.gates == [opened]
+    run.stop()
+
+
+def test_an_edited_output_that_is_no_json_any_more_says_so() -> None:
+    engine = cm.ScriptedEngine({"planner": [cm.Reply("{}", output={"title": "Build it"})]})
+    agents = [cm.Agent("planner", "Plan."), cm.Agent("coder", "{{ planner.title }}")]
+    run = cm.Workflow("fields", agents=agents, steps="planner? -> coder").start(engine=engine, journal=":memory:")
     gate(run)
     run.approve(output="Rebuild it")
     assert "edited" in gate(run, "coder").payload["error"]
     assert run["planner"].output is None
-    assert "no fields" in run["planner"].attempts[-1].note
+    assert "no fields" in (run["planner"].attempts[-1].note or "")
 
 
 def test_a_skipped_steps_fields_are_empty() -> None:
