@@ -36,6 +36,7 @@ from .events import (
 from .plain import Plain
 from .prompts import text_of
 from .team import CAP, MOST_DEPTH
+from .tools import denied
 from .workflow import LIMITS, Agent, AutonomousMode, Module, Separator, Step, Verdict
 
 StepStatus = Literal[
@@ -91,6 +92,11 @@ class ToolUse(Plain):
     failed: bool = False
     called_at: float = 0.0
     returned_at: float | None = None
+
+    @property
+    def denied(self) -> bool:
+        """A person did not allow the call."""
+        return denied(self.text, self.failed)
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 LONGEST_RESULT = 200_000
 """Characters of a result that a model is told; what is longer is cut in the middle."""
 
+REFUSED = "Refused by a person"
+"""So begins what a model is told of a call that a person has denied."""
+
 BUILT_IN = ("run_agents", "ask_human")
 """Tools that models have without being given them; see ``engines/builtin.py``."""
 
@@ -249,6 +252,11 @@ def _plain(value: Any) -> Any:
         return json.loads(to_json(value))
     except ValueError:
         return PydanticUndefined
+
+
+def denied(text: str | None, failed: bool) -> bool:
+    """Whether a person did not allow the call that returned so."""
+    return failed and text is not None and text.startswith(REFUSED)
 
 
 def text_of(value: Any) -> str:

@@ -106,9 +106,10 @@ class Work:
             record(SessionOpened(**where, turn=turn.started.turn, session_id=session_id))
 
         def record(event: AnyEvent) -> None:
+            told = [*turn.spent(), event]
+
             def propose() -> list[AnyEvent]:
-                # else it was cut short
-                return [*turn.spent(), event] if driver.turns.get(turn.started.path) is turn else []
+                return told if driver.turns.get(turn.started.path) is turn else []  # else it was cut short
 
             driver.propose(propose, wait=False)
 

@@ -70,12 +70,16 @@ def _one_line(model: type[BaseModel], data: Mapping[str, Any], error: Validation
         return f"{subject}: there is no option {where!r}. {did_you_mean(where, known, 'Options')}"
     if problem["type"] == "missing":
         return f"{subject}: {where!r} is missing."
-    return f"{subject}: {where}={problem['input']!r} is not valid: {problem['msg'].removeprefix('Value error, ')}."
+    said = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:  # about the whole
+        return f"{subject}: {said}."
+    return f"{subject}: {where}={problem['input']!r} is not valid: {said}."
 
 
 def _subject(model: type[BaseModel], data: Mapping[str, Any]) -> str:
-    owner = data.get("id") or data.get("agent") or data.get("name")
-    return f"{model.__name__.lower()} {owner!r}" if owner else model.__name__.lower()
+    owner, kind = data.get("id") or data.get("agent") or data.get("name"), model.__name__
+    kind = "".join(f" {letter}" if letter.isupper() else letter for letter in kind).strip().lower()
+    return f"{kind} {owner!r}" if owner else kind
 
 
 class Fixed(Model):

@@ -62,9 +62,8 @@ def turn_started(state: RunState, event: TurnStarted) -> None:
             budget.used["max_turns"] += 1
     if step.status == "retrying":
         last.turns.pop()
-        last.started_at = event.at  # waiting between two tries is not work
-    elif last.ended_at is not None:
-        last.asked_s += max(0.0, event.at - last.ended_at)  # a person looked at the answer to the prompt before
+    if last.ended_at is not None:  # waiting between two tries is not work, nor is a person's look at the last answer
+        last.asked_s += max(0.0, event.at - last.ended_at)
     last.ended_at, last.engine = None, event.engine
     last.turns.append(seq)
     last.session_id = event.session_id

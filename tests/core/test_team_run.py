@@ -161,9 +161,12 @@ def test_a_scripted_coordinator() -> None:
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        ({"name": "run_agent", "arguments": {}}, "name='run_agent' is not valid"),
-        ({"name": "run_agents", "arguments": {}}, "run_agents takes either 'groups' or 'script', not nothing"),
-        ({"name": "ask_human", "arguments": {"text": "?"}}, "ask_human takes 'question', not 'text'"),
+        ({"name": "run_agent", "arguments": {}}, "^tool call 'run_agent': name='run_agent' is not valid"),
+        (
+            {"name": "run_agents", "arguments": {}},
+            "^tool call 'run_agents': run_agents takes either 'groups' or 'script', not",
+        ),
+        ({"name": "ask_human", "arguments": {"text": "?"}}, "^tool call 'ask_human': ask_human takes 'question'"),
     ],
 )
 def test_a_wrong_tool_call_is_refused(made: dict[str, Any], words: str) -> None:
