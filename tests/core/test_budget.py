@@ -224,6 +224,18 @@ def test_what_a_caller_has_used_by_then_counts_before_the_first_whom_it_calls(wh
     assert folded(run.events).budget.used == run.state.budget.used
 
 
+def test_a_tape_knows_what_a_caller_had_used_by_then(headless: None, tmp_path: Path) -> None:
+    calls = [{"name": "run_agents", "arguments": {"script": "b 'x'"}}]
+    asks = cm.Reply("I call.", usage=cm.Usage(input_tokens=60), cost_usd=0.5, tool_calls=calls)
+    options: dict[str, Any] = {"steps": "a", "agents": five().agents, "sub_agents": ["b"], "max_cost_usd": 0.5}
+    where, journal = tmp_path / "tape.jsonl", ":memory:"
+    run = start(cm.Workflow("team", **options), paid(a=[asks, PAID]), record=where, on_gate="approve").wait()
+    assert [event.type for event in run.events].count("GateOpened") == 1
+    again = cm.Workflow("team", **options).start(tape=where, journal=journal).wait()
+    assert [event.type for event in again.events] == [event.type for event in run.events]
+    assert again.cost_usd == run.cost_usd == 1.0
+
+
 def test_what_a_turn_had_said_is_paid_also_when_its_process_dies(tmp_path: Path) -> None:
     asks = cm.Reply("", cost_usd=0.5, tool_calls=[{"name": "ask_human", "arguments": {"question": "Which?"}}])
     run = start(five(steps="a"), paid(a=[asks, PAID]), journal=tmp_path / "journal.db")
