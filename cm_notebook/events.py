@@ -416,7 +416,8 @@ class TurnFinished(BaseEvent):
 class TurnFailed(BaseEvent):
     """The turn failed; it is tried again in ``retry_in_s`` seconds, or (``None``) not unasked.
 
-    ``usage``, ``cost_usd``: what it is known to have used; that is paid all the same.
+    ``usage``, ``cost_usd``: what it is known to have used; that is paid all the same. ``duration_s``: as of
+    ``TurnFinished``.
     """
 
     step: str
@@ -428,6 +429,7 @@ class TurnFailed(BaseEvent):
     usage: Usage | None = None
     cost_usd: float | None = None
     cost_estimated: bool | None = None
+    duration_s: float | None = None
 
 
 class TurnCutShort(BaseEvent):

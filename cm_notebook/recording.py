@@ -134,6 +134,11 @@ class _Turn:
         self.calls.append(entry | self.used)
         self.used = {}
 
+    def took(self, event: TurnFinished | TurnFailed) -> float:
+        """The seconds until its end, without those in which it waited."""
+        measured = event.duration_s
+        return round(max(0.0, event.at - self.started.at - self.waited_s) if measured is None else measured, 2)
+
     def open_call(self, name: str) -> dict[str, Any] | None:
         """The last call of such a tool that has not returned."""
         return next((call for call in reversed(self.calls) if call.get("open") and call["name"] == name), None)
@@ -270,10 +275,7 @@ class Taping:
         if event.verdict is not None:
             line["verdict"] = event.verdict.model_dump(exclude_defaults=True)
         line |= _used(event, ended=True)
-        took = event.duration_s
-        if took is None:
-            took = max(0.0, event.at - turn.started.at - turn.waited_s)
-        line["duration_s"] = round(took, 2)
+        line["duration_s"] = turn.took(event)
         if event.note is not None:
             line["note"] = event.note
         self._end(event.path, [line, *turn.decisions], lines)
@@ -283,6 +285,7 @@ class Taping:
         if turn.started.engine == _FUNCTION:
             self._end(event.path, [*turn.decisions], lines)
             return
+        turn.go_on(event.at)
         line = self._line(turn, event, "")
         if event.retry_in_s is not None:
             line.pop("prompt", None)  # the same is sent again, and stands where that ended
@@ -296,6 +299,7 @@ class Taping:
             taped = self._waits(place, tries - 1)
             line["retry_in_s"] = event.retry_in_s if taped is None else taped
         line |= _used(event, ended=False)
+        line["duration_s"] = turn.took(event)
         self._end(event.path, [line, *turn.decisions], lines)
 
     def _turn_cut_short(self, event: TurnCutShort, lines: list[str]) -> None:

@@ -256,6 +256,7 @@ class TapedTurn(Fact):
             return None
         made = ERRORS[self.error.kind](self.error.message)
         made.detail, made.retryable = self.error.detail, self.retry_in_s is not None
+        made.duration_s = self.duration_s
         if self.retry_in_s is not None:
             made.retry_after_s = min(self.retry_in_s, longest_s)
         return made

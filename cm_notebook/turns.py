@@ -385,6 +385,7 @@ def failed(turn: LiveTurn, error: Exception, retry_in_s: float | None, *, fatal:
         turn=started.turn,
         error=ErrorInfo(kind=type(error).__name__, message=message, detail=sound(detail) if detail else None),
         retry_in_s=retry_in_s,
+        duration_s=getattr(error, "duration_s", None),
         **turn.used,
     )
     return Ending(event, error, fatal)

@@ -160,16 +160,22 @@ def turn_finished(state: RunState, event: TurnFinished) -> None:
     step.session, step.session_engine = last.session_id, last.engine
     if event.output is not None:
         take_fields(state, event.seq, event.output)
-    if event.duration_s is not None:
-        last.measured_s = (last.measured_s or 0.0) + event.duration_s
+    _count_time(last, event)
     pay(state, step, last, event)
     judge(state, step, last)
+
+
+def _count_time(last: Attempt, event: TurnFinished | TurnFailed) -> None:
+    """The time that a tape says counts, of every try."""
+    if event.duration_s is not None:
+        last.measured_s = (last.measured_s or 0.0) + event.duration_s
 
 
 def turn_failed(state: RunState, event: TurnFailed) -> None:
     """The turn ended with an error: it is tried again by itself, or a person is asked."""
     step, last = _turn_met(state, event)
     _stop_running(state, step, event.at)
+    _count_time(last, event)
     pay(state, step, last, event)
     last.errors += (event.error,)
     last.failures += 1

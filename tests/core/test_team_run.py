@@ -208,7 +208,13 @@ def test_a_tape_plays_a_member_that_fails_and_is_retried(headless: None, kind: s
     lines = [
         {"tape": 1},
         {"path": "boss", "attempt": 1, "text": "Both are done.", "tool_calls": [tool]},
-        {"path": "boss/a#1", "attempt": 1, "text": "I beg", "error": {"kind": kind, "message": "a said no more"}},
+        {
+            "path": "boss/a#1",
+            "attempt": 1,
+            "text": "I beg",
+            "error": {"kind": kind, "message": "a said no more"},
+            "duration_s": 1.5,
+        },
         {"gate": place, "decision": {"action": "retry"}},
         {"path": "boss/a#1", "attempt": 2, "text": "one"},
         {"path": "boss/b#1", "attempt": 1, "text": "two"},
@@ -220,6 +226,9 @@ def test_a_tape_plays_a_member_that_fails_and_is_retried(headless: None, kind: s
     assert (first.error.kind, first.error.message, first.text) == (kind, "a said no more", "")
     assert (first.decision.action, second.text) == ("retry", "one")
     assert run["boss"].text == "Both are done."
+    assert first.duration_s == 1.5
+    with run.reading() as state:
+        assert text.taken(state, state.find("boss/a#1")).seconds == 1.5, "what was recorded is shown in its lane"
 
 
 def test_a_member_that_is_too_late_says_which_step_needs_more_time() -> None:
