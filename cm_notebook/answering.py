@@ -198,10 +198,11 @@ class Answers:
         prompt = decision.output if gate.kind == "start" else decision.prompt
         if prompt is not None and not prompt.strip() and agent is not None and agent.implementation is None:
             raise TransitionError(f"the prompt for {gate.path!r} is empty. Write what the agent should do.")
-        if decision.output is not None and gate.kind in ("review", "exhausted") and agent is not None:
-            wrong = fitted(agent.output, decision.output)[1] if isinstance(agent.output, type) else None
+        model = self._work.model(gate.path) if gate.kind in ("review", "exhausted") else None
+        if model is not None and decision.output is not None:
+            wrong = fitted(model, decision.output)[1]
             if wrong is not None:
-                raise TransitionError(f"the edited text does not fit {agent.output.__name__}: {wrong}")
+                raise TransitionError(f"the edited text does not fit {model.__name__}: {wrong}")
         tool = self._work.tool(gate.path, meaning.tool_of(gate)[0]) if gate.kind == "permission" else None
         if tool is not None and decision.output is not None and tool.checker is not None:
             try:

@@ -57,6 +57,8 @@ class EngineError(CodeMachineError):
 
     retryable = False
     """Whether trying again unasked may help."""
+    duration_s: float | None = None
+    """Seconds that the turn took, where they were not measured now (a tape)."""
 
     def __init__(
         self,

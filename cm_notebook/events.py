@@ -113,6 +113,14 @@ class Usage(Fact):
             estimated=self.estimated or other.estimated,
         )
 
+    def __sub__(self, other: "Usage") -> "Usage":
+        """What is more than `other`."""
+        return Usage(
+            input_tokens=self.input_tokens - other.input_tokens,
+            output_tokens=self.output_tokens - other.output_tokens,
+            estimated=self.estimated,
+        )
+
 
 class ErrorInfo(Fact):
     """An error as it is kept: its class, its one line, and more to read."""
@@ -372,6 +380,18 @@ class ToolReturned(BaseEvent):
     failed: bool = False
 
 
+class UsageReported(BaseEvent):
+    """What the turn has used so far, where it goes on; the event that ends it says the whole of it again."""
+
+    step: str
+    path: str
+    attempt: int
+    turn: int = 1
+    usage: Usage | None = None
+    cost_usd: float | None = None
+    cost_estimated: bool | None = None
+
+
 class TurnFinished(BaseEvent):
     """The agent answered. ``duration_s`` only where it was not measured here (a tape); ``note`` is said beside it.
 
@@ -396,7 +416,8 @@ class TurnFinished(BaseEvent):
 class TurnFailed(BaseEvent):
     """The turn failed; it is tried again in ``retry_in_s`` seconds, or (``None``) not unasked.
 
-    ``usage``, ``cost_usd``: what it is known to have used; that is paid all the same.
+    ``usage``, ``cost_usd``: what it is known to have used; that is paid all the same. ``duration_s``: as of
+    ``TurnFinished``.
     """
 
     step: str
@@ -408,6 +429,7 @@ class TurnFailed(BaseEvent):
     usage: Usage | None = None
     cost_usd: float | None = None
     cost_estimated: bool | None = None
+    duration_s: float | None = None
 
 
 class TurnCutShort(BaseEvent):
@@ -587,6 +609,7 @@ AnyEvent = (
     | SessionOpened
     | ToolCalled
     | ToolReturned
+    | UsageReported
     | TurnFinished
     | TurnFailed
     | TurnCutShort

@@ -5,7 +5,8 @@ folder empty, or as it was, is all that most turns cost; git works on a thread, 
 back (``StepState.restore``) is taken back by ``begin``, after what is there has been kept. ``end`` gives its events to
 be recorded with the end of the turn: no gate is open and no next step at work before they are.
 
-The members of a parallel step begin and end for it; those that a turn calls are part of that turn.
+The members of a parallel step begin and end for it: the first of them keeps the files, and whoever ends when no other
+one is at work or to come says what they have changed together. Those that a turn calls are part of that turn.
 """
 
 from __future__ import annotations
@@ -89,6 +90,15 @@ class Files:
         caller = state.find(step.caller)
         return (caller, (caller.path, caller.attempt, 0)) if isinstance(caller.step, Parallel) else None
 
+    def _more(self, turn: LiveTurn, step: StepState) -> bool:
+        """Whether others of a parallel `step` are at work or to come, now that `turn` of one of its members ends."""
+        call = self._driver.state.calls.get(step.path)
+        if call is None or turn.started.path == step.path:
+            return False
+        others = (one for path, one in self._driver.turns.items() if path.rpartition("/")[0] == step.path)
+        to_come = call.next < len(call.groups[call.group]) or call.again or self._driver.state.lines[1]
+        return bool(to_come) or any(not one.over for one in others)
+
     # -- around a turn -------------------------------------------------------------------------------------------------
 
     async def begin(self, turn: LiveTurn, write: Callable[[str], None]) -> None:
@@ -158,8 +168,8 @@ class Files:
         async with self._one:
             step, key = whose
             last = step.last
-            if last is None or self._begun is None or self._begun[0] != key:
-                return []  # it has not begun
+            if last is None or self._begun is None or self._begun[0] != key or self._more(turn, step):
+                return []  # it has not begun, or goes on
             snapshots, known = self.snapshots(), self._driver.state.tree
             before = last.before if last.before is not None else self._begun[1]
             said = last.after if last.after is not None else before

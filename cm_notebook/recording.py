@@ -49,6 +49,7 @@ from .events import (
     TurnFinished,
     TurnStarted,
     TurnWentOn,
+    UsageReported,
     without_keys,
 )
 from .feed import Feed
@@ -125,6 +126,18 @@ class _Turn:
     session_id: str | None = None
     calls: list[dict[str, Any]] = field(default_factory=list)
     decisions: list[dict[str, Any]] = field(default_factory=list)
+    used: dict[str, Any] = field(default_factory=dict)
+    """What it has said that it used, since its last call."""
+
+    def call(self, **entry: Any) -> None:
+        """One more call, before which it had said what it used."""
+        self.calls.append(entry | self.used)
+        self.used = {}
+
+    def took(self, event: TurnFinished | TurnFailed) -> float:
+        """The seconds until its end, without those in which it waited."""
+        measured = event.duration_s
+        return round(max(0.0, event.at - self.started.at - self.waited_s) if measured is None else measured, 2)
 
     def open_call(self, name: str) -> dict[str, Any] | None:
         """The last call of such a tool that has not returned."""
@@ -232,8 +245,7 @@ class Taping:
 
     def _tool_called(self, event: ToolCalled, lines: list[str]) -> None:
         arguments = _as_object(event.arguments)
-        call = {"name": event.name, "arguments": arguments, "call_id": event.call_id, "open": True}
-        self._turns[event.path].calls.append(call)
+        self._turns[event.path].call(name=event.name, arguments=arguments, call_id=event.call_id, open=True)
 
     def _tool_returned(self, event: ToolReturned, lines: list[str]) -> None:
         calls, which = self._turns[event.path].calls, (event.call_id, event.name)
@@ -246,6 +258,9 @@ class Taping:
             called |= came
         else:  # others were called meanwhile
             calls.append({"name": event.name, "call_id": event.call_id, **came})
+
+    def _usage_reported(self, event: UsageReported, lines: list[str]) -> None:
+        self._turns[event.path].used = {**_used(event, ended=True), "cost_usd": event.cost_usd}
 
     def _turn_finished(self, event: TurnFinished, lines: list[str]) -> None:
         turn = self._turns.pop(event.path)
@@ -260,10 +275,7 @@ class Taping:
         if event.verdict is not None:
             line["verdict"] = event.verdict.model_dump(exclude_defaults=True)
         line |= _used(event, ended=True)
-        took = event.duration_s
-        if took is None:
-            took = max(0.0, event.at - turn.started.at - turn.waited_s)
-        line["duration_s"] = round(took, 2)
+        line["duration_s"] = turn.took(event)
         if event.note is not None:
             line["note"] = event.note
         self._end(event.path, [line, *turn.decisions], lines)
@@ -273,6 +285,7 @@ class Taping:
         if turn.started.engine == _FUNCTION:
             self._end(event.path, [*turn.decisions], lines)
             return
+        turn.go_on(event.at)
         line = self._line(turn, event, "")
         if event.retry_in_s is not None:
             line.pop("prompt", None)  # the same is sent again, and stands where that ended
@@ -286,6 +299,7 @@ class Taping:
             taped = self._waits(place, tries - 1)
             line["retry_in_s"] = event.retry_in_s if taped is None else taped
         line |= _used(event, ended=False)
+        line["duration_s"] = turn.took(event)
         self._end(event.path, [line, *turn.decisions], lines)
 
     def _turn_cut_short(self, event: TurnCutShort, lines: list[str]) -> None:
@@ -377,7 +391,7 @@ class Taping:
         """It is done again when the tape is played: by the arguments that the engine told of, if they are whole."""
         call = turn.open_call(name)
         if call is None:
-            turn.calls.append({"name": name, "arguments": meant})
+            turn.call(name=name, arguments=meant)
             return
         call["does"] = True
         if not isinstance(call["arguments"], dict):
@@ -407,7 +421,7 @@ class Taping:
         tool, arguments = str(gate.payload.get("tool", "")), gate.payload.get("arguments", {})
         call = turn.open_call(tool)
         if call is None:
-            turn.calls.append({"name": tool, "arguments": arguments, "permission": True})
+            turn.call(name=tool, arguments=arguments, permission=True)
             return
         call["permission"] = True
         if not isinstance(call["arguments"], dict):
@@ -483,6 +497,7 @@ _HANDLERS: dict[str, Callable[[Taping, Any, list[str]], None]] = {
     "SessionOpened": Taping._session_opened,
     "ToolCalled": Taping._tool_called,
     "ToolReturned": Taping._tool_returned,
+    "UsageReported": Taping._usage_reported,
     "TurnFinished": Taping._turn_finished,
     "TurnFailed": Taping._turn_failed,
     "TurnCutShort": Taping._turn_cut_short,
@@ -522,7 +537,7 @@ def _call(one: Any) -> dict[str, Any]:
     return call
 
 
-def _used(event: TurnFinished | TurnFailed, *, ended: bool) -> dict[str, Any]:
+def _used(event: TurnFinished | TurnFailed | UsageReported, *, ended: bool) -> dict[str, Any]:
     """What it used; what it cost is left out where that was nothing."""
     made: dict[str, Any] = {}
     if event.usage is not None:

@@ -36,6 +36,7 @@ from .events import (
 from .plain import Plain
 from .prompts import text_of
 from .team import CAP, MOST_DEPTH
+from .tools import denied
 from .workflow import LIMITS, Agent, AutonomousMode, Module, Separator, Step, Verdict
 
 StepStatus = Literal[
@@ -92,6 +93,11 @@ class ToolUse(Plain):
     called_at: float = 0.0
     returned_at: float | None = None
 
+    @property
+    def denied(self) -> bool:
+        """A person did not allow the call."""
+        return denied(self.text, self.failed)
+
 
 @dataclass(slots=True, eq=False, repr=False)
 class Attempt(Plain):
@@ -118,6 +124,8 @@ class Attempt(Plain):
     cost_usd: float | None = None
     cost_estimated: bool = False
     """The cost, or a part of it, was computed from a table of prices."""
+    so_far: tuple[Usage | None, float | None] = (None, None)
+    """Of that, what the turn that runs has said that it used."""
     tools: list[ToolUse] = field(default_factory=list)
     """What it did with tools, in that order."""
     session_id: str | None = None

@@ -238,6 +238,7 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "SessionOpened": turning.session_opened,
     "ToolCalled": turning.tool_called,
     "ToolReturned": turning.tool_returned,
+    "UsageReported": turning.usage_reported,
     "TurnFinished": turning.turn_finished,
     "TurnFailed": turning.turn_failed,
     "TurnCutShort": turning.turn_cut_short,

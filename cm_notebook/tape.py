@@ -159,6 +159,8 @@ class TapedCall(Fact):
         What the agent was told of it; of what is done again only where it was refused.
     meant
         The arguments, where those that the engine told of are cut.
+    usage, cost_usd, cost_estimated
+        What the turn had used by then, where it has said so since its last call.
     """
 
     name: str
@@ -169,6 +171,9 @@ class TapedCall(Fact):
     returned: str | None = None
     failed: bool = False
     meant: dict[str, Any] | None = None
+    usage: Usage | None = None
+    cost_usd: Amount | None = None
+    cost_estimated: bool = False
 
     @model_validator(mode="after")
     def _can_be_played(self) -> TapedCall:
@@ -251,6 +256,7 @@ class TapedTurn(Fact):
             return None
         made = ERRORS[self.error.kind](self.error.message)
         made.detail, made.retryable = self.error.detail, self.retry_in_s is not None
+        made.duration_s = self.duration_s
         if self.retry_in_s is not None:
             made.retry_after_s = min(self.retry_in_s, longest_s)
         return made

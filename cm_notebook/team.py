@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from .errors import WorkflowError, did_you_mean
 from .plain import Plain
-from .workflow import NAME, Model
+from .workflow import NAME, Count, Model
 
 MOST_DEPTH = 3
 """Agents that call agents that call agents: not deeper than this."""
@@ -46,7 +46,7 @@ class Call(Model):
     agent: str
     prompt: str
     input_files: tuple[str, ...] = ()
-    tail: int | None = Field(default=None, ge=1)
+    tail: Count | None = Field(default=None, ge=1)
 
     @field_validator("prompt")
     @classmethod

@@ -32,9 +32,10 @@ from .engines.base import (
     ToolReturned,
     TurnDone,
     UsageReported,
+    misfit,
 )
 from .errors import EngineError
-from .events import Usage
+from .plain import not_json
 from .workflow import Agent
 
 PROMPT_S = 10.0
@@ -68,16 +69,18 @@ def answers(engine: Engine, asked: AgentRequest) -> TurnDone:
     assert events, "the stream is empty"
     *before, done = events
     assert isinstance(done, TurnDone), f"the stream ends with {done!r}, not with TurnDone"
-    assert isinstance(done.text, str), f"the text of TurnDone is {done.text!r}"
     known = (Delta, SessionStarted, ToolCalled, ToolReturned, UsageReported)
     for event in before:
         assert isinstance(event, known), f"{event!r} stands before the end"
+    for event in events:
+        wrong = misfit(event)
+        assert wrong is None, f"a {type(event).__name__} has {wrong}"
+    assert (wrong := not_json(done.output)) is None, f"the output of TurnDone holds {wrong}"
     deltas = [event for event in before if isinstance(event, Delta)]
     assert all(delta.text for delta in deltas), "a delta is empty"
     written = "".join(delta.text for delta in deltas if delta.kind == "text")
     ends = written.rstrip().endswith(done.text.rstrip())
     assert not written or ends, f"streamed was {written[-200:]!r}, but it ends {done.text!r}"
-    assert all(isinstance(event.usage, Usage) for event in before if isinstance(event, UsageReported))
     called = [event.call_id for event in before if isinstance(event, ToolCalled)]
     returned = [event.call_id for event in before if isinstance(event, ToolReturned)]
     assert called == returned, f"called were {called}, returned {returned}"

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, Validation
 from pydantic_core import PydanticUndefined, to_json
 
 from .errors import WorkflowError
-from .plain import Plain
+from .plain import Plain, not_json
 
 if sys.version_info >= (3, 12):
     from typing import TypedDict
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 LONGEST_RESULT = 200_000
 """Characters of a result that a model is told; what is longer is cut in the middle."""
+
+REFUSED = "Refused by a person"
+"""So begins what a model is told of a call that a person has denied."""
 
 BUILT_IN = ("run_agents", "ask_human")
 """Tools that models have without being given them; see ``engines/builtin.py``."""
@@ -228,16 +231,14 @@ def read_arguments(written: str) -> dict[str, Any]:
     ------
     ValueError    It is none.
     """
-
-    def no_number(name: str) -> Any:
-        raise ValueError(f"{name} is no number of JSON")
-
     try:
-        value = json.loads(written, parse_constant=no_number) if written.strip() else {}
+        value = json.loads(written) if written.strip() else {}
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
+    if (wrong := not_json(value)) is not None:
+        raise ValueError(f"it holds {wrong}")
     return value
 
 
@@ -251,6 +252,11 @@ def _plain(value: Any) -> Any:
         return json.loads(to_json(value))
     except ValueError:
         return PydanticUndefined
+
+
+def denied(text: str | None, failed: bool) -> bool:
+    """Whether a person did not allow the call that returned so."""
+    return failed and text is not None and text.startswith(REFUSED)
 
 
 def text_of(value: Any) -> str:

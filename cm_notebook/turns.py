@@ -18,19 +18,21 @@ from pydantic import BaseModel
 
 from . import events, keys
 from .engines.base import (
+    AgentEvent,
     AgentRequest,
     Delta,
     Engine,
-    SessionStarted,
     ToolCalled,
     ToolReturned,
     TurnDone,
     UsageReported,
+    misfit,
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
 from .events import HISTORY, AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted
+from .plain import not_json
 from .tools import shortened
-from .workflow import Module, Step, Verdict, fitted, not_json, sound, unfenced
+from .workflow import Module, Step, Verdict, fitted, sound, unfenced
 
 YIELD_EVERY = 64
 """After so many pieces of text other turns get their chance."""
@@ -73,8 +75,10 @@ class LiveTurn:
         "failures",
         "hide",
         "hide_thoughts",
+        "model",
         "over",
         "recalled",
+        "said",
         "started",
         "step",
         "task",
@@ -88,6 +92,10 @@ class LiveTurn:
         self.hide, self.hide_thoughts = keys.Hider(), keys.Hider()
         self.used: dict[str, Any] = {}
         """What it has said so far that it used, as its last event keeps it."""
+        self.said = self.used
+        """The same as it was recorded last."""
+        self.model: type[BaseModel] | None = None
+        """The class of the value that it gave."""
         self.asking: asyncio.Lock | None = None
         self.recalled: set[int] = set()
         self.over = False
@@ -137,6 +145,14 @@ class LiveTurn:
             self._timer = None
             self._left_s = max(0.0, (self._left_s or 0.0) - (asyncio.get_running_loop().time() - self._since))
 
+    def spent(self) -> list[AnyEvent]:
+        """What is to be recorded before it goes on: what it has used, where that is not known yet."""
+        if self.said is self.used:
+            return []
+        self.said, one = self.used, self.started
+        about = {"step": one.step, "path": one.path, "attempt": one.attempt, "turn": one.turn}
+        return [events.UsageReported(**about, **self.used)]
+
     def cancel(self) -> None:
         """It is not waited for any more."""
         self.stop_clock()
@@ -178,8 +194,10 @@ async def take_turn(
         stream = _stream(engine, request)
         try:
             async for told in stream:
+                if not isinstance(told, Delta) or not isinstance(told.text, str):  # a piece of text has nothing else
+                    _check(told, engine)
                 if isinstance(told, Delta):
-                    (write if told.kind == "text" else think)(_text_of(told, engine))
+                    (write if told.kind == "text" else think)(told.text)
                     pieces += 1
                     if pieces % YIELD_EVERY == 0:
                         await asyncio.sleep(0)
@@ -192,24 +210,19 @@ async def take_turn(
                 elif isinstance(told, (ToolCalled, ToolReturned)):
                     write(_tool_line(told))
                     record(_tool_event(started, told))
-                elif isinstance(told, SessionStarted):
-                    if told.session_id not in (session_id, started.session_id, HISTORY):  # that is there once it ended
-                        opened(told.session_id)
-                    session_id = told.session_id
                 else:
-                    raise EngineProtocolError(
-                        f"the engine {engine.name!r} gave {told!r}, which is no event. It yields cm.Delta(…) and at "
-                        "the end cm.TurnDone(…).",
-                        engine=engine.name,
-                    )
+                    before, session_id = session_id, sound(told.session_id)
+                    if session_id not in (before, started.session_id, HISTORY):  # that is there once it ended
+                        opened(session_id)
         finally:
             await stream.aclose()
         if done is None:
             raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
-        text, verdict = sound(_text_of(done, engine)), _verdict(step, done)
-        output = sound(done.output) if done.output is not None else None
-        if output is not None:
-            _check_json("output", output, started)
+        text, verdict = sound(done.text), _verdict(step, done)
+        output, turn.model = None, done.model
+        if done.output is not None:
+            _check_json("output", done.output, started)
+            output = sound(done.output)
         if isinstance(request.agent.output, type) and not done.unsent:
             output = _held(request.agent.output, text, output, started)
         if verdict is not None and verdict.score is not None:
@@ -227,7 +240,7 @@ async def take_turn(
             **turn.used,
             session_id=session_id,
             duration_s=done.duration_s,
-            note=done.note,
+            note=sound(done.note),
         )
     except EngineError as error:
         return failed(turn, error, _retry_in_s(step, error, turn.failures))
@@ -260,19 +273,27 @@ def _stream(engine: Engine, request: AgentRequest) -> Any:
     )
 
 
-def _text_of(told: Delta | TurnDone, engine: Engine) -> str:
-    """The text of what the engine told, which may be anybody's."""
-    if not isinstance(told.text, str):
+def _check(told: Any, engine: Engine) -> None:
+    """Refuse what cannot be kept of what the engine told, which may be anybody's.
+
+    Raises
+    ------
+    EngineProtocolError    It is no event, or a part of it is not what it has to be.
+    """
+    if not isinstance(told, AgentEvent):
         raise EngineProtocolError(
-            f"the engine {engine.name!r} gave {type(told).__name__}({told.text!r}), whose text is none.",
+            f"the engine {engine.name!r} gave {told!r}, which is no event. It yields cm.Delta(…) and at the end "
+            "cm.TurnDone(…).",
             engine=engine.name,
         )
-    return told.text
+    if (wrong := misfit(told)) is not None:
+        problem = f"the engine {engine.name!r} gave a {type(told).__name__} with {wrong}."
+        raise EngineProtocolError(problem, engine=engine.name)
 
 
 def _check_json(what: str, value: Any, started: TurnStarted) -> None:
     if (wrong := not_json(value)) is not None:
-        problem = f"{started.step}: its {what} holds {wrong}, a number that JSON does not have. Give null instead."
+        problem = f"{started.step}: its {what} holds {wrong}. Give null instead, or text."
         raise EngineProtocolError(problem, engine=started.engine, step=started.step)
 
 
@@ -309,7 +330,7 @@ def _tool_text(told: ToolCalled | ToolReturned) -> str:
     elif isinstance(told.arguments, str):
         said = told.arguments
     else:
-        said = json.dumps(told.arguments, ensure_ascii=False, default=str)
+        said = json.dumps(told.arguments, ensure_ascii=False)
     return keys.hide(str(sound(said)))
 
 
@@ -364,6 +385,7 @@ def failed(turn: LiveTurn, error: Exception, retry_in_s: float | None, *, fatal:
         turn=started.turn,
         error=ErrorInfo(kind=type(error).__name__, message=message, detail=sound(detail) if detail else None),
         retry_in_s=retry_in_s,
+        duration_s=getattr(error, "duration_s", None),
         **turn.used,
     )
     return Ending(event, error, fatal)

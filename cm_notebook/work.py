@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+from pydantic import BaseModel
+
 from . import allowed
 from . import state as meaning
 from .driving import Driver, more
@@ -55,6 +57,8 @@ class Work:
         As they were handed over, with their functions, which a journal cannot keep.
     engine
         The one given for the run: a name, or what does all that is no function.
+    models
+        The classes of the values that agents gave here, by path.
     questions, calls
         What waits inside a turn: for the answer of a gate, for agents it has called.
     """
@@ -62,6 +66,7 @@ class Work:
     def __init__(self, driver: Driver) -> None:
         self.agents: dict[str, Agent] = {}
         self.engine: str | Engine | None = None
+        self.models: dict[str, type[BaseModel]] = {}
         self.questions: dict[str, asyncio.Future[Decision]] = {}
         self.calls: dict[tuple[str, int], asyncio.Future[None]] = {}
         self.files = Files(driver, self.workspace)
@@ -101,8 +106,10 @@ class Work:
             record(SessionOpened(**where, turn=turn.started.turn, session_id=session_id))
 
         def record(event: AnyEvent) -> None:
+            told = [*turn.spent(), event]
+
             def propose() -> list[AnyEvent]:
-                return [event] if driver.turns.get(turn.started.path) is turn else []  # else it was cut short
+                return told if driver.turns.get(turn.started.path) is turn else []  # else it was cut short
 
             driver.propose(propose, wait=False)
 
@@ -149,6 +156,8 @@ class Work:
         if self._driver.turns.get(started.path) is not turn:
             return []
         del self._driver.turns[started.path]
+        if turn.model is not None:
+            self.models[started.path] = turn.model
         if ending.error is not None:
             self._driver.error = ending.error
         called: list[TurnCutShort] = []
@@ -257,6 +266,12 @@ class Work:
             self._folder = folder
         return self._folder
 
+    def model(self, path: str) -> type[BaseModel] | None:
+        """The class that the output there fits, where it is known here: the one its agent names, else its value's."""
+        agent = self.agents.get(self._driver.state.find(path).step.agent)
+        named = agent.output if agent is not None else None
+        return named if isinstance(named, type) else self.models.get(path)
+
     def tool(self, path: str, name: str) -> Tool | None:
         """The tool of that name that the agent there has."""
         agent = self.agents.get(self._driver.state.find(path).step.agent)
@@ -311,7 +326,7 @@ class Work:
         def propose() -> list[AnyEvent]:
             opened = opening()
             self.questions[opened.gate.id] = answer
-            return [opened]
+            return [*turn.spent(), opened]
 
         turn.stop_clock()
         self._driver.propose(propose)
@@ -340,7 +355,7 @@ class Work:
                 called = meaning.call_agents(self._driver.state, step, groups, files, limit)
                 self.calls[called.path, called.call] = ended
                 made.append(called)
-                return [called]
+                return [*turn.spent(), called]
 
             turn.stop_clock()
             try:

@@ -6,7 +6,6 @@ A workflow is a list of steps; each step names the agent that does the work. The
 """
 
 import json
-import math
 import operator
 import os
 import re
@@ -27,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticSerializationError
 
 from .errors import WorkflowError, by_name, did_you_mean
+from .plain import not_json
 from .tools import Tool, as_tool, implementation_of
 
 if TYPE_CHECKING:
@@ -70,12 +70,16 @@ def _one_line(model: type[BaseModel], data: Mapping[str, Any], error: Validation
         return f"{subject}: there is no option {where!r}. {did_you_mean(where, known, 'Options')}"
     if problem["type"] == "missing":
         return f"{subject}: {where!r} is missing."
-    return f"{subject}: {where}={problem['input']!r} is not valid: {problem['msg'].removeprefix('Value error, ')}."
+    said = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:  # about the whole
+        return f"{subject}: {said}."
+    return f"{subject}: {where}={problem['input']!r} is not valid: {said}."
 
 
 def _subject(model: type[BaseModel], data: Mapping[str, Any]) -> str:
-    owner = data.get("id") or data.get("agent") or data.get("name")
-    return f"{model.__name__.lower()} {owner!r}" if owner else model.__name__.lower()
+    owner, kind = data.get("id") or data.get("agent") or data.get("name"), model.__name__
+    kind = "".join(f" {letter}" if letter.isupper() else letter for letter in kind).strip().lower()
+    return f"{kind} {owner!r}" if owner else kind
 
 
 class Fixed(Model):
@@ -201,7 +205,8 @@ class Agent(Model):
         Functions made with :func:`~cm_notebook.tools.tool` that its model may call; for HTTP engines.
     output
         A pydantic class that the answer must fit, and a person's edit of it. HTTP engines tell their model so; of any
-        other engine, an answer that does not fit fails the turn. A journal keeps its schema.
+        other engine, an answer that does not fit fails the turn. A journal keeps its schema. Where a function returns a
+        model and names no class here, an edit must fit the class of what it returned, as long as its process lives.
     """
 
     id: str
@@ -809,32 +814,11 @@ def check_inputs(inputs: Any) -> None:
     for name, value in inputs.items():
         if not isinstance(name, str) or name in RESERVED:
             raise WorkflowError(f"input {name!r}: an input has a name of its own; {', '.join(RESERVED)} are taken.")
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError, RecursionError):
-            raise WorkflowError(
-                f"input {name!r} is a {type(value).__name__}; an input is text, a number, a list or a dict. "
-                f"Pass its text: str({name})."
-            ) from None
         if (wrong := not_json(value)) is not None:
-            raise WorkflowError(f"input {name!r} holds {wrong}, a number that JSON does not have. Pass text, or None.")
-
-
-def not_json(value: Any) -> str | None:
-    """``nan``, ``inf`` or ``-inf``, if it stands anywhere in `value`: JSON has no word for it."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        stack = [value]
-        while stack:
-            one = stack.pop()
-            if isinstance(one, float) and not math.isfinite(one):
-                return repr(float(one))
-            if isinstance(one, dict):
-                stack += [*one, *one.values()]
-            elif isinstance(one, (list, tuple)):
-                stack += one
-    return None
+            raise WorkflowError(
+                f"input {name!r} holds {wrong}. An input is text, a number, a list or a dict. "
+                f"Pass its text: str({name})."
+            )
 
 
 def _check_loop(where: str, item: Module, before: list[Step]) -> None:

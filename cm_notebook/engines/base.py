@@ -8,15 +8,18 @@ Where a turn needs something of its run (to ask a person), it calls what the req
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
+from pydantic import BaseModel
+
 from .. import config, keys
 from ..errors import EngineError, EngineNotFound, WorkflowError, did_you_mean
 from ..events import HISTORY, Usage
-from ..plain import Plain
+from ..plain import Plain, not_json
 from ..team import AgentResult
 from ..tools import Permission
 from ..workflow import Agent, Verdict
@@ -151,7 +154,8 @@ class UsageReported(Plain):
 class TurnDone(Plain):
     """The whole answer. Every stream ends with exactly one.
 
-    ``output``: a validated value (JSON-ready) when the agent gave one. ``verdict``: when the agent gave one apart from
+    ``output``: a validated value (JSON-ready) when the agent gave one; ``model``: its class, where the agent says none
+    (``Agent.output``): a person's edit must fit it too. ``verdict``: when the agent gave one apart from
     its text; engines whose agents only write leave ``None``, and the run reads a module's text (``Verdict.from_text``).
     ``duration_s``: only when it was not measured now (a tape). ``note``: one line that the view says beside the answer.
     ``unsent``: nobody was asked, so the text is no answer, and need not fit the agent's ``output``. ``unpriced``: it is
@@ -160,6 +164,7 @@ class TurnDone(Plain):
 
     text: str
     output: Any = None
+    model: type[BaseModel] | None = None
     verdict: Verdict | None = None
     duration_s: float | None = None
     note: str | None = None
@@ -168,6 +173,49 @@ class TurnDone(Plain):
 
 
 AgentEvent = Delta | SessionStarted | ToolCalled | ToolReturned | UsageReported | TurnDone
+
+
+def _is_amount(value: Any) -> bool:
+    """Whether it is a number from 0 on: with ``nan``, or less than nothing, a budget would never be used up."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_usage(value: Any) -> bool:
+    return isinstance(value, Usage) and value.input_tokens >= 0 and value.output_tokens >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def _is_arguments(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and not_json(value) is None)
+
+
+_PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("text", "session_id", "call_id", "name", "note"), (_is_text, "a text")),
+    "arguments": (_is_arguments, "a JSON object or a text"),
+    "usage": (_is_usage, "a cm.Usage with numbers of tokens"),
+    "cost_usd": (_is_amount, "an amount of US dollars"),
+    **dict.fromkeys(("duration_s", "delay_s"), (_is_amount, "a number of seconds")),
+    "model": (_is_model, "a pydantic class"),
+    "verdict": (lambda value: isinstance(value, Verdict), "a cm.Verdict"),
+    **dict.fromkeys(("failed", "unsent", "unpriced"), (lambda value: isinstance(value, bool), "True or False")),
+}
+"""What the parts of events have to be, by name; ``None`` is right where it is the default."""
+
+
+def misfit(told: Any) -> str | None:
+    """Which part of an agent event is not what it has to be: "cost_usd=nan, which is not an amount of US dollars"."""
+    for name, part in type(told).__dataclass_fields__.items():
+        value = getattr(told, name)
+        if name in _PARTS and not _PARTS[name][0](value) and not (value is None and part.default is None):
+            return f"{name}={repr(value)[:100]}, which is not {_PARTS[name][1]}"
+    return None
 
 
 @runtime_checkable

@@ -12,10 +12,9 @@ from typing import Any
 
 from ..errors import EngineError, WorkflowError
 from ..team import ToolCall, checked_calls, told, wrong_arguments
-from ..tools import LONGEST_RESULT, Permission, Tool, shortened
+from ..tools import LONGEST_RESULT, REFUSED, Permission, Tool, shortened
 from .base import AgentRequest
 
-REFUSED = "Refused by a person"
 MOST_CALLED = 100
 """So many agents a model may call at once: a slip of it should not cost a fortune."""
 

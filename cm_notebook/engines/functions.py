@@ -309,7 +309,7 @@ def _done(request: AgentRequest, value: Any) -> TurnDone:
     right = "A function agent returns str, cm.Verdict or a pydantic model"
     if isinstance(value, BaseModel):
         try:
-            return TurnDone(value.model_dump_json(indent=2), output=value.model_dump(mode="json"))
+            return TurnDone(value.model_dump_json(indent=2), value.model_dump(mode="json"), type(value))
         except ValueError as error:
             problem = f"agent {name!r} returned a {type(value).__name__} that cannot be written as JSON: {error}"
             raise EngineProtocolError(problem, **_where(request)) from error

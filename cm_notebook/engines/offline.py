@@ -17,6 +17,7 @@ from ..errors import ReplayMismatch, WorkflowError
 from ..events import NOT_CALLED as NOT_CALLED
 from ..events import OTHER_WORDS, Usage
 from ..tape import Tape, TapedCall, TapedTurn
+from ..tools import REFUSED
 from ..workflow import Verdict
 from .base import (
     AgentEvent,
@@ -28,7 +29,7 @@ from .base import (
     TurnDone,
     UsageReported,
 )
-from .builtin import REFUSED, refusal, use
+from .builtin import refusal, use
 from .scripted import words
 
 BESIDE = f"recorded answer: {OTHER_WORDS}"
@@ -85,6 +86,8 @@ class OfflineEngine:
             for at_s, piece in self._paced(call.said.rstrip() + "\n\n" if call.said else ""):
                 await due(at_s)
                 yield Delta(piece)
+            if call.usage is not None or call.cost_usd is not None:
+                yield _reported(call)
             if call.call_id is not None and call.arguments is not None:
                 yield ToolCalled(call.call_id, call.name, call.arguments)
             returned, wrong = await _done_again(request, call)
@@ -96,7 +99,7 @@ class OfflineEngine:
             await due(at_s)
             yield Delta(piece)
         if taped.usage is not None or taped.cost_usd is not None:
-            yield UsageReported(taped.usage or Usage(), taped.cost_usd, cost_estimated=taped.cost_estimated)
+            yield _reported(taped)
         if (failure := taped.failure(self.delay)) is not None:
             raise failure
         yield TurnDone(
@@ -151,6 +154,10 @@ class OfflineEngine:
         total_s = pieces[-1][0] if pieces else 0.0
         pace = min(1.0, self.delay / total_s) if total_s else 0.0
         return [(at_s * pace, piece) for at_s, piece in pieces]
+
+
+def _reported(taped: TapedTurn | TapedCall) -> UsageReported:
+    return UsageReported(taped.usage or Usage(), taped.cost_usd, cost_estimated=taped.cost_estimated)
 
 
 async def _done_again(request: AgentRequest, call: TapedCall) -> tuple[ToolReturned | None, str | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -152,5 +153,5 @@ def _tokens(usage: Any) -> Tokens:
         output=int(usage.get("completion_tokens") or 0),
         cached=int(details.get("cached_tokens") or 0),
         cache_write=int(details.get("cache_write_tokens") or 0),
-        cost_usd=float(cost) if isinstance(cost, (int, float)) else None,
+        cost_usd=float(cost) if type(cost) in (int, float) and 0 <= cost < math.inf else None,
     )

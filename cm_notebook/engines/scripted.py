@@ -21,7 +21,7 @@ from ..events import Usage
 from ..plain import Plain
 from ..team import ToolCall
 from ..workflow import Verdict
-from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported
+from .base import AgentEvent, AgentRequest, Delta, SessionStarted, TurnDone, UsageReported, misfit
 from .builtin import use
 
 
@@ -64,35 +64,25 @@ class Reply(Plain):
     tool_calls: Sequence[ToolCall | Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
-        self._check_kinds()
+        if (wrong := misfit(self)) is not None:
+            raise WorkflowError(f"cm.Reply: {wrong}.")
+        if not (self.error is None or isinstance(self.error, Exception)):
+            raise WorkflowError(f"cm.Reply: error={self.error!r}, which is not an exception.")
+        if not (self.deltas is None or _listed(self.deltas, str)):
+            raise WorkflowError(f"cm.Reply: deltas={self.deltas!r}, which is not a list of texts.")
         calls = self.tool_calls
+        if not _listed(calls, (ToolCall, Mapping)):
+            raise WorkflowError(f"cm.Reply: tool_calls={calls!r}, which is not a list of calls: tool_calls=[{{…}}].")
         self.tool_calls = tuple(call if isinstance(call, ToolCall) else ToolCall(**dict(call)) for call in calls)
         whole = "".join(self.deltas) if self.deltas is not None else self.verdict.reason if self.verdict else ""
         if not self.text:
             self.text = whole
         elif self.deltas is not None and whole != self.text:
             raise WorkflowError(f"reply {self.text[:40]!r}: its deltas make {whole[:40]!r}. Leave one of them out.")
-        if self.delay_s < 0:
-            raise WorkflowError(f"reply {self.text[:40]!r}: delay_s={self.delay_s!r} is negative.")
-
-    def _check_kinds(self) -> None:
-        calls = "a list of calls, for instance [{'name': 'ask_human', 'arguments': {'question': 'Which one?'}}]"
-        for name, fits, right in (
-            ("text", isinstance(self.text, str), "a text"),
-            ("delay_s", isinstance(self.delay_s, (int, float)), "a number of seconds"),
-            ("deltas", self.deltas is None or _all_of(self.deltas, str), "a list of texts"),
-            ("usage", self.usage is None or isinstance(self.usage, Usage), "a cm.Usage"),
-            ("cost_usd", isinstance(self.cost_usd, (int, float, type(None))), "an amount of US dollars"),
-            ("error", self.error is None or isinstance(self.error, Exception), "an error that can be raised"),
-            ("verdict", self.verdict is None or isinstance(self.verdict, Verdict), "a cm.Verdict"),
-            ("tool_calls", _all_of(self.tool_calls, (ToolCall, Mapping)), calls),
-        ):
-            if not fits:
-                raise WorkflowError(f"cm.Reply: {name}={getattr(self, name)!r} is not {right}.")
 
 
-def _all_of(given: Any, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(given, Sequence) and all(isinstance(one, kind) for one in given)
+def _listed(value: Any, kinds: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(one, kinds) for one in value)
 
 
 class ScriptedEngine:

@@ -56,7 +56,7 @@ from ..events import (
     WorkspaceRestored,
 )
 from ..runstate import STATUS_WORDS, Attempt, Budget, RunState, StepState, gate_path, status_word, why_stale
-from ..tools import BUILT_IN, write_arguments
+from ..tools import BUILT_IN, denied, write_arguments
 from ..workflow import Module, Parallel, Separator, limits_of
 from .markdown import Clipped, clean, clip
 
@@ -863,11 +863,10 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
             else f"{event.path} calls {_tool_name(event.name)} {one_line(event.arguments)}"
         )
     if isinstance(event, ToolReturned):
+        did = "denied" if denied(event.text, event.failed) else "failed" if event.failed else "returned"
         if event.name in BUILT_IN and not event.failed:
             return None
-        return (
-            f"{event.path}: {_tool_name(event.name)} {'failed' if event.failed else 'returned'}: {one_line(event.text)}"
-        )
+        return f"{event.path}: {_tool_name(event.name)} {did}: {one_line(event.text)}"
     if isinstance(event, TurnFinished):
         return _turn_line(state, event)
     if isinstance(event, TurnFailed):
@@ -971,7 +970,7 @@ def files_notes(step: StepState, attempt: Attempt) -> list[str]:
 
 
 def tool_words(attempt: Attempt) -> str:
-    """Which tools an attempt called: ``called add (3 times), remove (failed)``; ``""`` for none.
+    """Which tools an attempt called: ``called add (3 times), remove; 1 failed, 1 denied``; ``""`` for none.
 
     While the attempt goes on, one that has not returned does not count: it may be waiting for a permission.
     """
@@ -980,9 +979,11 @@ def tool_words(attempt: Attempt) -> str:
         if use.text is None and attempt.ended_at is None:
             continue
         names[_tool_name(use.name)] = names.get(_tool_name(use.name), 0) + 1
-    failed = sum(use.failed for use in attempt.tools)
+    denied = sum(use.denied for use in attempt.tools)
+    failed = sum(use.failed for use in attempt.tools) - denied
     said = [f"{name} ({count} times)" if count > 1 else name for name, count in names.items()]
-    return f"called {', '.join(said)}{f'; {failed} failed' if failed else ''}" if said else ""
+    wrong = ", ".join(f"{count} {word}" for count, word in ((failed, "failed"), (denied, "denied")) if count)
+    return f"called {', '.join(said)}{f'; {wrong}' if wrong else ''}" if said else ""
 
 
 def _left_out(count: int) -> str:

@@ -1,8 +1,8 @@
 """What a run and its steps may use, and have used.
 
-Strategy: each turn is paid from the run's ``Budget`` and from that of the workflow's step that it belongs to. A turn is
-not started when one of them is used up: the step that comes next waits at a ``budget`` gate (``RunState.held``), and
-while that is open nothing starts.
+Strategy: each turn is paid from the run's ``Budget`` and from that of the workflow's step that it belongs to, when it
+ends, and before that as far as it says what it has used (``UsageReported``). A turn is not started when one of them is
+used up: the step that comes next waits at a ``budget`` gate (``RunState.held``), and while that is open nothing starts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import cast
 
-from ..events import Decision, Gate, TurnCutShort, TurnFailed, TurnFinished, Usage
+from ..events import Decision, Gate, TurnCutShort, TurnFailed, TurnFinished, Usage, UsageReported
 from ..runstate import Attempt, Budget, Due, RunState, StepState, StepStatus
 from ..workflow import Step, limits_of
 
@@ -41,20 +41,26 @@ def budgets_of(state: RunState, step: StepState) -> tuple[Budget, ...]:
     return (state.budget,) if own is None else (state.budget, own)
 
 
-def pay(state: RunState, step: StepState, last: Attempt, event: TurnFinished | TurnFailed | TurnCutShort) -> None:
-    """What the turn is known to have used counts, whatever became of it."""
+def pay(
+    state: RunState, step: StepState, last: Attempt, event: UsageReported | TurnFinished | TurnFailed | TurnCutShort
+) -> None:
+    """What the turn is known to have used counts, whatever becomes of it; what it has said before counts already."""
     usage, cost_usd = event.usage, event.cost_usd
-    if usage is not None:
-        last.usage = usage if last.usage is None else last.usage + usage
-        state.usage = state.usage + usage
-    if cost_usd is not None:
-        last.cost_usd = (last.cost_usd or 0.0) + cost_usd
-        state.cost_usd += cost_usd
+    before, paid = last.so_far
+    more = usage - before if usage is not None and before is not None else usage
+    more_usd = cost_usd - paid if cost_usd is not None and paid is not None else cost_usd
+    if more is not None:
+        last.usage = more if last.usage is None else last.usage + more
+        state.usage = state.usage + more
+    if more_usd is not None:
+        last.cost_usd = (last.cost_usd or 0.0) + more_usd
+        state.cost_usd += more_usd
     if event.cost_estimated:
         last.cost_estimated = state.cost_estimated = True
     state.last_turn = step.path
     for budget in budgets_of(state, step):
-        _add(budget, usage, cost_usd, ended=event.type == "TurnFinished")
+        _add(budget, more, more_usd, ended=event.type == "TurnFinished")
+    last.so_far = (usage, cost_usd) if event.type == "UsageReported" else (None, None)
 
 
 def _add(budget: Budget, usage: Usage | None, cost_usd: float | None, *, ended: bool) -> None:

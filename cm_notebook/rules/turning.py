@@ -20,6 +20,7 @@ from ..events import (
     TurnFinished,
     TurnStarted,
     TurnWentOn,
+    UsageReported,
 )
 from ..prompts import rejected
 from ..runstate import Attempt, Due, Ordinals, Redo, RunState, StepState, ToolUse
@@ -61,9 +62,8 @@ def turn_started(state: RunState, event: TurnStarted) -> None:
             budget.used["max_turns"] += 1
     if step.status == "retrying":
         last.turns.pop()
-        last.started_at = event.at  # waiting between two tries is not work
-    elif last.ended_at is not None:
-        last.asked_s += max(0.0, event.at - last.ended_at)  # a person looked at the answer to the prompt before
+    if last.ended_at is not None:  # waiting between two tries is not work, nor is a person's look at the last answer
+        last.asked_s += max(0.0, event.at - last.ended_at)
     last.ended_at, last.engine = None, event.engine
     last.turns.append(seq)
     last.session_id = event.session_id
@@ -98,7 +98,8 @@ def _remember(step: StepState, session_id: str | None) -> None:
 
 
 def _turn_met(
-    state: RunState, event: SessionOpened | ToolCalled | ToolReturned | TurnFinished | TurnFailed | TurnCutShort
+    state: RunState,
+    event: SessionOpened | ToolCalled | ToolReturned | UsageReported | TurnFinished | TurnFailed | TurnCutShort,
 ) -> tuple[StepState, Attempt]:
     """The turn that an event is about, which runs now; one that ends it needs all that it has called to have ended."""
     step = met(state, event.path, event.type)
@@ -108,7 +109,7 @@ def _turn_met(
             f"{event.type} names attempt {event.attempt}, turn {event.turn} of step {step.id!r}, "
             f"which is at attempt {step.attempt}, turn {step.turn}."
         )
-    if step.path in state.calls and not isinstance(event, (SessionOpened, ToolCalled, ToolReturned)):
+    if step.path in state.calls and not isinstance(event, (SessionOpened, ToolCalled, ToolReturned, UsageReported)):
         check_alone(state, step)
     return step, last
 
@@ -138,6 +139,12 @@ def tool_returned(state: RunState, event: ToolReturned) -> None:
     use.text, use.failed, use.returned_at = event.text, event.failed, event.at
 
 
+def usage_reported(state: RunState, event: UsageReported) -> None:
+    """What the turn has used so far is paid."""
+    step, last = _turn_met(state, event)
+    pay(state, step, last, event)
+
+
 def turn_finished(state: RunState, event: TurnFinished) -> None:
     """The answer is there; it is paid for and judged."""
     step, last = _turn_met(state, event)
@@ -153,16 +160,22 @@ def turn_finished(state: RunState, event: TurnFinished) -> None:
     step.session, step.session_engine = last.session_id, last.engine
     if event.output is not None:
         take_fields(state, event.seq, event.output)
-    if event.duration_s is not None:
-        last.measured_s = (last.measured_s or 0.0) + event.duration_s
+    _count_time(last, event)
     pay(state, step, last, event)
     judge(state, step, last)
+
+
+def _count_time(last: Attempt, event: TurnFinished | TurnFailed) -> None:
+    """The time that a tape says counts, of every try."""
+    if event.duration_s is not None:
+        last.measured_s = (last.measured_s or 0.0) + event.duration_s
 
 
 def turn_failed(state: RunState, event: TurnFailed) -> None:
     """The turn ended with an error: it is tried again by itself, or a person is asked."""
     step, last = _turn_met(state, event)
     _stop_running(state, step, event.at)
+    _count_time(last, event)
     pay(state, step, last, event)
     last.errors += (event.error,)
     last.failures += 1

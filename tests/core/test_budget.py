@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 import cm_notebook as cm
+from cm_notebook.events import TurnCutShort, place
 from cm_notebook.render import html, text
+from tests.core.driver import folded
 from tests.helpers import until
 
 PAID = cm.Reply("said", usage=cm.Usage(input_tokens=60, output_tokens=40), cost_usd=0.25)
@@ -201,6 +203,48 @@ def test_the_limit_of_a_step_counts_whom_it_calls() -> None:
     run.approve()
     assert run.wait()["boss"].text == "done done done"
     assert run["boss"].team_cost_usd == 0.75
+
+
+@pytest.mark.parametrize("whose", ["run", "step"])
+def test_what_a_caller_has_used_by_then_counts_before_the_first_whom_it_calls(whose: str, tmp_path: Path) -> None:
+    calls = [{"name": "run_agents", "arguments": {"script": "b 'x' & c 'y'"}}]
+    asks = cm.Reply("I call.", usage=cm.Usage(input_tokens=60, output_tokens=40), cost_usd=0.5, tool_calls=calls)
+    limit = {"max_cost_usd": 0.5}
+    steps = [cm.step("a", **(limit if whose == "step" else {}))]
+    team = cm.Workflow("team", steps=steps, agents=five().agents, sub_agents=["b", "c"])
+    run = start(team, paid(a=[asks, PAID]), journal=tmp_path / "journal.db", **(limit if whose == "run" else {}))
+    opened = gate(run, kind="budget")
+    assert (opened.path, opened.payload["used"], run.cost_usd) == ("a/b#1", 0.5, 0.5)
+    assert [event.path for event in run.events if event.type == "TurnStarted"] == ["a"]
+    assert "reached after a. Continue with +$0.50?" in say(run)
+    run.approve()
+    assert run.wait().cost_usd == 1.25, "what was said before is not paid twice"
+    assert run["a"].cost_usd == 0.75
+    assert (run.usage.input_tokens, run.state.budget.used["max_tokens"]) == (240, 400)
+    assert folded(run.events).budget.used == run.state.budget.used
+
+
+def test_a_tape_knows_what_a_caller_had_used_by_then(headless: None, tmp_path: Path) -> None:
+    calls = [{"name": "run_agents", "arguments": {"script": "b 'x'"}}]
+    asks = cm.Reply("I call.", usage=cm.Usage(input_tokens=60), cost_usd=0.5, tool_calls=calls)
+    options: dict[str, Any] = {"steps": "a", "agents": five().agents, "sub_agents": ["b"], "max_cost_usd": 0.5}
+    where, journal = tmp_path / "tape.jsonl", ":memory:"
+    run = start(cm.Workflow("team", **options), paid(a=[asks, PAID]), record=where, on_gate="approve").wait()
+    assert [event.type for event in run.events].count("GateOpened") == 1
+    again = cm.Workflow("team", **options).start(tape=where, journal=journal).wait()
+    assert [event.type for event in again.events] == [event.type for event in run.events]
+    assert again.cost_usd == run.cost_usd == 1.0
+
+
+def test_what_a_turn_had_said_is_paid_also_when_its_process_dies(tmp_path: Path) -> None:
+    asks = cm.Reply("", cost_usd=0.5, tool_calls=[{"name": "ask_human", "arguments": {"question": "Which?"}}])
+    run = start(five(steps="a"), paid(a=[asks, PAID]), journal=tmp_path / "journal.db")
+    gate(run, kind="question")
+    events = [*run.events, TurnCutShort(step="a", path="a", attempt=1, reason="the process died")]
+    place(events[-1], len(events), events[-2].at)
+    assert (folded(events).cost_usd, folded(events).steps["a"].attempts[0].cost_usd) == (0.5, 0.5)
+    run.stop()
+    assert run.wait().cost_usd == 0.5
 
 
 def test_a_turn_that_fails_is_paid_all_the_same() -> None:

@@ -472,7 +472,7 @@ def test_a_start_that_fails_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     changed = flow("a")
     changed.inputs["goal"] = object()
-    with pytest.raises(cm.WorkflowError, match="input 'goal' is a object"):
+    with pytest.raises(cm.WorkflowError, match="input 'goal' holds a value of type object"):
         changed.start(journal=tmp_path / "j.db")
     assert not (tmp_path / "j.db").exists()
     monkeypatch.setattr("cm_notebook.edits.fingerprints", broken)

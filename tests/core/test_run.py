@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -157,14 +158,47 @@ async def _answer() -> Any:
     return TurnDone("x")
 
 
+def _circle() -> list[Any]:
+    """A list that is in itself, twice."""
+    made: list[Any] = []
+    made += [made, made]
+    return made
+
+
+def _nested(deep: int) -> list[Any]:
+    made: list[Any] = []
+    for _ in range(deep - 1):
+        made = [made]
+    return made
+
+
 @pytest.mark.parametrize(
     ("stream", "words"),
     [
         (lambda request: [TurnDone("x")], "the stream of the engine 'mine' gave a list, not events one by one: write"),
         (lambda request: _answer(), "the stream of the engine 'mine' gave a coroutine"),
-        (lambda request: _events(TurnDone(5)), r"the engine 'mine' gave TurnDone\(5\), whose text is none"),  # type: ignore[arg-type]
-        (lambda request: _events(Delta(None)), r"the engine 'mine' gave Delta\(None\)"),  # type: ignore[arg-type]
+        (lambda request: _events(TurnDone(5)), "the engine 'mine' gave a TurnDone with text=5, which is not a text"),  # type: ignore[arg-type]
+        (lambda request: _events(Delta(None)), "the engine 'mine' gave a Delta with text=None, which is not a text"),  # type: ignore[arg-type]
         (lambda request: _events("x"), "the engine 'mine' gave 'x', which is no event. It yields cm.Delta"),
+        (lambda request: _events(cm.UsageReported(5)), "a UsageReported with usage=5, which is not a cm.Usage"),  # type: ignore[arg-type]
+        (lambda request: _events(cm.UsageReported(cm.Usage(), math.nan)), "cost_usd=nan, which is not an amount of US"),
+        (
+            lambda request: _events(cm.UsageReported(cm.Usage(), -1)),
+            "cost_usd=-1, which is not an amount of US dollars",
+        ),
+        (lambda request: _events(cm.SessionStarted(5)), "a SessionStarted with session_id=5, which is not a text"),  # type: ignore[arg-type]
+        (lambda request: _events(cm.ToolReturned("1", "look", 5)), "a ToolReturned with text=5, which is not a text"),  # type: ignore[arg-type]
+        (lambda request: _events(TurnDone("x", verdict="loop")), "a TurnDone with verdict='loop', which is not a cm"),  # type: ignore[arg-type]
+        (lambda request: _events(cm.UsageReported(cm.Usage(input_tokens=-1))), "which is not a cm.Usage with numbers"),
+        (lambda request: _events(cm.ToolCalled("1", "look", {"a": {1}})), "which is not a JSON object or a text"),  # type: ignore[dict-item]
+        (lambda request: _events(cm.ToolReturned("1", "look", "", failed=5)), "failed=5, which is not True or False"),  # type: ignore[arg-type]
+        (
+            lambda request: _events(TurnDone("x", output={"at": object()})),
+            "a: its output holds a value of type object",
+        ),
+        (lambda request: _events(TurnDone("x", output=_circle())), "a: its output holds itself, so it has no end"),
+        (lambda request: _events(TurnDone("x", output=_nested(101))), "more than 100 deep"),
+        (lambda request: _events(TurnDone("x", output=_nested(5000))), "a: its output holds lists or dicts in each"),
     ],
 )
 def test_an_engine_that_is_wrong_is_named(stream: Any, words: str) -> None:
@@ -177,6 +211,21 @@ def test_an_engine_that_is_wrong_is_named(stream: Any, words: str) -> None:
     opened = gate(run)
     assert opened.kind == "failed"
     assert re.search(words, opened.payload["error"])
+
+
+def test_what_of_an_engine_no_file_can_hold_is_replaced(tmp_path: Path) -> None:
+    class Mine:
+        name = "mine"
+
+        async def stream(self, request: AgentRequest) -> Any:
+            yield SessionStarted("s\ud800")
+            yield TurnDone("x\ud800", note="n\ud800", output=_nested(100))
+
+    run = workflow("a").start(engine=Mine(), journal=tmp_path / "journal.db").wait(10)
+    again = cm.Run.open(run.id, tmp_path / "journal.db").state.steps["a"].last
+    assert again is not None
+    assert (again.session_id, again.text, again.note) == ("s?", "x?", "n?")
+    assert again.output == _nested(100)
 
 
 @pytest.mark.parametrize("engine", [5, Echo])
@@ -727,10 +776,22 @@ class Measure(BaseModel):
     value: float | dict[str, list[float]]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1, {"deep": -float("inf")}]])
-def test_a_number_that_json_does_not_have_is_refused_as_an_input(value: Any) -> None:
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (float("nan"), "nan, which JSON does not have"),
+        (float("inf"), "inf, which JSON does not have"),
+        ([1, {"deep": -float("inf")}], "-inf, which JSON does not have"),
+        ({"a": Path()}, "a value of type PosixPath, which JSON does not have"),
+        ({(1, 2): "a"}, "a key that is no text"),
+        (_circle(), "itself, so it has no end"),
+        (_nested(101), "lists or dicts in each other, more than 100 deep"),
+        (_nested(5000), "lists or dicts in each other, more than 100 deep?"),
+    ],
+)
+def test_what_json_does_not_have_is_refused_as_an_input(value: Any, words: str) -> None:
     steps = [cm.step("a", prompt="{{ v }}")]
-    with pytest.raises(cm.WorkflowError, match=r"input 'v' holds (nan|inf|-inf), a number that JSON does not have"):
+    with pytest.raises(cm.WorkflowError, match=rf"^input 'v' holds {words}\. An input is text, a number"):
         cm.Workflow("w", steps=steps, inputs={"v": value})
     with pytest.raises(cm.WorkflowError, match="input 'v' holds"):
         cm.Workflow("w", steps=steps).start({"v": value}, journal=":memory:")
@@ -1064,13 +1125,25 @@ def test_an_edited_output_keeps_its_fields() -> None:
     assert run["planner"].attempts[-1].note is None
 
 
-def test_an_edited_output_that_is_no_json_any_more_says_so() -> None:
+def test_an_edit_fits_the_class_of_what_the_function_returned() -> None:
     run = fields("{{ planner.title }}")
+    opened = gate(run)
+    for edited, words in (("Rebuild it", "Invalid JSON"), ('{"title": "Rebuild it"}', "hours: Field required")):
+        with pytest.raises(cm.TransitionError, match=f"the edited text does not fit Plan: .*{words}"):
+            run.approve(output=edited)
+    assert run.gates == [opened]
+    run.stop()
+
+
+def test_an_edited_output_that_is_no_json_any_more_says_so() -> None:
+    engine = cm.ScriptedEngine({"planner": [cm.Reply("{}", output={"title": "Build it"})]})
+    agents = [cm.Agent("planner", "Plan."), cm.Agent("coder", "{{ planner.title }}")]
+    run = cm.Workflow("fields", agents=agents, steps="planner? -> coder").start(engine=engine, journal=":memory:")
     gate(run)
     run.approve(output="Rebuild it")
     assert "edited" in gate(run, "coder").payload["error"]
     assert run["planner"].output is None
-    assert "no fields" in run["planner"].attempts[-1].note
+    assert "no fields" in (run["planner"].attempts[-1].note or "")
 
 
 def test_a_skipped_steps_fields_are_empty() -> None:

@@ -436,6 +436,41 @@ def test_a_team_and_a_parallel_step(folder):
     run.stop()
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_large_team_says_once_what_it_has_changed(folder, at_once):
+    names = [f"m{number:02}" for number in range(40)]
+    members = [agent(name, writes(**{f"{name}_txt": f"{name}\n" * 100})) for name in names]
+    team = cm.parallel(*names, id="team", interactive=True, max_concurrency=at_once)
+    flow = cm.Workflow("files", agents=members, steps=[team])
+    run = waiting(flow.start(workspace=folder, journal=":memory:"))
+    (attempt,) = run["team"].attempts
+    assert attempt.files_total == 40
+    assert [change.path for change in attempt.files_changed] == [f"{name}_txt" for name in names]
+    taken = [event for event in run.events if event.type == "SnapshotTaken"]
+    assert len(taken) <= at_once, "those who end at the same time may each say it"
+    run.reject("once more")
+    waiting(run, 2)
+    assert run["team"].attempts[1].files_total == 40
+
+
+def test_a_member_that_fails_hides_no_changes_of_the_others(folder):
+    def fails(turn: cm.Turn) -> None:
+        raise cm.EngineError("no")
+
+    members = [agent("left", writes(left="l")), agent("wrong", fails), agent("right", writes(right="r"))]
+    team = cm.parallel("left", "wrong", "right", id="team", interactive=True)
+    flow = cm.Workflow("files", agents=members, steps=[team])
+    run = flow.start(workspace=folder, journal=":memory:")
+    until(lambda: [gate.kind for gate in run.gates] == ["failed"])
+    until(lambda: run["team/left#1"].status == run["team/right#1"].status == "done")
+    run.skip("team/wrong#1")
+    until(lambda: [gate.kind for gate in run.gates] == ["review"])
+    assert {change.path for change in run["team"].attempts[0].files_changed} == {"left", "right"}
+    run.reject("once more")
+    until(lambda: [gate.kind for gate in run.gates] == ["failed"])
+    run.stop()
+
+
 @pytest.mark.parametrize("where", [".", "packages/web"])
 def test_the_users_own_repository_is_untouched(folder, where):
     git(folder, "init", "--quiet", "-b", "main")

@@ -754,6 +754,7 @@ def test_a_turn_that_is_tried_again_stays_the_same_attempt() -> None:
     (attempt,) = driver.state.steps["a"].attempts
     assert (attempt.number, attempt.text, len(attempt.turns), len(attempt.errors)) == (1, "ok", 1, 2)
     assert driver.state.status == "completed"
+    assert attempt.duration_s == 3.0, "each try took one second, and waiting for the next one is no work"
 
 
 def test_when_it_is_tried_again() -> None:

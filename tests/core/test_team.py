@@ -109,6 +109,7 @@ def test_three_ways_to_ask(asked, groups):
         ([{"agent": "qa-engineer"}], "'prompt' is missing"),
         ([{"agent": "qa-engineer", "prompt": " "}], "it is asked nothing"),
         ([{"agent": "qa-engineer", "prompt": "x", "promt": "y"}], "there is no option 'promt'. Did you mean 'prompt'?"),
+        ([{"agent": "qa-engineer", "prompt": "x", "tail": True}], "tail=True is not valid"),
         (["qa-engineer 'x'"], "call 1 is \"qa-engineer 'x'\""),
         ([[{"agent": "qa-engineer", "prompt": "x"}], {"agent": "qa-engineer", "prompt": "x"}], "not both in one"),
     ],

@@ -163,9 +163,12 @@ def test_a_scripted_coordinator() -> None:
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        ({"name": "run_agent", "arguments": {}}, "name='run_agent' is not valid"),
-        ({"name": "run_agents", "arguments": {}}, "run_agents takes either 'groups' or 'script', not nothing"),
-        ({"name": "ask_human", "arguments": {"text": "?"}}, "ask_human takes 'question', not 'text'"),
+        ({"name": "run_agent", "arguments": {}}, "^tool call 'run_agent': name='run_agent' is not valid"),
+        (
+            {"name": "run_agents", "arguments": {}},
+            "^tool call 'run_agents': run_agents takes either 'groups' or 'script', not",
+        ),
+        ({"name": "ask_human", "arguments": {"text": "?"}}, "^tool call 'ask_human': ask_human takes 'question'"),
     ],
 )
 def test_a_wrong_tool_call_is_refused(made: dict[str, Any], words: str) -> None:
@@ -207,7 +210,13 @@ def test_a_tape_plays_a_member_that_fails_and_is_retried(headless: None, kind: s
     lines = [
         {"tape": 1},
         {"path": "boss", "attempt": 1, "text": "Both are done.", "tool_calls": [tool]},
-        {"path": "boss/a#1", "attempt": 1, "text": "I beg", "error": {"kind": kind, "message": "a said no more"}},
+        {
+            "path": "boss/a#1",
+            "attempt": 1,
+            "text": "I beg",
+            "error": {"kind": kind, "message": "a said no more"},
+            "duration_s": 1.5,
+        },
         {"gate": place, "decision": {"action": "retry"}},
         {"path": "boss/a#1", "attempt": 2, "text": "one"},
         {"path": "boss/b#1", "attempt": 1, "text": "two"},
@@ -219,6 +228,9 @@ def test_a_tape_plays_a_member_that_fails_and_is_retried(headless: None, kind: s
     assert (first.error.kind, first.error.message, first.text) == (kind, "a said no more", "")
     assert (first.decision.action, second.text) == ("retry", "one")
     assert run["boss"].text == "Both are done."
+    assert first.duration_s == 1.5
+    with run.reading() as state:
+        assert text.taken(state, state.find("boss/a#1")).seconds == 1.5, "what was recorded is shown in its lane"
 
 
 def test_a_member_that_is_too_late_says_which_step_needs_more_time() -> None:

@@ -121,8 +121,8 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: agent(print), ('write @cm.agent("quality-gate")',)),  # type: ignore[type-var, arg-type]
     (lambda: flow(step("coder", id="loop")), ("step 1", "'loop' is taken by templates", "another")),
     (lambda: flow(inputs={"feedback": 1}), ("input 'feedback'", "taken")),
-    (lambda: flow(inputs={"goal": {1, 2}}), ("input 'goal' is a set", "Pass its text: str(goal).")),
-    (lambda: flow(inputs={"goal": [object()]}), ("input 'goal' is a list", "Pass its text")),
+    (lambda: flow(inputs={"goal": {1, 2}}), ("input 'goal' holds a value of type set", "Pass its text: str(goal)")),
+    (lambda: flow(inputs={"goal": [object()]}), ("input 'goal' holds a value of type object", "Pass its text")),
     # what does not fit together
     (lambda: flow("coder", "planner", "coder"), ("step 3", "'coder' is already step 1", 'id="coder-2"')),
     (

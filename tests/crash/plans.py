@@ -244,6 +244,7 @@ class LedgerEngine:
         about = {"path": path, "attempt": request.attempt, "digest": digest(request.prompt)}
         ledger.note("begin", **about)
         yield SessionStarted(f"session of {path}")
+        yield UsageReported(cm.Usage(input_tokens=3, output_tokens=2), 0.0004)
         yield ToolCalled("1", "look", {"at": path})
         await asyncio.sleep(0)
         yield ToolReturned("1", "look", "it is there")

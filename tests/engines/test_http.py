@@ -504,6 +504,8 @@ def test_tools_are_called_and_the_model_is_told(dialect):
         ("add", '{"a": 1, "c": 2}', "The arguments do not fit: c: Extra inputs are not permitted"),
         ("add", '{"a": 1', "The arguments are not a JSON object: '{\"a\": 1'"),
         ("add", "[1]", "The arguments are not a JSON object: '[1]'"),
+        ("add", '{"a": ' + "[" * 150 + "]" * 150 + "}", 'The arguments are not a JSON object: \'{"a": [[['),
+        ("add", '{"a": NaN}', 'The arguments are not a JSON object: \'{"a": NaN'),
         ("remove", '{"path": "x"}', "Refused: this needs a person's permission, and nobody can be asked here."),
     ],
 )

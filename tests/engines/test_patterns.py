@@ -188,6 +188,22 @@ def test_a_team_works_side_by_side(dialect):
     assert whole == cm.Usage(input_tokens=600, output_tokens=120)
 
 
+@both
+def test_a_coordinator_at_its_limit_has_nobody_begin(dialect):
+    """What it has used is known after each of its exchanges, not only when its turn ends."""
+    model = Model(dialect, boss=[SAYS[dialect](calls=[call("run_agents", script="a 'x' & b 'y'")])])
+    workflow = cm.Workflow("w", agents=agents("boss", "a", "b"), steps="boss", sub_agents=["a", "b"], max_tokens=120)
+    with ModelServer(model) as server:
+        run = workflow.start(engine=engine(dialect, server), journal=":memory:")
+        opened = gate(run)
+        assert (opened.kind, opened.path) == ("budget", "boss/a#1")
+        assert [who(sent) for sent in server.asked] == ["boss"]
+        assert run["boss"].usage == cm.Usage(input_tokens=100, output_tokens=20)
+        run.approve(max_tokens=10_000).wait(20)
+    assert run["boss"].text == "boss 2"
+    assert run.usage == cm.Usage(input_tokens=400, output_tokens=80), "what was known before is not counted twice"
+
+
 def test_a_member_that_says_too_much_hides_no_other():
     @cm.agent("printer")
     def printer(turn: cm.Turn) -> str:

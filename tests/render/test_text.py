@@ -213,7 +213,7 @@ def test_tools_are_lines_of_the_log_and_of_the_step() -> None:
         'cm: cleaner calls remove {"path": "notes.md"}',
         'cm: gate: cleaner wants to call remove with { "path": "notes.md", "force": true }. Allow it, change its '
         "arguments, or deny it: the agent is told why.",
-        "cm: cleaner: remove failed: Refused by a person: not the notes",
+        "cm: cleaner: remove denied: Refused by a person: not the notes",
         *story.lines[-2:],
     ]
     planner = story.state.steps["planner"]
@@ -224,7 +224,7 @@ def test_tools_are_lines_of_the_log_and_of_the_step() -> None:
         "← ## qa",
     ]
     assert '  → read_file {"path": "todo.py"}\n  ← def add' in text.show_text(story.state, planner)
-    assert text.tool_words(story.state.steps["cleaner"].attempts[0]) == "called remove; 1 failed"  # the other waits
+    assert text.tool_words(story.state.steps["cleaner"].attempts[0]) == "called remove; 1 denied"  # the other waits
 
 
 def test_a_cost_that_was_computed_is_marked() -> None:
@@ -374,7 +374,7 @@ def test_separators_stand_between_the_steps() -> None:
 def test_status_table_lines_up() -> None:
     lines = text.status_table(builder.edited().state).splitlines()
     assert lines[0].split() == list(text.STATUS_COLUMNS)
-    assert lines[-1].split() == ["total", "running", "9.2", "s", "~1.6k", "~$0.006", "4"]
+    assert lines[-1].split() == ["total", "running", "9.6", "s", "~1.6k", "~$0.006", "4"]
     assert text.quoted(HOSTILE).count("\n") == 0
 
 
