@@ -167,6 +167,20 @@ class Driver:
             raise
         reply.result()
 
+    def propose_end(self, proposal: Proposal) -> None:
+        """As :meth:`propose`, without waiting, for a turn that ends: on the run's loop, and not in a pass.
+
+        While no other turn is under way, nobody is there to share the transaction with: the pass is made at once.
+        """
+        with self.lock:
+            if not self.driving:
+                return  # the run was let go meanwhile
+            self._inbox.append((proposal, None))
+        if self._scheduled or len(self.turns) > 1:
+            self._schedule()
+        else:
+            self._pass()
+
     def go_on(self, proposal: Callable[[], list[AnyEvent]]) -> None:
         """As :meth:`propose`, but a run that has ended is resumed for it."""
         if self.loop is None or self.loop.is_closed():

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _HOLE = re.compile(rf"\{{\{{\s*({NAME})(?:\.({NAME}))?\s*\}}\}}")
 LOOP_FIELDS = ("reason", "iteration")
+_DIGEST_OF_NOTHING = hashlib.sha256().hexdigest()
+"""What functions are told that have no prompt."""
 EDITED = "output"
 """The name of an answer that is a decision's text (``Ref.name``)."""
 
@@ -86,7 +88,7 @@ def text_of(parts: Iterable[Part], texts: Mapping[Ref, str | tuple[Part, ...]]) 
 
 def digest(text: str) -> str:
     """SHA-256 of `text`, as hexadecimal digits."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() if text else _DIGEST_OF_NOTHING
 
 
 def step_names(steps: Iterable[Step | Separator]) -> dict[str, str]:

@@ -66,6 +66,7 @@ class Work:
         self.calls: dict[tuple[str, int], asyncio.Future[None]] = {}
         self.files = Files(driver, self.workspace)
         self._driver = driver
+        self._outputs = _Outputs(driver)
         self._folder: Path | None = None
 
     # -- a turn --------------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ class Work:
             changed = await self.files.end(turn, ending.event)
         except Exception as error:  # a bug
             ending = failed(turn, error, None, fatal=True)
-        self._driver.propose(lambda: self._turn_ended(turn, ending, changed), wait=False)
+        self._driver.propose_end(lambda: self._turn_ended(turn, ending, changed))
 
     def _turn_ended(self, turn: LiveTurn, ending: Ending, changed: list[AnyEvent]) -> list[AnyEvent]:
         """The end of a turn as events; none when the turn was cut short meanwhile."""
@@ -236,7 +237,7 @@ class Work:
                 history=[(state.text(asked), state.text(got)) for asked, got in step.said] if step.said else (),
                 feedback=meaning.feedback_on(state, step) or None,
                 inputs=MappingProxyType(state.inputs),
-                outputs=_Outputs(self._driver),
+                outputs=self._outputs,
                 workspace=self.workspace(),
                 timeout_s=task.timeout_s,
                 emit=write,
