@@ -350,7 +350,8 @@ class Driver:
         """Record all that follows from the state, until only turns and people can go on."""
         progress = True
         while progress:
-            progress, later = False, list[float]()
+            progress = False
+            later: list[float] = []
             for action in next_actions(self.state, self.hands.engine_name):
                 if action.not_before is not None and action.not_before > time.time():
                     later.append(action.not_before)

@@ -231,7 +231,8 @@ def fingerprint(
     Its options, what decides about its agents (`facts`, where :func:`agent_facts` is at hand already), and the values
     of the inputs that its templates name.
     """
-    agents, used = list(agents), dict[str, object]()
+    agents = list(agents)
+    used: dict[str, object] = {}
     for agent in agents if inputs else ():
         for template in step.prompts(agent):
             for hole in holes(template, step.raw):

@@ -137,7 +137,8 @@ class Work:
         turn.stop_clock()
         if turn.over or self._driver.turns.get(turn.started.path) is not turn:
             return
-        turn.over, changed = True, list[AnyEvent]()
+        turn.over = True
+        changed: list[AnyEvent] = []
         try:
             changed = await self.files.end(turn, ending.event)
         except Exception as error:  # a bug
