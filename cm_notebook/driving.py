@@ -101,6 +101,8 @@ class Driver:
         The gates that nobody can answer here.
     rest
         Is done when the run goes no further by itself.
+    since
+        The first event (``seq``) of the pass that is made, or was made last.
     hands
         Given before it is driven; who only reads a run needs none.
     """
@@ -111,6 +113,7 @@ class Driver:
         self.id = run_id
         self.journal = journal
         self.state = RunState()
+        self.since = 0
         self.error: BaseException | None = None
         self.lock = threading.RLock()
         self.feeds: list[Feed] = []
@@ -246,6 +249,7 @@ class Driver:
                     self._find_again()
                 seen = self.journal.begin(self.id, self.state.seq)
                 begun, self._busy_since = True, None
+                self.since = self.state.seq + 1
                 with _NoCollecting():
                     self._record_due(seen, answers, starts)
                 begun = False

@@ -132,7 +132,7 @@ class Files:
             return True  # it is tried again, or a sibling has done it
         if self._driver.state.tree != NO_FILES or step.restore is not None:
             return False
-        if self._left is not None and self._left[0].seq + 1 == turn.started.seq:  # that end has begun this one
+        if self._left is not None and self._left[0].seq >= turn.since:  # that end has begun this one
             empty = self._left[1] == NO_FILES
         else:
             empty = self.snapshots().unchanged() == NO_FILES

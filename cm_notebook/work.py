@@ -73,8 +73,8 @@ class Work:
 
     def launch(self, started: TurnStarted, prompt: str) -> None:
         """Begin a turn."""
-        step = self._driver.state.find(started.path)
-        turn = self._driver.turns[started.path] = LiveTurn(started, step.step, self._too_late)
+        step, since = self._driver.state.find(started.path), self._driver.since
+        turn = self._driver.turns[started.path] = LiveTurn(started, step.step, self._too_late, since)
         turn.failures = step.attempts[-1].failures
         turn.task = cast("asyncio.AbstractEventLoop", self._driver.loop).create_task(self._turn(turn, prompt))
 
