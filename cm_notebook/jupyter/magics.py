@@ -175,7 +175,9 @@ class CMMagics(Magics):
         if kept:
             print(" ".join(kept))
         else:
-            drives = " It runs by itself; with `--autonomous never` it asks you after each step." if unsaid else ""
+            asks = [step.id for step in state.order if step.step.interactive] if state is not None else []
+            first = f"It asks you at {', '.join(asks)};" if asks else "It runs by itself;"
+            drives = f" {first} with `--autonomous never` it asks you after each step." if unsaid else ""
             if state is None:
                 print(f"{plan.name} has no steps yet.{drives} Next: %%cm step NAME, and its prompt in the lines below.")
             else:

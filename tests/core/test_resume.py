@@ -428,10 +428,10 @@ def _read_anew(monkeypatch: pytest.MonkeyPatch) -> cm.Run:
     async def work(turn: cm.Turn) -> str:
         return turn.step
 
-    monkeypatch.setattr(driving, "MANY", 100)
     journal = MemoryJournal()
     steps = [cm.step("work", id=f"s{number}") for number in range(100)]
     run = cm.Workflow("long", agents=[work], steps=steps).start(journal=journal).wait(20)
+    monkeypatch.setattr(driving, "MANY", 100)
     return cm.Run.open(run.id, journal)
 
 

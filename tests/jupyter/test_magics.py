@@ -1267,6 +1267,7 @@ def test_what_is_said_begins_with_a_capital_or_a_name(cells: Cells) -> None:
     assert line("%cm next").startswith("careful has no steps yet.")
     assert cells("%%cm agent planner\nPlan.").startswith("Agent planner is defined.")
     assert "careful: 1 step. It runs by itself; with" in cells("%%cm workflow careful\nplanner")
+    assert "careful: 2 steps. It asks you at planner; with" in cells("%%cm workflow careful\nplanner? -> planner-2")
     assert "careful: 1 step. Next: %cm run" in cells("%%cm workflow careful --autonomous never\nplanner")
     assert "careful: 1 step, no run yet." in cells("%cm")
 
