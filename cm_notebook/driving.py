@@ -101,6 +101,8 @@ class Driver:
         The gates that nobody can answer here.
     rest
         Is done when the run goes no further by itself.
+    since
+        The first event (``seq``) of the pass that is made, or was made last.
     hands
         Given before it is driven; who only reads a run needs none.
     """
@@ -111,6 +113,7 @@ class Driver:
         self.id = run_id
         self.journal = journal
         self.state = RunState()
+        self.since = 0
         self.error: BaseException | None = None
         self.lock = threading.RLock()
         self.feeds: list[Feed] = []
@@ -166,6 +169,20 @@ class Driver:
                 self._busy_since = None
             raise
         reply.result()
+
+    def propose_end(self, proposal: Proposal) -> None:
+        """As :meth:`propose`, without waiting, for a turn that ends: on the run's loop, and not in a pass.
+
+        While no other turn is under way, nobody is there to share the transaction with: the pass is made at once.
+        """
+        with self.lock:
+            if not self.driving:
+                return  # the run was let go meanwhile
+            self._inbox.append((proposal, None))
+        if self._scheduled or len(self.turns) > 1:
+            self._schedule()
+        else:
+            self._pass()
 
     def go_on(self, proposal: Callable[[], list[AnyEvent]]) -> None:
         """As :meth:`propose`, but a run that has ended is resumed for it."""
@@ -232,6 +249,7 @@ class Driver:
                     self._find_again()
                 seen = self.journal.begin(self.id, self.state.seq)
                 begun, self._busy_since = True, None
+                self.since = self.state.seq + 1
                 with _NoCollecting():
                     self._record_due(seen, answers, starts)
                 begun = False
@@ -337,7 +355,8 @@ class Driver:
         """Record all that follows from the state, until only turns and people can go on."""
         progress = True
         while progress:
-            progress, later = False, list[float]()
+            progress = False
+            later: list[float] = []
             for action in next_actions(self.state, self.hands.engine_name):
                 if action.not_before is not None and action.not_before > time.time():
                     later.append(action.not_before)

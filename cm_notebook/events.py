@@ -11,12 +11,12 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
 from . import keys
 from .errors import CodeMachineError
-from .workflow import Amount, AutonomousMode, Count, GateDefault, Model, Verdict, Workflow
+from .workflow import Amount, AutonomousMode, Count, GateDefault, Model, Verdict, Workflow, Written
 
 Mode = Literal["step-by-step", "gates", "unattended"]
 """Who drives: a pause after every step, a pause where a step asks for one, or no pause at all."""
@@ -229,7 +229,7 @@ class RunStarted(BaseEvent):
     """
 
     run_id: str
-    workflow: Annotated[Workflow, PlainSerializer(Workflow.to_dict)]
+    workflow: Annotated[Workflow, Written(Workflow.to_dict)]
     inputs: dict[str, Any] = Field(default_factory=dict)
     fingerprints: dict[str, str] = Field(default_factory=dict)
     until: str | None = None

@@ -1,9 +1,10 @@
 """The files of a run: what its turns find in the workspace and what they leave there, as events.
 
 Strategy: ``begin`` and ``end`` stand around the work of a turn, in its own coroutine. A quick look that finds the
-folder empty, or as it was, is all that most turns cost; git works on a thread, one thing at a time. What is to be taken
-back (``StepState.restore``) is taken back by ``begin``, after what is there has been kept. ``end`` gives its events to
-be recorded with the end of the turn: no gate is open and no next step at work before they are.
+folder empty, or as it was, is all that most turns cost, and one that begins by the end of another need not look again.
+git works on a thread, one thing at a time. What is to be taken back (``StepState.restore``) is taken back by ``begin``,
+after what is there has been kept. ``end`` gives its events to be recorded with the end of the turn: no gate is open and
+no next step at work before they are.
 
 The members of a parallel step begin and end for it: the first of them keeps the files, and whoever ends when no other
 one is at work or to come says what they have changed together. Those that a turn calls are part of that turn.
@@ -63,6 +64,8 @@ class Files:
         self._one = asyncio.Lock()
         self._begun: tuple[tuple[str, int, int], str | None] | None = None
         """The last turn that has begun, and the snapshot that it began with."""
+        self._left: tuple[AnyEvent, str] | None = None
+        """The end of a turn that has left the files as they were, and the snapshot that they are as in."""
         self._made: Snapshots | None = None
         self._besides: list[Path] = []
 
@@ -116,10 +119,12 @@ class Files:
         whose = self._whose(turn)
         if whose is None:
             return
+        step, key = whose
+        if not self._one.locked() and self._has_begun(turn, step, key):
+            return
         async with self._one:
-            step, key = whose
-            if self._begun is not None and self._begun[0] == key:
-                return  # it is tried again, or a sibling has done it
+            if self._has_begun(turn, step, key):
+                return
             snapshots, state = self.snapshots(), self._driver.state
             try:
                 looked = snapshots.unchanged()
@@ -137,6 +142,20 @@ class Files:
                 self._begun = key, None
             else:
                 self._begun = key, tree
+
+    def _has_begun(self, turn: LiveTurn, step: StepState, key: tuple[str, int, int]) -> bool:
+        """Whether nothing is to be kept or taken back: `turn` finds a folder without a file, as is known."""
+        if self._begun is not None and self._begun[0] == key:
+            return True  # it is tried again, or a sibling has done it
+        if self._driver.state.tree != NO_FILES or step.restore is not None:
+            return False
+        if self._left is not None and self._left[0].seq >= turn.since:  # that end has begun this one
+            empty = self._left[1] == NO_FILES
+        else:
+            empty = self.snapshots().unchanged() == NO_FILES
+        if empty:
+            self._begun = key, NO_FILES
+        return empty
 
     async def _told(self, write: Callable[[str], None], work: Callable[..., Any], *args: Any) -> Any:
         """What `work` returns, on a thread; if it takes long, a line says so, as a block of code as those of tools."""
@@ -165,21 +184,32 @@ class Files:
         whose = self._whose(turn)
         if whose is None or (isinstance(ending, TurnFailed) and ending.retry_in_s is not None):
             return []
+        step, key = whose
+        if not self._one.locked() and self._has_changed(turn, step, key, ending) is None:
+            return []
         async with self._one:
-            step, key = whose
-            last = step.last
-            if last is None or self._begun is None or self._begun[0] != key or self._more(turn, step):
-                return []  # it has not begun, or goes on
-            snapshots, known = self.snapshots(), self._driver.state.tree
-            before = last.before if last.before is not None else self._begun[1]
-            said = last.after if last.after is not None else before
-            found = snapshots.unchanged()
-            if found is not None and found == said == known:
+            if (known := self._has_changed(turn, step, key, ending)) is None:
                 return []
             try:
-                return await asyncio.to_thread(self._changed, step, before, said, known)
+                return await asyncio.to_thread(self._changed, step, *known)
             except (NoGit, SnapshotError) as error:
                 return self._failed(step, error)
+
+    def _has_changed(
+        self, turn: LiveTurn, step: StepState, key: tuple[str, int, int], ending: AnyEvent
+    ) -> tuple[str | None, str | None, str] | None:
+        """What the turn is to be compared with, if it may have changed anything: see :meth:`_changed`."""
+        last = step.last
+        if last is None or self._begun is None or self._begun[0] != key or self._more(turn, step):
+            return None  # it has not begun, or goes on
+        known = self._driver.state.tree
+        before = last.before if last.before is not None else self._begun[1]
+        said = last.after if last.after is not None else before
+        found = self.snapshots().unchanged()
+        if found is not None and found == said == known:
+            self._left = ending, found
+            return None
+        return before, said, known
 
     def _changed(self, step: StepState, before: str | None, said: str | None, known: str) -> list[AnyEvent]:
         """What is other than `before`, unless that is `said` and `known` already. This blocks."""

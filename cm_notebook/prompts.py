@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _HOLE = re.compile(rf"\{{\{{\s*({NAME})(?:\.({NAME}))?\s*\}}\}}")
 LOOP_FIELDS = ("reason", "iteration")
+_DIGEST_OF_NOTHING = hashlib.sha256().hexdigest()
+"""What functions are told that have no prompt."""
 EDITED = "output"
 """The name of an answer that is a decision's text (``Ref.name``)."""
 
@@ -86,7 +88,7 @@ def text_of(parts: Iterable[Part], texts: Mapping[Ref, str | tuple[Part, ...]]) 
 
 def digest(text: str) -> str:
     """SHA-256 of `text`, as hexadecimal digits."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() if text else _DIGEST_OF_NOTHING
 
 
 def step_names(steps: Iterable[Step | Separator]) -> dict[str, str]:
@@ -229,7 +231,8 @@ def fingerprint(
     Its options, what decides about its agents (`facts`, where :func:`agent_facts` is at hand already), and the values
     of the inputs that its templates name.
     """
-    agents, used = list(agents), dict[str, object]()
+    agents = list(agents)
+    used: dict[str, object] = {}
     for agent in agents if inputs else ():
         for template in step.prompts(agent):
             for hole in holes(template, step.raw):

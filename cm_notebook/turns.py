@@ -62,6 +62,8 @@ class LiveTurn:
         The step; its ``timeout_s`` is the turn's time, which stands still while the turn waits for a person.
     late
         Called when the time is over. The task may not listen to being cancelled, so the turn's end is not left to it.
+    since
+        The first event (``seq``) of the pass that began it.
     """
 
     __slots__ = (
@@ -79,14 +81,15 @@ class LiveTurn:
         "over",
         "recalled",
         "said",
+        "since",
         "started",
         "step",
         "task",
         "used",
     )
 
-    def __init__(self, started: TurnStarted, step: Step, late: Callable[[LiveTurn], None]) -> None:
-        self.started, self.step = started, step
+    def __init__(self, started: TurnStarted, step: Step, late: Callable[[LiveTurn], None], since: int) -> None:
+        self.started, self.step, self.since = started, step, since
         self.task: asyncio.Task[None] | None = None
         self.failures = 0
         self.hide, self.hide_thoughts = keys.Hider(), keys.Hider()

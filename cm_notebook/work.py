@@ -71,14 +71,15 @@ class Work:
         self.calls: dict[tuple[str, int], asyncio.Future[None]] = {}
         self.files = Files(driver, self.workspace)
         self._driver = driver
+        self._outputs = _Outputs(driver)
         self._folder: Path | None = None
 
     # -- a turn --------------------------------------------------------------------------------------------------------
 
     def launch(self, started: TurnStarted, prompt: str) -> None:
         """Begin a turn."""
-        step = self._driver.state.find(started.path)
-        turn = self._driver.turns[started.path] = LiveTurn(started, step.step, self._too_late)
+        step, since = self._driver.state.find(started.path), self._driver.since
+        turn = self._driver.turns[started.path] = LiveTurn(started, step.step, self._too_late, since)
         turn.failures = step.attempts[-1].failures
         turn.task = cast("asyncio.AbstractEventLoop", self._driver.loop).create_task(self._turn(turn, prompt))
 
@@ -143,12 +144,13 @@ class Work:
         turn.stop_clock()
         if turn.over or self._driver.turns.get(turn.started.path) is not turn:
             return
-        turn.over, changed = True, list[AnyEvent]()
+        turn.over = True
+        changed: list[AnyEvent] = []
         try:
             changed = await self.files.end(turn, ending.event)
         except Exception as error:  # a bug
             ending = failed(turn, error, None, fatal=True)
-        self._driver.propose(lambda: self._turn_ended(turn, ending, changed), wait=False)
+        self._driver.propose_end(lambda: self._turn_ended(turn, ending, changed))
 
     def _turn_ended(self, turn: LiveTurn, ending: Ending, changed: list[AnyEvent]) -> list[AnyEvent]:
         """The end of a turn as events; none when the turn was cut short meanwhile."""
@@ -245,7 +247,7 @@ class Work:
                 history=[(state.text(asked), state.text(got)) for asked, got in step.said] if step.said else (),
                 feedback=meaning.feedback_on(state, step) or None,
                 inputs=MappingProxyType(state.inputs),
-                outputs=_Outputs(self._driver),
+                outputs=self._outputs,
                 workspace=self.workspace(),
                 timeout_s=task.timeout_s,
                 emit=write,

@@ -18,12 +18,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     Strict,
     StrictBool,
     ValidationError,
 )
-from pydantic_core import PydanticSerializationError
+from pydantic_core import PydanticSerializationError, core_schema
 
 from .errors import WorkflowError, by_name, did_you_mean
 from .plain import not_json
@@ -101,6 +100,22 @@ def sound(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [sound(inner) for inner in value]
     return value
+
+
+class Written:
+    """Annotates a field that is written as what `function` makes of it.
+
+    As pydantic's ``PlainSerializer``, for whose sake all its serializers would be loaded at every import.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        """Pydantic asks for it when it builds the model."""
+        schema = handler(source)
+        schema["serialization"] = core_schema.plain_serializer_function_ser_schema(self.function)
+        return schema
 
 
 Text = Annotated[str, AfterValidator(sound)]
@@ -216,7 +231,7 @@ class Agent(Model):
     model: Text | None = None
     reasoning_effort: Text | None = None
     tools: Annotated[tuple[Tool, ...], BeforeValidator(_tools)] = ()
-    output: Annotated[Any, BeforeValidator(_output), PlainSerializer(_output_schema)] = None
+    output: Annotated[Any, BeforeValidator(_output), Written(_output_schema)] = None
     implementation: str | None = Field(default=None, repr=False)
     """For a function: its name and a digest of its source, so that a change is noticed."""
     function: Callable[..., Any] | None = Field(default=None, exclude=True, repr=False)

@@ -291,6 +291,19 @@ def test_what_was_changed_by_hand_before_an_attempt_stays_when_it_is_rejected(fo
     run.stop()
 
 
+def test_what_comes_into_an_empty_folder_while_a_gate_is_open_is_not_the_next_steps(folder):
+    run = started(folder, agent("one", None), agent("two", writes(b="2"), None))
+    waiting(run)
+    write(folder, mine="m")
+    run.approve()
+    until(lambda: run.gates and run.gates[0].step == "two")
+    assert [change.path for change in run["two"].files_changed] == ["b"]
+    run.reject("again")
+    waiting(run, 2)
+    assert held(folder).keys() == {"mine"}
+    run.stop()
+
+
 def test_a_failed_attempt_that_is_tried_again_goes_on_with_its_files(folder):
     def fails(turn):
         write(turn.workspace, a="half")
