@@ -71,6 +71,7 @@ def changed(
         steps=list(items),
         agents=list(known.values()),
         sub_agents=state.sub_agents,
+        max_concurrency=state.default_places if state.default_places != CAP else None,
         autonomous_mode=state.autonomous_mode,
         inputs=values,
         engine=state.engine,
