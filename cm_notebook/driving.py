@@ -349,6 +349,7 @@ class Driver:
                     start = self._turn_started(action)
                     self.record(start[0])
                     starts.append(start)
+                    progress = progress or bool(self.state.outdated)
         if later:
             self._schedule_in(max(0.0, min(later) - time.time()))
 

@@ -11,7 +11,7 @@ from bisect import bisect
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..events import AnyEvent, GateDecided, GateOpened, LoopedBack, Rewound, TurnStarted
+from ..events import AnyEvent, GateDecided, GateOpened, LoopedBack, Rewound, StepOutdated, TurnStarted
 from ..runstate import RunState, StepState
 from ..state import apply
 
@@ -72,4 +72,6 @@ def counted(events: Iterable[AnyEvent]) -> Counted:
         if isinstance(event, Rewound):
             over = state.order[state.step(event.to).index :]
             forget(over if event.later or event.afresh else over[:1], over[0].id, event.seq)
+        elif isinstance(event, StepOutdated):
+            forget([state.step(event.step)], event.step, event.seq)
     return Counted(gone, fewer)

@@ -43,6 +43,7 @@ from ..events import (
     StepAdded,
     StepChanged,
     StepFailed,
+    StepOutdated,
     StepRemoved,
     StepSkipped,
     TellingFailed,
@@ -852,6 +853,8 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
         return "; ".join(filter(None, changed)) or None
     if isinstance(event, StepRemoved):
         return f"{event.step} removed"
+    if isinstance(event, StepOutdated):
+        return f"{event.step} is made again: {event.by} has changed"
     if isinstance(event, StepSkipped):
         return f"{event.step} skipped: {one_line(event.reason)}"
     if isinstance(event, ToolCalled):

@@ -28,7 +28,7 @@ from ..runstate import Due, Redo, RunState, StepState, gate_path
 from ..tools import write_arguments
 from ..workflow import GateDefault, Parallel
 from .budgets import used_up
-from .moves import next_attempt
+from .moves import begun, next_attempt
 from .places import leave_place
 from .transitions import met
 
@@ -126,6 +126,7 @@ def gate_opened(state: RunState, event: GateOpened) -> None:
     if event.prompt is not None:
         state.texts[Ref(event.seq, "prompt")] = event.prompt + (event.context or ())
     if gate.kind == "start":
+        begun(state, step)
         step.redo = Redo(prompt=Ref(event.seq, "prompt"), goes_on=chained)
     state.gates[gate.id] = state.last_gate = gate
 

@@ -120,6 +120,26 @@ def test_a_step_is_edited_before_the_run_goes_on() -> None:
     assert not any(step.stale for step in run)
 
 
+@pytest.mark.parametrize("paused", [True, False])
+def test_what_waits_is_made_again_when_an_earlier_step_was_edited_meanwhile(paused: bool) -> None:
+    run = start()
+    if paused:
+        run.pause()
+    waits = run.gates[0]
+    run.replace(cm.step("b", prompt="Be better, {{ a }}."))
+    if paused:
+        run.unpause()
+    gate(run, "b")
+    assert run.gates[0].id == waits.id, "it may still be kept"
+    run.retry("b")
+    until(lambda: len(run["c"].attempts) == 2 and run.gates, "c to be made again")
+    with pytest.raises(cm.AlreadyDecided, match="is closed"):
+        run.decide(waits.id, cm.Decision(action="approve"))
+    assert run["c"].prompt.endswith("b 2"), "what is approved is built on what there is"
+    assert run.approve("c").wait(10).status == "completed"
+    assert [attempt.text for attempt in run["c"].attempts] == ["c 1", "c 2"]
+
+
 REFUSED = [
     ("nobody", "there is no step 'nobody'"),
     ("d", "step 'd' has not run yet; 'c' comes first"),
