@@ -541,9 +541,9 @@ class Run:
 
     # -- steering -----------------------------------------------------------------------------------------------------
 
-    def pause(self) -> Run:
-        """Let what runs finish and start nothing new."""
-        self._driver.propose(lambda: [RunPaused(reason="paused by you")])
+    def pause(self, *, by: str = "you") -> Run:
+        """Let what runs finish and start nothing new; `by`: who says so, as others read it."""
+        self._driver.propose(lambda: [RunPaused(reason=f"paused by {sound(by)}")])
         return self
 
     def unpause(self, until: str | None = None) -> Run:
@@ -569,14 +569,14 @@ class Run:
         self._driver.go_on(propose)
         return self
 
-    def stop(self) -> Run:
-        """End the run as ``stopped``: what runs is cancelled. It can be resumed."""
+    def stop(self, *, by: str = "you") -> Run:
+        """End the run as ``stopped``, which can be resumed: what runs is cancelled. `by`: who says so, as others read it."""
+        reason = f"stopped by {sound(by)}"
 
         def propose() -> list[AnyEvent]:
             if self._driver.state.ended is not None:
                 raise TransitionError(f"run {self.id!r} is {self._driver.state.ended} already.")
-            cut = meaning.cut_all(self._driver.state, "stopped by you")
-            return [*cut, RunFinished(status="stopped", reason="stopped by you")]
+            return [*meaning.cut_all(self._driver.state, reason), RunFinished(status="stopped", reason=reason)]
 
         self._driver.propose(propose)
         return self

@@ -680,7 +680,7 @@ class Notebook:
         plan = self._planned()
         given = {"engine": plan.engine, **plan.played(options)}
         given.pop("workspace", None)
-        why = "stopped by you" if found.status == "stopped" else "the kernel had ended"
+        why = found.state.reason if found.status == "stopped" else "the kernel had ended"
         try:
             run = runs.resume(found.id, workflow, until=until, rewind=rewind, reason=why, **given)
         except RunLocked as error:

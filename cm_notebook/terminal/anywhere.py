@@ -426,6 +426,9 @@ def _steer(asked: dict[str, Any]) -> None:
     run = find_run(journal_of(asked), asked["run"], unfinished, "is unfinished")
     if run.state.ended is not None:
         raise Refused(f"run {run.id!r} is {run.state.ended} already.", NOTHING)
-    getattr(run, what)()
+    if what == "unpause":
+        run.unpause()
+    else:
+        getattr(run, what)(by=person())
     said = {"stop": "stopped", "pause": "paused: what runs may finish", "unpause": "goes on"}[what]
     print(f"{run.id} {say.one_line(run.state.name, 80)}: {said}.{_from_here(run, asked)}")

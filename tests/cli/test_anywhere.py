@@ -121,10 +121,12 @@ def test_a_run_that_is_driven_elsewhere_is_not_driven_here() -> None:
     assert "is driven by another process" in err
     assert process("pause", run.id)[:1] == (0,)
     until(lambda: run.state.paused, "the pause")
+    assert run.state.pause_reason == f"paused by {anywhere.person()}"
     assert process("unpause", run.id)[:1] == (0,)
     until(lambda: not run.state.paused, "its end")
     assert process("stop", run.id)[:1] == (0,)
     until(lambda: run.status == "stopped", "the stop")
+    assert run.state.reason == f"stopped by {anywhere.person()}"
 
 
 def test_a_run_that_went_back_or_was_stopped_says_the_command_that_goes_on(here: Here) -> None:
