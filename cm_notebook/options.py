@@ -406,7 +406,8 @@ COMMANDS: dict[str, Command] = {
             (
                 _OF_RUN,
                 _ENGINE,
-                Option("tape", "play a recorded run", example="tapes/01.jsonl"),
+                _TAPE,
+                Option("record", "record the fork, with its history, to this file", example="tapes/01.jsonl"),
                 Option("workspace", "folder the agents work in, by default a new one", example="site"),
                 *LIMITS,
                 OUT,

@@ -195,6 +195,10 @@ class Taping:
         for path, number in attempts.items():
             self._cuts[path] = self._cuts.get(path, 0) + number
 
+    def of_stale(self, gate_id: str) -> bool:
+        """Whether it is a gate at which a stale step is kept or made again: there is none while the tape plays."""
+        return gate_id in self._gates and self._gates[gate_id][0].kind == "stale"
+
     def _write(self, lines: list[str], made: Iterable[Mapping[str, Any]]) -> None:
         for line in made:
             self._stopped = False
@@ -556,8 +560,8 @@ class Recorder(Feed):
     """Writes the tape of a run while it goes on, as one of those who watch it.
 
     A tape that stood in the file is replaced as soon as an agent has answered, and not before: as a whole, so that the
-    file is always a tape. From then on lines are added as they come. A run that goes on after its end, or after its
-    process has died, writes its tape anew, from its events.
+    file is always a tape. From then on lines are added as they come. A run that goes on after its end or after its
+    process has died, goes back, or is a fork, writes its tape anew, from its events: without what it went back over.
 
     Parameters
     ----------
@@ -598,7 +602,7 @@ class Recorder(Feed):
         if self._broken:
             return
         try:
-            if event.type == "RunResumed":
+            if event.type in _ANEW or (event.type == "GateDecided" and self._taping.of_stale(event.gate_id)):
                 self._read_again(event.seq)
                 return
             before = len(self._lines)
@@ -634,9 +638,16 @@ class Recorder(Feed):
         """Begin anew, with what the run has done so far; how fast that came may stand in the file."""
         with contextlib.suppress(WorkflowError):  # there is none yet
             self._tapes.append(Tape.read(self.file))
+        from .exports.counted import counted  # it is rarely needed
+
+        if self._close is not None:
+            self._close()
         self._taping, self._lines, self._close = self._anew(), [], None
-        for event in self._events():
-            if event.seq <= seq:
+        past = [event for event in self._events() if event.seq <= seq]
+        gone, fewer = counted(past)
+        for event in past:
+            self._taping.count_less(fewer.get(event.seq, {}))
+            if event.seq not in gone:
                 self._taping.take(event, self._lines)
         if len(self._lines) > 1:  # what was decided while nobody drove it may be the last that is
             self._write()
@@ -677,6 +688,8 @@ class Recorder(Feed):
         return None
 
 
+_ANEW = ("RunResumed", "RunForked", "Rewound", "StepOutdated")
+"""From then on the tape is to be another one."""
 _GOES_ON = ("TurnStarted", "ToolReturned", "AgentsReturned", "TurnWentOn")
 """From then on a turn has nothing to wait for but its agent."""
 _TOGETHER_MS = 50

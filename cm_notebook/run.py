@@ -570,7 +570,7 @@ class Run:
         return self
 
     def stop(self, *, by: str = "you") -> Run:
-        """End the run as ``stopped``, which can be resumed: what runs is cancelled. `by`: who says so, as others read it."""
+        """End the run as ``stopped``: what runs is cancelled. It can be resumed; `by`: who says so, for others."""
         reason = f"stopped by {sound(by)}"
 
         def propose() -> list[AnyEvent]:
@@ -669,7 +669,7 @@ class Run:
         self._driver.go_on(propose)
         return self
 
-    @by_name("run.fork", "engine", "on_gate", "on_waiting", "tape", "loop")
+    @by_name("run.fork", "engine", "on_gate", "on_waiting", "tape", "record", "loop")
     def fork(
         self,
         step: str,
@@ -702,7 +702,8 @@ class Run:
         notebook
             As of :meth:`start`; by default as this run.
         **options
-            ``engine, on_gate, on_waiting, tape, loop`` of :meth:`start`; by default those that this run has here.
+            ``engine, on_gate, on_waiting, tape, loop`` of :meth:`start`; by default those that this run has here. And
+            ``record``: what is recorded is the fork from the run's beginning, without what it went back over.
 
         Raises
         ------

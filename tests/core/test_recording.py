@@ -327,8 +327,44 @@ def test_decisions_about_functions_go_on_being_recorded_after_the_end():
     workflow = cm.Workflow("w", steps="count?", agents=[count])
     run = workflow.start(journal=":memory:", record="t.jsonl", on_gate="approve").wait(20)
     assert read(Path("t.jsonl")) == [("count", 1, "approve")]
-    run.rerun("count").wait(20)
-    assert read(Path("t.jsonl")) == [("count", 1, "approve"), ("count", 2, "approve")]
+    run.add(cm.step("count", id="again", interactive=True))
+    run.wait(20)
+    assert read(Path("t.jsonl")) == [("count", 1, "approve"), ("again", 1, "approve")]
+
+
+def back(run: cm.Run) -> cm.Run:
+    return run.rewind("b").unpause().wait(20)
+
+
+def again(run: cm.Run) -> cm.Run:
+    return run.rerun("a").wait(20)
+
+
+def edited(run: cm.Run) -> cm.Run:
+    run.replace(cm.step("a", prompt="Do a well."))
+    return run.wait(20)
+
+
+def forked(run: cm.Run) -> cm.Run:
+    return run.fork("b", record="fork.jsonl").unpause().wait(20)
+
+
+@pytest.mark.parametrize(
+    ("goes_on", "texts"),
+    [(back, ["a 1", "b 2"]), (again, ["a 2", "b 2"]), (edited, ["a 2", "b 2"]), (forked, ["a 1", "b 2"])],
+)
+def test_what_a_run_went_back_over_is_not_on_its_tape(goes_on: Any, texts: list[str]) -> None:
+    def decide(gate: cm.Gate) -> str:
+        return "retry" if gate.kind == "stale" else "approve"
+
+    script = scripted(a=["a 1", "a 2"], b=["b 1", "b 2"])
+    run = chain("a", "b").start(engine=script, journal="j.db", record="t.jsonl", on_gate=decide).wait(20)
+    other = goes_on(run)
+    tape = "t.jsonl" if other is run else "fork.jsonl"
+    assert read(Path(tape)) == [("a", 1, texts[0]), ("b", 1, texts[1])]
+    assert [step.text for step in played(other.workflow, tape)] == texts
+    if other is not run:
+        assert read(Path("t.jsonl")) == [("a", 1, "a 1"), ("b", 1, "b 1")], "the run's own tape is not touched"
 
 
 def test_any_run_of_the_past_is_made_a_tape_by_what_it_did():
