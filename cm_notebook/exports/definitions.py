@@ -71,7 +71,7 @@ class Definitions:
         """Define a function that is an agent; returns the name that stands for it."""
         if agent.function is None:
             raise WorkflowError(
-                f"agent {agent.id!r} {agent.missing}, and its source is not kept. Run the cell or the file that "
+                f"agent {agent.id!r} {agent.missing}, and its source is not kept. Import the file or run the cell that "
                 "defines it first, then export again."
             )
         options: dict[str, Any] = {name: value for name in AGENT_OPTIONS if (value := getattr(agent, name)) is not None}
@@ -86,7 +86,7 @@ class Definitions:
         """Define the tools and the output of an agent; returns them as options of its call."""
         if agent.missing is not None and agent.function is None and agent.implementation is None:
             raise WorkflowError(
-                f"agent {agent.id!r} {agent.missing}, and its source is not kept. Run the cell or the file that "
+                f"agent {agent.id!r} {agent.missing}, and its source is not kept. Import the file or run the cell that "
                 "defines it first, then export again."
             )
         options: dict[str, Any] = {}
