@@ -602,7 +602,7 @@ class Recorder(Feed):
         if self._broken:
             return
         try:
-            if event.type in _ANEW or (event.type == "GateDecided" and self._taping.of_stale(event.gate_id)):
+            if event.type in _ANEW or (isinstance(event, GateDecided) and self._taping.of_stale(event.gate_id)):
                 self._read_again(event.seq)
                 return
             before = len(self._lines)

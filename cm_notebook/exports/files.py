@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import keys
-from ..errors import WorkflowError, did_you_mean
+from ..errors import WorkflowError, did_you_mean, typed
 from ..events import NOT_CALLED, TurnFinished, TurnStarted
 from ..prompts import agent_facts, digest
 from ..workflow import Agent, Workflow
@@ -197,7 +197,7 @@ def _write(files: dict[Path, str], overwrite: bool) -> None:
         if there is not None and there != text.encode("utf-8") and not overwrite:
             raise WorkflowError(
                 f"{file} is there already and holds something else; nothing was written. "
-                f"To replace it: overwrite=True (`%cm export {file} --overwrite`)."
+                f"To replace it: {typed(f'overwrite=True (`%cm export {file} --overwrite`)', '--overwrite')}."
             )
     for file, text in files.items():
         scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")

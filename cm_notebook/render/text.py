@@ -587,7 +587,7 @@ def sentence(state: RunState, now: float | None = None, go_on: str = "%cm run") 
     if state.paused:
         if step is not None and step.id == state.back_at:
             other = f", or its cell with other words: `%%cm step {step.id}`" if go_on.startswith("%cm") else ""
-            return f"Back at {step.id}: nothing runs until you go on. Next: `{go_on}`{other}."
+            return f"Back at {step.id}: nothing runs until you go on.{_files_come_back(step)} Next: `{go_on}`{other}."
         why = f" ({one_line(state.pause_reason, 120)})" if state.pause_reason else ""
         return f"Paused{why}. " + (f"Next: {step.id}. " if step is not None else "") + f"`{go_on}` goes on."
     if step is None:
@@ -595,6 +595,11 @@ def sentence(state: RunState, now: float | None = None, go_on: str = "%cm run") 
     if step.status == "retrying":
         return f"{step.id}: {retry_words(state, step, now)}."
     return f"{step.id} is next."
+
+
+def _files_come_back(step: StepState) -> str:
+    """That what lies in the folder now is not what the step will find."""
+    return f" The files are as they were before {step.id} when it begins, not yet now." if step.restore else ""
 
 
 def _running(state: RunState, step: StepState) -> str:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import AlreadyDecided, TransitionError
+from ..errors import AlreadyDecided, TransitionError, typed
 from ..events import (
     ACTIONS,
     ASKED_BY_TURNS,
@@ -169,9 +169,10 @@ def gate_of(state: RunState, gate_id: str) -> Gate:
 def closed(state: RunState, step: StepState) -> str:
     """That the gate of `step` was closed without an answer, as the run ended."""
     why = f": {state.reason}" if state.reason else ""
+    on = typed(f"cm.resume({state.run_id!r})", f"cm-notebook resume {state.run_id}")
     return (
         f"the gate of {step.id!r} is closed: run {state.run_id!r} is {state.ended}{why}. Nothing was changed. "
-        f"Go on with it, and it asks again: cm.resume({state.run_id!r})."
+        f"Go on with it, and it asks again: {on}."
     )
 
 

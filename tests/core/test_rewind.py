@@ -90,14 +90,30 @@ def test_a_run_of_another_process_is_rewound_as_it_is_taken_up(tmp_path: Path, d
     run = start(tmp_path / "j.db").approve().wait(10)
     found = run if driven else cm.Run(run.id, Journal(tmp_path / "j.db"))
     if not driven:
-        with pytest.raises(cm.TransitionError, match=r"cm\.resume\('r-\w+', rewind='b'\)"):
-            found.rewind("b")
         with pytest.raises(cm.TransitionError, match=r"is completed\. .*rewind='STEP'"):
             cm.resume(run.id, journal=found._journal)
     again = cm.resume(run.id, journal=found._journal, engine=replies(), rewind="b")
     assert again.wait(10).status == "paused"
     assert standing(again)["b"] == "pending"
     assert finish(again)["b"].text == "b 2"
+
+
+@pytest.mark.parametrize("end", ["", "completed"])
+def test_a_run_that_is_not_driven_here_is_told_to_go_back(tmp_path: Path, end: str) -> None:
+    """Whoever drives it waits there; where nobody does, it is gone on with as it is taken up."""
+    run = start(tmp_path / "j.db")
+    if end:
+        run.approve().wait(10)
+    found = cm.Run(run.id, Journal(tmp_path / "j.db"))
+    with pytest.raises(cm.TransitionError, match="there is no step 'nobody'"):
+        found.rewind("nobody")
+    assert found.rewind("b").status == "paused"
+    until(lambda: run.status == "paused", "the driver to hear of it")
+    assert standing(run) == {"a": "done", "b": "pending", "c": "pending", "d": "pending"}
+    again = cm.resume(run.id, journal=found._journal, engine=replies()) if end else run.unpause()
+    gate(again)
+    assert [attempt.text for attempt in again["b"].attempts] == ["b 1", "b 2"]
+    again.stop()
 
 
 def test_what_runs_is_cut_short() -> None:

@@ -1211,6 +1211,22 @@ def test_a_line_expands_nothing(cells: Cells) -> None:
     assert cells.run["planner"].attempts[0].feedback == "not {goal} and $goal"
 
 
+def test_a_line_takes_variables_where_other_magics_do(cells: Cells) -> None:
+    """In names and values, and never in a person's own words."""
+    run = two_steps(cells)
+    cells("step = 'implementer'", "names = {'first': 'planner'}")
+    cells.shell.user_ns["before"] = run
+    cells("other = %cm fork {step}", "%cm run")
+    cells.to("implementer")
+    assert "-implementer 1" in cells("%cm diff {step} --against {before.id}")
+    cells("%cm show {names[first]}")
+    assert cells.result.id == "planner"
+    assert "there is no run '{nobody.id}'" in error(cells, "%cm diff --against {nobody.id}").lower()
+    cells("%cm approve --output 'of {step} and {\"json\": 1} and {{ goal }}'")
+    assert cells.run["implementer"].text == 'of {step} and {"json": 1} and {{ goal }}'
+    run.stop()
+
+
 def test_reject_needs_words(cells: Cells) -> None:
     start(cells)
     assert "say why" in error(cells, "%cm reject")
