@@ -9,6 +9,10 @@ A tape tells the run as it would go without interruption. A turn that was cut sh
 counted as if it had not been: attempts, and the agents that it had called. So what agents do who were called waits for
 the end of the step that called them, and is left out with it. Neither are the turns of Python functions, which run
 again when a tape is played, nor those in which no model was called.
+
+Pauses, going back and switches of the mode are not on it either: they say how a run was driven, not what came of it.
+Played, a run is driven as its workflow says, so a gate that did not open in the mode it was recorded in has no decision
+on the tape; and cells that go back find what they did then. A tape without what was gone back over is exported.
 """
 
 from __future__ import annotations
@@ -194,10 +198,6 @@ class Taping:
         """From now on the attempts at these paths have numbers that are so much lower."""
         for path, number in attempts.items():
             self._cuts[path] = self._cuts.get(path, 0) + number
-
-    def of_stale(self, gate_id: str) -> bool:
-        """Whether it is a gate at which a stale step is kept or made again: there is none while the tape plays."""
-        return gate_id in self._gates and self._gates[gate_id][0].kind == "stale"
 
     def _write(self, lines: list[str], made: Iterable[Mapping[str, Any]]) -> None:
         for line in made:
@@ -561,7 +561,7 @@ class Recorder(Feed):
 
     A tape that stood in the file is replaced as soon as an agent has answered, and not before: as a whole, so that the
     file is always a tape. From then on lines are added as they come. A run that goes on after its end or after its
-    process has died, goes back, or is a fork, writes its tape anew, from its events: without what it went back over.
+    process has died, and a fork, writes its tape anew, from its events.
 
     Parameters
     ----------
@@ -602,7 +602,7 @@ class Recorder(Feed):
         if self._broken:
             return
         try:
-            if event.type in _ANEW or (isinstance(event, GateDecided) and self._taping.of_stale(event.gate_id)):
+            if event.type in ("RunResumed", "RunForked"):
                 self._read_again(event.seq)
                 return
             before = len(self._lines)
@@ -638,16 +638,11 @@ class Recorder(Feed):
         """Begin anew, with what the run has done so far; how fast that came may stand in the file."""
         with contextlib.suppress(WorkflowError):  # there is none yet
             self._tapes.append(Tape.read(self.file))
-        from .exports.counted import counted  # it is rarely needed
-
         if self._close is not None:
             self._close()
         self._taping, self._lines, self._close = self._anew(), [], None
-        past = [event for event in self._events() if event.seq <= seq]
-        gone, fewer = counted(past)
-        for event in past:
-            self._taping.count_less(fewer.get(event.seq, {}))
-            if event.seq not in gone:
+        for event in self._events():
+            if event.seq <= seq:
                 self._taping.take(event, self._lines)
         if len(self._lines) > 1:  # what was decided while nobody drove it may be the last that is
             self._write()
@@ -688,8 +683,6 @@ class Recorder(Feed):
         return None
 
 
-_ANEW = ("RunResumed", "RunForked", "Rewound", "StepOutdated")
-"""From then on the tape is to be another one."""
 _GOES_ON = ("TurnStarted", "ToolReturned", "AgentsReturned", "TurnWentOn")
 """From then on a turn has nothing to wait for but its agent."""
 _TOGETHER_MS = 50

@@ -147,7 +147,8 @@ class Run:
             A recorded run to play instead of calling engines.
         record
             File to which the run is recorded as a tape, with what agents did and people decided. A tape that is there
-            is replaced as soon as an agent has answered.
+            is replaced as soon as an agent has answered. Pauses, going back and switches of the mode are not on it:
+            played, the run is driven as the workflow says; :meth:`export` leaves out what it has gone back over.
         loop
             ``"thread"``: the run has the engine's own thread. ``"kernel"``: the loop that runs here, for objects bound
             to it.
@@ -699,7 +700,7 @@ class Run:
             As of :meth:`start`; by default as this run.
         **options
             ``engine, on_gate, on_waiting, tape, loop`` of :meth:`start`; by default those that this run has here. And
-            ``record``: what is recorded is the fork from the run's beginning, without what it went back over.
+            ``record``: what is recorded is the fork with its history, as of :func:`resume`.
 
         Raises
         ------

@@ -327,44 +327,21 @@ def test_decisions_about_functions_go_on_being_recorded_after_the_end():
     workflow = cm.Workflow("w", steps="count?", agents=[count])
     run = workflow.start(journal=":memory:", record="t.jsonl", on_gate="approve").wait(20)
     assert read(Path("t.jsonl")) == [("count", 1, "approve")]
-    run.add(cm.step("count", id="again", interactive=True))
-    run.wait(20)
-    assert read(Path("t.jsonl")) == [("count", 1, "approve"), ("again", 1, "approve")]
+    run.rerun("count").wait(20)
+    assert read(Path("t.jsonl")) == [("count", 1, "approve"), ("count", 2, "approve")]
 
 
-def back(run: cm.Run) -> cm.Run:
-    return run.rewind("b").unpause().wait(20)
-
-
-def again(run: cm.Run) -> cm.Run:
-    return run.rerun("a").wait(20)
-
-
-def edited(run: cm.Run) -> cm.Run:
-    run.replace(cm.step("a", prompt="Do a well."))
-    return run.wait(20)
-
-
-def forked(run: cm.Run) -> cm.Run:
-    return run.fork("b", record="fork.jsonl").unpause().wait(20)
-
-
-@pytest.mark.parametrize(
-    ("goes_on", "texts"),
-    [(back, ["a 1", "b 2"]), (again, ["a 2", "b 2"]), (edited, ["a 2", "b 2"]), (forked, ["a 1", "b 2"])],
-)
-def test_what_a_run_went_back_over_is_not_on_its_tape(goes_on: Any, texts: list[str]) -> None:
-    def decide(gate: cm.Gate) -> str:
-        return "retry" if gate.kind == "stale" else "approve"
-
-    script = scripted(a=["a 1", "a 2"], b=["b 1", "b 2"])
-    run = chain("a", "b").start(engine=script, journal="j.db", record="t.jsonl", on_gate=decide).wait(20)
-    other = goes_on(run)
-    tape = "t.jsonl" if other is run else "fork.jsonl"
-    assert read(Path(tape)) == [("a", 1, texts[0]), ("b", 1, texts[1])]
-    assert [step.text for step in played(other.workflow, tape)] == texts
-    if other is not run:
-        assert read(Path("t.jsonl")) == [("a", 1, "a 1"), ("b", 1, "b 1")], "the run's own tape is not touched"
+def test_a_fork_is_recorded_with_its_history_beside_the_tape_of_its_run():
+    script = scripted(a=["a 1"], b=["b 1", "b 2", "b 3"])
+    run = chain("a", "b").start(engine=script, journal="j.db", record="t.jsonl").wait(20)
+    run.rewind("b").unpause().wait(20)
+    whole = [("a", 1, "a 1"), ("b", 1, "b 1"), ("b", 2, "b 2")]
+    assert read(Path("t.jsonl")) == whole, "cells that go back find what was done then"
+    fork = run.fork("b", record="fork.jsonl").unpause().wait(20)
+    assert read(Path("fork.jsonl")) == [*whole, ("b", 3, "b 3")]
+    assert read(Path("t.jsonl")) == whole
+    fork.export("short.jsonl")
+    assert [step.text for step in played(fork.workflow, "short.jsonl")] == ["a 1", "b 3"]
 
 
 def test_any_run_of_the_past_is_made_a_tape_by_what_it_did():
