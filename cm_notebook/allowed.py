@@ -90,7 +90,7 @@ class Permissions(list[Rule]):
     def _repr_html_(self) -> str:
         from html import escape  # only where somebody looks
 
-        return f"<pre>{escape(repr(self))}</pre>"
+        return f'<pre style="font-size:13px;margin:4px 0">{escape(repr(self))}</pre>'
 
 
 def permissions(journal: str | os.PathLike[str] | AnyJournal | None = None) -> Permissions:

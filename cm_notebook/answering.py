@@ -192,9 +192,12 @@ class Answers:
     # -- what is answered ---------------------------------------------------------------------------------------------
 
     def check_decision(self, gate: Gate, decision: Decision) -> None:
-        """Refuse an answer that does not fit, also by the arguments that the tool takes, where it is known here."""
+        """Refuse an answer that does not fit, also by what its agent and the tool take, where they are known here."""
         meaning.check_decision(gate, decision)
         agent = self._work.agents.get(self._driver.state.find(gate.path).step.agent)
+        prompt = decision.output if gate.kind == "start" else decision.prompt
+        if prompt is not None and not prompt.strip() and agent is not None and agent.implementation is None:
+            raise TransitionError(f"the prompt for {gate.path!r} is empty. Write what the agent should do.")
         if decision.output is not None and gate.kind in ("review", "exhausted") and agent is not None:
             wrong = fitted(agent.output, decision.output)[1] if isinstance(agent.output, type) else None
             if wrong is not None:
@@ -224,7 +227,7 @@ class Answers:
                 f"that {tool} may always be called cannot be kept, so nothing is decided: {error}"
             ) from None
 
-    def gate(self, step: str | None = None) -> Gate:
+    def gate(self, step: Any = None) -> Gate:
         """The open gate that is meant; see :meth:`Run.gate`."""
         with self._driver.reading() as state:
             opened = list(state.gates.values())
@@ -242,7 +245,7 @@ class Answers:
                 raise TransitionError(
                     f"several gates are open; name the step: {', '.join(gate.path for gate in opened)}."
                 )
-            if step not in state.members and state.named(step) is None:
+            if isinstance(step, str) and step not in state.members and state.named(step) is None:
                 meant = [gate for gate in opened if gate.step == step]
                 if len(meant) == 1:
                     return meant[0]

@@ -69,14 +69,16 @@ class Report:
     @property
     def html(self) -> str:
         """The same as an HTML table."""
+        from .render.html import inline
+
         cell = "padding:2px 12px 2px 0;vertical-align:top;text-align:left"
         rows = []
         for finding in self.findings:
-            remedy = f"<div>→ {html.escape(finding.remedy)}</div>" if finding.remedy else ""
+            remedy = f"<div>→ {inline(finding.remedy)}</div>" if finding.remedy else ""
             word = f"<b>{finding.word}</b>" if finding.word == "look" else finding.word
             rows.append(
                 f'<tr>\n<td style="{cell}">{word}</td>\n'
-                f'<th scope="row" style="{cell}">{html.escape(finding.about)}</th>\n'
+                f'<th scope="row" style="{cell};white-space:nowrap">{html.escape(finding.about)}</th>\n'
                 f'<td style="{cell}">{html.escape(finding.found)}{remedy}</td>\n</tr>'
             )
         return f'<table style="border-collapse:collapse;font-size:13px">\n{chr(10).join(rows)}\n</table>\n'

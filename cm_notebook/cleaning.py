@@ -2,9 +2,11 @@
 
 Strategy: the saved views of runs are known by their frames and by the places where words about time stand in them
 (``render/html.py`` and ``render/text.py`` have both), so that nothing is looked for in what agents, or other programs,
-have written. From a run that has ended the times and its id are taken; what shows a run that had not ended, or a live
-widget, says nothing to who opens the file, and goes. A run from a tape that has ended is left as it is: its times are
-the tape's. Besides, the counts of executions and the clock times that front ends note beside cells go.
+have written. From a run that is over, or paused, the times and its id are taken; what shows a run at work or a gate, or
+a live widget, says nothing to who opens the file, and goes. A run from a tape is left as it is: its times are the
+tape's. Of a timeline only the words stay: all else in it is times. Ids of runs are taken out of what cells print and of
+errors, too, in a notebook that uses this package: each is ``r-…`` then. Besides, the counts of executions and the clock
+times that front ends note beside cells go.
 
 The file keeps its form: indentation, order of keys, ends of lines. What has nothing to be cleaned keeps its bytes.
 """
@@ -14,10 +16,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from html import unescape
 from typing import Any
 
 from .errors import WorkflowError
 from .render import html
+from .render import text as say
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SAVED_BELOW = ", as saved below. Run this cell again to go on here."
@@ -28,20 +32,28 @@ _NOTED = ("execution", "ExecuteTime")
 _TIME = r"(?:<0\.1 ?s|\d+(?:\.\d)? ?s|\d+ ?min ?\d\d ?s|\d+ ?h ?\d\d ?min)"
 _WHO = r"(?:by [^“”,;:·]{1,60}|at its deadline)"
 _CLOCK = re.compile(rf"(\b[A-Za-z]+ {_WHO}), \d\d:\d\d(?=$|[:;.)]| [·(])", re.MULTILINE)
-_OPEN = "waiting for you|running|paused"
+_OPEN = "waiting for you|running"
 _HEAD = re.compile(rf"(?P<name>.+?): (?P<state>{_OPEN}|[a-z]+(?: [a-z]+){{0,2}})(?= · |\n|$)")
 _ROW = re.compile(rf"^( +\S+ {{2,}}[a-z]+(?: [a-z]+)* {{2,}}){_TIME}(?: +|$)", re.MULTILINE)
 _LINE = re.compile(
     rf"^(cm: (?:\S+ (?:ok|[a-z]+)(?: \([^)\n]*\))?|.* (?:completed|stopped|failed))) {_TIME}(?=[ ;:]|$)", re.MULTILINE
 )
 _RECORDED = re.compile(r"(?:^|· |>)[Rr]ecorded \([^\n]*?\): no model was called", re.MULTILINE)
-_RUN = re.compile(r"\br-[0-9a-f]{8}\b")
+_RUN = re.compile(r"(^|[^\w-]|\x1b\[[\d;]*m)r-[0-9a-f]{8}(?![\w-])", re.MULTILINE)
 _FORK = re.compile(r"((?:^|· )[Ff]ork) of r-[0-9a-f]{8}(?= at )", re.MULTILINE)
+_BESIDE = re.compile(r"(<(?:b|th [^>]*)>(?:fork at [^<]+|forked from|run) )r-[0-9a-f]{8}(?=</(?:b|th)>)")
+"""The head of a column that shows one of two runs."""
+_BESIDE_HEAD = re.compile(r"Step  .*  Answer$", re.MULTILINE)
+_TIMELINE = re.compile(
+    r'\A<img width="\d+" height="\d+" style="max-width:100%;height:auto"\n'
+    rf'alt="(Timeline of [^"]*), {_TIME} of work(\. [^"]*)"\nsrc="data:image/svg'
+)
+_ALREADY = re.compile(rf"(\balready [a-z]+ {_WHO}) at \d\d:\d\d(?=; nothing was changed)")
 _RUN_CODE = re.compile(r'(?: · |(?<=">))run <code style="[^"]*">[^<]*</code>(?=</span>)')
 _HEADER = '<b style="font-size:15px">'
 _PLACE = re.compile(r"Step \d+.* in ")
 _SNAPSHOT = re.compile(r'\A<div data-cm-static="[^"]*">\n')
-_OURS = re.compile(r"^\s*(?:\w+\s*=\s*)?%%?cm\b", re.MULTILINE)
+_USES = re.compile(r"^\s*(?:\w+\s*=\s*)?%%?cm\b|^[^#\n]*\bcm_notebook\b", re.MULTILINE)
 
 
 def cleaned(data: bytes, *, keep_count: bool = False) -> bytes:
@@ -105,13 +117,14 @@ def _form(text: str, book: Any) -> Callable[[Any], str]:
 
 def _clean_book(book: dict[str, Any], keep_count: bool) -> None:
     recorded = False
+    uses = any(cell.get("cell_type") == "code" and _USES.search(_text(cell["source"])) for cell in book["cells"])
     for cell in book["cells"]:
         for name in _NOTED:
             cell.get("metadata", {}).pop(name, None)
         if cell.get("cell_type") != "code":
             continue
         recorded = _tells_of_tape(cell["outputs"], recorded)
-        cell["outputs"] = _clean_outputs(cell["outputs"], _text(cell["source"]), recorded)
+        cell["outputs"] = _clean_outputs(cell["outputs"], uses, recorded)
         if not keep_count:
             for one in (cell, *cell["outputs"]):
                 if "execution_count" in one:
@@ -144,25 +157,35 @@ def _tells_of_tape(outputs: list[dict[str, Any]], before: bool) -> bool:
     return before
 
 
-def _clean_outputs(outputs: list[dict[str, Any]], source: str, recorded: bool) -> list[dict[str, Any]]:
-    made, gone = [], False
-    for output in outputs:
-        if _is_over(output):
-            gone = True
-        else:
-            made.append(output)
+def _clean_outputs(outputs: list[dict[str, Any]], uses: bool, recorded: bool) -> list[dict[str, Any]]:
+    made = [output for output in outputs if not _is_over(output)]
+    gone = len(made) < len(outputs)
     for output in made:
         if not recorded and "data" in output:
             _clean_data(output["data"])
-    if not _OURS.search(source):
-        return made
-    for output in made:
-        if output.get("output_type") == "stream" and not (recorded and not gone):
-            lines = _text(output["text"])
-            if gone:  # lines about a run that had not ended
-                lines = re.sub(r"^cm: .*\n?", "", lines, flags=re.MULTILINE)
-            _put(output, "text", _RUN.sub("r-…", _without_clock(_LINE.sub(r"\1", lines))))
-    return [one for one in made if one.get("output_type") != "stream" or one["text"]]
+        if uses:
+            _clean_words(output, gone, recorded)
+    return [one for one in made if one.get("output_type") != "stream" or one["text"] or not uses]
+
+
+def _clean_words(output: dict[str, Any], gone: bool, recorded: bool) -> None:
+    """Clean what a cell has printed, its error, and its value where that is no view."""
+    if output.get("output_type") == "stream":
+        lines = _text(output["text"])
+        if gone:  # lines about a run that had not ended
+            lines = re.sub(r"^cm: .*\n?", "", lines, flags=re.MULTILINE)
+        if gone or not recorded:
+            lines = _without_clock(_LINE.sub(r"\1", lines))
+        _put(output, "text", _without_ids(lines))
+    elif output.get("output_type") == "error":
+        _put(output, "evalue", _without_ids(output["evalue"]))
+        output["traceback"] = [_without_ids(line) for line in output["traceback"]]
+    else:
+        data = output["data"]
+        if not _is_ours(_text(data.get("text/html", ""))):
+            for kind in data:
+                if kind.startswith("text/"):
+                    _put(data, kind, _without_ids(_text(data[kind])))
 
 
 def _is_over(output: dict[str, Any]) -> bool:
@@ -173,6 +196,8 @@ def _is_over(output: dict[str, Any]) -> bool:
     plain, page = _text(data.get("text/plain", "")), _text(data.get("text/html", ""))
     if WIDGET in data:
         return plain.endswith(SAVED_BELOW)
+    if drawn := _TIMELINE.search(page):
+        return re.search(r"attempt \d+ running[,;.]", drawn[2]) is not None
     if not _is_ours(page):
         return False
     head = _HEAD.match(plain)
@@ -191,19 +216,26 @@ def _is_ours(page: str) -> bool:
 
 def _clean_data(data: dict[str, Any]) -> None:
     page, plain = _text(data.get("text/html", "")), _text(data.get("text/plain", ""))
+    if drawn := _TIMELINE.search(page):
+        words = drawn[1] + drawn[2]
+        _put(data, "text/plain", unescape(words))
+        _put(data, "text/html", f'<div style="{html.FRAME}">\n{words}</div>\n')
     if not _is_ours(page):
         return
     made = "".join(_clean_page(page))
     if html.STATUS_HEAD in page:
         made = re.sub(r"(<tr>\n(?:<td[^>]*>.*</td>\n){2}<td[^>]*>)[^<\n]*(</td>)", r"\1\2", made)
         _put(data, "text/plain", _without_column(plain, "Time"))
+    elif _BESIDE_HEAD.match(plain):
+        table, gap, answers = plain.partition("\n\n")
+        _put(data, "text/plain", _cells_without_times(table) + gap + answers)
     elif _HEAD.match(plain):
         about, gap, output = plain.partition("\n\n")
         first, *rest = about.split("\n")
         rows = _ROW.sub(lambda found: found[1].rstrip() if found[0].endswith("s") else found[1], "\n".join(rest))
         words = "\n".join([_without_times(first, ": "), *([rows] if rest else [])])
         _put(data, "text/plain", _without_clock(words) + gap + output)
-    _put(data, "text/html", _RUN_CODE.sub("", made))
+    _put(data, "text/html", _BESIDE.sub(r"\1r-…", _RUN_CODE.sub("", made)))
 
 
 # -- places in a page --------------------------------------------------------------------------------------------------
@@ -250,6 +282,20 @@ def _without_clock(words: str) -> str:
     """Without the time of day of a decision, and the run that a fork is of; what is quoted stays."""
     parts = re.split("(“[^”]*”)", words)
     return "".join(part if part.startswith("“") else _FORK.sub(r"\1", _CLOCK.sub(r"\1", part)) for part in parts)
+
+
+def _without_ids(words: str) -> str:
+    """With ``r-…`` in place of ids of runs, and without the time at which somebody else was first to decide."""
+    return _RUN.sub(r"\1r-…", _ALREADY.sub(r"\1", words))
+
+
+def _cells_without_times(table: str) -> str:
+    """An aligned table whose cells hold no lengths of time among their words, and no ids of runs."""
+    lines = table.split("\n")
+    starts = [found.start() for found in re.finditer(r"(?:^|(?<=  ))\S", lines[0])]
+    ends = [*starts[1:], None]
+    rows = [[line[start:end].strip() for start, end in zip(starts, ends, strict=True)] for line in lines]
+    return "\n".join(say.table([[re.sub(rf" {_TIME}(?= |$)", "", _without_ids(cell)) for cell in row] for row in rows]))
 
 
 def _without_column(table: str, name: str) -> str:

@@ -112,8 +112,14 @@ CLEAN = Command(
 CLEAN_EXAMPLES = """\
 Examples:
   cm-notebook clean --install
+  cm-notebook clean --install --keep-count
   cm-notebook clean plan.ipynb
   cm-notebook clean --check *.ipynb
+
+Taken out: ids and times of runs in views, in lines that begin with "cm: " and in errors; ids of
+runs in all that cells print; the picture of a timeline, of which the words stay; views of runs at
+work and of gates. What your own code prints besides stays, as do runs that play a tape, and a
+timeline as text or Mermaid.
 
 Exit codes: 0 done, or nothing to do; 1 something would change or is wrong. What is no notebook
 comes out of the filter as it went in.
@@ -304,7 +310,7 @@ def _clean(words: list[str]) -> int:
         print(f"git {'cleans' if here else 'does not clean'} notebooks here.")
         return DONE if here else FAILED
     if ways:
-        print(gitfilter.install() if "install" in asked else gitfilter.uninstall())
+        print(gitfilter.install(keep_count=keep_count) if "install" in asked else gitfilter.uninstall())
         return DONE
     if is_terminal(sys.stdin):
         raise Misunderstood("clean: name a notebook, or --install. As a filter it reads stdin.")

@@ -266,7 +266,8 @@ class Driver:
                 self.wait_anew()
         try:
             if self.driving:
-                self.hands.follow(shown, starts)
+                with _NoCollecting():
+                    self.hands.follow(shown, starts)
                 self._look_out()
                 self.come_to_rest()
         finally:  # last, so that who proposed finds the run as it is now
@@ -624,7 +625,7 @@ def more(have: Iterable[AnyEvent], cut: Iterable[TurnCutShort]) -> list[TurnCutS
 
 
 class _NoCollecting:
-    """Keep the garbage collector from walking a state again and again while it is built of objects that all stay.
+    """Keep the garbage collector from walking again and again what is built of objects that all stay: state and turns.
 
     Many of them count as old at the end: else the next collection, which is to be of young ones, would walk them all.
     """

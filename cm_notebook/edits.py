@@ -38,7 +38,21 @@ def inputs_of(state: RunState, workflow: Workflow | None, given: Mapping[str, An
     """
     defaults = workflow.inputs if workflow is not None else {}
     new = {name: value for name, value in defaults.items() if state.defaults.get(name, _MISSING) != value}
-    return checked_inputs({**state.inputs, **new, **(given or {})})
+    return checked_inputs({**state.inputs, **new, **checked_inputs(given or {})})
+
+
+def by_id(agents: Any) -> dict[str, Agent]:
+    """The agents by their ids.
+
+    Raises
+    ------
+    WorkflowError    They are none.
+    """
+    found = [*agents] if isinstance(agents, Iterable) else [agents]
+    for agent in found:
+        if not isinstance(agent, Agent):
+            raise WorkflowError(f"agents: {agent!r} is no agent. Give a list of them: agents=[planner, reviewer].")
+    return {agent.id: agent for agent in found}
 
 
 def fingerprints(workflow: Workflow, inputs: Mapping[str, Any]) -> dict[str, str]:
@@ -109,15 +123,17 @@ def removal(state: RunState, step: str) -> list[AnyEvent]:
     return [*cut_all(state, "removed", gone), StepRemoved(step=gone.id)]
 
 
-def check_order(state: RunState, workflow: Workflow) -> None:
+def check_order(state: RunState, workflow: object) -> None:
     """Refuse an edited definition in which a step that has run is not found again; said before all else of it.
 
     A step that has not run may be renamed or deleted: it has nothing to lose. The steps that stay keep their order.
 
     Raises
     ------
-    WorkflowError    A step that has run is renamed or deleted, or a step stands elsewhere.
+    WorkflowError    A step that has run is renamed or deleted, or a step stands elsewhere; or it is no workflow.
     """
+    if not isinstance(workflow, Workflow):
+        raise WorkflowError(f"workflow={workflow!r} is no workflow. Make one: cm.Workflow('my-workflow', steps=…).")
     old, new = [step.id for step in state.order], [item.id for item in workflow.executable]
     new_run = typed(f"`%cm workflow {state.name} --new`, or workflow.start()", "`cm-notebook run FILE`")
     hint = f"Start a new run for the new workflow: {new_run}."

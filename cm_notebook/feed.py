@@ -7,6 +7,7 @@ neither a fast agent nor a slow watcher costs anything.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class Feed:
     Parameters
     ----------
     wake
-        Called on the run's thread when there is something to take, once until it is taken. It must be short.
+        Called on the run's thread when there is something to take, once until it is taken. It must be short. What it
+        raises is logged, as nothing that watches a run may stop it.
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:
@@ -49,7 +51,10 @@ class Feed:
         with self._lock:
             wake, self._woken = not self._woken, True
         if wake:
-            self._wake()
+            try:
+                self._wake()
+            except Exception:
+                logging.getLogger("cm_notebook").exception("who watches a run could not be told of what happened")
 
     def put(self, event: AnyEvent) -> None:
         """Add a recorded event."""

@@ -63,6 +63,12 @@ class Files:
         self._begun: tuple[tuple[str, int, int], str | None] | None = None
         """The last turn that has begun, and the snapshot that it began with."""
         self._made: Snapshots | None = None
+        self._besides: list[Path] = []
+
+    def leave_out(self, path: Path) -> None:
+        """Have no snapshot hold `path`, which the run itself writes: Reject would take it back, too."""
+        self._besides.append(path)
+        self._made = None
 
     def snapshots(self) -> Snapshots:
         """Those of this run's workspace."""
@@ -70,7 +76,8 @@ class Files:
             hands = getattr(self._driver, "hands", None)  # who only reads a run has none
             journal, notebook = self._driver.journal, hands.run.notebook if hands is not None else None
             store = store_of(journal)
-            self._made = Snapshots(self._folder(), store, _left_out(journal, store, notebook))
+            left_out = [*_left_out(journal, store, notebook), *self._besides]
+            self._made = Snapshots(self._folder(), store, left_out)
         return self._made
 
     def _whose(self, turn: LiveTurn) -> tuple[StepState, tuple[str, int, int]] | None:

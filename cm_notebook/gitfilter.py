@@ -78,8 +78,13 @@ def _replace(path: Path, data: bytes) -> None:
 # -- git ---------------------------------------------------------------------------------------------------------------
 
 
-def install() -> str:
+def install(*, keep_count: bool = False) -> str:
     """Make it the filter for notebooks of the repository here; what was done, in words.
+
+    Parameters
+    ----------
+    keep_count
+        The filter leaves the numbers of executions.
 
     Raises
     ------
@@ -93,7 +98,7 @@ def install() -> str:
             "first; nothing was changed."
         )
     # -P: a json.py in the repository is not ours
-    command = f"{shlex.quote(Path(sys.executable).as_posix())} -P -m cm_notebook clean"
+    command = f"{shlex.quote(Path(sys.executable).as_posix())} -P -m cm_notebook clean{' --keep-count' * keep_count}"
     _git("config", "--local", f"filter.{NAME}.clean", command)
     if other != NAME:
         attributes = top / ".gitattributes"

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import CodeMachineError
 
@@ -148,8 +148,8 @@ def _check_open(loop: asyncio.AbstractEventLoop | None) -> None:
         raise CodeMachineError("the event loop that does the work has been closed: it would never end.")
 
 
-def _deadline(timeout_s: float | None) -> float | None:
-    if timeout_s is not None and not isinstance(timeout_s, (int, float)):
+def _deadline(timeout_s: Any) -> float | None:
+    if timeout_s is not None and (not isinstance(timeout_s, (int, float)) or timeout_s != timeout_s):
         raise CodeMachineError(f"timeout_s={timeout_s!r} is not a number of seconds, for instance timeout_s=30.")
     return None if timeout_s is None else time.monotonic() + timeout_s
 

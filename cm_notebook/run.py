@@ -250,7 +250,9 @@ class Run:
         if record is not None:
             from .recording import Recorder
 
-            driver.feeds.append(Recorder(record, lambda: self.events, lambda: driver.state.texts, answers.tape))
+            recorder = Recorder(record, lambda: self.events, lambda: driver.state.texts, answers.tape)
+            driver.feeds.append(recorder)
+            work.files.leave_out(recorder.file)
         driver.hosted = loop == "kernel"
         if loop == "kernel":
             driver.loop = running_loop()
@@ -305,6 +307,11 @@ class Run:
         """``running, waiting, paused, completed, stopped`` or ``failed``."""
         with self.reading() as state:
             return "failed" if self._driver.lost is not None else state.status
+
+    @property
+    def driven(self) -> bool:
+        """Whether anybody, here or in another process, drives it now. Without, it is read and decided, and stands."""
+        return self._driver.driving or self._journal.driven(self.id)
 
     @property
     def error(self) -> BaseException | None:
@@ -628,7 +635,7 @@ class Run:
         SnapshotError      It cannot be done; the message says why.
         """
         view = self[step]
-        tree = to if _SNAPSHOT.fullmatch(to) else None
+        tree = to if _SNAPSHOT.fullmatch(str(to)) else None
         if tree is None:
             names = ("before", "after", "kept")
             if to not in names:
@@ -713,7 +720,8 @@ class Run:
         limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
         with self.reading() as state:
             meaning.check_rewind(state, step)
-            given = _given(state, (*self._work.agents.values(), *agents), workflow, f"run.fork({step!r}")
+            known = {**self._work.agents, **edits.by_id(agents)}
+            given = _given(state, known.values(), workflow, f"run.fork({step!r}")
 
         def drive(fork: Run) -> None:
             fork._prepare(given.values(), **options)
@@ -777,6 +785,8 @@ class Run:
         """
         from .render import compare
 
+        if not isinstance(against, Run):
+            raise TransitionError(f"{against!r} is no run. One of the journal: cm.runs()[0].")
         with both(against, self) as (old, new):
             return compare.text(old, new, step)
 
@@ -789,6 +799,7 @@ class Run:
         edits.check_order(self.state, workflow)
         values = edits.inputs_of(self.state, workflow, inputs)
         check_templates(workflow, values)
+        check_read(workflow, inputs or {}, {**self.state.inputs, **workflow.inputs})
         return edits.revision(self._driver.state, workflow, values)
 
     # -- building while it lives --------------------------------------------------------------------------------------
@@ -842,6 +853,8 @@ class Run:
         WorkflowError    The workflow would not be right with it; nothing was changed.
         """
         values = edits.checked_inputs(inputs or {})
+        if not isinstance(step, Step):
+            raise WorkflowError(f"{step!r} is not a step. Use cm.step(…), cm.module(…) or cm.parallel(…).")
         with self._driver.lock:
             old = self._driver.state.step(step.id)
             made = self._changed(
@@ -945,7 +958,7 @@ class Run:
 
     def _changed(self, items: list[Step | Separator], agents: Iterable[Agent], inputs: Mapping[str, Any]) -> Workflow:
         """The workflow with these steps; refused here, before anything changes, if it cannot run."""
-        given = {**self._work.agents, **{agent.id: agent for agent in agents}}
+        given = {**self._work.agents, **edits.by_id(agents)}
         made = edits.changed(self._driver.state, items, given, inputs)
         self._work.agents.update({agent.id: agent for agent in made.agents})
         for item in made.tasks:
@@ -1168,7 +1181,7 @@ def _given(state: RunState, agents: Iterable[Agent], workflow: Workflow | None, 
     """The agents that are given, by id; refused when the run needs one that its journal cannot keep."""
     if workflow is not None:
         edits.check_order(state, workflow)  # an agent may be missing as its step is
-    given = {agent.id: agent for agent in (*agents, *(workflow.agents if workflow is not None else ()))}
+    given = {**edits.by_id(agents), **edits.by_id(workflow.agents if workflow is not None else ())}
     for agent in state.agents.values() if workflow is None else workflow.agents:
         missing = (given.get(agent.id) or agent).missing
         if missing is not None:

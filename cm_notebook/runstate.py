@@ -563,13 +563,14 @@ class RunState(Plain):
         waits = [current] if current is not None and current.status == "retrying" else []
         return [*self.backing_off.values(), *reversed(self.running.values()), *waits]
 
-    def find(self, path: str) -> StepState:
+    def find(self, path: object) -> StepState:
         """The step or member at `path`; a ``TransitionError`` lists the right names."""
-        return self.steps.get(path) or self.members.get(path) or self.step(path)
+        found = self.steps.get(path) or self.members.get(path) if isinstance(path, str) else None
+        return found or self.step(path)
 
-    def step(self, id: str) -> StepState:
+    def step(self, id: object) -> StepState:
         """The step named `id`; a ``TransitionError`` lists the right names."""
-        found = self.steps.get(id) or self.named(id)
+        found = self.named(id) if isinstance(id, str) else None
         if found is None:
             raise TransitionError(
                 f"there is no step {id!r}. {did_you_mean(id, {**self.steps, **self.members}, 'Steps')}"

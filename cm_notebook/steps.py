@@ -8,12 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import GatePending, TransitionError
-from .events import FileChange, Usage
+from .events import FileChange, Gate, Usage
 from .runstate import Attempt, StepState, standing, status_word
 from .state import prompt_of
 
 if TYPE_CHECKING:
     from .run import Run
+
+
+def _decide(gate: Gate) -> str:
+    """What to do about `gate`: its first action is the one that goes on."""
+    first = gate.actions[0]
+    return f"Decide here (or `%cm {first}{' …' if first == 'answer' else ''}`), then run this cell again."
 
 
 class StepView:
@@ -94,7 +100,7 @@ class StepView:
         step = self._step
         if step.gate is not None:
             raise GatePending(
-                f'"{step.id}" is waiting for your decision. Decide here (or `%cm approve`), then run this cell again.',
+                f'"{step.id}" is waiting for your decision. {_decide(step.gate)}',
                 gate=step.gate,
                 run=self.run,
             )
@@ -102,8 +108,7 @@ class StepView:
             opened = next(iter(self.run._driver.state.gates.values()), None)
             if opened is not None:
                 raise GatePending(
-                    f'"{step.id}" has no result yet: "{opened.step}" is waiting for your decision. '
-                    "Decide here (or `%cm approve`), then run this cell again.",
+                    f'"{step.id}" has no result yet: "{opened.step}" is waiting for your decision. {_decide(opened)}',
                     gate=opened,
                     run=self.run,
                 )

@@ -410,6 +410,9 @@ class _Outputs(Mapping[str, str]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
 
 def _read_files(folder: Path, groups: Iterable[Iterable[Call]]) -> dict[str, str]:
     """The input files that calls name, as they are now.

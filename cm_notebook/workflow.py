@@ -766,12 +766,12 @@ def check(workflow: Workflow) -> None:
             if name not in agents:
                 raise WorkflowError(f"step {number}: {_no_agent(name, workflow.agents)}")
             if agents[name].implementation is None:
-                for prompt in item.prompts(agents[name]):
-                    if not prompt.strip():
-                        said = item.id if name == item.agent else name
-                        raise WorkflowError(
-                            f"step {number} ({said!r}): the prompt is empty. Write what the agent should do."
-                        )
+                prompts = item.prompts(agents[name]) if item.prompt != [] else [""]
+                if not all(prompt.strip() for prompt in prompts):
+                    said = item.id if name == item.agent else name
+                    raise WorkflowError(
+                        f"step {number} ({said!r}): the prompt is empty. Write what the agent should do."
+                    )
         if isinstance(item, Module):
             _check_loop(f"step {number}", item, executable)
         if isinstance(item.context, list):
@@ -873,7 +873,7 @@ def as_step(number: int, item: Any) -> AnyStep:
         if not isinstance(kind, str) or kind not in _KINDS:
             hint = did_you_mean(str(kind), _KINDS, "Kinds")
             raise WorkflowError(f"step {number}: kind={kind!r} is not known. {hint}")
-        return _KINDS[kind](**item)
+        return _KINDS[kind](**{str(name): value for name, value in item.items()})
     if isinstance(item, (Step, Separator)):
         return item
     if isinstance(item, str):

@@ -296,7 +296,7 @@ class Snapshots:
             if not set(passed) - set(within):
                 break
             within += passed
-        self.skipped = tuple(one or other for one, other in _UNREADABLE.findall(done.stderr))
+        self.skipped = tuple(dict.fromkeys(one or other for one, other in _UNREADABLE.findall(done.stderr)))
         if done.returncode and not self.skipped:
             raise _failed("add", done.stderr)
         if place.tracked:

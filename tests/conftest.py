@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cm_notebook.config import SETTINGS
+from tests.helpers import NOBODY
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +24,16 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("CM_HEADLESS", "0")
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A folder in which ``powerless`` may write; one below ``tmp_path`` is out of its reach when root tests."""
+    folder = Path(tempfile.mkdtemp())
+    if os.geteuid() == 0:
+        os.chown(folder, NOBODY, -1)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cm_notebook as cm
@@ -26,6 +28,22 @@ def gate(run: cm.Run, step: str | None = None) -> cm.Gate:
         lambda: next((gate for gate in run.gates if step in (None, gate.step)), None),
         f"a gate of {step or 'any step'}",
     )
+
+
+NOBODY = 65534
+
+
+@contextlib.contextmanager
+def powerless() -> Iterator[None]:
+    """Without the rights of root, if this is root. Nothing more can be imported then: what is used must be loaded."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 LEFT_OUT = {"run_id", "recorded", "engine", "duration_s", "retry_in_s", "by", "workspace", "id", "gate_id"}

@@ -152,3 +152,12 @@ def test_links_and_picture() -> None:
             assert (ROOT / place).is_file(), place
     picture = ROOT / ".github/images/run-view.png"
     assert picture.stat().st_size < 150_000
+
+
+def test_the_map_of_the_code_is_whole() -> None:
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    there = [*(ROOT / "cm_notebook").iterdir(), *(file for file in (ROOT / "tests").iterdir() if file.is_dir())]
+    parts = {f"{one.name}/" if one.is_dir() else one.name for one in there if not one.name.startswith(("_", "."))}
+    named = set(re.findall(r"`(\w+(?:\.py|/))", text))
+    assert parts - {"py.typed"} <= named
+    assert {name for name in named if name.endswith(".py")} <= {file.name for file in ROOT.rglob("cm_notebook/**/*.py")}

@@ -64,12 +64,9 @@ class Reply(Plain):
     tool_calls: Sequence[ToolCall | Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         calls = self.tool_calls
         self.tool_calls = tuple(call if isinstance(call, ToolCall) else ToolCall(**dict(call)) for call in calls)
-        if not isinstance(self.text, str):
-            raise WorkflowError(f"cm.Reply: text={self.text!r} is not a text.")
-        if not isinstance(self.delay_s, (int, float)):
-            raise WorkflowError(f"cm.Reply: delay_s={self.delay_s!r} is not a number of seconds.")
         whole = "".join(self.deltas) if self.deltas is not None else self.verdict.reason if self.verdict else ""
         if not self.text:
             self.text = whole
@@ -77,6 +74,25 @@ class Reply(Plain):
             raise WorkflowError(f"reply {self.text[:40]!r}: its deltas make {whole[:40]!r}. Leave one of them out.")
         if self.delay_s < 0:
             raise WorkflowError(f"reply {self.text[:40]!r}: delay_s={self.delay_s!r} is negative.")
+
+    def _check_kinds(self) -> None:
+        calls = "a list of calls, for instance [{'name': 'ask_human', 'arguments': {'question': 'Which one?'}}]"
+        for name, fits, right in (
+            ("text", isinstance(self.text, str), "a text"),
+            ("delay_s", isinstance(self.delay_s, (int, float)), "a number of seconds"),
+            ("deltas", self.deltas is None or _all_of(self.deltas, str), "a list of texts"),
+            ("usage", self.usage is None or isinstance(self.usage, Usage), "a cm.Usage"),
+            ("cost_usd", isinstance(self.cost_usd, (int, float, type(None))), "an amount of US dollars"),
+            ("error", self.error is None or isinstance(self.error, Exception), "an error that can be raised"),
+            ("verdict", self.verdict is None or isinstance(self.verdict, Verdict), "a cm.Verdict"),
+            ("tool_calls", _all_of(self.tool_calls, (ToolCall, Mapping)), calls),
+        ):
+            if not fits:
+                raise WorkflowError(f"cm.Reply: {name}={getattr(self, name)!r} is not {right}.")
+
+
+def _all_of(given: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(given, Sequence) and all(isinstance(one, kind) for one in given)
 
 
 class ScriptedEngine:

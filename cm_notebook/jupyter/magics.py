@@ -171,11 +171,15 @@ class CMMagics(Magics):
         kept = self._notebook.define(plan, new=new)
         state = self._notebook.sketch()
         if state is not None:
-            self._display(svg.graph(state, "text"), svg.graph_img(state))
+            with self._notebook.current().reading() if kept else contextlib.nullcontext(state) as now:
+                shown = now if [one.step for one in now.order] == [one.step for one in state.order] else state
+                self._display(svg.graph(shown, "text"), svg.graph_img(shown))
         if kept:
             print(" ".join(kept))
         else:
-            drives = " It runs by itself; with `--autonomous never` it asks you after each step." if unsaid else ""
+            asks = [step.id for step in state.order if step.step.interactive] if state is not None else []
+            first = f"It asks you at {', '.join(asks)};" if asks else "It runs by itself;"
+            drives = f" {first} with `--autonomous never` it asks you after each step." if unsaid else ""
             if state is None:
                 print(f"{plan.name} has no steps yet.{drives} Next: %%cm step NAME, and its prompt in the lines below.")
             else:
@@ -323,7 +327,13 @@ class CMMagics(Magics):
             raise WorkflowError(f"this is no decision: {decision}. {error}".splitlines()[0]) from error
         with run.reading() as state:
             print(f"{gate.path}: {text.decided(state, state.decisions[gate.id], live=bridge.somebody())}.")
+        self._say_idle(run)
         return run
+
+    def _say_idle(self, run: Run) -> None:
+        """Say that nothing comes by itself of a run that nobody drives: the kernel that did was restarted."""
+        if run.state.ended is None and not run.driven:
+            print("Nobody drives this run now. `%cm run` goes on with it.")
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -331,6 +341,7 @@ class CMMagics(Magics):
         run, step = self._notebook.current(), values.pop("step", None)
         if step is None:
             self._present(run, wait=False)
+            self._say_idle(run)
             return run
         number, full = values.get("number"), values.get("full", False)
         seen = run[step]
@@ -402,6 +413,7 @@ class CMMagics(Magics):
         run = self._notebook.current()
         with run.reading() as state:
             self._display(text.status_table(state), html.status_html(state))
+        self._say_idle(run)
         return run
 
     def _export(self, values: Values, body: str | None) -> Text:
@@ -420,7 +432,8 @@ class CMMagics(Magics):
         for run in found:
             with run.reading() as state:
                 name = ", ".join(filter(None, (state.name, text.fork_words(state))))
-                rows.append((run.id, name, run.status, state.started_at))
+                stands = run.status if state.ended is not None or run.driven else text.undriven(run.status)
+                rows.append((run.id, name, stands, state.started_at))
         lines = text.table([["Run", "Workflow", "State", "Started"], *text.runs_rows(rows)])
         self._display("\n".join(lines) if rows else "There are no runs yet.", html.runs_html(rows))
         return found
@@ -481,13 +494,14 @@ class CMMagics(Magics):
             said = f"Workflow {book.plan.name}: {text.steps(count)}, no run yet. Try: {following}"
             return "\n".join(filter(None, (said, book.left_words())))
         with run.reading() as state:
-            lines = [f"Workflow {state.name}, run {run.id}: {run.status}, mode {state.mode}."]
+            stands = run.status if state.ended is not None or run.driven else text.undriven(run.status)
+            lines = [f"Workflow {state.name}, run {run.id}: {stands}, mode {state.mode}."]
             lines += [f"Gate: {text.gate_sentence(state, gate)}" for gate in state.gates.values()]
             first = next(iter(state.gates.values()), None)
             if first is not None:
                 lines.append("Try: " + " · ".join(way.magic for way in text.ways(state, first)))
             else:
-                lines.append("Try: " + ("%cm status" if state.status in ("running", "completed") else "%cm run"))
+                lines.append("Try: " + ("%cm status" if stands in ("running", "completed") else "%cm run"))
         lines += filter(None, [book.left_words()])
         return "\n".join(lines)
 

@@ -34,6 +34,7 @@ from ..errors import CodeMachineError, RunLocked, TransitionError, WorkflowError
 from ..events import Gate
 from ..journal import AnyJournal, open_journal
 from ..prompts import Hole, check_read, check_templates, holes, step_names
+from ..render import text
 from ..run import Run
 from ..runstate import RunState, StepState
 from ..starting import check_options, checked_limits
@@ -318,7 +319,8 @@ class Notebook:
         run = self.run or self.found
         if run is None:
             return []
-        words = [f"{plan.name} goes on with its run {run.id}, which is {run.status}."]
+        stands = run.status if run.status != "running" or run.driven else text.undriven("running")
+        words = [f"{plan.name} goes on with its run {run.id}, which is {stands}."]
         if fixed:
             words.append(f"It keeps its {', '.join(fixed)}; with --new another run begins.")
         return words

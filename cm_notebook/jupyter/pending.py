@@ -110,7 +110,12 @@ class Bar(view.Display):
         head = {**view.head_record(state, steps, now), "tray": ""}
         if not gates:
             head["place"] = html.inline(self.wait.words(state))
-        return {"head": head, "graph": "", "cards": [], "gates": [view.gate_record(state, one) for one in gates]}
+        return {
+            "head": head,
+            "graph": "",
+            "cards": [],
+            "gates": [view.gate_record(state, one, beside=False) for one in gates],
+        }
 
     def _snapshot(self) -> dict[str, str]:
         bundle = self.wait.static(self.run)

@@ -116,7 +116,7 @@ class Card {
   get number() { return this.attempt || this.record.last; }
 
   get tabs() { return [...this.tools.querySelectorAll("[role=tab]")]; }
-  // What the tab that is chosen stands for: an attempt, or what to show of it.
+  // Whether the tab is the chosen one of its row.
   chosen({ dataset: { tab, attempt } }) { return tab ? tab === this.tab : Number(attempt) === this.number; }
 
   // Tab reaches the chosen ones, the arrow keys the others.
@@ -224,7 +224,7 @@ class Bar {
     if (one.text_of) {
       this.field.disabled = true; // until the text is there
       this.view.ask({ want: this.record.path, attempt: this.record.attempt, tab: one.text_of }, answer => {
-        this.field.value = answer.text; this.field.disabled = false; if (focus) this.field.focus(); });
+        this.field.value = answer.text; this.field.setSelectionRange(0, 0); this.field.disabled = false; if (focus) this.field.focus(); });
     }
     this.more.hidden = false;
     this.buttons.hidden = Boolean(one.at_once || one.sure);
@@ -408,7 +408,7 @@ class View {
     this.tick();
     this.enable();
     this.speak(head.spoken);
-    // What is gone or hidden must not give the keys away.
+    // What is gone must not give the keys away.
     if (before && !focused(this.root)?.getClientRects?.().length) this.root.focus(STAY);
   }
 

@@ -158,12 +158,18 @@ def text(old: str, new: str) -> str:
 
 
 def patch(unified: str) -> str:
-    """Show a unified diff of files as HTML, its lines marked as in :func:`lines`."""
+    """Show a unified diff of files as HTML, its lines marked as in :func:`lines`.
+
+    A file begins with its name; of what git says before its hunks only what one would want to know is shown.
+    """
     shown: list[str] = []
     for kind, group in itertools.groupby(_patch_lines(clean(unified)), key=lambda line: line[0]):
         inner = html.escape("\n".join(text for _, text in group))
         plain = f"{_GROUND[kind]};text-decoration:none" if kind in ("ins", "del") else ""
-        shown.append(_mark(kind, plain, inner) if plain else inner)
+        if kind == "file":
+            shown.append(("\n" if shown else "") + f"<b>{inner}</b>")
+        else:
+            shown.append(_mark(kind, plain, inner) if plain else inner)
         shown.append("\n")
     style = "margin:0 0 8px;font-family:monospace;font-size:12px;overflow-x:auto"
     return f'<pre style="{style}">{"".join(shown)}</pre>\n'
@@ -177,7 +183,12 @@ def _patch_lines(unified: str) -> Iterator[tuple[_Kind, str]]:
             head = re.match(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@", line)
             if head is not None:
                 old, new = (int(count) if count is not None else 1 for count in head.groups())
-            yield "hunk", line
+            named = re.match(r"diff --git (.*)", line)
+            if named is not None:
+                same = re.fullmatch(r"a/(.*) b/\1", named[1])
+                yield "file", same[1] if same is not None else named[1]
+            elif not re.match(r"index |--- |\+\+\+ |(?:new|deleted) file mode 100644$", line):
+                yield "hunk", line
         elif line.startswith("-"):
             old -= 1
             yield "del", line
@@ -190,7 +201,7 @@ def _patch_lines(unified: str) -> Iterator[tuple[_Kind, str]]:
             yield "same", line
 
 
-_Kind = Literal["hunk", "same", "ins", "del", "sentence"]
+_Kind = Literal["file", "hunk", "same", "ins", "del", "sentence"]
 
 
 def _unified(old: str, new: str) -> Iterator[tuple[_Kind, str]]:

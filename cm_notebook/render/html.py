@@ -22,7 +22,7 @@ from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
 from ..errors import TransitionError
-from ..events import Gate
+from ..events import NOT_CALLED, Gate
 from ..runstate import Attempt, RunState, StepState
 from ..workflow import Separator
 from . import diff, svg
@@ -352,7 +352,7 @@ def _result(state: RunState, step: StepState, attempt: Attempt, limit: int) -> l
         parts.append(_line("It is at work; nothing to show yet."))
     elif attempt.answer is not None:
         parts.append(_line("It finished without output."))
-    if attempt.note:
+    if attempt.note and attempt.note != NOT_CALLED:  # its text begins with that
         parts.append(_quote(_line(_capital(one_line(attempt.note, 300)), ""), "waiting"))
     parts.append(_errors(step, attempt))
     parts += map(_line, say.files_notes(step, attempt))
@@ -561,11 +561,12 @@ def _cards(state: RunState, steps: Sequence[str] | None, now: float | None, limi
 
 
 def _focus(state: RunState, chosen: Sequence[StepState]) -> list[StepState]:
-    """The steps that stay open: what runs, waits or failed; else the last one with an output."""
+    """The steps that stay open: what runs, waits or failed; else the one gone back to, or the last with an output."""
     wanting = [step for step in chosen if wants_attention(look(state, step))]
     if wanting:
         return wanting
-    return [step for step in chosen if step.last is not None and step.last.text][-1:]
+    told = [step for step in chosen if step.last is not None and step.last.text]
+    return [step for step in told if state.paused and step.id == state.back_at] or told[-1:]
 
 
 def _groups(
@@ -704,6 +705,8 @@ def files_html(step: StepState, attempt: Attempt) -> str:
 
 def prompt_html(step: StepState, attempt: Attempt) -> str:
     """The exact prompt of an attempt, and to whom it was sent."""
+    if not attempt.prompt:
+        return _line("It was given no prompt.")
     sent = f"Sent to {attempt.engine}:" if attempt.engine not in ("", "offline") else "No model was called. The prompt:"
     return _line(sent) + _shown(attempt.prompt, STEP_LIMIT, f"%cm show {step.path} --full", plain=True)
 
@@ -820,7 +823,7 @@ def runs_html(runs: Iterable[tuple[str, str, str, float]]) -> str:
     tones: dict[str, Tone] = {"running": "running", "waiting": "waiting", "paused": "waiting", "completed": "done"}
     rows = []
     for id, name, status, when in say.runs_rows(runs):
-        state = pill(Look(status, tones.get(status, "failed")))
+        state = pill(Look(status, tones.get(status.partition(",")[0], "failed")))
         rows.append([f'<code style="{_CODE}">{_esc(id)}</code>', _esc(name), state, _esc(when)])
     if not rows:
         return _line("There are no runs yet.")

@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
+from ..errors import WorkflowError, did_you_mean
 from ..runstate import RunState, StepState
 from ..workflow import Module, Parallel, Separator
 from .text import Look, Tone, lane_name, look, loop_limit, one_line, team_words, will_stop
@@ -403,11 +404,21 @@ def graph(state: RunState, format: Literal["svg", "mermaid", "text"] = "svg", *,
         return _mermaid(state)
     if format == "text":
         return _text(state)
-    if format != "svg":
-        raise ValueError(f"graph format {format!r} is not known. Use 'svg', 'mermaid' or 'text'.")
+    check_format(format)
     plan = _place(state)
     said = f' role="{"group" if live else "img"}" aria-label="{_esc(describe(state))}"'
     return "\n".join(_draw(state, plan, live, said))
+
+
+def check_format(format: str) -> None:
+    """Refuse a format that no picture has.
+
+    Raises
+    ------
+    WorkflowError    It is none of those.
+    """
+    if format not in (formats := ("svg", "mermaid", "text")):
+        raise WorkflowError(f"format={format!r} is not known. {did_you_mean(format, formats, 'Formats')}")
 
 
 def graph_img(state: RunState) -> str:

@@ -588,7 +588,8 @@ def sentence(state: RunState, now: float | None = None, go_on: str = "%cm run") 
         if step is not None and step.id == state.back_at:
             other = f", or its cell with other words: `%%cm step {step.id}`" if go_on.startswith("%cm") else ""
             return f"Back at {step.id}: nothing runs until you go on.{_files_come_back(step)} Next: `{go_on}`{other}."
-        why = f" ({one_line(state.pause_reason, 120)})" if state.pause_reason else ""
+        reason = one_line(state.pause_reason, 120)
+        why = reason[6:] if reason.startswith("paused by") else f" ({reason})" if reason else ""
         return f"Paused{why}. " + (f"Next: {step.id}. " if step is not None else "") + f"`{go_on}` goes on."
     if step is None:
         return f"{counts(state)}."
@@ -978,9 +979,14 @@ def files_notes(step: StepState, attempt: Attempt) -> list[str]:
 
 
 def tool_words(attempt: Attempt) -> str:
-    """Which tools an attempt called: ``called add (3 times), remove (failed)``; ``""`` for none."""
+    """Which tools an attempt called: ``called add (3 times), remove (failed)``; ``""`` for none.
+
+    While the attempt goes on, one that has not returned does not count: it may be waiting for a permission.
+    """
     names: dict[str, int] = {}
     for use in attempt.tools:
+        if use.text is None and attempt.ended_at is None:
+            continue
         names[_tool_name(use.name)] = names.get(_tool_name(use.name), 0) + 1
     failed = sum(use.failed for use in attempt.tools)
     said = [f"{name} ({count} times)" if count > 1 else name for name, count in names.items()]
@@ -1257,6 +1263,11 @@ def _files(step: StepState, attempt: Attempt) -> list[str]:
     words = files_words(attempt)
     lines = [f"  {words}:", *(f"    {line}" for line in file_lines(attempt))] if words else []
     return [*lines, *(f"  {note}" for note in files_notes(step, attempt))]
+
+
+def undriven(word: str) -> str:
+    """How a run stands, given in a word, when nobody drives it."""
+    return "interrupted" if word == "running" else f"{word}, not driven"
 
 
 def runs_rows(runs: Iterable[Any]) -> list[list[str]]:

@@ -370,8 +370,7 @@ def draw(
         return _mermaid(state, made)
     if format == "text":
         return _text(state, made)
-    if format != "svg":
-        raise ValueError(f"graph format {format!r} is not known. Use 'svg', 'mermaid' or 'text'.")
+    svg.check_format(format)
     lines, _width, _height = _draw(state, made, f' role="img" aria-label="{svg._esc(describe(state, made))}"')
     return "\n".join(lines)
 

@@ -251,11 +251,7 @@ def shell_of(run: Run, asked: dict[str, Any]) -> Shell:
 def _goes_on(run: Run, asked: dict[str, Any]) -> str:
     """The command by which a run that is paused, or has stopped, goes on."""
     shell = shell_of(run, asked)
-    return shell.command("unpause") if _driven(run) else shell.goes_on
-
-
-def _driven(run: Run) -> bool:
-    return run._driver.journal.driven(run.id)
+    return shell.command("unpause") if run.driven else shell.goes_on
 
 
 # -- looking -------------------------------------------------------------------------------------------------------
@@ -281,23 +277,15 @@ def _row(run: Run) -> list[str]:
     with run.reading() as state:
         gates = [gate.path for gate in state.gates.values()]
         more = f" and {len(gates) - 3} more" if len(gates) > 3 else ""
-        paid = say.cost(state.cost_usd, state.cost_estimated)
+        word, paid = say.run_look(state).word, say.cost(state.cost_usd, state.cost_estimated)
         return [
             run.id,
             say.one_line(state.name, 40),
-            _state_words(run, state),
+            word if state.ended is not None or run.driven else say.undriven(word),
             say.one_line(", ".join(gates[:3]), 60) + more,
             _age(time.time() - (state.started_at or time.time())),
             paid,
         ]
-
-
-def _state_words(run: Run, state: RunState) -> str:
-    """How it stands, and that nobody drives it, where that is so."""
-    word = say.run_look(state).word
-    if state.ended is not None or _driven(run):
-        return word
-    return "interrupted" if state.status == "running" else f"{word}, not driven"
 
 
 def _age(seconds: float) -> str:
@@ -314,7 +302,7 @@ def _run_facts(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
             "run": run.id,
             "workflow": state.name,
             "status": state.status,
-            "driven": _driven(run),
+            "driven": run.driven,
             "mode": state.mode,
             "reason": state.reason,
             "started_at": state.started_at,
@@ -372,7 +360,7 @@ def _run_lines(run: Run, state: RunState, asked: dict[str, Any], full: bool) -> 
         lines += ["", *gate_lines(state, gate, shell, full)]
     if not state.gates:
         lines.append(say.sentence(state, now, _goes_on(run, asked)))
-    if state.ended is None and not _driven(run):
+    if state.ended is None and not run.driven:
         lines += ["", f"Nobody drives it now. Go on with it: {shell.goes_on}"]
     return lines
 
@@ -493,7 +481,7 @@ def _made(run: Run, gate: Gate, asked: dict[str, Any], **decision: Any) -> None:
 
 
 def _from_here(run: Run, asked: dict[str, Any]) -> str:
-    if _driven(run) or run.state.ended is not None:
+    if run.driven or run.state.ended is not None:
         return ""
     return f"\nNobody drives it now. Go on with it: {shell_of(run, asked).goes_on}"
 

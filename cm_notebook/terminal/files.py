@@ -41,9 +41,10 @@ def load(file: str, name: str | None = None) -> Workflow:
     """
     path = Path(file)
     if not path.is_file():
-        near = sorted(str(other) for pattern in ("*.py", "*.json") for other in path.parent.glob(pattern))
+        beside = [other for pattern in ("*.py", "*.json") for other in path.parent.glob(pattern)]
+        near = sorted(str(other) for other in beside if other.is_file())
         hint = f" {did_you_mean(file, near, 'Here')}" if near else ""
-        raise WorkflowError(f"there is no file {file!r}.{hint}")
+        raise WorkflowError(f"{file!r} is a folder.{hint}" if path.is_dir() else f"there is no file {file!r}.{hint}")
     if path.suffix == ".json":
         return _load_json(path)
     if path.suffix == ".ipynb":
@@ -107,7 +108,9 @@ def _place(path: Path, error: BaseException) -> str:
 def _said(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}"
-    return str(error) if isinstance(error, CodeMachineError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, CodeMachineError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _choose(module: ModuleType, file: str, name: str | None) -> Workflow:

@@ -52,6 +52,7 @@ def test_tape(budget, folder):
     lines = file.read_text("utf-8").splitlines()
     assert len(lines) == STEPS + 1
     budget("size of a tape ÷ the answers on it", file.stat().st_size / (STEPS * len(ANSWER)), "×", at_most=1.75)
+    budget("size of a tape per step, without its answer", file.stat().st_size / STEPS - len(ANSWER), "bytes/step")
     tape = Tape.read(file)
     played = paired(lambda: ran(tape=tape), scripted, rounds=7).cpu
     budget("a step that is played from a tape ÷ one of a script", played, "ms/step", times=2)

@@ -140,6 +140,7 @@ def test_edit_is_kept_as_an_attempt(open_notebook, picture):
     nb.click("button", "Edit", cell=1)
     field = nb.output(1).get_by_role("textbox")
     nb.wait_until(lambda: "Write tests later" in field.input_value())
+    assert field.evaluate("field => field.selectionStart") == 0  # one reads it from its beginning
     field.fill("My own plan")
     picture(nb, "edit-light")
     nb.output(1).get_by_role("button", name="Approve this").click()

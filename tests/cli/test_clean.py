@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import cm_notebook as cm
 from cm_notebook import cli
 from cm_notebook.cleaning import SAVED_BELOW, WIDGET, cleaned
 from cm_notebook.gitfilter import LINE
-from cm_notebook.render import html, text
+from cm_notebook.render import compare, html, text, timeline
 from cm_notebook.state import RunState
 from tests.notebooks import execute as books
 from tests.render.builder import NOON, SITUATIONS, Story, finished, looping, recorded, waiting
@@ -124,14 +125,57 @@ def test_a_run_from_a_tape_is_left_as_it_is() -> None:
     )
 
 
-UNFINISHED = "08-resume-and-rewind"
-"""Shows runs on purpose that have not ended."""
-
-
-@pytest.mark.parametrize("stem", [path.stem for path in books.shipped() if path.stem != UNFINISHED])
+@pytest.mark.parametrize("stem", [path.stem for path in books.shipped()])
 def test_a_shipped_notebook_is_clean(stem: str) -> None:
     content = next(path for path in books.shipped() if path.stem == stem).read_bytes()
     assert cleaned(content, keep_count=True) == content
+
+
+def test_ids_of_runs_are_taken_out_of_what_cells_print_and_of_errors() -> None:
+    """A program that uses the package, in cells without a magic."""
+
+    def book(id: str, took: str, clock: str) -> bytes:
+        raised = [f"\x1b[31mTransitionError\x1b[39m: run \x1b[32m{id}\x1b[39m: cm.resume('{id}')"]
+        already = f"'a' was already approved by you at {clock}; nothing was changed."
+        outputs = [
+            stream([f"{id} <Run {id} 'w': done>", f"cm: a ok {took}", f"cm: w completed {took} 3 tok"]),
+            {"ename": "AlreadyDecided", "evalue": already, "output_type": "error", "traceback": [already]},
+            {"ename": "TransitionError", "evalue": f"run '{id}'", "output_type": "error", "traceback": raised},
+            {"data": {"text/plain": f"[<Run {id} 'w'>]"}, "execution_count": 3, "metadata": {}, "output_type": "x"},
+        ]
+        return notebook(*outputs, source="import cm_notebook as cm\nprint(run.id, run)")
+
+    once = cleaned(book("r-0123abcd", "4.6s", "12:31"))
+    assert once == cleaned(book("r-4567cdef", "13.9s", "08:02")) == cleaned(once)
+    assert b"r-\xe2\x80\xa6 <Run r-\xe2\x80\xa6 'w': done>" in once
+    assert b"cm: w completed 3 tok" in once
+    for like in ("for-01234567", "r-0123abcde", "x-r-0123abcd"):
+        assert like.encode() in cleaned(notebook(stream([like]), source="import cm_notebook"))
+
+
+def test_of_a_timeline_the_words_stay() -> None:
+    def picture(machine: Any) -> dict[str, Any]:
+        events = team(machine=machine).events
+        return output(timeline.img(events), timeline.draw(events, "text"))
+
+    once = cleaned(notebook(picture(HERE)))
+    assert once == cleaned(notebook(picture(THERE))) == cleaned(once)
+    [made] = json.loads(once)["cells"][0]["outputs"]
+    [words] = made["data"]["text/plain"]
+    assert words.startswith("Timeline of a: done · 4.6 s. architect: attempt 1 done; ")
+    assert "backend-dev: attempt 1 failed, retried, attempt 2 done" in words
+    assert not any("svg" in line for line in made["data"]["text/html"])
+
+
+def test_two_runs_side_by_side_have_neither_ids_nor_times() -> None:
+    def pair(here: Any, there: Any) -> bytes:
+        both = [team(machine=machine).state for machine in (here, there)]
+        made = [output(compare.compare_html(*both, step), compare.text(*both, step)) for step in (None, "architect")]
+        return notebook(*made)
+
+    once = cleaned(pair(HERE, THERE))
+    assert once == cleaned(pair(THERE, HERE)) == cleaned(once)
+    assert re.search(r"Step +run r-… +run r-… +Answer", once.decode())
 
 
 @pytest.mark.parametrize("make", [waiting, looping])
@@ -330,6 +374,16 @@ def test_git_stores_what_is_clean(repository: Path, capsys: pytest.CaptureFixtur
     assert cli.main(["clean", "--check"]) == cli.FAILED
     git("add", "--renormalize", ".")
     assert stored("deep down/my run.ipynb") == of(finished(machine=THERE))
+
+
+def test_the_filter_may_leave_the_numbers_of_executions(repository: Path) -> None:
+    for words, kept in ((["--keep-count"], True), ([], False)):
+        assert cli.main(["clean", "--install", *words]) == cli.DONE
+        data = of(finished())
+        Path("a.ipynb").write_bytes(data)
+        git("add", "--renormalize", ".")
+        git("add", ".")
+        assert stored("a.ipynb") == cleaned(data, keep_count=kept)
 
 
 def test_our_line_alone_leaves_no_file(repository: Path) -> None:

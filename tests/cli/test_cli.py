@@ -272,7 +272,10 @@ def test_a_run_is_recorded_and_played_by_the_command_line() -> None:
     assert "cm: planner approved (recorded)" in done.lines
     other = ran("run", file, "--tape", "tapes/t.jsonl", "--input", "goal=that")
     assert other.code == 1
-    assert "it changed here: recorded 'it', now 'that' (from input goal). `%cm run --record tapes/t" in other.err
+    assert (
+        "it changed here: recorded 'it', now 'that' (from input goal). `cm-notebook run FILE --record tapes/t"
+        in other.err
+    )
     refused = ran("run", file, "--tape", "tapes/t.jsonl", "--record", "tapes/t.jsonl")
     assert refused.code == 1
     assert "is the tape that is played" in refused.err
@@ -320,6 +323,7 @@ def test_a_failed_run_ends_with_1_and_one_line() -> None:
         ("import cm_notebook as cm\n\nx = nothing\n", "flow.py, line 3: NameError: name 'nothing' is not defined"),
         ("x = (\n", "flow.py, line 1: SyntaxError: '(' was never closed"),
         ("x = 1\0\n", "flow.py: SyntaxError: source code string cannot contain null bytes"),
+        ("raise ValueError('no luck\\nat all')\n", "flow.py, line 1: ValueError: no luck at all"),
         ("import sys\nsys.exit(0)\n", "flow.py, line 2: SystemExit: 0"),
         (HEAD, "flow.py defines no workflow: workflow = cm.Workflow(…) is expected at its top level."),
         (
@@ -388,6 +392,7 @@ def test_what_is_not_understood_ends_with_2(here: Here, words: list[str], said: 
             "'a.ipynb' is a notebook. Open it in Jupyter, or run it headless: jupyter execute a.ipynb",
         ),
         (["run", "a.txt"], "'a.txt' is neither .py nor .json."),
+        (["run", "."], "'.' is a folder. Here: a.json, flow.py."),
         (["run", "a.json"], "a.json: this is not JSON: Expecting value: line 1 column 1 (char 0)."),
         (["run", "flow.py", "--until", "x"], "until='x' is not a step. Steps: planner, coder."),
         (

@@ -462,9 +462,7 @@ def test_a_run_is_a_test(tmp_path: Path, headless: None) -> None:
     assert "FAILED test_text.py::test_tea_party - AssertionError" in done.stdout
 
 
-def test_a_run_of_a_journal_is_exported_with_the_functions_that_are_at_hand(
-    tmp_path: Path, headless: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_a_journal_is_exported_with_the_functions_that_are_at_hand(tmp_path: Path, headless: None) -> None:
     run = played(tmp_path)
     found = cm.Run.open(run.id, run._journal)
     assert found is not run
@@ -472,7 +470,13 @@ def test_a_run_of_a_journal_is_exported_with_the_functions_that_are_at_hand(
     for name in ("test_tea.py", "tea.py"):
         found.export(name)
         assert "count = words_of(" in Path(name).read_text(encoding="utf-8")
-    monkeypatch.setitem(globals(), "word_limit", None)
+
+    @cm.agent("nowhere")  # in no module, so it is not found again
+    def nowhere(turn: cm.Turn) -> str:
+        return "done"
+
+    run = cm.Workflow("w", agents=[nowhere], steps="nowhere").start(journal=":memory:").wait()
+    found = cm.Run.open(run.id, run._journal)
     with pytest.raises(cm.WorkflowError, match=r"is not kept\. Import the file or run the cell that defines"):
         found.export("other.py")
 

@@ -149,6 +149,21 @@ def test_inputs_may_be_given_without_a_definition() -> None:
     run.stop()
 
 
+def test_an_input_that_nothing_reads_is_refused_as_at_the_start() -> None:
+    flow = cm.Workflow("i", agents=[cm.Agent("a", "Say {{ word }}.")], steps="a?", inputs={"word": "one"})
+    journal = MemoryJournal()
+    run = flow.start(journal=journal)
+    gate(run)
+    run.stop()
+    with pytest.raises(cm.WorkflowError, match="no prompt uses the input 'wrod'"):
+        cm.resume(run.id, inputs={"wrod": "two"}, journal=journal)
+    with pytest.raises(cm.WorkflowError, match="no prompt uses the input 'wrod'"):
+        run.fork("a", inputs={"wrod": "two"})
+    again = cm.resume(run.id, inputs={"word": "two"}, journal=journal)
+    assert gate(again).kind == "review"
+    again.stop()
+
+
 @pytest.mark.parametrize("edited", [False, True])
 def test_what_a_crash_cut_short_says_so(edited: bool) -> None:
     run = whole()
@@ -428,10 +443,10 @@ def _read_anew(monkeypatch: pytest.MonkeyPatch) -> cm.Run:
     async def work(turn: cm.Turn) -> str:
         return turn.step
 
-    monkeypatch.setattr(driving, "MANY", 100)
     journal = MemoryJournal()
     steps = [cm.step("work", id=f"s{number}") for number in range(100)]
     run = cm.Workflow("long", agents=[work], steps=steps).start(journal=journal).wait(20)
+    monkeypatch.setattr(driving, "MANY", 100)
     return cm.Run.open(run.id, journal)
 
 

@@ -189,6 +189,38 @@ def test_waiting_takes_seconds() -> None:
     run = start("a?")
     with pytest.raises(cm.CodeMachineError, match="timeout_s='x' is not a number of seconds"):
         run.wait(timeout_s="x")  # type: ignore[arg-type]
+    with pytest.raises(cm.CodeMachineError, match="timeout_s=nan is not a number of seconds"):
+        run.wait(timeout_s=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda run: run.approve({}), "there is no step {}. Steps: a"),
+        (lambda run: run.reject("why", 5), "there is no step 5. Steps: a"),
+        (lambda run: run[["a"]], "there is no step ['a']"),
+        (lambda run: run.diff("a"), "'a' is no run"),
+        (lambda run: run.add("a", agents="a"), "agents: 'a' is no agent"),
+        (lambda run: run.replace("a"), "'a' is not a step"),
+        (lambda run: run.restore_files("a", to=b"x"), "to=b'x' is not known. Possible: before, after, kept"),
+        (lambda run: run.revise("w"), "workflow='w' is no workflow"),
+        (lambda run: run.revise(run.workflow, ["x"]), "inputs=['x'] is not a dict"),
+        (lambda run: run.fork("a", 7), "workflow=7 is no workflow"),
+        (lambda run: run.fork("a", agents=5), "agents: 5 is no agent"),
+        (lambda run: run.fork("a", inputs="x"), "inputs='x' is not a dict"),
+        (lambda run: run.graph("sgv"), "format='sgv' is not known. Did you mean 'svg'?"),
+        (lambda run: run.graph("png", timeline=True), "format='png' is not known. Formats: svg, mermaid, text"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_in_one_line(call: Callable[[cm.Run], Any], words: str) -> None:
+    run = start("a?")
+    gate(run)
+    with pytest.raises(cm.CodeMachineError) as refused:
+        call(run)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+    run.approve()
+    assert run.wait(10).status == "completed"
 
 
 # -- the patterns ----------------------------------------------------------------------------------------------------
@@ -412,6 +444,8 @@ def test_a_gate_before_asks_about_the_prompt() -> None:
     run = flow.start({"word": "hello"}, engine=Echo(), journal=":memory:")
     assert gate(run).kind == "start"
     assert run["a"].attempts == []
+    with pytest.raises(cm.TransitionError, match="the prompt for 'a' is empty"):
+        run.approve(output=" ")
     run.approve(output="Say goodbye.")
     assert run.wait(10)["a"].prompt == "Say goodbye."
 
@@ -1064,6 +1098,8 @@ def test_after_the_retries_a_gate_asks() -> None:
     run = flow.start(engine=cm.ScriptedEngine({"a": [busy, busy, "fine"]}), journal=":memory:")
     opened = gate(run)
     assert (opened.kind, opened.payload["error"]) == ("failed", "overloaded")
+    with pytest.raises(cm.TransitionError, match="the prompt for 'a' is empty"):
+        run.retry(prompt=" ")
     run.retry(prompt="x, shorter")
     assert run.wait(10)["a"].prompt == "x, shorter"
 
@@ -1170,6 +1206,15 @@ def test_a_bug_in_a_proposal_reaches_the_proposer_and_nobody_else() -> None:
         run._driver.propose(lambda: [1 / 0])
     run.approve()
     assert run.wait(10).status == "completed"
+
+
+def test_a_bug_in_who_watches_does_not_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    run = start("planner?")
+    gate(run)
+    run.watch(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    run.approve()
+    assert run.wait(10).status == "completed"
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_a_bug_while_recording_reaches_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1279,6 +1324,12 @@ def test_what_a_function_does_to_its_inputs_stays_with_it() -> None:
 
     run = cm.Workflow("i", agents=[writes], steps="a").start({"goal": "x"}, journal=":memory:").wait(10)
     assert run["a"].text == "ok"
+
+
+def test_what_a_function_knows_of_earlier_steps_can_be_printed() -> None:
+    seen = cm.agent("b")(lambda turn: f"{turn.outputs}")
+    run = cm.Workflow("o", agents=[cm.agent("a")(lambda turn: "x"), seen], steps="a -> b").start(journal=":memory:")
+    assert run.wait(10)["b"].text == "{'a': 'x'}"
 
 
 def test_unknown_engines_are_refused_before_anything_runs() -> None:

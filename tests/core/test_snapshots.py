@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -150,6 +151,93 @@ def test_reject_brings_the_files_back_exactly(folder):
     assert "WorkspaceRestored" in kinds(run)
     run.approve()
     run.wait()
+
+
+LARGE = ("x" * 79 + "\n") * 100_000
+
+
+def link(there: Path, name: str, to: object) -> None:
+    (there / name).symlink_to(str(to))
+
+
+def committed(folder: Path) -> None:
+    git(folder, "init", "--quiet", "-b", "main")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "first")
+
+
+def with_submodule(folder: Path) -> None:
+    library = folder.parent / "library"
+    write(library, inside="1")
+    committed(library)
+    committed(folder)
+    git(folder, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(library), "inner")
+    git(folder, "commit", "-qm", "second")
+
+
+def with_nested(folder: Path) -> None:
+    write(folder / "inner", inside="1")
+    committed(folder / "inner")
+
+
+def in_inner(there: Path) -> None:
+    write(there / "inner", inside="2", more="m")
+    git(there / "inner", "commit", "-qam", "by the agent")
+    write(there, kept="2\n")
+
+
+CHANGED = [FileChange("kept", "modified", None, 1, 1)]
+KINDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], list[FileChange], set[str]]] = {
+    "new": (lambda _: None, lambda at: put(at / "a" / "b", "1\n"), [FileChange("a/b", "added", None, 1, 0)], set()),
+    "deleted": (lambda _: None, lambda at: (at / "kept").unlink(), [FileChange("kept", "deleted", None, 0, 1)], set()),
+    "renamed": (
+        lambda _: None,
+        lambda at: (at / "kept").rename(at / "other"),
+        [FileChange("other", "renamed", "kept", 0, 0)],
+        set(),
+    ),
+    "binary": (
+        lambda at: write(at, data=b"\0\1"),
+        lambda at: write(at, data=b"\0\2"),
+        [FileChange("data", "modified")],
+        set(),
+    ),
+    "large": (lambda _: None, lambda at: write(at, large=LARGE), [FileChange("large", "added")], set()),
+    "a link out of the folder": (
+        lambda at: link(at, "link", at.parent / "nowhere"),
+        lambda at: ((at / "link").unlink(), link(at, "link", at.parent)),
+        [FileChange("link", "modified", None, 1, 1)],
+        set(),
+    ),
+    "ignored": (
+        lambda at: put(at / ".gitignore", "*.log\n"),
+        lambda at: (put(at / "x.log", "1"), write(at, kept="2\n")),
+        CHANGED,
+        {"x.log"},
+    ),
+    "a nested repository": (with_nested, in_inner, CHANGED, {"inner/inside", "inner/more"}),
+    "a submodule": (with_submodule, in_inner, CHANGED, {"inner/inside", "inner/more"}),
+}
+"""What was there, what an agent does, what is shown of it, and what Reject leaves alone."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_files(folder, kind):
+    before, does, shown, left = KINDS[kind]
+    write(folder, kept="1\n")
+    before(folder)
+
+    def ours() -> dict[str, tuple[int, bytes]]:
+        return {name: it for name, it in held(folder).items() if ".git/" not in name and name not in left}
+
+    there = ours()
+    run = waiting(started(folder, agent("one", lambda turn: does(turn.workspace), None)))
+    assert run["one"].files_changed == shown
+    run.reject("again")
+    waiting(run, 2)
+    assert ours() == there
+    assert left <= held(folder).keys()
+    run.stop()
 
 
 def test_approve_with_another_output_leaves_the_files(folder):
@@ -352,7 +440,8 @@ def test_a_team_and_a_parallel_step(folder):
     run.stop()
 
 
-def test_the_users_own_repository_is_untouched(folder):
+@pytest.mark.parametrize("where", [".", "packages/web"])
+def test_the_users_own_repository_is_untouched(folder, where):
     git(folder, "init", "--quiet", "-b", "main")
     write(folder, tracked="1", staged="1")
     git(folder, "add", "-A")
@@ -361,8 +450,10 @@ def test_the_users_own_repository_is_untouched(folder):
     git(folder, "stash", "-q")
     write(folder, staged="2", untracked="u")
     git(folder, "add", "staged")
-    ours, before = held(folder / ".git"), held(folder)
-    run = waiting(started(folder, agent("one", writes(tracked="x", staged="x", new="n", untracked="x"), None)))
+    ours, before = held(folder / ".git"), held(folder)  # HEAD, branches, index, stash, and all else
+    work = agent("one", writes(tracked="x", staged="x", new="n", untracked="x"), None)
+    run = waiting(started(folder / where, work))
+    assert len(run["one"].files_changed) == 4
     run.reject("no")
     waiting(run, 2)
     assert held(folder / ".git") == ours
@@ -393,6 +484,21 @@ def test_what_we_write_ourselves_and_the_notebook_are_left_out(tmp_path, monkeyp
     assert (tmp_path / "a").read_text() == "1"
     assert run["one"].files_changed == []
     run.stop()
+
+
+def test_the_tape_that_is_recorded_is_left_out(folder):
+    tape = folder / "tapes" / "t.jsonl"
+    run = started(folder, agent("one", writes(a="1"), writes(b="2")), agent("two", None), record=tape)
+    waiting(run)
+    run.reject("again")
+    waiting(run, 2)
+    run.approve()
+    until(lambda: run.gates and run.gates[0].step == "two")
+    run.approve()
+    run.wait()
+    assert [[change.path for change in step.files_changed] for step in run] == [["b"], []]
+    taped = [line["decision"]["action"] for line in map(json.loads, tape.read_text().splitlines()) if "gate" in line]
+    assert taped == ["reject", "approve", "approve"], "Reject did not take it back"
 
 
 def test_a_notebook_that_was_kept_once_is_not_brought_back(tmp_path, monkeypatch):

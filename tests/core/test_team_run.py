@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 import cm_notebook as cm
+from cm_notebook import driving
 from cm_notebook.journal import MemoryJournal
 from cm_notebook.render import html, text
 from cm_notebook.runstate import RunState
@@ -989,3 +991,22 @@ def test_what_a_member_costs_does_not_grow_with_their_number() -> None:
     for places in (4, 10_000):
         few, many = asyncio.run(calls(100, places)), asyncio.run(calls(2000, places))
         assert many < 1.2 * few, f"{few:.0f} calls for each of 100, {many:.0f} for each of 2000, {places} at a time"
+
+
+def test_many_that_begin_together_count_as_old_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each full collection while they begin would walk them all."""
+    monkeypatch.setattr(driving, "MANY", 100)
+    young: list[str] = []
+
+    @cm.agent("a")
+    async def first(turn: cm.Turn) -> str:
+        if turn.path.endswith("#1"):
+            old = {id(one) for one in gc.get_objects(generation=2)}
+            turns = cm.current()._driver.turns
+            young.extend(path for path, live in turns.items() if path != "boss" and id(live) not in old)
+            young.append(f"of {len(turns)}")
+        return "done"
+
+    flow = team(boss([{"agent": "a", "prompt": str(number)} for number in range(300)]), first)
+    flow.start(journal=":memory:", max_concurrency=300).wait(60)
+    assert young == ["of 301"]

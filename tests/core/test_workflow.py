@@ -145,6 +145,7 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     ),
     (lambda: flow(Step(agent="new", prompt=" \n")), ("step 1 ('new')", "prompt is empty", "Write what")),
     (lambda: flow(Step(agent="new", prompt=["x", ""])), ("step 1 ('new')", "prompt is empty")),
+    (lambda: flow(Step(agent="planner", prompt=[])), ("step 1 ('planner')", "prompt is empty")),
     (lambda: Workflow("W", agents=[Agent("a")], steps=["a"]), ("step 1 ('a')", "prompt is empty")),
     (lambda: Agent("a")(), ("agent 'a' is not a Python function", "step of a workflow")),
     # templates

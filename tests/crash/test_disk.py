@@ -1,17 +1,20 @@
 """A disk that is full, read-only or slow: a clear error, nothing lost, and the run goes on when there is a disk again.
 
-Real file systems of a few hundred kilobytes where this user may mount them; a limit on the size of files elsewhere.
+Each in two ways: on a real file system of a few hundred kilobytes, where this user may mount one; and everywhere with
+what SQLite and the operating system offer instead: a limit of pages, a limit on the size of files, missing rights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import shutil
+import stat
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,26 +23,79 @@ import cm_notebook as cm
 from cm_notebook.events import AnyEvent
 from tests.crash.harness import check, read_rows
 from tests.crash.plans import Ledger, Plan, make, read_lines
-from tests.helpers import gate, until
+from tests.helpers import gate, powerless, until
 
 
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Function that mounts a file system in memory; skipped where this user may not."""
-    mounted: list[Path] = []
+class Mounted:
+    """A disk of its own, in memory."""
 
-    def mount(options: str) -> Path:
-        place = tmp_path / f"disk{len(mounted)}"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
         if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip("this user may not mount file systems")
-        mounted.append(place)
-        return place
 
-    yield mount
-    for place in mounted:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
+    def fill(self, journal: cm.Journal, leave: int = 0) -> None:
+        with (self.folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 1024)
+        if leave:
+            os.truncate(self.folder / "filler", (self.folder / "filler").stat().st_size - leave)
+
+    def free(self) -> None:
+        (self.folder / "filler").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def read_only(self) -> Iterator[None]:
+        for way in ("ro", "rw"):
+            subprocess.run(["mount", "-o", f"remount,{way}", str(self.folder)], check=True)
+            if way == "ro":
+                yield
+
+    def gone(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+
+
+class Limited:
+    """A folder in which one may lose the right to write, and a journal may have only so many pages."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._journals: list[cm.Journal] = []
+
+    def fill(self, journal: cm.Journal, leave: int = 0) -> None:
+        (size,) = journal._writer.execute("PRAGMA page_size").fetchone()
+        (pages,) = journal._writer.execute("PRAGMA page_count").fetchone()
+        journal._writer.execute(f"PRAGMA max_page_count={pages + leave // size}")
+        self._journals.append(journal)
+
+    def free(self) -> None:
+        for journal in self._journals:
+            journal._writer.execute("PRAGMA max_page_count=1000000000")
+
+    @contextlib.contextmanager
+    def read_only(self) -> Iterator[None]:
+        files = [self.folder, *self.folder.iterdir()]
+        modes = [file.stat().st_mode for file in files]
+        for file, mode in zip(files, modes, strict=True):
+            file.chmod(0o555 if stat.S_ISDIR(mode) else 0o444)
+        with powerless():
+            yield
+        for file, mode in zip(files, modes, strict=True):
+            file.chmod(mode)
+
+    def gone(self) -> None:
+        pass
+
+
+@pytest.fixture(params=[Mounted, Limited])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mounted | Limited]:
+    """A disk that can be filled, and made read-only."""
+    folder = request.getfixturevalue("reachable") if request.param is Limited else tmp_path / "disk"
+    made = request.param(folder)
+    yield made
+    made.gone()
 
 
 def flow() -> cm.Workflow:
@@ -48,13 +104,6 @@ def flow() -> cm.Workflow:
 
 
 BIG = cm.ScriptedEngine({"a": ["small"], "b": ["b" * 60_000], "c": ["c" * 60_000], "d": ["d"]})
-
-
-def fill(disk: Path) -> None:
-    """Leave no byte free."""
-    with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"\0" * 1024)
 
 
 def goes_on(run: cm.Run, path: Path, kept: list[AnyEvent]) -> None:
@@ -69,85 +118,98 @@ def goes_on(run: cm.Run, path: Path, kept: list[AnyEvent]) -> None:
     assert list(answers.values()) == [1]
 
 
-def test_full_while_a_turn_is_recorded(mount: Callable[..., Path]) -> None:
+def test_full_while_a_turn_is_recorded(disk: Mounted | Limited) -> None:
     """The decision was taken while there was room; the turn after it finds none."""
-    disk = mount("size=600k")
-    run = flow().start(engine=BIG, journal=disk / "j.db")
+    journal = cm.Journal(disk.folder / "j.db")
+    run = flow().start(engine=BIG, journal=journal)
     gate(run)
-    (disk / "filler").write_bytes(b"\0" * 400_000)
+    disk.fill(journal, leave=40_000)
     run.approve()
     with pytest.raises(cm.JournalError, match=r"the disk is full\. What is recorded is safe; make room and resume"):
         run.wait(20)
     assert run.status == "failed"
     kept = run.events
     assert any(event.type == "GateDecided" for event in kept)
-    (disk / "filler").unlink()
-    goes_on(run, disk / "j.db", kept)
+    disk.free()
+    goes_on(run, disk.folder / "j.db", kept)
 
 
-def test_full_when_a_person_decides(mount: Callable[..., Path]) -> None:
+def test_full_when_a_person_decides(disk: Mounted | Limited) -> None:
     """Who decides is told that it was not recorded; the gate is open again when there is room."""
-    disk = mount("size=600k")
-    run = flow().start(engine=BIG, journal=disk / "j.db")
+    journal = cm.Journal(disk.folder / "j.db")
+    run = flow().start(engine=BIG, journal=journal)
     gate(run)
     kept = run.events
-    fill(disk)
-    for _ in range(60):  # SQLite may still have a page or two that it can use again
-        try:
-            run.approve() if run.gates else run.pause()
-        except cm.CodeMachineError as error:
-            refused = error
-            break
-    else:
-        pytest.fail("the disk is never full")
-    assert "the disk is full" in str(refused)
-    (disk / "filler").unlink()
-    goes_on(run, disk / "j.db", kept)
+    disk.fill(journal)
+    with pytest.raises(cm.JournalError, match="the disk is full"):
+        run.approve(output="longer than what SQLite has left of a page " * 1000)
+    disk.free()
+    goes_on(run, disk.folder / "j.db", kept)
 
 
-def test_full_where_a_journal_should_be_made(mount: Callable[..., Path]) -> None:
-    disk = mount("size=100k")
-    fill(disk)
-    with pytest.raises(cm.JournalError, match="disk is full"):
-        flow().start(engine=BIG, journal=disk / "j.db")
-    (disk / "filler").unlink()
-    assert [file.name for file in disk.iterdir()] == [], "no half of one is left"
+def test_full_where_a_journal_should_be_made(tmp_path: Path) -> None:
+    disk = Mounted(tmp_path / "disk")
+    try:
+        with (disk.folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 1024)
+        with pytest.raises(cm.JournalError, match="disk is full"):
+            flow().start(engine=BIG, journal=disk.folder / "j.db")
+        disk.free()
+        assert [file.name for file in disk.folder.iterdir()] == [], "no half of one is left"
+    finally:
+        disk.gone()
+
+
+@contextlib.contextmanager
+def limited(size: int) -> Iterator[None]:
+    """No file may become larger: ``ulimit -f``, or the quota of a user."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_no_file_may_grow_where_a_journal_should_be_made(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    with (
+        limited(0),
+        pytest.raises(cm.JournalError, match=r"j\.db could not be read or written: .*no limit \(ulimit -f\)"),
+    ):
+        flow().start(engine=BIG, journal=folder / "j.db")
+    assert [file.name for file in folder.iterdir()] == [], "no half of one is left"
 
 
 def test_a_file_may_not_grow(tmp_path: Path) -> None:
-    """``ulimit -f``, or the quota of a user."""
     run = flow().start(engine=BIG, journal=tmp_path / "j.db")
     gate(run)
-    kept, limits = run.events, resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = (tmp_path / "j.db-wal").stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, limits[1]))
-    try:
+    kept = run.events
+    with limited((tmp_path / "j.db-wal").stat().st_size + 20_000):
         run.approve()
         with pytest.raises(cm.JournalError, match=r"j\.db could not be read or written: .*What is recorded is safe"):
             run.wait(20)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     goes_on(run, tmp_path / "j.db", kept)
 
 
-def test_a_read_only_disk(mount: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_read_only_disk(disk: Mounted | Limited) -> None:
     """It is said before anything runs, and what is there stays as it is."""
-    disk = mount("size=2m")
-    journal = cm.Journal(disk / "j.db")
+    journal = cm.Journal(disk.folder / "j.db")
     run = flow().start(engine=BIG, journal=journal)
     gate(run)
     run.stop().wait(20)
     kept = run.events
     journal.close()
-    before = (disk / "j.db").read_bytes()
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    with pytest.raises(cm.JournalError, match=r"is read-only|cannot be opened: is its folder there and writable"):
-        cm.resume(run.id, journal=cm.Journal(disk / "j.db"), engine=BIG)
-    with pytest.raises(cm.JournalError, match=r"read-only|cannot be opened"):
-        flow().start(engine=BIG, journal=disk / "new.db")
-    assert (disk / "j.db").read_bytes() == before
-    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    goes_on(run, disk / "j.db", kept)
+    before = (disk.folder / "j.db").read_bytes()
+    with disk.read_only():
+        with pytest.raises(cm.JournalError, match=r"is read-only|cannot be opened: is its folder there and writable"):
+            cm.resume(run.id, journal=cm.Journal(disk.folder / "j.db"), engine=BIG)
+        with pytest.raises(cm.JournalError, match=r"read-only|cannot be opened"):
+            flow().start(engine=BIG, journal=disk.folder / "new.db")
+    assert (disk.folder / "j.db").read_bytes() == before
+    goes_on(run, disk.folder / "j.db", kept)
 
 
 class SlowJournal(cm.Journal):

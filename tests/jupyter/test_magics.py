@@ -272,6 +272,8 @@ def test_workflow_changed_keeps_what_it_shares(cells: Cells) -> None:
     cells(line.format("shoes", "planner -> implementer? -> reviewer"), "%cm run")
     run = cells.run
     gate(run, "implementer")
+    drawn = cells(line.format("shoes", "planner -> implementer? -> reviewer"))
+    assert "planner (done) -> implementer? (waiting" in drawn, "as the run stands that it goes on with"
     cells(line.format("hats", "planner -> implementer?"))
     assert cells.run is run
     assert [step.id for step in run] == ["planner", "implementer"]
@@ -488,6 +490,25 @@ def test_after_a_restart_the_run_can_be_looked_at_and_decided(cells: Cells) -> N
     cells.restart()
     assert run.id in cells("%cm")
     assert "approved by you" in cells("%cm approve")
+
+
+def test_after_a_restart_what_nobody_drives_is_not_said_to_run(cells: Cells) -> None:
+    idle = "Nobody drives this run now. `%cm run` goes on with it."
+    run = start(cells)
+    assert idle not in cells("%cm status")
+    cells.restart()
+    assert "waiting, not driven" in cells("%cm")
+    assert "waiting, not driven" in cells("%cm runs")
+    assert idle in cells("%cm approve")  # it is not over: nobody is there to make what follows
+    said = cells("%cm")
+    assert f"run {run.id}: interrupted" in said
+    assert "Try: %cm run" in said
+    assert idle in cells("%cm status")
+    assert idle in cells("%cm show")
+    assert "which is interrupted" in cells(WORKFLOW)
+    cells(PLANNER)
+    assert cells.run.driven
+    assert idle not in cells("%cm status")
 
 
 def test_after_a_restart_with_a_finished_run_a_new_one_starts(cells: Cells) -> None:
@@ -1331,6 +1352,7 @@ def test_what_is_said_begins_with_a_capital_or_a_name(cells: Cells) -> None:
     assert line("%cm next").startswith("careful has no steps yet.")
     assert cells("%%cm agent planner\nPlan.").startswith("Agent planner is defined.")
     assert "careful: 1 step. It runs by itself; with" in cells("%%cm workflow careful\nplanner")
+    assert "careful: 2 steps. It asks you at planner; with" in cells("%%cm workflow careful\nplanner? -> planner-2")
     assert "careful: 1 step. Next: %cm run" in cells("%%cm workflow careful --autonomous never\nplanner")
     assert "careful: 1 step, no run yet." in cells("%cm")
 

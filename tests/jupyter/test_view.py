@@ -291,6 +291,20 @@ def test_a_gates_bar_stands_alone_and_the_card_stays(notebook):
     assert run["builder"].text == "built"
 
 
+def test_a_bar_without_its_card_shows_what_is_to_be_decided(notebook):
+    script = cm.ScriptedEngine(
+        {"asker": [cm.Reply(tool_calls=[{"name": "ask_human", "arguments": {"question": "Red or blue?"}}])]}
+    )
+    workflow = cm.Workflow("flow", agents=[cm.Agent("asker", "Ask.")], steps="asker")
+    run = workflow.start(engine=script, journal=":memory:")
+    opened = gate(run)
+    with pytest.raises(cm.GatePending, match=r"Decide here \(or `%cm answer …`\)"):
+        _ = run["asker"].text
+    pending.show_bar(run, opened)
+    assert "Red or blue?" in until(lambda: widget().gates, "the gate")[0]["words"]
+    run.stop().wait(20)
+
+
 def test_a_gate_that_is_closed_leaves_a_line(notebook):
     run = begin()
     opened = gate(run)

@@ -162,6 +162,14 @@ def test_a_gate_a_team_and_a_loop() -> None:
     assert "\nTrue\n" in text, "the line and the list are the same steps"
 
 
+def test_a_rejection_and_a_rewind_bring_files_back() -> None:
+    text = said(read(books.NOTEBOOKS / "08-resume-and-rewind.ipynb"))
+    assert "cm: builder: the files are as they were before it" in text
+    assert "-- notes.txt\nAda: it must keep its list!\n\n-- todo.py\n" in text
+    assert text.count("# released") == 1
+    assert "as attempt 1 left it: ['todo.py']" in text
+
+
 def test_an_engine_of_ones_own_passes_the_checks() -> None:
     text = said(read(books.NOTEBOOKS / "11-write-an-engine.ipynb"))
     assert text.count("passed test_") == 4

@@ -302,3 +302,30 @@ def test_side_by_side_shows_all_that_changed(old, new):
     for lines, others, seen in ((before, after, shown[0]), (after, before, shown[1])):
         gone = [line for line in lines if line and line not in others]
         assert all(escape(line) in seen for line in gone)
+
+
+def test_a_patch_names_its_files_without_what_git_says_for_itself():
+    git = """\
+diff --git a/a <b>.py b/a <b>.py
+new file mode 100644
+index 0000000..1f600ad
+--- /dev/null
++++ b/a <b>.py
+@@ -0,0 +1,2 @@
++--- x
++diff --git a/x b/x
+diff --git a/run b/run
+new file mode 100755
+index 0000000..e988929
+diff --git a/old b/new
+similarity index 100%
+rename from old
+rename to new
+"""
+    said = diff.patch(git)
+    assert "<b>a &lt;b&gt;.py</b>\n@@ -0,0 +1,2 @@\n" in said
+    assert "+--- x\n+diff --git a/x b/x" in said  # lines of the file
+    assert "<b>run</b>\nnew file mode 100755\n" in said  # that it may be executed is worth knowing
+    assert "<b>a/old b/new</b>\nsimilarity index 100%\nrename from old\nrename to new\n" in said
+    for hidden in ("/dev/null", "1f600ad", "100644"):
+        assert hidden not in said

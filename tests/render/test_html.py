@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from cm_notebook.errors import TransitionError
+from cm_notebook.events import NOT_CALLED, Rewound
 from cm_notebook.render import html, text
-from cm_notebook.workflow import step
+from cm_notebook.workflow import agent, step
 from tests.render import builder
 from tests.render.builder import SITUATIONS, Story
 
@@ -318,3 +319,26 @@ def test_the_live_pieces_say_what_the_saved_view_says() -> None:
     assert "no earlier output" in Page(html.changes_html(planner, first)).text
     assert "Sent to claude: Do the work of planner." in Page(html.prompt_html(planner, first)).text
     assert html.summary(state, planner) in html.run_html(state)
+
+
+def test_a_step_without_a_prompt_says_so() -> None:
+    state = Story("a", agents=[agent("a")(lambda turn: "A")], engine="function").answer("A").state
+    assert (
+        Page(html.prompt_html(state.steps["a"], state.steps["a"].attempts[0])).text.strip() == "It was given no prompt."
+    )
+
+
+def test_that_no_model_was_called_is_said_once_beside_its_text() -> None:
+    text = "**Offline: no model was called.** a would have been sent:"
+    state = Story("a", engine="offline").answer(text, note=NOT_CALLED).state
+    said = Page(html.output_html(state, state.steps["a"], state.steps["a"].last)).text
+    assert said.count("no model was called") == 1
+    other = Story("a", engine="offline").answer("A", note="recorded answer").state
+    assert "Recorded answer" in html.output_html(other, other.steps["a"], other.steps["a"].last)
+
+
+def test_the_step_gone_back_to_stays_open() -> None:
+    story = Story("a -> b -> c?", autonomous_mode="always").answer("A").answer("B").answer("C")
+    assert [row.open for row in html.rows(story.state)][-1]
+    story.record(Rewound(to="b", later=True, afresh=True))
+    assert [step.id for row in html.rows(story.state) if row.open for step in row.steps] == ["b"]

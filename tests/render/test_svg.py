@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 
+from cm_notebook.errors import WorkflowError
 from cm_notebook.render import svg
 from cm_notebook.runstate import RunState
 from cm_notebook.state import call_agents, state_of
@@ -275,7 +276,7 @@ def test_mermaid_and_text() -> None:
     ]
     assert svg.graph(of("a? -> b"), "text") == "a? (pending) -> b (pending)"
     assert "[again from implementer, max 5]" in svg.graph(state, "text")
-    with pytest.raises(ValueError, match="'svg', 'mermaid' or 'text'"):
+    with pytest.raises(WorkflowError, match="Formats: svg, mermaid, text"):
         svg.graph(state, "png")  # type: ignore[arg-type]
 
 

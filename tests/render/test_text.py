@@ -224,7 +224,7 @@ def test_tools_are_lines_of_the_log_and_of_the_step() -> None:
         "← ## qa",
     ]
     assert '  → read_file {"path": "todo.py"}\n  ← def add' in text.show_text(story.state, planner)
-    assert text.tool_words(story.state.steps["cleaner"].attempts[0]) == "called remove (2 times); 1 failed"
+    assert text.tool_words(story.state.steps["cleaner"].attempts[0]) == "called remove; 1 failed"  # the other waits
 
 
 def test_a_cost_that_was_computed_is_marked() -> None:
@@ -266,6 +266,8 @@ def test_what_state_the_run_is_in() -> None:
     assert text.look(stopped.state, stopped.state.steps["reviewer"]).word == "not decided"
     paused = Story("a -> b").record(RunPaused(reason="lunch"))
     assert text.sentence(paused.answer("A").state) == "Paused (lunch). Next: b. `%cm run` goes on."
+    mine = Story("a -> b").record(RunPaused(reason="paused by you"))
+    assert text.sentence(mine.answer("A").state) == "Paused by you. Next: b. `%cm run` goes on."
     again = Story("a").fail("rate limited", retry_in_s=4)
     assert text.sentence(again.state, again.now + 1) == "a: rate limited, again in 3 s (2 of 3)."
     lost = Story([step("a"), module("m", loop_max_iterations=0, on_exhausted="fail")]).answer("A").says("loop", "No.")

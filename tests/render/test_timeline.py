@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from cm_notebook.errors import WorkflowError
 from cm_notebook.events import Usage
 from cm_notebook.render import svg, timeline
 from cm_notebook.state import call_agents
@@ -145,5 +146,5 @@ def test_text_and_mermaid() -> None:
         "  attempt 1 done :done, 0, 6200",
         "  section planner",
     ]
-    with pytest.raises(ValueError, match="'svg', 'mermaid' or 'text'"):
+    with pytest.raises(WorkflowError, match="Formats: svg, mermaid, text"):
         timeline.draw(builder.waiting().events, "png")  # type: ignore[arg-type]
