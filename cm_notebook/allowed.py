@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from .config import setting
-from .errors import CodeMachineError, WorkflowError, did_you_mean
+from .errors import CodeMachineError, WorkflowError, did_you_mean, typed
 from .events import Fact
 from .journal import AnyJournal, open_journal
 
@@ -85,7 +85,7 @@ class Permissions(list[Rule]):
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in self.rows()
         ]
-        return "\n".join([*lines, "", "To be asked again: %cm permissions revoke NAME"])
+        return "\n".join([*lines, "", f"To be asked again: {typed('%cm', 'cm-notebook')} permissions revoke NAME"])
 
     def _repr_html_(self) -> str:
         from html import escape  # only where somebody looks

@@ -22,7 +22,7 @@ from typing import Any
 from . import config
 from . import run as runs
 from .allowed import permissions
-from .errors import CodeMachineError, GatePending, RunLocked, WorkflowError, did_you_mean
+from .errors import CodeMachineError, GatePending, RunLocked, WorkflowError, did_you_mean, in_terminal
 from .journal import AnyJournal, open_journal
 from .options import COMMANDS, Argument, Command, Option
 from .presence import somebody
@@ -33,7 +33,7 @@ from .starting import check_options
 from .terminal import DONE, FAILED, LOCKED, STOPPED, USAGE, WAITING, anywhere
 from .terminal.anywhere import DEBUG, JOURNAL
 from .terminal.console import Console, complain, is_terminal, let_go_of_stdout, prepare_streams
-from .terminal.files import load
+from .terminal.files import file_and_name, load
 from .terminal.parser import Misunderstood, Pair, Parser
 from .terminal.session import Session
 from .workflow import LIMITS, Workflow
@@ -136,6 +136,9 @@ cm-notebook: workflows of AI agents, with you deciding at the right moments.
   cm-notebook approve [RUN] [STEP]
               also reject, edit, skip, retry, answer; pause, unpause, stop
   cm-notebook resume [RUN]       go on with it here
+  cm-notebook rewind RUN STEP    go back to before a step; fork: in a new run
+  cm-notebook diff RUN STEP      compare attempts, or with --against two runs
+  cm-notebook export RUN FILE    write it as a program, a test or a tape
   cm-notebook clean [FILE …]     take times and ids out of notebooks, for git
   cm-notebook permissions        the tools that may always be called unasked
   cm-notebook doctor             what is here, what is missing, how to mend it
@@ -169,7 +172,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     prepare_streams()
     try:
-        with _ends_as_interrupts():
+        with _ends_as_interrupts(), in_terminal():
             return _dispatch(words)
     except Misunderstood as error:
         code = USAGE
@@ -365,7 +368,7 @@ def _resume(words: list[str]) -> int:
     journal = anywhere.journal_of(asked)
     found = anywhere.find_run(journal, asked["run"], anywhere.unfinished, "is unfinished")
     file = asked.get("workflow")
-    workflow = load(*_file_and_name(file)) if file is not None else None
+    workflow = load(*file_and_name(file)) if file is not None else None
     asked = {**asked, "resume": found.id}
 
     def again(run: str) -> str:
@@ -379,12 +382,6 @@ def _resume(words: list[str]) -> int:
             f"defines them: {again(found.id)} --workflow FILE.py"
         )
     return _drive(asked, _going_on(asked, workflow, journal), again)
-
-
-def _file_and_name(given: str) -> tuple[str, str | None]:
-    """``plan.py:flow`` as file and variable."""
-    file, colon, name = given.rpartition(":")
-    return (file, name) if colon and name.isidentifier() and not Path(given).exists() else (given, None)
 
 
 Begins = Callable[..., tuple[Run, int]]

@@ -211,6 +211,18 @@ class Driver:
         if self.state.ended is not None and self.rest.done():
             self.let_go()  # nothing was wanted
 
+    def send_back(self, proposal: Callable[[], list[AnyEvent]]) -> None:
+        """As :meth:`go_on`; a run that is not driven here is told in its journal, for whoever drives it or will."""
+        if self.loop is not None and not self.loop.is_closed():
+            self.go_on(proposal)
+            return
+
+        def propose() -> list[AnyEvent]:
+            wanted = proposal()
+            return [RunResumed(), *wanted] if self.state.ended is not None else wanted
+
+        self.propose(propose)
+
     def _is_ours(self) -> bool:
         """Whether a pass may be made on this thread."""
         return not self.driving or self.loop is None or running_loop() is self.loop
@@ -369,6 +381,7 @@ class Driver:
                     start = self._turn_started(action)
                     self.record(start[0])
                     starts.append(start)
+                    progress = progress or bool(self.state.outdated)
         if later:
             self._schedule_in(max(0.0, min(later) - time.time()))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .errors import WorkflowError
+from .errors import WorkflowError, typed
 from .events import AnyEvent, StepAdded, StepChanged, StepRemoved, WorkflowChanged
 from .prompts import agent_facts, check_templates, fingerprint
 from .runstate import RunState
@@ -85,6 +85,7 @@ def changed(
         steps=list(items),
         agents=list(known.values()),
         sub_agents=state.sub_agents,
+        max_concurrency=state.default_places if state.default_places != CAP else None,
         autonomous_mode=state.autonomous_mode,
         inputs=values,
         engine=state.engine,
@@ -134,7 +135,8 @@ def check_order(state: RunState, workflow: object) -> None:
     if not isinstance(workflow, Workflow):
         raise WorkflowError(f"workflow={workflow!r} is no workflow. Make one: cm.Workflow('my-workflow', steps=…).")
     old, new = [step.id for step in state.order], [item.id for item in workflow.executable]
-    hint = f"Start a new run for the new workflow: `%cm workflow {state.name} --new`, or workflow.start()."
+    new_run = typed(f"`%cm workflow {state.name} --new`, or workflow.start()", "`cm-notebook run FILE`")
+    hint = f"Start a new run for the new workflow: {new_run}."
     for place, id in enumerate(old):
         if id not in new and state.steps[id].attempts:
             other = new[place] if place < len(new) and new[place] not in old else None

@@ -24,9 +24,10 @@ surfaces is a bug of ours. A message is one line: what happened (with the value)
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 _Callable = TypeVar("_Callable", bound=Callable[..., Any])
@@ -211,6 +212,25 @@ def by_name(shown: str, *more: str) -> Callable[[_Callable], _Callable]:
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+_in_terminal = False
+
+
+@contextlib.contextmanager
+def in_terminal() -> Iterator[None]:
+    """Whoever reads what is said meanwhile sits at a terminal, and types commands there."""
+    global _in_terminal
+    before, _in_terminal = _in_terminal, True
+    try:
+        yield
+    finally:
+        _in_terminal = before
+
+
+def typed(magic: str, command: str) -> str:
+    """What to type where the reader is: in a notebook the magic, in a terminal the command."""
+    return command if _in_terminal else magic
 
 
 def did_you_mean(wrong: object, known: Iterable[str], label: str = "Known") -> str:

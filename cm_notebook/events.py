@@ -330,6 +330,14 @@ class StepSkipped(BaseEvent):
     reason: str
 
 
+class StepOutdated(BaseEvent):
+    """What the step waited with was made before the earlier step ``by`` ran again: it is made again."""
+
+    step: str
+    path: str
+    by: str
+
+
 class TurnStarted(BaseEvent):
     """A prompt was sent. The text is that of ``prompt`` and then ``context``; ``digest`` is its SHA-256."""
 
@@ -605,6 +613,7 @@ AnyEvent = (
     | StepChanged
     | StepRemoved
     | StepSkipped
+    | StepOutdated
     | TurnStarted
     | SessionOpened
     | ToolCalled

@@ -13,7 +13,7 @@ import os
 from typing import NoReturn
 
 from .config import SETTINGS
-from .errors import WorkflowError, did_you_mean
+from .errors import WorkflowError, did_you_mean, typed
 
 SHORTEST = 12
 """Characters of a key that is hidden; shorter ones are words like ``EMPTY``, which local servers want to be given."""
@@ -87,20 +87,27 @@ def names() -> list[str]:
 
 def missing(engine: str) -> str:
     """What is to be said where `engine` needs a key and has none."""
-    return (
-        f"No key for {engine}. Set {variable(engine)} before starting Jupyter, or run `%cm keys set {engine}` "
-        "(typed hidden, kept for this session only)."
+    where = variable(engine)
+    how = typed(
+        f"Set {where} before starting Jupyter, or run `%cm keys set {engine}` (typed hidden, kept for this session "
+        "only).",
+        f"Set {where}.",
     )
+    return f"No key for {engine}. {how}"
 
 
 def refused(engine: str) -> str:
     """What is to be done where the key of `engine` was refused, which depends on where it comes from."""
     if source(engine) == (where := variable(engine)):
-        return (
-            f"It comes from {where}, which comes first: set that anew before starting Jupyter, or take it out "
-            f"(`del os.environ['{where}']`) and run `%cm keys set {engine}`."
+        how = typed(
+            f"set that anew before starting Jupyter, or take it out (`del os.environ['{where}']`) and run "
+            f"`%cm keys set {engine}`",
+            "set that anew",
         )
-    return f"Type it again: `%cm keys set {engine}`, or set {where} before starting Jupyter."
+        return f"It comes from {where}, which comes first: {how}."
+    return typed(
+        f"Type it again: `%cm keys set {engine}`, or set {where} before starting Jupyter.", f"Set {where} anew."
+    )
 
 
 def set(engine: str) -> None:

@@ -12,8 +12,10 @@ import argparse
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
 from .errors import WorkflowError, did_you_mean
@@ -39,6 +41,8 @@ class Option:
         It has no parameter in Python; the notebook deals with it.
     above
         For a number: what it must be more than.
+    verbatim
+        Its value is the person's own text, in which ``{name}`` is no variable.
     """
 
     parameter: str
@@ -50,6 +54,7 @@ class Option:
     example: str = ""
     own: bool = False
     above: int | None = None
+    verbatim: bool = False
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -212,7 +217,7 @@ COMMANDS: dict[str, Command] = {
                 _ENGINE,
                 Option("model", "the engine's model", example="MODEL"),
                 Option("reasoning_effort", "how hard the model thinks", short=("--effort",), example="high"),
-                Option("system", "its system prompt", example="'You are terse.'"),
+                Option("system", "its system prompt", example="'You are terse.'", verbatim=True),
                 OUT,
             ),
             ("cell",),
@@ -287,7 +292,9 @@ COMMANDS: dict[str, Command] = {
             "run.approve(…)",
             (_STEP,),
             (
-                Option("output", "the text to go on with in place of the one shown", example="'My plan'"),
+                Option(
+                    "output", "the text to go on with in place of the one shown", example="'My plan'", verbatim=True
+                ),
                 Option("scope", "for how long a tool is allowed", "choice", choices=("once", "run", "always")),
                 *LIMITS,
             ),
@@ -406,7 +413,8 @@ COMMANDS: dict[str, Command] = {
             (
                 _OF_RUN,
                 _ENGINE,
-                Option("tape", "play a recorded run", example="tapes/01.jsonl"),
+                _TAPE,
+                Option("record", "record the fork, with its history, to this file", example="tapes/01.jsonl"),
                 Option("workspace", "folder the agents work in, by default a new one", example="site"),
                 *LIMITS,
                 OUT,
@@ -482,7 +490,7 @@ class Request:
     help: str | None = None
 
 
-def read(line: str, *, cell: bool = False) -> Request:
+def read(line: str, *, cell: bool = False, variables: Mapping[str, Any] | None = None) -> Request:
     """Read a magic's line.
 
     Parameters
@@ -491,6 +499,8 @@ def read(line: str, *, cell: bool = False) -> Request:
         All behind ``%cm``.
     cell
         Whether it heads a cell (``%%cm``).
+    variables
+        What ``{name}`` and ``{name.attribute}`` in a value stand for, as in other magics; not in a person's own words.
 
     Raises
     ------
@@ -507,7 +517,7 @@ def read(line: str, *, cell: bool = False) -> Request:
     if command.words:
         values, asked_help = _read_words(command, rest)
     else:
-        values, asked_help = _read_options(command, _split(rest))
+        values, asked_help = _read_options(command, _split(rest), variables or _NONE)
     if asked_help:
         return Request(command, help=help_text(command))
     _check_form(command, cell)
@@ -558,7 +568,7 @@ def _read_words(command: Command, rest: str) -> tuple[dict[str, Any], bool]:
     return values, False
 
 
-def _read_options(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], bool]:
+def _read_options(command: Command, words: Sequence[str], variables: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """The values of split words by parameter, and whether help was asked for."""
     if any(word in ("--help", "-h") for word in words):
         return {}, True
@@ -569,20 +579,41 @@ def _read_options(command: Command, words: Sequence[str]) -> tuple[dict[str, Any
             shown = [option.usual for option in command.options]
             raise WorkflowError(f"`%cm {command.name}` has no option {flag}. {did_you_mean(flag, shown, 'Options')}")
     parser = _Parser(command)
-    for argument in command.arguments:
-        many: dict[str, Any] = {"nargs": argument.many} if argument.many else {}
-        parser.add_argument(
-            argument.name,
-            type=_converter(argument, argument.name.upper()),
-            metavar=argument.shown,
-            **many,
-        )
-    add_options(parser, command.options)
+    add_arguments(parser, command.arguments, variables)
+    add_options(parser, command.options, variables)
     found = vars(parser.parse_args(_joined(words, known)))
     return {name: value for name, value in found.items() if value is not None and value != []}, False
 
 
-def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> None:
+_VARIABLE = re.compile(r"(?<!\{)\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*|\[\w+\])*)\}(?!\})")
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+def _filled(text: str, variables: Mapping[str, Any]) -> str:
+    """`text` with the values of the variables that it names; whatever else stands in braces stays as it is."""
+
+    def value(found: re.Match[str]) -> str:
+        try:
+            return str(string.Formatter().get_field(found[1], (), variables)[0])
+        except (KeyError, AttributeError, IndexError, TypeError):
+            return found[0]
+
+    return _VARIABLE.sub(value, text)
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, arguments: Iterable[Argument], variables: Mapping[str, Any] = _NONE
+) -> None:
+    """Give an argparse parser these arguments."""
+    for argument in arguments:
+        many: dict[str, Any] = {"nargs": argument.many} if argument.many else {}
+        convert = _converter(argument, argument.name.upper(), variables)
+        parser.add_argument(argument.name, type=convert, metavar=argument.shown, **many)
+
+
+def add_options(
+    parser: argparse.ArgumentParser, options: Iterable[Option], variables: Mapping[str, Any] = _NONE
+) -> None:
     """Give an argparse parser these options; absent ones leave no trace in what it reads."""
     for option in options:
         rules: dict[str, Any] = {"dest": option.parameter, "default": argparse.SUPPRESS, "help": option.meaning}
@@ -594,7 +625,7 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> N
             action: dict[str, Any] = {"action": _AddPair} if option.kind == "pairs" else {}
             parser.add_argument(
                 *option.flags,
-                type=_converter(option, option.usual),
+                type=_converter(option, option.usual, _NONE if option.verbatim else variables),
                 metavar=option.example or option.parameter.upper(),
                 **action,
                 **rules,
@@ -660,10 +691,11 @@ class _AddPair(argparse.Action):
         setattr(namespace, self.dest, {**pairs, values[0]: values[1]})
 
 
-def _converter(given: Option | Argument, where: str) -> Callable[[str], Any]:
+def _converter(given: Option | Argument, where: str, variables: Mapping[str, Any]) -> Callable[[str], Any]:
     kind, choices = given.kind, given.choices
 
     def convert(text: str) -> Any:
+        text = _filled(text, variables)
         if kind == "choice":
             if text not in choices:
                 raise WorkflowError(f"{where} {text!r} is not known. {did_you_mean(text, choices, 'Possible')}")

@@ -9,6 +9,10 @@ A tape tells the run as it would go without interruption. A turn that was cut sh
 counted as if it had not been: attempts, and the agents that it had called. So what agents do who were called waits for
 the end of the step that called them, and is left out with it. Neither are the turns of Python functions, which run
 again when a tape is played, nor those in which no model was called.
+
+Pauses, going back and switches of the mode are not on it either: they say how a run was driven, not what came of it.
+Played, a run is driven as its workflow says, so a gate that did not open in the mode it was recorded in has no decision
+on the tape; and cells that go back find what they did then. A tape without what was gone back over is exported.
 """
 
 from __future__ import annotations
@@ -571,8 +575,8 @@ class Recorder(Feed):
     """Writes the tape of a run while it goes on, as one of those who watch it.
 
     A tape that stood in the file is replaced as soon as an agent has answered, and not before: as a whole, so that the
-    file is always a tape. From then on lines are added as they come. A run that goes on after its end, or after its
-    process has died, writes its tape anew, from its events.
+    file is always a tape. From then on lines are added as they come. A run that goes on after its end or after its
+    process has died, and a fork, writes its tape anew, from its events.
 
     Parameters
     ----------
@@ -613,7 +617,7 @@ class Recorder(Feed):
         if self._broken:
             return
         try:
-            if event.type == "RunResumed":
+            if event.type in ("RunResumed", "RunForked"):
                 self._read_again(event.seq)
                 return
             before = len(self._lines)
@@ -649,6 +653,8 @@ class Recorder(Feed):
         """Begin anew, with what the run has done so far; how fast that came may stand in the file."""
         with contextlib.suppress(WorkflowError):  # there is none yet
             self._tapes.append(Tape.read(self.file))
+        if self._close is not None:
+            self._close()
         self._taping, self._lines, self._close = self._anew(), [], None
         for event in self._events():
             if event.seq <= seq:

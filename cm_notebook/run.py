@@ -147,7 +147,8 @@ class Run:
             A recorded run to play instead of calling engines.
         record
             File to which the run is recorded as a tape, with what agents did and people decided. A tape that is there
-            is replaced as soon as an agent has answered.
+            is replaced as soon as an agent has answered. Pauses, going back and switches of the mode are not on it:
+            played, the run is driven as the workflow says; :meth:`export` leaves out what it has gone back over.
         loop
             ``"thread"``: the run has the engine's own thread. ``"kernel"``: the loop that runs here, for objects bound
             to it.
@@ -548,9 +549,9 @@ class Run:
 
     # -- steering -----------------------------------------------------------------------------------------------------
 
-    def pause(self) -> Run:
-        """Let what runs finish and start nothing new."""
-        self._driver.propose(lambda: [RunPaused(reason="paused by you")])
+    def pause(self, *, by: str = "you") -> Run:
+        """Let what runs finish and start nothing new; `by`: who says so, as others read it."""
+        self._driver.propose(lambda: [RunPaused(reason=f"paused by {sound(by)}")])
         return self
 
     def unpause(self, until: str | None = None) -> Run:
@@ -576,14 +577,14 @@ class Run:
         self._driver.go_on(propose)
         return self
 
-    def stop(self) -> Run:
-        """End the run as ``stopped``: what runs is cancelled. It can be resumed."""
+    def stop(self, *, by: str = "you") -> Run:
+        """End the run as ``stopped``: what runs is cancelled. It can be resumed; `by`: who says so, for others."""
+        reason = f"stopped by {sound(by)}"
 
         def propose() -> list[AnyEvent]:
             if self._driver.state.ended is not None:
                 raise TransitionError(f"run {self.id!r} is {self._driver.state.ended} already.")
-            cut = meaning.cut_all(self._driver.state, "stopped by you")
-            return [*cut, RunFinished(status="stopped", reason="stopped by you")]
+            return [*meaning.cut_all(self._driver.state, reason), RunFinished(status="stopped", reason=reason)]
 
         self._driver.propose(propose)
         return self
@@ -656,27 +657,23 @@ class Run:
 
         Nothing runs, and nothing is paid, until you go on (:meth:`unpause`, :meth:`next`), so the step may be edited
         first (:meth:`replace`). What runs is cut short. What earlier steps gave stays; what was tried stays to be seen.
-        A loop that goes over the step is in the pass that it was in. A run that has ended can be rewound too; one that
-        is not driven here, by ``cm.resume(…, rewind=step)``.
+        A loop that goes over the step is in the pass that it was in. A run that has ended can be rewound too, and one
+        that another process drives, which then waits there; where nobody does, :func:`resume` goes on.
         The files are brought back as the step begins to run, not before; what is there by then is kept first.
 
         Raises
         ------
         TransitionError    There is no such step, or the run has not come to it; nothing was changed.
         """
-        if self._driver.loop is None or self._driver.loop.is_closed():
-            raise TransitionError(
-                f"run {self.id!r} is not driven here. Take it up at that step: cm.resume({self.id!r}, rewind={step!r})."
-            )
 
         def propose() -> list[AnyEvent]:
             to = meaning.check_rewind(self._driver.state, step).id  # before anything is cut short for it
             return [*meaning.cut_all(self._driver.state, f"back to {to}"), Rewound(to=to, later=True, afresh=True)]
 
-        self._driver.go_on(propose)
+        self._driver.send_back(propose)
         return self
 
-    @by_name("run.fork", "engine", "on_gate", "on_waiting", "tape", "loop")
+    @by_name("run.fork", "engine", "on_gate", "on_waiting", "tape", "record", "loop")
     def fork(
         self,
         step: str,
@@ -709,7 +706,8 @@ class Run:
         notebook
             As of :meth:`start`; by default as this run.
         **options
-            ``engine, on_gate, on_waiting, tape, loop`` of :meth:`start`; by default those that this run has here.
+            ``engine, on_gate, on_waiting, tape, loop`` of :meth:`start`; by default those that this run has here. And
+            ``record``: what is recorded is the fork with its history, as of :func:`resume`.
 
         Raises
         ------
@@ -721,17 +719,39 @@ class Run:
         check_options(workspace=workspace, **{name: value for name, value in options.items() if name != "loop"})
         limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
         with self.reading() as state:
-            to, shared, name = meaning.check_rewind(state, step).id, state.seq, state.name
+            meaning.check_rewind(state, step)
             known = {**self._work.agents, **edits.by_id(agents)}
             given = _given(state, known.values(), workflow, f"run.fork({step!r}")
+
+        def drive(fork: Run) -> None:
+            fork._prepare(given.values(), **options)
+
+        fork = self._fork(step, workflow, inputs, workspace, limits, notebook, prepare=drive)
+        return fork._become_current()
+
+    def _fork(
+        self,
+        step: str,
+        workflow: Workflow | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        workspace: str | os.PathLike[str] | None = None,
+        limits: Mapping[str, Any] | None = None,
+        notebook: str | None = None,
+        prepare: Callable[[Run], None] | None = None,
+    ) -> Run:
+        """The fork: driven here once `prepare` has given it what that takes; else by nobody yet."""
+        with self.reading() as state:
+            to, shared, name = meaning.check_rewind(state, step).id, state.seq, state.name
         if workspace is not None:
             with making(workspace, WorkflowError):
                 Path(workspace).mkdir(parents=True, exist_ok=True)
         fork = Run(_new_id(), self._journal)
         fork.notebook = notebook if notebook is not None else self.notebook
-        fork._prepare(given.values(), **options)
+        if prepare is not None:
+            prepare(fork)
         self._journal.create(fork.id, name, fork.notebook, (self.id, shared))
-        fork._driver.drive()
+        if prepare is not None:
+            fork._driver.drive()
         forked = RunForked(
             run_id=fork.id,
             of=self.id,
@@ -748,12 +768,13 @@ class Run:
         try:
             fork._driver.reload()
             different = [event for event in fork._revision(workflow, inputs) if not isinstance(event, TurnCutShort)]
-            fork._work.check_prices(workflow or fork.workflow, limits)
+            if prepare is not None:
+                fork._work.check_prices(workflow or fork.workflow, limits or {})
             fork._driver.propose(propose)
         except BaseException:
             fork._driver.let_go()
             raise
-        return fork._become_current()
+        return fork
 
     def diff(self, against: Run, step: str | None = None) -> str:
         """What is different here from the run `against`: the answer of `step`, else all that differs; a unified diff.

@@ -443,7 +443,9 @@ class RunState(Plain):
     """The ids of steps by their other spelling, with ``_`` for ``-``."""
     cursor: int = 0
     frontier: int = 0
-    """One past the last step that ever settled: beyond it nothing can be stale."""
+    """One past the last step that ever began: beyond it nothing can be stale."""
+    outdated: dict[str, str] = field(default_factory=dict)
+    """Steps that may wait with what they made before an earlier one ran again, by path, and which one that was."""
     removed: dict[str, int] = field(default_factory=dict)
     """Gates that steps since removed have had: a step of that name counts on, so no id of a gate comes twice."""
     running: dict[str, StepState] = field(default_factory=dict)

@@ -60,7 +60,7 @@ from .rules.deciding import check_decision
 from .rules.files import files_before
 from .rules.gates import already, ask, ask_permission, by_default, closed, gate_of, opening, tool_of, waits_for
 from .rules.members import call_agents, call_members, may_ask, may_call, results
-from .rules.moves import check_rewind, close, next_attempt
+from .rules.moves import check_rewind, close, next_attempt, outdated
 from .rules.texts import take_inputs
 from .rules.verdicts import note_beside
 from .runstate import Due, Loop, Origin, Record, RunState, StartTurn, StepState, standing, why_stale
@@ -232,6 +232,7 @@ _HANDLERS: dict[str, Callable[[RunState, Any], None]] = {
     "StepChanged": building.step_changed,
     "StepRemoved": building.step_removed,
     "StepSkipped": moves.step_skipped,
+    "StepOutdated": moves.step_outdated,
     "LoopedBack": moves.looped_back,
     "Rewound": moves.rewound,
     "TurnStarted": turning.turn_started,
@@ -272,6 +273,8 @@ def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None
         return []
     if state.ending is not None:
         return _end(state)
+    if state.outdated and (again := outdated(state)):
+        return [Record(event) for event in again]
     return [*_deadlines(state), *_next_in_course(state, engine_of)]
 
 

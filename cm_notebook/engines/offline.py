@@ -13,7 +13,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from ..errors import ReplayMismatch, WorkflowError
+from ..errors import ReplayMismatch, WorkflowError, typed
 from ..events import NOT_CALLED as NOT_CALLED
 from ..events import OTHER_WORDS, Usage
 from ..tape import Tape, TapedCall, TapedTurn
@@ -141,7 +141,8 @@ class OfflineEngine:
 
     def _again(self) -> str:
         source = self.tape.source if self.tape is not None else "FILE"
-        return f"`%cm run --record {source}` records again; this calls a model."
+        again = typed(f"`%cm run --record {source}`", f"`cm-notebook run FILE --record {source}`")
+        return f"{again} records again; this calls a model."
 
     def _paced(self, text: str, taped: TapedTurn | None = None) -> list[tuple[float, str]]:
         """The text as it was streamed, in at most `delay` seconds: when each piece is due, and the piece."""

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..events import AnyEvent, Gate, GateDecided, GateOpened, LoopedBack, Rewound, TurnStarted
+from ..events import AnyEvent, Gate, GateDecided, GateOpened, LoopedBack, Rewound, StepOutdated, TurnStarted
 from ..runstate import RunState, StepState
 from ..state import apply
 
@@ -76,6 +76,8 @@ class _Told:
         if isinstance(event, Rewound):
             back = self._from(event.to)
             self._forget(back if event.later or event.afresh else back[:1], event.seq)
+        elif isinstance(event, StepOutdated):
+            self._forget([self._state.step(event.step)], event.seq)
 
     def _hear_stale(self, event: AnyEvent, gate: Gate) -> None:
         """There is no such gate while the tape plays; who runs the step again takes back what it did."""

@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 import cm_notebook
 
-from ..errors import WorkflowError
+from ..errors import WorkflowError, typed
 from ..tools import Tool
 from ..workflow import Agent
 from .literals import Call, Code, write
@@ -70,10 +70,7 @@ class Definitions:
     def function_agent(self, agent: Agent) -> str:
         """Define a function that is an agent; returns the name that stands for it."""
         if agent.function is None:
-            raise WorkflowError(
-                f"agent {agent.id!r} {agent.missing}, and its source is not kept. Run the cell or the file that "
-                "defines it first, then export again."
-            )
+            raise WorkflowError(f"agent {agent.id!r} {agent.missing}, and its source is not kept. {_define_first()}")
         options: dict[str, Any] = {name: value for name in AGENT_OPTIONS if (value := getattr(agent, name)) is not None}
         if agent.prompt:
             options["prompt"] = agent.prompt
@@ -85,10 +82,7 @@ class Definitions:
     def parts(self, agent: Agent) -> dict[str, Any]:
         """Define the tools and the output of an agent; returns them as options of its call."""
         if agent.missing is not None and agent.function is None and agent.implementation is None:
-            raise WorkflowError(
-                f"agent {agent.id!r} {agent.missing}, and its source is not kept. Run the cell or the file that "
-                "defines it first, then export again."
-            )
+            raise WorkflowError(f"agent {agent.id!r} {agent.missing}, and its source is not kept. {_define_first()}")
         options: dict[str, Any] = {}
         if agent.tools:
             options["tools"] = [Code(self._tool(tool)) for tool in agent.tools]
@@ -99,7 +93,7 @@ class Definitions:
     def _tool(self, tool: Tool) -> str:
         function = tool.function
         if function is None:
-            raise WorkflowError(f"tool {tool.name!r}: its source is not kept. Define it first, then export again.")
+            raise WorkflowError(f"tool {tool.name!r}: its source is not kept. {_define_first()}")
         options: dict[str, Any] = {}
         if tool.name != getattr(function, "__name__", ""):
             options["name"] = tool.name
@@ -223,6 +217,13 @@ class Definitions:
             self.missing[name] = f"{name} ({'a class' if isinstance(value, type) else 'a function'}), used by {owner}"
         elif self._claim(name, value, owner):
             self._define(source, value, owner)
+
+
+def _define_first() -> str:
+    return typed(
+        "Import the file or run the cell that defines it first, then export again.",
+        "Name the file that defines it: --workflow FILE.py",
+    )
 
 
 # -- what a name is ----------------------------------------------------------------------------------------------------

@@ -11,15 +11,16 @@ import json
 import os
 import re
 import secrets
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import keys
-from ..errors import WorkflowError, did_you_mean
+from ..errors import WorkflowError, did_you_mean, typed
 from ..events import NOT_CALLED, TurnFinished, TurnStarted
-from ..prompts import digest
-from ..workflow import Workflow
+from ..prompts import agent_facts, digest
+from ..workflow import Agent, Workflow
 from .counted import counted
 from .literals import write
 from .program import program
@@ -44,13 +45,28 @@ def export_run(run: Run, path: str | os.PathLike[str], *, overwrite: bool = Fals
     """Write the run, or its workflow, to the file `path`, as its name says; see :meth:`Run.export`."""
     file = _file(path, (*KINDS, ".jsonl"))
     if is_program(file):
-        return export_workflow(run.workflow, path, overwrite=overwrite)
+        return export_workflow(_with_functions(run.workflow), path, overwrite=overwrite)
     tape = file.with_suffix(".jsonl")
     files = {tape: _tape(run)}
     if file.suffix == ".py":
         files = {file: _test(run, file, tape), **files}
     _write(files, overwrite)
     return file
+
+
+def _with_functions(workflow: Workflow) -> Workflow:
+    """`workflow` with the Python that no journal keeps, where it has been imported, or a cell has defined it."""
+    lacking = {agent.id: agent_facts(agent) for agent in workflow.agents if agent.missing is not None}
+    if not lacking:
+        return workflow
+    found: dict[str, Agent] = {}
+    for module in [*sys.modules.values()]:
+        for value in [*getattr(module, "__dict__", {}).values()]:
+            agents = value.agents if isinstance(value, Workflow) else [value] if isinstance(value, Agent) else []
+            for agent in agents:
+                if lacking.get(agent.id) == agent_facts(agent) and agent.missing is None:
+                    found[agent.id] = agent
+    return workflow.model_copy(update={"agents": [found.get(agent.id, agent) for agent in workflow.agents]})
 
 
 def _tape(run: Run) -> str:
@@ -139,7 +155,7 @@ _DIGEST = """    # {start}
 def _test(run: Run, file: Path, tape: Path) -> str:
     if run.status != "completed":
         raise WorkflowError(f"export: a test plays a whole run, and this one is {run.status}. Let it complete first.")
-    workflow, texts, imports = run.workflow, "", ["from pathlib import Path"]
+    workflow, texts, imports = _with_functions(run.workflow), "", ["from pathlib import Path"]
     done_by = {item.id: item.agents for item in workflow.executable}
     for step in run:
         agents = [workflow.agent(name) for name in done_by[step.id]]
@@ -181,7 +197,7 @@ def _write(files: dict[Path, str], overwrite: bool) -> None:
         if there is not None and there != text.encode("utf-8") and not overwrite:
             raise WorkflowError(
                 f"{file} is there already and holds something else; nothing was written. "
-                f"To replace it: overwrite=True (`%cm export {file} --overwrite`)."
+                f"To replace it: {typed(f'overwrite=True (`%cm export {file} --overwrite`)', '--overwrite')}."
             )
     for file, text in files.items():
         scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")

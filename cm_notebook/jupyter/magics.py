@@ -116,7 +116,7 @@ class CMMagics(Magics):
         `%cm` alone says where things stand; `%cm step --help` says more about one subcommand.
         """
         try:
-            request = options.read(line, cell=cell is not None)
+            request = options.read(line, cell=cell is not None, variables=self._shell.user_ns)
             if request.help is not None:
                 print(request.help)
                 return None

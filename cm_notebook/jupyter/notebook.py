@@ -11,7 +11,8 @@ journal after a kernel restart. A cell that runs again is one of the rows of ``U
 ``until`` is the last step whose cell has been run in this kernel. Nothing here prints or displays.
 
 The current workflow is that of the last ``%cm workflow`` cell, and the current run is that workflow's (or one started
-since, from Python). The run of another workflow is *left*: it goes on by itself, its gates can be decided by the names
+since, from Python, which the cells go on with when they are to go on and it is paused or stopped). The run of another
+workflow is *left*: it goes on by itself, its gates can be decided by the names
 of their steps, and its workflow's cell, or ``%cm resume``, goes back to it.
 """
 
@@ -409,6 +410,16 @@ class Notebook:
 
     # -- going on ------------------------------------------------------------------------------------------------------
 
+    def _turn_to_shown(self) -> None:
+        """A run from Python that somebody has to go on with, or the only one there is, is what the cells go on with."""
+        started = self._started()
+        if started is None or started is self.run or started.status == "completed":
+            return
+        if started.status in ("paused", "stopped") or self.plan is None:
+            self._last()  # it may be theirs: resumed, or a fork
+            if self.run is not started:
+                self._follow(started)
+
     def go(
         self,
         *,
@@ -431,6 +442,7 @@ class Notebook:
             ``engine, tape, record, workspace, on_gate`` of ``Workflow.start``, for a run that is started or taken up;
             and ``max_cost_usd, max_tokens, max_turns``, what it may use in all, and ``on_waiting``, from now on.
         """
+        self._turn_to_shown()
         plan = self._planned()
         check_options(**{name: value for name, value in options.items() if name not in LIMITS})
         checked_limits(**{name: value for name, value in options.items() if name in LIMITS})
@@ -467,6 +479,7 @@ class Notebook:
         ------
         TransitionError    There is no step left.
         """
+        self._turn_to_shown()
         run, items = self._last(), self.items()
         ids = [item.id for item in items if not isinstance(item, Separator)]
         current = run.state.current if run is not None else None
@@ -490,7 +503,7 @@ class Notebook:
         run_id, here = found.id, self.left.get(found.id)
         self._check_functions(found.state)
         mine = here.plan if here is not None else self.plan
-        plan = mine if mine is not None and mine.name == found.state.name else Plan(found.state.name)
+        plan = mine if mine is not None and mine.name == found.state.name else _plan_of(found.state)
         before = self._started()
         if here is not None and found.state.ended is None:
             run = found.go_on(on_waiting=on_waiting)
@@ -521,7 +534,11 @@ class Notebook:
             return self.current().rewind(step)  # which says that there is none
         if run is self.found:
             return self._resume(run, self._workflow(run), None, {}, rewind=step)
-        return run.rewind(step) if run._driver.loop is not None else self._take(run, rewind=step)
+        if run._driver.loop is None:
+            return self._take(run, rewind=step)
+        run.rewind(step)
+        self._turn_to_shown()
+        return run
 
     def fork(self, step: str, run_id: str | None = None, **options: Any) -> Run:
         """A fork of the current run, or of that run of the journal, which the cells go on with.
@@ -538,7 +555,7 @@ class Notebook:
             given = {"engine": mine.engine, "tape": mine.tape}
         with_ = {**options, **{name: value for name, value in given.items() if value is not None}}
         fork = parent.fork(step, agents=agents, notebook=bridge.notebook_key(), **with_)
-        self._follow_fork(fork)
+        self._follow(fork)
         return fork
 
     def named(self, run_id: str | None) -> Run:
@@ -553,19 +570,18 @@ class Notebook:
             raise TransitionError(f"there is no run {run_id!r}. {did_you_mean(run_id, known, 'Runs')}")
         return found or Run.open(run_id)
 
-    def _follow_fork(self, fork: Run) -> None:
-        """The cells go on with `fork`, which begins with what they said about the run that it was forked from."""
-        mine = self.plan is not None and self.plan.name == fork.state.name
-        plan = self.plan if mine and self.plan is not None else Plan(fork.state.name)
-        seen, allowed = self._seen, self._allowed
+    def _follow(self, run: Run) -> None:
+        """The cells go on with `run`: if it is a fork, with what they said about the one that it was forked from."""
+        mine = self.plan is not None and self.plan.name == run.state.name and run.state.origin is not None
+        plan = self.plan if mine and self.plan is not None else _plan_of(run.state)
+        seen, allowed = (self._seen, self._allowed) if mine else (set[str](), set(run.state.steps))
         runs.set_current(None)
         self._note(self.run)
         self._forget(looked=True)
         self.plan = replace(plan, inputs=dict(plan.inputs), placed=dict(plan.placed))
-        self.run, self.since, self._given = fork, time.time(), {}
-        if mine:
-            self._seen, self._allowed = set(seen), set(allowed)
-        runs.set_current(fork)
+        self.run, self.since, self._given = run, time.time(), {}
+        self._seen, self._allowed = set(seen), set(allowed)
+        runs.set_current(run)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -594,7 +610,7 @@ class Notebook:
             if started.id == self.run.id:  # resumed in Python
                 self.run = started
             elif origin is not None and origin.run == self.run.id:  # forked in Python
-                self._follow_fork(started)
+                self._follow(started)
         return self.run or self.found
 
     def _journal(self) -> AnyJournal | None:
@@ -666,7 +682,7 @@ class Notebook:
         plan = self._planned()
         given = {"engine": plan.engine, **plan.played(options)}
         given.pop("workspace", None)
-        why = "stopped by you" if found.status == "stopped" else "the kernel had ended"
+        why = found.state.reason if found.status == "stopped" else "the kernel had ended"
         try:
             run = runs.resume(found.id, workflow, until=until, rewind=rewind, reason=why, **given)
         except RunLocked as error:
@@ -718,7 +734,7 @@ class Notebook:
         plan = self._planned()
         with run.reading() as state:
             items = plan.steps(state.items)
-            agents = {**state.agents, **self.agents}
+            agents = {**state.agents, **{agent.id: agent for agent in run.workflow.agents}, **self.agents}
             inputs = {**plan.inputs, **self._read(touched, items, agents, {**state.inputs, **plan.inputs})}
             made = edits.changed(state, items, agents, inputs)
         for name in plan.sub_agents:
@@ -849,6 +865,11 @@ class Notebook:
             f"The prompt of step {item.id!r} uses `{written}`, which is not defined. {similar}"
             "If it is a step, run its cell first; if it is a variable, set it. For literal braces add `--raw`."
         )
+
+
+def _plan_of(state: RunState) -> Plan:
+    """What a run that no cell has described goes on by: what it has."""
+    return Plan(state.name, state.autonomous_mode, sub_agents=[*state.sub_agents], engine=state.engine)
 
 
 def _drawn(plan: Plan, items: list[AnyStep]) -> Workflow:

@@ -451,6 +451,11 @@ def _tools(state: RunState, step: StepState) -> str:
             f'<button type="button" data-do="rewind" data-step="{escape(step.id)}" title="%cm rewind '
             f'{escape(step.id)}: it and all after it are to run again, once you go on">Back to here</button>'
         )
+    if not step.caller:
+        made += (
+            f'<button type="button" data-do="fork" data-step="{escape(step.id)}" title="%cm fork '
+            f'{escape(step.id)}: a new run with the same history, before this step; this one stays">Fork here</button>'
+        )
     return made
 
 
@@ -1174,8 +1179,8 @@ class Hub:
                 self._see(display, page, str(content["see"]), bool(content.get("on")))
             elif "decide" in content:
                 self._decide(content)
-            elif "do" in content:
-                self._do(content)
+            elif "do" in content and (said := self._do(content)):
+                display.send("said", page=page, gate="", text=said)
         except CodeMachineError as error:
             words = html.opened(self.run.state, str(error))
             display.send("said", page=page, gate=content.get("decide", ""), text=words)
@@ -1257,7 +1262,8 @@ class Hub:
                 with contextlib.suppress(AlreadyDecided):
                     self.run.decide(other.id, decision.model_copy(), digest=other.digest)
 
-    def _do(self, content: Mapping[str, Any]) -> None:
+    def _do(self, content: Mapping[str, Any]) -> str:
+        """Do what a button says; returns what is to be said of it, where the view does not show it by itself."""
         what = content["do"]
         if what == "stop":
             self.run.stop()
@@ -1271,6 +1277,11 @@ class Hub:
             self.run.rerun(str(content.get("step")), later=True)
         elif what == "rewind":
             self.run.rewind(str(content.get("step")))
+        elif what == "fork":
+            fork = self.run.fork(str(content.get("step")))
+            with fork.reading() as state:
+                return f"Run {fork.id} is a {say.fork_words(state)}. `%cm show` shows it, `%cm run` goes on with it."
+        return ""
 
 
 _hubs: weakref.WeakValueDictionary[str, Hub] = weakref.WeakValueDictionary()

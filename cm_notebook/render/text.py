@@ -43,6 +43,7 @@ from ..events import (
     StepAdded,
     StepChanged,
     StepFailed,
+    StepOutdated,
     StepRemoved,
     StepSkipped,
     TellingFailed,
@@ -586,7 +587,7 @@ def sentence(state: RunState, now: float | None = None, go_on: str = "%cm run") 
     if state.paused:
         if step is not None and step.id == state.back_at:
             other = f", or its cell with other words: `%%cm step {step.id}`" if go_on.startswith("%cm") else ""
-            return f"Back at {step.id}: nothing runs until you go on. Next: `{go_on}`{other}."
+            return f"Back at {step.id}: nothing runs until you go on.{_files_come_back(step)} Next: `{go_on}`{other}."
         reason = one_line(state.pause_reason, 120)
         why = reason[6:] if reason.startswith("paused by") else f" ({reason})" if reason else ""
         return f"Paused{why}. " + (f"Next: {step.id}. " if step is not None else "") + f"`{go_on}` goes on."
@@ -595,6 +596,11 @@ def sentence(state: RunState, now: float | None = None, go_on: str = "%cm run") 
     if step.status == "retrying":
         return f"{step.id}: {retry_words(state, step, now)}."
     return f"{step.id} is next."
+
+
+def _files_come_back(step: StepState) -> str:
+    """That what lies in the folder now is not what the step will find."""
+    return f" The files are as they were before {step.id} when it begins, not yet now." if step.restore else ""
 
 
 def _running(state: RunState, step: StepState) -> str:
@@ -853,6 +859,8 @@ def _event_words(state: RunState, event: BaseEvent) -> str | None:
         return "; ".join(filter(None, changed)) or None
     if isinstance(event, StepRemoved):
         return f"{event.step} removed"
+    if isinstance(event, StepOutdated):
+        return f"{event.step} is made again: {event.by} has changed"
     if isinstance(event, StepSkipped):
         return f"{event.step} skipped: {one_line(event.reason)}"
     if isinstance(event, ToolCalled):

@@ -175,8 +175,7 @@ def _reindex(state: RunState) -> None:
         for group in call.groups:
             for member in group:
                 member.index = state.steps[path.split("/")[0]].index
-    settled = [step.index for step in state.order if step.status in ("finished", "skipped")]
-    state.frontier = max(settled, default=-1) + 1
+    state.frontier = max((step.index for step in state.order if step.status != "pending"), default=-1) + 1
     if cursor is not None and cursor.id in state.steps:
         state.cursor = cursor.index
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import AlreadyDecided, TransitionError
+from ..errors import AlreadyDecided, TransitionError, typed
 from ..events import (
     ACTIONS,
     ASKED_BY_TURNS,
@@ -28,7 +28,7 @@ from ..runstate import Due, Redo, RunState, StepState, gate_path
 from ..tools import write_arguments
 from ..workflow import GateDefault, Parallel
 from .budgets import used_up
-from .moves import next_attempt
+from .moves import begun, next_attempt
 from .places import leave_place
 from .transitions import met
 
@@ -126,6 +126,7 @@ def gate_opened(state: RunState, event: GateOpened) -> None:
     if event.prompt is not None:
         state.texts[Ref(event.seq, "prompt")] = event.prompt + (event.context or ())
     if gate.kind == "start":
+        begun(state, step)
         step.redo = Redo(prompt=Ref(event.seq, "prompt"), goes_on=chained)
     state.gates[gate.id] = state.last_gate = gate
 
@@ -168,9 +169,10 @@ def gate_of(state: RunState, gate_id: str) -> Gate:
 def closed(state: RunState, step: StepState) -> str:
     """That the gate of `step` was closed without an answer, as the run ended."""
     why = f": {state.reason}" if state.reason else ""
+    on = typed(f"cm.resume({state.run_id!r})", f"cm-notebook resume {state.run_id}")
     return (
         f"the gate of {step.id!r} is closed: run {state.run_id!r} is {state.ended}{why}. Nothing was changed. "
-        f"Go on with it, and it asks again: cm.resume({state.run_id!r})."
+        f"Go on with it, and it asks again: {on}."
     )
 
 

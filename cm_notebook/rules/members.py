@@ -18,7 +18,7 @@ from ..runstate import ENDED, STATUS_WORDS, Attempt, Call, Due, Redo, RunState, 
 from ..team import MOST_DEPTH, AgentResult, Groups, last_lines
 from ..workflow import GATE_OPTIONS, Parallel, Step
 from .files import begin_files
-from .moves import close, doubt_later, next_attempt, owe
+from .moves import begun, close, doubt_later, next_attempt, owe
 from .places import leave_place, member_ended, next_group, take_place
 from .transitions import met
 from .verdicts import judge
@@ -153,6 +153,7 @@ def agents_called(state: RunState, event: AgentsCalled) -> None:
     if parallel is not None:
         caller.attempts.append(Attempt(state.texts, number, caller.iteration, started_at=event.at))
         state.running[caller.path] = caller
+        begun(state, caller)
         doubt_later(state, caller)
         begin_files(state, caller, attempt=True)
     last = caller.attempts[-1]

@@ -1,8 +1,9 @@
 """How the run moves over its steps: past one that is settled, back in a loop, back because a person wants it.
 
 Strategy: the cursor stands on the first step that is not settled. What was made after a step whose output is another
-now is *stale*: it keeps its output until a person says what becomes of it. ``settle``, ``begin_again``, ``owe`` and
-``close`` are the verbs that the later themes are told in.
+now is *stale*: it keeps its output until a person says what becomes of it. One that still waits for its first yes is
+*outdated*, and made again: nobody is to approve what is built on something else. ``settle``, ``begin_again``, ``owe``
+and ``close`` are the verbs that the later themes are told in.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import Literal, cast
 
 from ..errors import TransitionError
-from ..events import ASKED_BY_TURNS, LoopedBack, Ref, Rewound, StepSkipped
+from ..events import ASKED_BY_TURNS, GateKind, LoopedBack, Ref, Rewound, StepOutdated, StepSkipped
 from ..runstate import Due, Loop, Redo, RunState, StepState
 from ..workflow import Module, Parallel
 from .budgets import release
@@ -35,11 +36,10 @@ def settle(state: RunState, step: StepState, status: Literal["finished", "skippe
             state.voices[member.id] = member.approved if output is not None else None
     if step.id in state.loops:
         state.loops[step.id] = Loop()
-    if step.index < state.frontier:
+    begun(state, step)
+    if step.index + 1 < state.frontier:
         state.epoch += 1
         doubt_later(state, step)
-    else:
-        state.frontier = step.index + 1
     if state.until == step.id:
         state.until_reached = True
     advance(state)
@@ -61,11 +61,49 @@ def advance(state: RunState) -> None:
     state.cursor = cursor
 
 
+def begun(state: RunState, step: StepState) -> None:
+    """The step builds on what there is now; what becomes of earlier ones from here on is its business."""
+    state.outdated.pop(step.path, None)
+    state.frontier = max(state.frontier, step.index + 1)
+
+
 def doubt_later(state: RunState, step: StepState) -> None:
-    """What was made after `step` is stale: from now on the output that it builds on is another."""
+    """What was made after `step` is stale, or outdated: from now on the output that it builds on is another."""
     for later in state.order[step.index + 1 : state.frontier] if step.index < state.frontier else ():
         if later.status in ("finished", "skipped"):
             later.stale, later.outdated_by = True, step.id
+        elif _waits_with_it(later):
+            state.outdated[later.path] = step.id
+
+
+_WITH_IT: tuple[GateKind, ...] = ("review", "verdict", "exhausted", "start")
+"""Gates at which an output, or a prompt with those of earlier steps, is put to a person."""
+
+
+def _waits_with_it(step: StepState) -> bool:
+    """Whether the step has made something that nobody has said yes to."""
+    kind = step.gate.kind if step.gate is not None else step.due.kind if step.due is not None else None
+    return step.status == "looping" or (step.status in ("waiting", "due") and kind in _WITH_IT)
+
+
+def outdated(state: RunState) -> list[StepOutdated]:
+    """What is to be said of the steps that wait with something which was made before an earlier one ran again."""
+    steps = ((state.steps.get(path), by) for path, by in state.outdated.items())
+    return [
+        StepOutdated(step=step.id, path=step.path, by=by)
+        for step, by in steps
+        if step is not None and _waits_with_it(step)
+    ]
+
+
+def step_outdated(state: RunState, event: StepOutdated) -> None:
+    """The step is made again; what it had made stays to be seen."""
+    step = met(state, event.path, event.type)
+    if not _waits_with_it(step):
+        raise TransitionError(f"step {step.id!r} waits with nothing that could be outdated.")
+    close(state, step, reopen=True)
+    begin_again(step, "pending")
+    state.outdated.pop(step.path, None)
 
 
 def trust(step: StepState) -> None:

@@ -73,13 +73,19 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "TurnCutShort": ("ready", "due"),
     },
     "retrying": {"TurnStarted": ("running",), "TurnCutShort": ("ready", "due"), "Rewound": ("ready", "pending")},
-    "due": {"GateOpened": ("waiting",), "StepFailed": ("failed",), "Rewound": ("ready", "pending")},
+    "due": {
+        "GateOpened": ("waiting",),
+        "StepFailed": ("failed",),
+        "StepOutdated": ("pending",),
+        "Rewound": ("ready", "pending"),
+    },
     "waiting": {
         "GateDecided": ("ready", "finished", "skipped", "looping", "due", "pending"),
         "StepFailed": ("failed",),
+        "StepOutdated": ("pending",),
         "Rewound": ("ready", "pending"),
     },
-    "looping": {"LoopedBack": ("pending",), "Rewound": ("ready", "pending")},
+    "looping": {"LoopedBack": ("pending",), "StepOutdated": ("pending",), "Rewound": ("ready", "pending")},
     "finished": {"GateOpened": ("waiting",), "Rewound": ("ready", "pending")},  # stale
     "skipped": {"GateOpened": ("waiting",), "Rewound": ("ready", "pending")},  # stale
     "failed": {},  # a member; called again, it is ready

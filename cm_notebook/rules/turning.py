@@ -28,7 +28,7 @@ from ..workflow import Parallel
 from .budgets import budgets_of, pay, used_up
 from .files import begin_files
 from .members import check_alone, end_calls, keep_team, waited
-from .moves import close, doubt_later, next_attempt, owe
+from .moves import begun, close, doubt_later, next_attempt, owe
 from .places import owe_member, take_place, want_place
 from .texts import take_fields
 from .transitions import met
@@ -77,6 +77,7 @@ def turn_started(state: RunState, event: TurnStarted) -> None:
         state.backing_off.pop(step.path, None)
         take_place(state, step)
     else:
+        begun(state, step)
         doubt_later(state, step)
         if step.status != "retrying":
             begin_files(state, step, attempt=anew)

@@ -15,6 +15,7 @@ import json
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from ..journal import AnyJournal, open_journal
 from ..options import COMMANDS, Argument, Command, Option
 from ..render import html
 from ..render import text as say
+from ..render.markdown import clean
 from ..render.shell import Shell, editable, facts, gate_lines, subject
 from ..run import Run
 from ..runstate import RunState, StepState
 from ..workflow import LIMITS
 from . import DECIDED, DONE, NOT_FOUND, NOTHING
 from .console import Console, is_terminal
+from .files import file_and_name, load
 from .parser import Misunderstood, Parser
 
 JOURNAL = Option("journal", "where runs are kept", example="FILE")
@@ -87,8 +90,47 @@ STEERING = {
         "unpause": "Go on with a run that was paused.",
     }.items()
 }
+_THAT_RUN = Argument("run", "its id, or how it begins")
+
+
+def _of_run(
+    name: str, meaning: str, arguments: Sequence[Argument], *options: Option, but: Sequence[str] = ()
+) -> Command:
+    """The magic's command, of a run that is named first: with its options `but` these, and with some of its own."""
+    magic = COMMANDS[name]
+    kept = [option for option in magic.options if option.parameter not in ("run", "out", *but)]
+    return Command(name, meaning, magic.twin, (_THAT_RUN, *arguments), (*options, *kept, JOURNAL, DEBUG))
+
+
+BACK = {
+    "rewind": _of_run(
+        "rewind",
+        "Go back to before a step: it and all after it are to run again. Nothing runs until you go on.",
+        [Argument("step", "the step")],
+    ),
+    "fork": _of_run(
+        "fork",
+        "A new run with the same history, paused before a step; the run itself is not touched.",
+        [Argument("step", "the step")],
+        but=("engine", "tape", "record"),  # they count where it is driven: resume has them
+    ),
+}
+DIFF = _of_run(
+    "diff",
+    COMMANDS["diff"].meaning,
+    COMMANDS["diff"].arguments,
+    Option("against", "what is different from this run", example="RUN"),
+    but=("against", "side_by_side"),
+)
+EXPORT = _of_run(
+    "export",
+    COMMANDS["export"].meaning,
+    COMMANDS["export"].arguments,
+    Option("workflow", "where its Python functions are defined: plan.py", example="FILE", own=True),
+)
 COMMANDS_HERE: dict[str, Command] = {
-    command.name: command for command in (RUNS, SHOW, *DECISIONS.values(), EDIT, *STEERING.values())
+    command.name: command
+    for command in (RUNS, SHOW, *DECISIONS.values(), EDIT, *STEERING.values(), *BACK.values(), DIFF, EXPORT)
 }
 CODES = """\
 Exit codes: 0 done; 1 it cannot be answered like this; 2 not understood, or several runs wait;
@@ -109,7 +151,8 @@ def obey(name: str, words: Sequence[str]) -> int:
     asked = Parser(COMMANDS_HERE[name], "" if name == "runs" else CODES).read(words)
     if asked is None:
         return DONE
-    others = {"runs": _list, "show": _show, "edit": _edit}
+    others = {"runs": _list, "show": _show, "edit": _edit, "diff": _diff, "export": _export}
+    others |= dict.fromkeys(BACK, _go_back)
     does = _decide if name in DECISIONS else others.get(name, _steer)
     try:
         does({**asked, "command": name})
@@ -164,6 +207,11 @@ def find_run(journal: AnyJournal, word: str | None, wanted: Callable[[RunState],
     if alone is not None and word in {**alone.state.steps, **alone.state.members}:
         raise Refused(f"there is no run {word!r}, which is a step. The run comes first: {alone.id} {word}", NOT_FOUND)
     raise Refused(f"there is no run {word!r}. {did_you_mean(word, ids, 'Runs')}", NOT_FOUND)
+
+
+def _named_run(journal: AnyJournal, word: str) -> Run:
+    """The run whose id is `word`, or begins like it."""
+    return find_run(journal, word, unfinished, "is unfinished")
 
 
 def _only(journal: AnyJournal, ids: Sequence[str], wanted: Callable[[RunState], object], what: str) -> Run:
@@ -317,6 +365,35 @@ def _run_lines(run: Run, state: RunState, asked: dict[str, Any], full: bool) -> 
     return lines
 
 
+def _diff(asked: dict[str, Any]) -> None:
+    journal = journal_of(asked)
+    run, step, numbers = _named_run(journal, asked["run"]), asked["step"], asked["attempts"]
+    if step is not None:
+        _found_step(run.state, step)
+    if "against" in asked:
+        if numbers:
+            raise Misunderstood("diff --against compares two runs as they are: leave out the attempts.")
+        said = run.diff(_named_run(journal, asked["against"]), step)
+    elif step is None or len(numbers) > 2:
+        raise Misunderstood("diff takes a step and two of its attempts, or another run: --against RUN")
+    else:
+        a, b = numbers if len(numbers) == 2 else (*numbers, -1) if numbers else (-2, -1)
+        if len(run[step].attempts) < 2:
+            raise Refused(f"{step} has fewer than two attempts so far; there is nothing to compare.", NOTHING)
+        said = run[step].diff(a, b)
+    print(clean(said), end="" if said.endswith("\n") else "\n")
+
+
+def _export(asked: dict[str, Any]) -> None:
+    run = _named_run(journal_of(asked), asked["run"])
+    if "workflow" in asked:
+        load(*file_and_name(asked["workflow"]))  # its functions are found, as they are imported now
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        made = run.export(asked["file"], overwrite="overwrite" in asked)
+    print("\n".join([f"{made} is written.", *(str(one.message) for one in noted)]))
+
+
 def _found_step(state: RunState, name: str) -> StepState:
     try:
         return state.find(name)
@@ -347,8 +424,8 @@ def _gate(asked: dict[str, Any]) -> tuple[Run, Gate]:
             _found_step(state, asked["step"])
         try:
             gate = run.gate(asked["step"])
-        except AlreadyDecided as error:  # where it tells how to go on, it is by Python
-            raise AlreadyDecided(str(error).replace(f"cm.resume({run.id!r})", _goes_on(run, asked))) from error
+        except AlreadyDecided as error:  # where it tells how to go on, it does not know which journal was named
+            raise AlreadyDecided(str(error).replace(shell_of(run, {}).goes_on, _goes_on(run, asked))) from error
         except TransitionError as error:
             if state.paused and not state.gates:
                 raise Refused(f"{error} Go on with it: {_goes_on(run, asked)}", NOTHING) from error
@@ -409,11 +486,27 @@ def _from_here(run: Run, asked: dict[str, Any]) -> str:
     return f"\nNobody drives it now. Go on with it: {shell_of(run, asked).goes_on}"
 
 
+def _go_back(asked: dict[str, Any]) -> None:
+    run, step = _named_run(journal_of(asked), asked["run"]), asked["step"]
+    _found_step(run.state, step)
+    if asked["command"] == "rewind":
+        run.rewind(step)
+    else:
+        limits = {name: asked[name] for name in LIMITS if name in asked}
+        run = run._fork(step, workspace=asked.get("workspace"), limits=limits)
+    with run.reading() as state:
+        fork = say.fork_words(state)
+        print(f"{run.id}{f', a {fork}' if fork else ''}: {say.sentence(state, go_on=_goes_on(run, asked))}")
+
+
 def _steer(asked: dict[str, Any]) -> None:
     what = asked["command"]
     run = find_run(journal_of(asked), asked["run"], unfinished, "is unfinished")
     if run.state.ended is not None:
         raise Refused(f"run {run.id!r} is {run.state.ended} already.", NOTHING)
-    getattr(run, what)()
+    if what == "unpause":
+        run.unpause()
+    else:
+        getattr(run, what)(by=person())
     said = {"stop": "stopped", "pause": "paused: what runs may finish", "unpause": "goes on"}[what]
     print(f"{run.id} {say.one_line(run.state.name, 80)}: {said}.{_from_here(run, asked)}")

@@ -21,6 +21,12 @@ from ..run import Run
 from ..workflow import Workflow
 
 
+def file_and_name(given: str) -> tuple[str, str | None]:
+    """``plan.py:flow`` as file and variable."""
+    file, colon, name = given.rpartition(":")
+    return (file, name) if colon and name.isidentifier() and not Path(given).exists() else (given, None)
+
+
 def load(file: str, name: str | None = None) -> Workflow:
     """The workflow in a file: ``.py``, which is imported, or ``.json``.
 

@@ -31,9 +31,7 @@ class Parser(argparse.ArgumentParser):
             add_help=False,
         )
         self._command, self._epilog = command, epilog
-        for argument in command.arguments:
-            many: dict[str, Any] = {"nargs": argument.many} if argument.many else {}
-            self.add_argument(argument.name, metavar=argument.shown, **many)
+        options.add_arguments(self, command.arguments)
         options.add_options(self, command.options)
         self._flags = {flag: option.usual for option in command.options for flag in option.flags}
 

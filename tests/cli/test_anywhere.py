@@ -121,10 +121,70 @@ def test_a_run_that_is_driven_elsewhere_is_not_driven_here() -> None:
     assert "is driven by another process" in err
     assert process("pause", run.id)[:1] == (0,)
     until(lambda: run.state.paused, "the pause")
+    assert run.state.pause_reason == f"paused by {anywhere.person()}"
     assert process("unpause", run.id)[:1] == (0,)
     until(lambda: not run.state.paused, "its end")
     assert process("stop", run.id)[:1] == (0,)
     until(lambda: run.status == "stopped", "the stop")
+    assert run.state.reason == f"stopped by {anywhere.person()}"
+
+
+def test_a_run_goes_back_is_forked_compared_and_exported(here: Here, headless: None) -> None:
+    Path("flow.py").write_text(FLOW, encoding="utf-8")
+    assert process("run", "flow.py", "--on-gate", "approve", "--record", "t.jsonl")[0] == 0
+    id = cm.runs()[0].id
+    goes_on = "Back at coder: nothing runs until you go on. Next: `cm-notebook resume {}`.\n"
+    code, out, err = here("fork", id[:5], "coder", "--max-turns", "9")
+    fork = cm.runs()[0].id
+    assert (code, out, err) == (0, f"{fork}, a fork of {id} at coder: {goes_on.format(fork)}", "")
+    assert cm.Run.open(id).status == "completed"
+    assert here("rewind", id, "coder")[:2] == (0, f"{id}: {goes_on.format(id)}")
+    for run in (id, fork):
+        assert process("resume", run, "--workflow", "flow.py")[0] == 0
+    code, out, _ = here("diff", id, "--against", fork)
+    assert (code, "the same" in out) == (0, True)
+    assert here("diff", id, "coder") == here("diff", id, "coder", "1", "2")
+    code, _, err = here("export", fork, "test_flow.py")
+    assert (code, "Name the file that defines it: --workflow FILE.py" in err) == (1, True)
+    assert here("export", fork, "test_flow.py", "--workflow", "flow.py")[:2] == (0, "test_flow.py is written.\n")
+    Path("test_flow.py").write_text("mine", encoding="utf-8")
+    code, _, err = here("export", fork, "test_flow.py", "--workflow", "flow.py")
+    assert (code, "To replace it: --overwrite." in err) == (1, True)
+
+
+WRONG_BACK = [
+    (["rewind", "RUN"], 2, "the following arguments are required: STEP"),
+    (["rewind", "RUN", "codr"], 7, "Did you mean 'coder'?"),
+    (["rewind", "RUN", "coder"], 1, "step 'coder' has not run yet; 'planner' comes first."),
+    (["fork", "RUN", "coder"], 1, "step 'coder' has not run yet; 'planner' comes first."),
+    (["rewind", "nobody", "coder"], 7, "there is no run 'nobody'."),
+    (["diff", "RUN"], 2, "diff takes a step and two of its attempts, or another run: --against RUN"),
+    (["diff", "RUN", "planner"], 6, "planner has fewer than two attempts so far; there is nothing to compare."),
+    (["diff", "RUN", "planner", "one"], 2, "'one' is not a whole number"),
+    (["diff", "RUN", "planner", "1", "--against", "RUN"], 2, "leave out the attempts."),
+    (["export", "RUN", "plan.txt"], 1, "Possible: .py, .json, .jsonl"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "said"), WRONG_BACK)
+def test_where_nobody_can_go_back_to_is_said(words: list[str], code: int, said: str, here: Here) -> None:
+    run = start()
+    before = run.events
+    found, _, err = here(*(run.id if word == "RUN" else word for word in words))
+    assert (found, said in err, err.count("\n")) == (code, True, 1), err
+    assert "%cm" not in err
+    assert run.events == before
+    run.stop()
+
+
+def test_a_definition_that_does_not_fit_is_refused_with_what_is_typed_here(here: Here, headless: None) -> None:
+    Path("flow.py").write_text(FLOW, encoding="utf-8")
+    assert here("run", "flow.py")[0] == 3
+    Path("flow.py").write_text(FLOW.replace("planner", "designer"), encoding="utf-8")
+    code, _, err = here("resume", "--workflow", "flow.py")
+    assert code == 1
+    assert "step 'planner' has run and is renamed to 'designer'. " in err
+    assert "Start a new run for the new workflow: `cm-notebook run FILE`." in err
 
 
 def test_a_run_that_went_back_or_was_stopped_says_the_command_that_goes_on(here: Here) -> None:

@@ -272,7 +272,10 @@ def test_a_run_is_recorded_and_played_by_the_command_line() -> None:
     assert "cm: planner approved (recorded)" in done.lines
     other = ran("run", file, "--tape", "tapes/t.jsonl", "--input", "goal=that")
     assert other.code == 1
-    assert "it changed here: recorded 'it', now 'that' (from input goal). `%cm run --record tapes/t" in other.err
+    assert (
+        "it changed here: recorded 'it', now 'that' (from input goal). `cm-notebook run FILE --record tapes/t"
+        in other.err
+    )
     refused = ran("run", file, "--tape", "tapes/t.jsonl", "--record", "tapes/t.jsonl")
     assert refused.code == 1
     assert "is the tape that is played" in refused.err

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, create_model
 import cm_notebook as cm
 from cm_notebook import cli
 from cm_notebook.exports.literals import write
-from tests.helpers import gate
+from tests.helpers import gate, until
 
 LIMIT = 4
 SEEN: list[str] = ["once"]
@@ -462,6 +462,25 @@ def test_a_run_is_a_test(tmp_path: Path, headless: None) -> None:
     assert "FAILED test_text.py::test_tea_party - AssertionError" in done.stdout
 
 
+def test_a_run_of_a_journal_is_exported_with_the_functions_that_are_at_hand(tmp_path: Path, headless: None) -> None:
+    run = played(tmp_path)
+    found = cm.Run.open(run.id, run._journal)
+    assert found is not run
+    assert [agent.id for agent in found.workflow.agents if agent.missing] == ["word-limit"]
+    for name in ("test_tea.py", "tea.py"):
+        found.export(name)
+        assert "count = words_of(" in Path(name).read_text(encoding="utf-8")
+
+    @cm.agent("nowhere")  # in no module, so it is not found again
+    def nowhere(turn: cm.Turn) -> str:
+        return "done"
+
+    run = cm.Workflow("w", agents=[nowhere], steps="nowhere").start(journal=":memory:").wait()
+    found = cm.Run.open(run.id, run._journal)
+    with pytest.raises(cm.WorkflowError, match=r"is not kept\. Import the file or run the cell that defines"):
+        found.export("other.py")
+
+
 def test_a_run_is_a_tape(tmp_path: Path, headless: None) -> None:
     run = played(tmp_path)
     run.export("tea.jsonl")
@@ -519,6 +538,20 @@ def test_what_was_gone_back_over_is_not_on_the_tape(
     again = run.workflow.start(tape="tea.jsonl", journal=":memory:").wait()
     assert {step.id: step.text for step in again} == {step.id: step.text for step in run}
     assert {step.id: len(step.attempts) for step in again} == attempts
+
+
+def test_what_waited_and_was_made_again_is_on_the_tape_once(headless: None) -> None:
+    workflow = cm.Workflow("w", agents=[cm.Agent("a", "x"), cm.Agent("b", "On {{ a }}")], steps="a -> b?")
+    script = cm.ScriptedEngine({"a": ["1", "2"], "b": ["3", "4"]})
+    run = workflow.start(engine=script, journal=":memory:")
+    gate(run)
+    run.replace(cm.step("a", prompt="y"))
+    gate(run, "a")
+    run.retry("a")
+    until(lambda: len(run["b"].attempts) == 2 and run.gates, "b to be made again")
+    run.approve().wait().export("w.jsonl")
+    again = run.workflow.start(tape="w.jsonl", journal=":memory:").wait()
+    assert [[attempt.text for attempt in step.attempts] for step in again] == [["2"], ["4"]]
 
 
 def test_a_step_that_was_kept_though_another_was_made_again_is_on_no_tape(tmp_path: Path, headless: None) -> None:

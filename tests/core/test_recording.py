@@ -331,6 +331,19 @@ def test_decisions_about_functions_go_on_being_recorded_after_the_end():
     assert read(Path("t.jsonl")) == [("count", 1, "approve"), ("count", 2, "approve")]
 
 
+def test_a_fork_is_recorded_with_its_history_beside_the_tape_of_its_run():
+    script = scripted(a=["a 1"], b=["b 1", "b 2", "b 3"])
+    run = chain("a", "b").start(engine=script, journal="j.db", record="t.jsonl").wait(20)
+    run.rewind("b").unpause().wait(20)
+    whole = [("a", 1, "a 1"), ("b", 1, "b 1"), ("b", 2, "b 2")]
+    assert read(Path("t.jsonl")) == whole, "cells that go back find what was done then"
+    fork = run.fork("b", record="fork.jsonl").unpause().wait(20)
+    assert read(Path("fork.jsonl")) == [*whole, ("b", 3, "b 3")]
+    assert read(Path("t.jsonl")) == whole
+    fork.export("short.jsonl")
+    assert [step.text for step in played(fork.workflow, "short.jsonl")] == ["a 1", "b 3"]
+
+
 def test_any_run_of_the_past_is_made_a_tape_by_what_it_did():
     run = chain("a").start(engine=scripted(a=["one"]), journal="j.db").wait(20)
     Path("t.jsonl").write_text("\n".join(lines_of(cm.Run.open(run.id, "j.db").events)), encoding="utf-8")

@@ -90,14 +90,30 @@ def test_a_run_of_another_process_is_rewound_as_it_is_taken_up(tmp_path: Path, d
     run = start(tmp_path / "j.db").approve().wait(10)
     found = run if driven else cm.Run(run.id, Journal(tmp_path / "j.db"))
     if not driven:
-        with pytest.raises(cm.TransitionError, match=r"cm\.resume\('r-\w+', rewind='b'\)"):
-            found.rewind("b")
         with pytest.raises(cm.TransitionError, match=r"is completed\. .*rewind='STEP'"):
             cm.resume(run.id, journal=found._journal)
     again = cm.resume(run.id, journal=found._journal, engine=replies(), rewind="b")
     assert again.wait(10).status == "paused"
     assert standing(again)["b"] == "pending"
     assert finish(again)["b"].text == "b 2"
+
+
+@pytest.mark.parametrize("end", ["", "completed"])
+def test_a_run_that_is_not_driven_here_is_told_to_go_back(tmp_path: Path, end: str) -> None:
+    """Whoever drives it waits there; where nobody does, it is gone on with as it is taken up."""
+    run = start(tmp_path / "j.db")
+    if end:
+        run.approve().wait(10)
+    found = cm.Run(run.id, Journal(tmp_path / "j.db"))
+    with pytest.raises(cm.TransitionError, match="there is no step 'nobody'"):
+        found.rewind("nobody")
+    assert found.rewind("b").status == "paused"
+    until(lambda: run.status == "paused", "the driver to hear of it")
+    assert standing(run) == {"a": "done", "b": "pending", "c": "pending", "d": "pending"}
+    again = cm.resume(run.id, journal=found._journal, engine=replies()) if end else run.unpause()
+    gate(again)
+    assert [attempt.text for attempt in again["b"].attempts] == ["b 1", "b 2"]
+    again.stop()
 
 
 def test_what_runs_is_cut_short() -> None:
@@ -118,6 +134,26 @@ def test_a_step_is_edited_before_the_run_goes_on() -> None:
     assert run["b"].prompt == "Be brief, a 1."
     assert finish(run)["b"].prompt == "Be brief, a 1."
     assert not any(step.stale for step in run)
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_what_waits_is_made_again_when_an_earlier_step_was_edited_meanwhile(paused: bool) -> None:
+    run = start()
+    if paused:
+        run.pause()
+    waits = run.gates[0]
+    run.replace(cm.step("b", prompt="Be better, {{ a }}."))
+    if paused:
+        run.unpause()
+    gate(run, "b")
+    assert run.gates[0].id == waits.id, "it may still be kept"
+    run.retry("b")
+    until(lambda: len(run["c"].attempts) == 2 and run.gates, "c to be made again")
+    with pytest.raises(cm.AlreadyDecided, match="is closed"):
+        run.decide(waits.id, cm.Decision(action="approve"))
+    assert run["c"].prompt.endswith("b 2"), "what is approved is built on what there is"
+    assert run.approve("c").wait(10).status == "completed"
+    assert [attempt.text for attempt in run["c"].attempts] == ["c 1", "c 2"]
 
 
 REFUSED = [

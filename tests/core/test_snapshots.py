@@ -18,6 +18,7 @@ import pytest
 import cm_notebook as cm
 from cm_notebook.events import FileChange
 from cm_notebook.journal import Journal, MemoryJournal
+from cm_notebook.render import text
 from tests import helpers
 from tests.core.test_workspace import git, held, put, write
 
@@ -374,6 +375,9 @@ def test_who_goes_back_finds_the_files_of_then(folder, tmp_path, monkeypatch, ho
         other = run.rewind("two")
     else:
         other = run.fork("two", **({"workspace": mine} if how == "fork into a folder" else {}))
+    waits = "Back at two: nothing runs until you go on. The files are as they were before two when it begins, not yet"
+    assert waits in text.sentence(other.state)
+    assert held(folder) == after, "the folder is not touched before"
     other.unpause().wait()
     assert [{name: about[1] for name, about in files.items()} for files in seen] == [{"a": b"1"}]
     if how != "rewind":

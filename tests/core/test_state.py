@@ -44,6 +44,7 @@ from cm_notebook.events import (
     StepAdded,
     StepChanged,
     StepFailed,
+    StepOutdated,
     StepRemoved,
     StepSkipped,
     ToolCalled,
@@ -1092,6 +1093,62 @@ def test_what_was_made_from_an_old_output_is_stale() -> None:
     assert driver.state.status == "completed"
 
 
+@pytest.mark.parametrize("kind", ["review", "start", "verdict", "exhausted"])
+@pytest.mark.parametrize("action", ["retry", "skip", "approve"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_waits_with_something_made_from_an_old_output_is_made_again(
+    kind: GateKind, action: Any, stopped: bool
+) -> None:
+    """What is approved is what is built on: an answer to the gate from before would be about something else."""
+    driver = at_gate(kind)
+    earlier, later = ("b", "gate") if kind in ("verdict", "exhausted") else ("a", "b")
+    before = driver.gate(later)
+    change(driver, work(earlier, "new"))
+    if stopped:
+        driver.record(RunFinished(status="stopped"))
+        driver.record(RunResumed())
+    driver.go()
+    assert driver.gate(earlier).kind == "stale"
+    driver.decide(action, step=earlier)
+    if action == "approve":
+        assert driver.gate(later).digest == before.digest
+        assert driver.turns().count(later) == (kind != "start")
+        return
+    assert "is closed" in driver.refused(
+        GateDecided(gate_id=before.id, decision=Decision(action="approve")), AlreadyDecided
+    )
+    if kind != "start" or not stopped:  # a stop closes that one, and it opens anew
+        assert [event.by for event in driver.events if event.type == "StepOutdated"] == [earlier]
+    if kind == "start":
+        assert driver.gate(later).digest != before.digest
+    else:
+        assert driver.turns().count(later) == 2
+    assert folded(driver.events) == driver.state
+
+
+def test_it_is_made_again_for_a_step_that_was_put_before_it() -> None:
+    driver = run(work("a"), work("b", "on {{ previous }}", interactive=True), work("z"))
+    driver.add(work("x", interactive=True), "a").go()
+    assert driver.gate().step == "x", "the one that waited is closed as soon as the other begins"
+    assert driver.decide("approve").prompt("b") == "on x 1"
+    driver.refused(StepOutdated(step="a", path="a", by="x"), TransitionError)
+    driver.refused(StepOutdated(step="z", path="z", by="x"), TransitionError)
+
+
+@pytest.mark.parametrize("kind", ["failed", "may_have_run", "stale"])
+def test_what_waits_for_another_reason_still_asks(kind: GateKind) -> None:
+    driver = at_gate(kind)
+    before = driver.gate()
+    if kind != "stale":
+        change(driver, work("a", "new"))
+        driver.go().decide("retry", step="a")
+    else:
+        driver.record(Rewound(to="a"))
+        driver.go()
+    assert driver.gate().kind == before.kind
+    assert "StepOutdated" not in driver.kinds()
+
+
 def test_later_steps_are_stale_as_soon_as_one_runs_again() -> None:
     driver = run(work("a", interactive=True), work("b"), work("c")).decide("approve")
     driver.record(RunResumed())
@@ -1656,6 +1713,7 @@ def mostly_illegal(driver: Checked, kind: int, a: int, b: int) -> AnyEvent:
         LoopedBack(module=name, to=ids[b % len(ids)], iteration=2),
         GateOpened(gate=opened),
         StepSkipped(step=name, path=name, reason="r"),
+        StepOutdated(step=name, path=name, by="a"),
         RunFinished(status="completed" if b % 2 else "stopped"),
         RunStarted(run_id="q", workflow={"name": "x"}),
         Rewound(to=name),
@@ -1670,7 +1728,7 @@ def mostly_illegal(driver: Checked, kind: int, a: int, b: int) -> AnyEvent:
         StepFailed(step=name, path=name, reason="r"),
         ToolCalled(**where, call_id="1", name="t"),
         ToolReturned(**where, call_id=str(b % 2), name="t", text="r"),
-    ][kind % 16]
+    ][kind % 17]
 
 
 def propose(driver: Driver, event: AnyEvent) -> None:

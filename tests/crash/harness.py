@@ -459,6 +459,8 @@ def _check_approved(rows: list[Row]) -> None:
                 raise Broken(f"another prompt of {row.body['path']} runs than was approved")
         elif row.type in ("LoopedBack", "Rewound", "StepChanged"):
             approved.clear()
+        elif row.type == "StepOutdated":
+            approved.pop(row.body["path"], None)
         elif row.type == "GateDecided" and row.body["decision"]["action"] in ("reject", "retry"):
             approved.pop(gates[row.body["gate_id"]]["path"], None)
 
@@ -477,6 +479,8 @@ def _check_finished(rows: list[Row]) -> None:
             finished.pop(gates[body["gate_id"]], None)
         elif row.type in ("LoopedBack", "Rewound"):
             finished.clear()
+        elif row.type == "StepOutdated":  # nobody had said yes to it
+            finished.pop(row.body["path"], None)
         elif row.type == "TurnStarted":
             turn = body.get("turn", 1)
             last = finished.get(body["path"])

@@ -373,6 +373,14 @@ def _steered(plan: Plan) -> None:
     ]
 
 
+def _inserted(plan: Plan) -> None:
+    """A step is put before one that waits, which is made again."""
+    for name in ("first", "second"):
+        plan.add(name, cm.step(name, prompt=plan.prompt(name), interactive=name == "second"), worker(plan, name))
+    plan.agents.append(worker(plan, "added"))
+    plan.deeds = [Deed("second", "StepAdded", lambda run: run.add(cm.step("added", prompt="added"), "first"))]
+
+
 def _looped(plan: Plan) -> None:
     """A loop that goes back over a step that runs once."""
     plan.add("once", cm.step("once", prompt="once", execute_once=True), worker(plan, "once"))
@@ -426,6 +434,7 @@ NAMED = {
     "untold": _untold,
     "gates": _gates,
     "steered": _steered,
+    "inserted": _inserted,
     "looped": _looped,
     "teamed": _teamed,
     "alone": _alone,

@@ -1031,6 +1031,54 @@ def test_a_run_resumed_in_python_is_gone_on_with(cells: Cells) -> None:
     assert cells.run is again
 
 
+IN_PYTHON = """\
+import cm_notebook as cm
+@cm.agent('first')
+def work(turn):
+    return f'first {turn.attempt}'
+agents = {'first': work, 'second': cm.Agent('planner', 'Plan.')}
+del work
+flow = cm.Workflow('mine', agents=[*agents.values()], steps='first -> planner?', max_concurrency=2)
+run = flow.start(max_turns=20)
+"""
+
+
+@pytest.mark.parametrize("line", ["run", "next"])
+@pytest.mark.parametrize("before", ["", "another workflow"])
+@pytest.mark.parametrize("rewind", ["%cm rewind first", "run.rewind('first')"])
+def test_a_run_started_in_python_is_gone_on_with_when_it_went_back(
+    cells: Cells, line: str, before: str, rewind: str
+) -> None:
+    if before:
+        other = start(cells)
+        cells.to("planner")
+    cells(IN_PYTHON)
+    run = cells.shell.user_ns["run"]
+    gate(run)
+    events = len(run.events)
+    cells(rewind, f"%cm {line}")
+    assert cells.run is run
+    until(lambda: run.gates if line == "run" else run.status == "paused" and run["first"].status == "done", "the run")
+    assert run["first"].text == "first 2"
+    assert len(run["planner"].attempts) == (2 if line == "run" else 1)
+    assert "WorkflowChanged" not in [event.type for event in run.events[events:]], "it goes on as it is"
+    if before:
+        assert other.id in cells("%cm")
+        cells(WORKFLOW)
+        assert cells.run is other
+        other.stop()
+    run.stop()
+
+
+def test_a_run_taken_up_by_its_id_keeps_its_mode(cells: Cells) -> None:
+    run = start(cells)
+    cells.to("planner")
+    cells.restart()
+    cells(f"%cm resume {run.id}", "%cm pause", "%cm run")
+    assert cells.run.mode == "step-by-step"
+    assert cells.run.workflow.autonomous_mode == "never"
+
+
 def test_attempts_stand_in_two_columns(cells: Cells) -> None:
     start(cells)
     cells.to("planner")
@@ -1182,6 +1230,22 @@ def test_a_line_expands_nothing(cells: Cells) -> None:
     start(cells)
     cells("%cm reject not {goal} and $goal")
     assert cells.run["planner"].attempts[0].feedback == "not {goal} and $goal"
+
+
+def test_a_line_takes_variables_where_other_magics_do(cells: Cells) -> None:
+    """In names and values, and never in a person's own words."""
+    run = two_steps(cells)
+    cells("step = 'implementer'", "names = {'first': 'planner'}")
+    cells.shell.user_ns["before"] = run
+    cells("other = %cm fork {step}", "%cm run")
+    cells.to("implementer")
+    assert "-implementer 1" in cells("%cm diff {step} --against {before.id}")
+    cells("%cm show {names[first]}")
+    assert cells.result.id == "planner"
+    assert "there is no run '{nobody.id}'" in error(cells, "%cm diff --against {nobody.id}").lower()
+    cells("%cm approve --output 'of {step} and {\"json\": 1} and {{ goal }}'")
+    assert cells.run["implementer"].text == 'of {step} and {"json": 1} and {{ goal }}'
+    run.stop()
 
 
 def test_reject_needs_words(cells: Cells) -> None:

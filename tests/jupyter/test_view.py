@@ -621,6 +621,24 @@ def test_back_to_here_takes_the_run_back(notebook):
     run.stop()
 
 
+def test_fork_here_makes_a_run_that_waits_and_says_so(notebook):
+    run = begin("planner -> builder?")
+    view.show(run)
+    gate(run, "builder")
+    assert 'data-do="fork" data-step="planner"' in str(widget().cards)
+    before = run.events
+    widget().says(do="fork", step="planner", page="one")
+    said = widget().hears("said", page="one")["text"]
+    fork = cm.current()
+    assert said == f"Run {fork.id} is a fork of {run.id} at planner. `%cm show` shows it, `%cm run` goes on with it."
+    assert [step.status for step in fork] == ["pending", "pending"]
+    assert run.events == before
+    widget().says(do="fork", step="nobody", page="two")
+    assert "no step 'nobody'" in widget().hears("said", page="two")["text"]
+    fork.stop()
+    run.stop()
+
+
 def test_a_message_that_is_none_changes_nothing(notebook):
     run = begin()
     view.show(run)
