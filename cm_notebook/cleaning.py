@@ -29,7 +29,7 @@ SAVED_BELOW = ", as saved below. Run this cell again to go on here."
 _NOTED = ("execution", "ExecuteTime")
 """Where front ends write down when a cell was executed."""
 
-_TIME = r"(?:<0\.1 ?s|\d+(?:\.\d)? ?s|\d+ ?min ?\d\d ?s|\d+ ?h ?\d\d ?min)"
+_TIME = r"(?:(?:<|&lt;)0\.1 ?s|\d+(?:\.\d)? ?s|\d+ ?min ?\d\d ?s|\d+ ?h ?\d\d ?min)"
 _WHO = r"(?:by [^“”,;:·]{1,60}|at its deadline)"
 _CLOCK = re.compile(rf"(\b[A-Za-z]+ {_WHO}), \d\d:\d\d(?=$|[:;.)]| [·(])", re.MULTILINE)
 _OPEN = "waiting for you|running"

@@ -26,6 +26,8 @@ from tests.render.builder import NOON, SITUATIONS, Story, finished, looping, rec
 
 HERE = (NOON, 1.0, "r-0000000a")
 THERE = (NOON + 7777.7, 13.7, "r-0000000b")
+QUICK = (NOON + 77.7, 0.001, "r-0000000c")
+"""Steps that take less than a tenth of a second, which a page says with a ``&lt;``."""
 LIKE_OURS = "It took\n\n12.4 s · 3 tok\n\nand was approved by you, 12:31. See run `r-0123abcd`: “12:31”, 4.6 s.\n"
 
 
@@ -75,9 +77,9 @@ ENDED = {"finished": finished, "team": team}
 
 @pytest.mark.parametrize("name", ENDED)
 def test_two_executions_are_one_file(name: str) -> None:
-    here, there = (of(ENDED[name](machine=machine)) for machine in (HERE, THERE))
+    here, there, quick = (of(ENDED[name](machine=machine)) for machine in (HERE, THERE, QUICK))
     assert here != there
-    assert cleaned(here) == cleaned(there)
+    assert cleaned(here) == cleaned(there) == cleaned(quick)
     assert cleaned(cleaned(here)) == cleaned(here)
     nbformat.validate(nbformat.reads(cleaned(here).decode(), as_version=4))
     made = json.loads(cleaned(here))["cells"][0]
@@ -159,7 +161,7 @@ def test_of_a_timeline_the_words_stay() -> None:
         return output(timeline.img(events), timeline.draw(events, "text"))
 
     once = cleaned(notebook(picture(HERE)))
-    assert once == cleaned(notebook(picture(THERE))) == cleaned(once)
+    assert once == cleaned(notebook(picture(THERE))) == cleaned(notebook(picture(QUICK))) == cleaned(once)
     [made] = json.loads(once)["cells"][0]["outputs"]
     [words] = made["data"]["text/plain"]
     assert words.startswith("Timeline of a: done · 4.6 s. architect: attempt 1 done; ")
@@ -174,7 +176,7 @@ def test_two_runs_side_by_side_have_neither_ids_nor_times() -> None:
         return notebook(*made)
 
     once = cleaned(pair(HERE, THERE))
-    assert once == cleaned(pair(THERE, HERE)) == cleaned(once)
+    assert once == cleaned(pair(THERE, HERE)) == cleaned(pair(QUICK, HERE)) == cleaned(once)
     assert re.search(r"Step +run r-… +run r-… +Answer", once.decode())
 
 
