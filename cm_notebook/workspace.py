@@ -171,12 +171,24 @@ class Snapshots:
             if self._leave_out(place):  # it may have been taken when something else was left out
                 tree = self._git("write-tree").strip()
             self._restore_rules(place)
-            self._stage(place)
+            rights = self._rights(place, self._stage(place), tree)
             self._git("read-tree", "--reset", "-u", tree)
+            _give_back(rights)
             left = self._stage(place)
             if left != tree and self._git("diff-tree", *self._compared(), "--name-only", tree, left):
                 raise SnapshotError(f"{self.workspace} is not as it was: something writes there at the same time.")
             self._tree = left
+
+    def _rights(self, place: _Place, now: str, tree: str) -> dict[Path, int]:
+        """Who may read and write the files that are about to be written anew, which git makes readable for all."""
+        changed = self._git("diff-tree", "-r", "-z", "--no-renames", "--diff-filter=M", "--name-only", now, tree)
+        found: dict[Path, int] = {}
+        for name in changed.split("\0"):
+            with contextlib.suppress(OSError):
+                mode = (place.root / name).lstat().st_mode
+                if name and stat.S_ISREG(mode):
+                    found[place.root / name] = stat.S_IMODE(mode)
+        return found
 
     def _restore_rules(self, place: _Place) -> None:
         """Bring back the rules of that time: what they ignored is left alone, what they did not has come since."""
@@ -327,6 +339,16 @@ class Snapshots:
         chosen = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         ours = {"GIT_DIR": str(self.store), "GIT_WORK_TREE": str(place.root), "GIT_INDEX_FILE": str(self._index)}
         return _ran(["git", *chosen, *words], {**_environment(), **ours}, stdin=stdin, cwd=place.root, most=most)
+
+
+def _give_back(rights: dict[Path, int]) -> None:
+    """Let the same people read and write a file as before it was written anew; whether it is a program, it says now."""
+    for file, before in rights.items():
+        with contextlib.suppress(OSError):
+            mode = file.lstat().st_mode
+            wanted = before & 0o666 | ((before & 0o444) >> 2 if mode & stat.S_IXUSR else 0)
+            if stat.S_ISREG(mode) and stat.S_IMODE(mode) != wanted:
+                file.chmod(wanted)
 
 
 def _environment() -> dict[str, str]:

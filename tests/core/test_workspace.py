@@ -189,6 +189,20 @@ def test_restored_exactly(snapshots, folder):
     assert held(folder) == {}
 
 
+def test_who_may_read_a_file_is_not_changed_when_it_comes_back(snapshots, folder):
+    rights = {"key": 0o600, "program": 0o700, "ours": 0o664, "all": 0o644, "becomes": 0o640}
+    for name, mode in rights.items():
+        put(folder / name, "1")
+        (folder / name).chmod(mode)
+    tree = snapshots.take()
+    for name in rights:
+        put(folder / name, "other")
+    (folder / "becomes").chmod(0o750)
+    snapshots.restore(tree)
+    assert {name: stat.S_IMODE((folder / name).stat().st_mode) for name in rights} == rights
+    assert snapshots.take() == tree
+
+
 def test_a_link_is_never_followed(snapshots, folder, tmp_path):
     outside = tmp_path / "outside"
     put(outside / "precious", "p")
