@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,39 @@ def test_a_killed_child_fails_its_step_in_clear_words_and_a_retry_goes_on() -> N
     assert run.wait(20)["builder"].text == "built"
     started = [event.step for event in run.events if event.type == "TurnStarted"]
     assert started == ["first", "builder", "builder", "last"]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_children_that_are_killed_at_any_moment(tmp_path: Path, seed: int) -> None:
+    """Before they begin, at work, or as they end: a step is made again until its child has ended by itself, once."""
+    chance = random.Random(seed)
+    codes: dict[str, list[int]] = {}
+
+    @cm.agent("builder")
+    def build(turn: cm.Turn) -> str:
+        with subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(0.05)"]) as child:
+            killer = threading.Timer(chance.uniform(0, 0.15), child.kill if turn.attempt < 3 else int)
+            killer.start()
+            code = child.wait()
+            killer.cancel()
+        codes.setdefault(turn.step, []).append(code)
+        if code:
+            raise cm.EngineExited(f"the compiler was ended by signal {signal.Signals(-code).name}", exit_code=code)
+        return turn.step.upper()
+
+    names = ["a", "b", "c", "d"]
+    flow = cm.Workflow("children", steps=[cm.step("builder", id=name, prompt="x") for name in names], agents=[build])
+    run = flow.start(journal=tmp_path / "j.db", on_gate=lambda opened: "retry").wait(60)
+    assert [event.step for event in run.events if event.type == "TurnFinished"] == names
+    for name in names:
+        *killed, last = codes[name]
+        assert (set(killed) <= {-signal.SIGKILL}, last) == (True, 0)
+        errors = [attempt.error for attempt in run[name].attempts]
+        assert [error.message if error else None for error in errors] == [
+            *["the compiler was ended by signal SIGKILL"] * len(killed),
+            None,
+        ]
+        assert run[name].text == name.upper()
 
 
 DRIVER = """
