@@ -33,7 +33,7 @@ from ..workflow import fitted, unfenced
 from .base import AgentEvent, AgentRequest, Delta, SessionStarted, ToolCalled, ToolReturned, TurnDone, UsageReported
 from .builtin import built_in, refusal
 from .functions import Raised, in_thread
-from .http import SILENCE_S, Complaint, Connection
+from .http import SILENCE_S, Complaint, Connection, no_address
 from .prices import Tokens, cost_usd, price_of
 
 LISTENS_S = 0.5
@@ -126,6 +126,8 @@ class ChatEngine(abc.ABC):
     @property
     def remedy(self) -> str:
         """What to do before it can be used; ``""``: nothing that could be found out without asking it."""
+        if (wrong := no_address(self._where())) is not None:
+            return f"{wrong}."
         if self.needs_key and not keys.find(self.name):
             return keys.missing(self.name)
         address = urllib.parse.urlsplit(self._where())
