@@ -22,7 +22,7 @@ import socket
 import urllib.parse
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from .. import keys
 from ..config import SETTINGS, setting, shown
@@ -413,9 +413,11 @@ async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> 
             if inspect.isawaitable(value):
                 value = await value
         return ToolReturned(call.call_id, call.name, text_of(value))
-    except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):
+    except (GeneratorExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too: raised in a task it would end the loop
+        if isinstance(error, asyncio.CancelledError) and cast("asyncio.Task[Any]", asyncio.current_task()).cancelling():
+            raise  # the turn was cut short; else the function awaited what was cancelled
         raised = error.error if isinstance(error, Raised) else error
         return failed(str(raised) if isinstance(raised, WorkflowError) else f"{type(raised).__name__}: {raised}")
 
