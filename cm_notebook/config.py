@@ -87,7 +87,7 @@ def lookup(name: str) -> tuple[Any, str]:
 
 def shown(value: Any) -> Any:
     """The value as it may be shown: an address without the name and the password in it."""
-    return re.sub(r"//[^/@]*@", "//", value) if isinstance(value, str) else value
+    return re.sub(r"//[^/]*@", "//", value) if isinstance(value, str) else value
 
 
 def _fitting(name: str, kind: Kind, value: Any, where: str) -> Any:

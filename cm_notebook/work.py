@@ -126,6 +126,11 @@ class Work:
         except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
             await self._end(turn, failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None))
             raise
+        except GeneratorExit:  # by its own agent; or the loop was left, and nobody comes to hear of it
+            loop = cast("asyncio.AbstractEventLoop", driver.loop)
+            ending = failed(turn, EngineError(f"{turn.started.step} raised GeneratorExit."), None)
+            loop.call_soon(lambda: setattr(turn, "task", loop.create_task(self._end(turn, ending))))  # no await here
+            return
         except EngineError as error:
             ending = failed(turn, error, None)
         except Exception as error:  # a bug: whatever happens, the turn has an end

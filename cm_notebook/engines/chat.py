@@ -22,7 +22,7 @@ import socket
 import urllib.parse
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from .. import keys
 from ..config import SETTINGS, setting, shown
@@ -33,7 +33,7 @@ from ..workflow import fitted, unfenced
 from .base import AgentEvent, AgentRequest, Delta, SessionStarted, ToolCalled, ToolReturned, TurnDone, UsageReported
 from .builtin import built_in, refusal
 from .functions import Raised, in_thread
-from .http import SILENCE_S, Complaint, Connection
+from .http import SILENCE_S, Complaint, Connection, no_address
 from .prices import Tokens, cost_usd, price_of
 
 LISTENS_S = 0.5
@@ -126,6 +126,8 @@ class ChatEngine(abc.ABC):
     @property
     def remedy(self) -> str:
         """What to do before it can be used; ``""``: nothing that could be found out without asking it."""
+        if (wrong := no_address(self._where())) is not None:
+            return f"{wrong}."
         if self.needs_key and not keys.find(self.name):
             return keys.missing(self.name)
         address = urllib.parse.urlsplit(self._where())
@@ -411,9 +413,11 @@ async def _use(call: Call, tools: Mapping[str, Tool], request: AgentRequest) -> 
             if inspect.isawaitable(value):
                 value = await value
         return ToolReturned(call.call_id, call.name, text_of(value))
-    except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):
+    except (GeneratorExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too: raised in a task it would end the loop
+        if isinstance(error, asyncio.CancelledError) and cast("asyncio.Task[Any]", asyncio.current_task()).cancelling():
+            raise  # the turn was cut short; else the function awaited what was cancelled
         raised = error.error if isinstance(error, Raised) else error
         return failed(str(raised) if isinstance(raised, WorkflowError) else f"{type(raised).__name__}: {raised}")
 

@@ -17,6 +17,7 @@ import json
 import logging
 import re
 import ssl
+import urllib.parse
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +25,7 @@ import httpx
 import httpx_sse
 
 from .. import keys
+from ..config import shown
 from ..errors import (
     EngineAuthError,
     EngineError,
@@ -106,14 +108,9 @@ class Connection:
     ) -> None:
         self._engine, self._silence_s = engine, silence_s
         self._secrets = tuple(secret for secret in secrets if secret)
-        try:
-            address = httpx.URL(base_url.strip())
-            if address.scheme not in ("http", "https") or not address.host:
-                raise ValueError
-        except (httpx.InvalidURL, ValueError):
-            shown = re.sub("//[^/]*@", "//", base_url)
-            problem = f"the base URL {shown!r} is not an address. Write it like https://api.example.com/v1"
-            raise self._error(EngineError, f"{problem}; set {engine}_base_url.") from None
+        if (wrong := no_address(base_url)) is not None:
+            raise self._error(EngineError, f"{wrong}; set {engine}_base_url.")
+        address = httpx.URL(base_url.strip())
         self._base = str(address).rstrip("/")
         self._where = str(address.copy_with(username=None, password=None, query=None, fragment=None)).rstrip("/")
         self._client = httpx.AsyncClient(
@@ -286,6 +283,18 @@ class _Bounded:
                 if self.total > LONGEST_STREAM:
                     raise _TooMuchError(f"more than {LONGEST_STREAM:,} characters")
                 yield text
+
+
+def no_address(base_url: str) -> str | None:
+    """Why no service can be at `base_url`, without the password in it; ``None``: there may be one."""
+    try:
+        address = httpx.URL(base_url.strip())
+        urllib.parse.urlsplit(base_url)  # refuses half an IPv6 address, which httpx takes for a name
+        if address.scheme in ("http", "https") and address.host:
+            return None
+    except (httpx.InvalidURL, ValueError):
+        pass
+    return f"the base URL {shown(base_url)!r} is not an address. Write it like https://api.example.com/v1"
 
 
 def _retry_after_s(headers: httpx.Headers) -> float | None:

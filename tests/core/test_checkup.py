@@ -69,15 +69,23 @@ def test_a_server_on_this_machine_is_there_or_not(monkeypatch: pytest.MonkeyPatc
         assert said_of("engine ollama") == ("ok", f"{address}; OLLAMA_API_KEY is not set", "")
 
 
-def test_a_password_in_an_address_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CM_VLLM_BASE_URL", "https://me:hunter2@models.example.com/v1")
+@pytest.mark.parametrize("password", ["hunter2", "at@hunter2"])
+def test_a_password_in_an_address_is_not_told(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CM_VLLM_BASE_URL", f"https://me:{password}@models.example.com/v1")
     assert said_of("engine vllm")[1] == "https://models.example.com/v1; VLLM_API_KEY is not set"
     assert "hunter2" not in cm.doctor().text
 
 
-@pytest.mark.parametrize("url", ["nonsense", "http://[", "http://localhost:nope/v1"])
+@pytest.mark.parametrize(
+    "url", ["nonsense", "foo bar", "localhost:8000/v1", "ftp://localhost/v1", "http://[", "http://localhost:nope/v1"]
+)
 def test_an_address_that_is_none_is_a_finding(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CM_VLLM_BASE_URL", url)
+    word, _, remedy = said_of("engine vllm")
+    assert (word, remedy) == (
+        "off",
+        f"the base URL {url!r} is not an address. Write it like https://api.example.com/v1.",
+    )
     assert "engine in force" in cm.doctor().text
     assert said_of("engine offline")[0] == "ok"
 

@@ -1224,6 +1224,16 @@ def test_a_task_that_cancels_itself_fails() -> None:
     run.stop()
 
 
+def test_an_agent_that_raises_what_closes_generators_fails() -> None:
+    @cm.agent("a")
+    async def closes(turn: cm.Turn) -> str:
+        raise GeneratorExit
+
+    run = cm.Workflow("c", agents=[closes], steps="a").start(journal=":memory:")
+    assert gate(run).payload["error"] == "a raised GeneratorExit."
+    run.stop()
+
+
 def test_an_async_function_that_will_not_be_cancelled_is_given_up() -> None:
     release = threading.Event()
 

@@ -56,7 +56,7 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_openai():
     good = json.dumps({"title": "T", "steps": [], "risk": None})
     says = openai_says("Let me see.", calls=CALLS, more={"prompt_tokens_details": {"cached_tokens": 7}})
-    with ModelServer([says, openai_says(good), says]) as server:
+    with ModelServer([says, openai_says(good), says, openai_says(good)]) as server:
         events = ours(OpenAI(base_url=server.url + "/v1"), reasoning_effort="low")
         with openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0) as client:
             tool: Any = {
@@ -64,20 +64,21 @@ def test_openai():
                 "function": {"name": "add", "description": add.description, "parameters": add.parameters},
             }
             schema = {"name": "Plan", "schema": to_strict_json_schema(Plan), "strict": True}
-            stream = client.chat.completions.create(
-                model="test-model",
-                messages=[
-                    {"role": "system", "content": "Be short."},
-                    {"role": "user", "content": "One?"},
-                    {"role": "assistant", "content": "First."},
-                    {"role": "user", "content": "Add."},
-                ],
-                stream=True,
-                stream_options={"include_usage": True},
-                reasoning_effort="low",
-                tools=[tool],
-                response_format={"type": "json_schema", "json_schema": schema},  # type: ignore[typeddict-item]
-            )
+            told: list[Any] = [
+                {"role": "system", "content": "Be short."},
+                {"role": "user", "content": "One?"},
+                {"role": "assistant", "content": "First."},
+                {"role": "user", "content": "Add."},
+            ]
+            options: dict[str, Any] = {
+                "model": "test-model",
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "reasoning_effort": "low",
+                "tools": [tool],
+                "response_format": {"type": "json_schema", "json_schema": schema},
+            }
+            stream = client.chat.completions.create(messages=told, **options)
             texts, usage, calls = [], None, {}
             for chunk in stream:
                 usage = chunk.usage or usage
@@ -87,10 +88,25 @@ def test_openai():
                         call = calls.setdefault(piece.index, {"id": piece.id, "name": "", "arguments": ""})
                         call["name"] += piece.function.name or "" if piece.function else ""
                         call["arguments"] += piece.function.arguments or "" if piece.function else ""
-    first, _, theirs = server.asked
-    assert first.body == theirs.body
-    assert first.path == theirs.path
-    assert first.headers["authorization"] == theirs.headers["authorization"]
+            made = [
+                {
+                    "id": call["id"],
+                    "type": "function",
+                    "function": {"name": call["name"], "arguments": call["arguments"]},
+                }
+                for call in calls.values()
+            ]
+            told += [
+                {"role": "assistant", "content": "".join(texts), "tool_calls": made},
+                {"role": "tool", "tool_call_id": "call_1", "content": "5"},
+                {"role": "tool", "tool_call_id": "call_2", "content": "6"},
+            ]
+            list(client.chat.completions.create(messages=told, **options))
+    first, second, their_first, their_second = server.asked
+    assert first.body == their_first.body
+    assert second.body == their_second.body
+    assert first.path == their_first.path
+    assert first.headers["authorization"] == their_first.headers["authorization"]
     text, called = _until_the_tools(events)
     assert text == "".join(texts)
     assert called == [(call["id"], call["name"], json.loads(call["arguments"])) for call in calls.values()]

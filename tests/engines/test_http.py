@@ -417,13 +417,18 @@ def exits() -> str:
     sys.exit(3)
 
 
+@cm.tool
+async def cancels() -> str:
+    raise asyncio.CancelledError("the query was cancelled")
+
+
 @cm.tool(ask=True)
 def remove(path: str) -> str:
     """Removes a file."""
     return f"removed {path}"
 
 
-TOOLS = [add, look_up, broken, exits, remove]
+TOOLS = [add, look_up, broken, exits, cancels, remove]
 
 
 def with_tools(dialect: str, *calls: tuple[str, str], **options: Any) -> tuple[list[Any], ModelServer]:
@@ -498,7 +503,8 @@ def test_tools_are_called_and_the_model_is_told(dialect):
     [
         ("broken", "{}", "RuntimeError: out of order"),
         ("exits", "", "SystemExit: 3"),
-        ("ad", "{}", "There is no tool 'ad'. Did you mean 'add'? Tools: add, look-up, broken, exits, remove."),
+        ("cancels", "", "CancelledError: the query was cancelled"),
+        ("ad", "{}", "There is no tool 'ad'. Did you mean 'add'? Tools: add, look-up, broken, exits, cancels, remove."),
         ("add", '{"a": "two"}', "The arguments do not fit: a: Input should be a valid integer"),
         ("add", '{"b": 1}', "The arguments do not fit: a: Field required"),
         ("add", '{"a": 1, "c": 2}', "The arguments do not fit: c: Extra inputs are not permitted"),
