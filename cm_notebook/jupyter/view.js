@@ -5,8 +5,8 @@
 const SILENT_MS = 5000;
 const DEAD_MS = 500; // a new bar takes no click meant for what stood there before
 const PIECE = 4000; // characters laid out anew each time
-const KEPT = 8; // such pieces that stay of an endless text
-const HUSH_MS = 2000; // between two things said aloud
+const KEPT = 8; // such pieces that stay of a long text
+const HUSH_MS = 2000; // between things said aloud
 // The open gates by view: all views of a page share it, though each has its own module.
 const OPEN = document.cmOpen ??= (document.addEventListener("visibilitychange", entitle), new Map());
 
