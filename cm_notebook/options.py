@@ -618,9 +618,10 @@ def add_options(
     for option in options:
         rules: dict[str, Any] = {"dest": option.parameter, "default": argparse.SUPPRESS, "help": option.meaning}
         if option.kind == "switch":
-            parser.add_argument(*option.flags, action="store_const", const=True, **rules)
+            ways = parser.add_mutually_exclusive_group()
+            ways.add_argument(*option.flags, action="store_const", const=True, **rules)
             if option.off:
-                parser.add_argument(option.off, action="store_const", const=False, **rules)
+                ways.add_argument(option.off, action="store_const", const=False, **rules)
         else:
             action: dict[str, Any] = {"action": _AddPair} if option.kind == "pairs" else {}
             parser.add_argument(
@@ -664,6 +665,8 @@ class _Parser(argparse.ArgumentParser):
         if found := re.match(r"argument ([\w-]+).*expected one argument", message):
             option = next(option for option in command.options if found[1] in _spellings(option))
             raise WorkflowError(_no_value(command, option))
+        if found := re.match(r"argument ([\w-]+): not allowed with argument ([\w-]+)", message):
+            raise WorkflowError(f"`%cm {command.name}`: {found[2]} and {found[1]} say opposite things. Leave one out.")
         if message.startswith("the following arguments are required"):
             example = f" For instance: {command.examples[0].splitlines()[0]}" if command.examples else ""
             raise WorkflowError(f"`%cm {command.name}` needs {message.partition(': ')[2]}.{example}")

@@ -35,7 +35,7 @@ from .answering import Answers
 from .config import setting
 from .driving import POLL_S, Driver, Hands, Start, driven_here, more
 from .engines.base import Engine
-from .errors import AlreadyDecided, TransitionError, WorkflowError, by_name, did_you_mean
+from .errors import AlreadyDecided, JournalError, TransitionError, WorkflowError, by_name, did_you_mean
 from .events import (
     AnyEvent,
     Decision,
@@ -60,7 +60,7 @@ from .loops import engine_loop, quietly, run_sync, running_loop, wait_detached
 from .presence import kernel_host, somebody
 from .prompts import check_read, check_templates
 from .runstate import RunState, Status
-from .starting import GatePolicy, check_options, check_places, checked_limits, making, permitting
+from .starting import GatePolicy, check_options, check_places, check_switches, checked_limits, making, permitting
 from .steps import StepView
 from .team import CAP
 from .waiting import OnWaiting
@@ -215,6 +215,10 @@ class Run:
         JournalError    There is no such run.
         """
         where = open_journal(journal if journal is not None else setting("journal"), make=False)
+        named: Any = run_id
+        if not isinstance(named, str):
+            known = [info.id for info in where.runs()]
+            raise JournalError(f"there is no run {named!r}. {did_you_mean(named, known, 'Runs')}", path=where.path)
         driver = driven_here(where, run_id)
         if driver is not None:
             run: Run = driver.hands.run
@@ -376,6 +380,9 @@ class Run:
 
     def draft(self, path: str) -> str:
         """The text that is being written there now; ``""`` when nothing is."""
+        asked: Any = path
+        if not isinstance(asked, str):
+            return self[path].text  # which says what is wrong
         turn = self._driver.turns.get(path)
         return turn.text() if turn is not None else ""
 
@@ -604,6 +611,7 @@ class Run:
 
     def rerun(self, step: str, *, later: bool = False) -> Run:
         """Run a step again as a new attempt; later outputs are then stale, or with `later` made again too."""
+        check_switches(later=later)
 
         def propose() -> list[AnyEvent]:
             meaning.check_rewind(self._driver.state, step)  # before anything is cut short for it
@@ -921,12 +929,16 @@ class Run:
 
         Raises
         ------
-        WorkflowError    As for :meth:`revise`; nothing was changed.
+        WorkflowError      As for :meth:`revise`; nothing was changed.
+        TransitionError    There is no such step; nothing was changed.
         """
+        check_switches(once=once, later=later, afresh=afresh)
         if inputs and workflow is None:
             workflow = self.workflow
         if workflow is not None:
             edits.check_order(self.state, workflow)
+        with self.reading() as state:
+            _check_steps(state, workflow, until, again)
         values = edits.inputs_of(self.state, workflow, inputs)
         told = waiting.checked(on_waiting)
         if workflow is not None:
@@ -1143,6 +1155,7 @@ def resume(
                 f"cm.resume({run_id!r}, rewind='STEP')."
             )
         given = _given(state, agents, workflow, f"cm.resume({run_id!r}")
+        _check_steps(state, workflow, until)
     run._prepare(given.values(), **options)
     run._driver.drive()
 
@@ -1175,6 +1188,14 @@ def both(one: Run, other: Run) -> Iterator[tuple[RunState, RunState]]:
 
 def _new_id() -> str:
     return f"r-{secrets.token_hex(4)}"
+
+
+def _check_steps(state: RunState, workflow: Workflow | None, *steps: str | None) -> None:
+    """Refuse what is a step neither of the run nor of the definition that it goes on by."""
+    known = [item.id for item in workflow.executable] if workflow is not None else []
+    for step in steps:
+        if step is not None and step not in known:
+            state.find(step)
 
 
 def _given(state: RunState, agents: Iterable[Agent], workflow: Workflow | None, call: str) -> dict[str, Agent]:

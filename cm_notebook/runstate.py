@@ -645,12 +645,14 @@ def standing(state: RunState, step: StepState) -> str:
     return word if does else f"is {word}"
 
 
-def why_stale(step: StepState) -> str:
+def why_stale(state: RunState, step: StepState) -> str:
     """Why `step` is stale: "planner changed after this ran", "its prompt changed after it ran"."""
     if step.changed:
         *most, last = step.changed
         return f"its {', '.join(most)} and {last} changed after it ran" if most else f"its {last} changed after it ran"
-    return f"{step.outdated_by or 'something it builds on'} changed after this ran"
+    before = step.outdated_by
+    became = "was removed" if before is not None and before not in state.steps else "changed"
+    return f"{before or 'something it builds on'} {became} after this ran"
 
 
 def gate_path(gate_id: str) -> str:

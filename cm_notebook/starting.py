@@ -94,6 +94,18 @@ def check_places(what: str, number: object) -> None:
         raise WorkflowError(f"{what}={number!r} is not a number of agents from 1 on.")
 
 
+def check_switches(**given: object) -> None:
+    """Refuse what is neither ``True`` nor ``False``.
+
+    Raises
+    ------
+    WorkflowError    One is neither.
+    """
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise WorkflowError(f"{name}={value!r} is not True or False.")
+
+
 @contextlib.contextmanager
 def making(folder: str | os.PathLike[str], kind: type[CodeMachineError]) -> Iterator[None]:
     """What goes wrong while `folder` is made to work in, as an error of this kind."""

@@ -310,7 +310,7 @@ def _next_in_course(state: RunState, engine_of: Callable[[Step], str] | None) ->
     if state.until_reached:
         return [Record(RunPaused(reason=f"as far as {state.until}"))]
     if step.stale:
-        reason = f"{step.id}: {why_stale(step)}."
+        reason = f"{step.id}: {why_stale(state, step)}."
         due = Due("stale", {"reason": reason}, (step.approved,) if step.approved is not None else (reason,))
         return [Record(opening(state, step, due))]
     if step.status == "pending" and (rule := _skip_reason(state, step)):

@@ -289,6 +289,8 @@ class Work:
     async def _ask_human(self, turn: LiveTurn, question: str) -> str:
         """Ask a person; what was answered before the process died is not asked again."""
         question = sound(str(question))
+        if not question.strip():
+            raise WorkflowError("ask_human: the question is empty. Say what you want to know.")
         async with turn.one_at_a_time():
             step = self._driver.state.find(turn.started.path)
             for place, (asked, said) in enumerate(step.resent):

@@ -118,8 +118,19 @@ class Written:
         return schema
 
 
+def _engine_name(given: Any) -> Any:
+    name = getattr(given, "name", None)
+    if isinstance(name, str) and hasattr(given, "stream"):
+        raise ValueError(
+            "it is an engine, and here stands the name of one. Register it with cm.register_engine(…) and write "
+            f"engine={name!r}, or pass it to workflow.start(engine=…)"
+        )
+    return given
+
+
 Text = Annotated[str, AfterValidator(sound)]
 """A text that can be kept."""
+EngineName = Annotated[Text, BeforeValidator(_engine_name)]
 Count = Annotated[int, Strict()]
 Amount = Annotated[float, Strict()]
 """Numbers; ``True`` is none, although Python takes it for 1."""
@@ -227,7 +238,7 @@ class Agent(Model):
     id: str
     prompt: Text = ""
     system: Text | None = None
-    engine: Text | None = None
+    engine: EngineName | None = None
     model: Text | None = None
     reasoning_effort: Text | None = None
     tools: Annotated[tuple[Tool, ...], BeforeValidator(_tools)] = ()
@@ -293,7 +304,7 @@ class Step(Fixed):
     id: str = ""
     interactive: StrictBool | None = None
     prompt: Text | list[Text] | None = None
-    engine: Text | None = None
+    engine: EngineName | None = None
     model: Text | None = None
     reasoning_effort: Text | None = None
     execute_once: StrictBool = False
@@ -606,7 +617,7 @@ class Workflow(Model):
     autonomous_mode: AutonomousMode = True
     inputs: dict[str, Any] = Field(default_factory=dict)
     specification: Text | None = None
-    engine: Text | None = None
+    engine: EngineName | None = None
     max_cost_usd: Amount | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_tokens: Count | None = Field(default=None, ge=1)
     max_turns: Count | None = Field(default=None, ge=1)

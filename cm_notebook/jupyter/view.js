@@ -4,10 +4,10 @@
 
 const SILENT_MS = 5000;
 const DEAD_MS = 500; // a new bar takes no click meant for what stood there before
-const PIECE = 4000; // characters of growing text laid out anew each time
-const KEPT = 8; // such pieces that stay of an endless text
-const HUSH_MS = 2000; // between two things said aloud
-// The gates that are open, by view: all views of a page share it, though each has a module of its own.
+const PIECE = 4000; // characters laid out anew each time
+const KEPT = 8; // such pieces that stay of a long text
+const HUSH_MS = 2000; // between things said aloud
+// The open gates by view: all views of a page share it, though each has its own module.
 const OPEN = document.cmOpen ??= (document.addEventListener("visibilitychange", entitle), new Map());
 
 // While nobody sees the page, its title says how many decisions wait.
@@ -286,8 +286,6 @@ class View {
   get live() { return this.state === "live"; }
   waits(gates) { OPEN.set(this, gates.map(gate => gate.id)); entitle(); }
 
-  // -- to and from the kernel
-
   tell(message) {
     try { this.model.send({ page: this.id, seq: ++this.sent, ...message }); } catch { this.lose("gone"); }
   }
@@ -355,11 +353,10 @@ class View {
     for (const bar of this.bars.values()) bar.enable();
   }
 
-  // -- showing
-
   build() {
     this.root = parts(this.page.html, this);
     this.root.onkeydown = event => this.key(event);
+    this.root.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = 1; }); // Notebook 7
     this.root.onclick = byHand(({ target }) => {
       const at = target.closest("[data-do],[data-gate],[role=tab],svg [data-step]"), { do: what, gate, mode, step } = at?.dataset ?? {};
       if (gate) this.bars.get(gate)?.go();
@@ -473,14 +470,10 @@ class View {
     card.summary.focus(STAY);
   }
 
-  // -- mode
-
   choose() { this.showMenu(this.menu.hidden); this.menu.querySelector("[aria-checked=true]")?.focus(); }
   doubt() { this.showMenu(false); this.sure.hidden = false; this.sure.querySelector("[data-do=back]").focus(); }
   back() { this.showMenu(false); this.sure.hidden = true; this.modeButton.focus(); }
   showMenu(open) { this.menu.hidden = !open; this.modeButton.ariaExpanded = open; }
-
-  // -- keys
 
   key(event) {
     event.stopPropagation(); // bare letters would act on the notebook's cells

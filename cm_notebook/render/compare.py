@@ -87,10 +87,14 @@ def _pairs(old: RunState, new: RunState) -> Iterator[Pair]:
 
 def _pair(old: RunState, new: RunState, step: str) -> Pair:
     known = {**old.steps, **new.steps, **old.members, **new.members}
-    one, other = ({**state.steps, **state.members}.get(step) or state.named(step) for state in (old, new))
+    one, other = (_met(state, step) for state in (old, new))
     if one is None and other is None:
         raise TransitionError(f"neither run has a step {step!r}. {did_you_mean(step, known, 'Steps')}")
     return Pair(step, one, other, (_said(old, one), _said(new, other)))
+
+
+def _met(state: RunState, step: object) -> StepState | None:
+    return {**state.steps, **state.members}.get(step) or state.named(step) if isinstance(step, str) else None
 
 
 def _different(pairs: list[Pair]) -> list[Pair]:

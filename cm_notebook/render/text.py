@@ -17,6 +17,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import starmap
 from typing import Any, Literal, NamedTuple
 
+from ..errors import typed
 from ..events import (
     EDITABLE,
     GATE_DEADLINE,
@@ -462,7 +463,9 @@ def limit_words(said: Mapping[str, Any]) -> str:
 def following(state: RunState, step: StepState) -> str:
     """What comes after `step`: ``Next: deployer.``, or that none does so far: a notebook's next cell may add one."""
     after = state.after(step)
-    return f"Next: {after.id}." if after is not None else "No step follows so far: add one, or it ends the run."
+    if after is not None:
+        return f"Next: {after.id}."
+    return typed("No step follows so far: add one, or it ends the run.", "No step follows: it ends the run.")
 
 
 def gate_sentence(state: RunState, gate: Gate, *, beside: bool = False) -> str:
@@ -561,7 +564,7 @@ def finished_words(members: Sequence[StepState]) -> str:
 
 def stale_words(state: RunState, step: StepState) -> str:
     """Why `step` is stale: ``planner changed after this ran``."""
-    return why_stale(step)
+    return why_stale(state, step)
 
 
 def sentence(state: RunState, now: float | None = None, go_on: str = "%cm run") -> str:

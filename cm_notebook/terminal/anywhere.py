@@ -243,6 +243,11 @@ def unfinished(state: RunState) -> bool:
     return state.ended is None
 
 
+def can_go_on(state: RunState) -> bool:
+    """Whether the run has not come to its end: it may have been stopped, or have failed."""
+    return state.ended != "completed"
+
+
 def shell_of(run: Run, asked: dict[str, Any]) -> Shell:
     """How commands about `run` are typed here."""
     return Shell(run.id, asked.get("journal"))
@@ -260,7 +265,7 @@ def _goes_on(run: Run, asked: dict[str, Any]) -> str:
 def _list(asked: dict[str, Any]) -> None:
     journal = journal_of(asked)
     found = [Run.open(info.id, journal) for info in journal.runs()]
-    shown = [run for run in found if "all" in asked or run.state.ended != "completed"]
+    shown = [run for run in found if "all" in asked or can_go_on(run.state)]
     if "json" in asked:
         print(json.dumps([_run_facts(run, asked) for run in shown], indent=2))
         return
@@ -331,7 +336,13 @@ def _step_facts(state: RunState, step: StepState, texts: bool = False) -> dict[s
 
 
 def _show(asked: dict[str, Any]) -> None:
-    run = find_run(journal_of(asked), asked["run"], unfinished, "is unfinished")
+    journal = journal_of(asked)
+    try:
+        run = find_run(journal, asked["run"], unfinished, "is unfinished")
+    except Refused:
+        if asked["run"] is not None:
+            raise
+        run = find_run(journal, None, can_go_on, "can go on")
     if "json" in asked and asked["step"] is None:
         print(json.dumps(_run_facts(run, asked), indent=2))
         return

@@ -192,7 +192,7 @@ def test_keyboard_alone(open_notebook, picture):
     nb.wait_text(1, WAITS)
     nb.by_role("button", "Stop", cell=1).focus()
     cells = nb.count_cells()
-    for key in "bbxdd":  # would add, cut and delete cells
+    for key in "bbb":  # would add cells
         nb.press(key)
     assert nb.count_cells() == cells
     nb.press("a")  # outside the bar: nothing
@@ -772,3 +772,32 @@ def test_many_steps_fold(open_notebook, picture, theme):
     nb.output(1).locator("svg [data-step=s9]").focus()
     nb.press("Enter")
     nb.wait_until(lambda: nb.page.evaluate("() => document.activeElement.tagName === 'SUMMARY'"))
+
+
+def test_the_same_in_notebook_7(open_notebook, picture):
+    nb = start(open_notebook, TWO_GATES, "run.status", app="notebook")
+    nb.wait_text(1, WAITS)
+    nb.click("button", "Reject…", cell=1)
+    nb.type("name the tests")
+    nb.press("Control+Enter")
+    nb.wait_text(1, "2 attempts")
+    nb.wait_text(1, WAITS)
+    picture(nb, "notebook-7")
+    assert nb.accessibility_violations(1) == []
+    nb.save()
+    nb.reload()
+    nb.wait_text(1, WAITS)
+    nb.wait_until(lambda: nb.by_role("button", "Approve", cell=1).is_enabled())
+    nb.by_role("button", "Stop", cell=1).focus()
+    cells = nb.count_cells()
+    for key in "bbb":  # would add cells
+        nb.press(key)
+    assert nb.count_cells() == cells
+    nb.press("g")
+    nb.press("a")
+    nb.wait_text(1, "builder is waiting for you")
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "Finished")
+    assert value(nb, 2) == "'completed'"
+    assert "widgets" not in nb.save()["metadata"]
+    assert nb.console_errors == []

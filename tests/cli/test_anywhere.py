@@ -294,6 +294,18 @@ def test_a_step_is_shown_with_its_gate_and_as_data(here: Here) -> None:
     assert json.loads(here("show", run.id, "planner", "--json")[1])["attempts"][0]["attempt"] == 1
 
 
+def test_what_was_stopped_is_shown_where_nothing_else_is_unfinished(here: Here) -> None:
+    start().approve().wait()
+    code, _, err = here("show")
+    assert (code, "no run can go on" in err) == (6, True)
+    stopped = start().stop()
+    code, out, _ = here("show")
+    assert (code, stopped.id in out) == (0, True)
+    waits = start()
+    code, out, _ = here("show")
+    assert (code, waits.id in out) == (0, True)
+
+
 def test_every_kind_of_answer_is_a_command_that_is_there() -> None:
     for name, command in anywhere.DECISIONS.items():
         mine = {option.parameter for option in command.options}

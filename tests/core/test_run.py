@@ -249,6 +249,15 @@ def test_waiting_takes_seconds() -> None:
         (lambda run: run.reject("why", 5), "there is no step 5. Steps: a"),
         (lambda run: run[["a"]], "there is no step ['a']"),
         (lambda run: run.diff("a"), "'a' is no run"),
+        (lambda run: run.diff(run, step={}), "neither run has a step {}. Steps: a"),
+        (lambda run: run.draft({"a"}), "there is no step {'a'}. Steps: a"),
+        (lambda run: run.rerun("a", later="no"), "later='no' is not True or False"),
+        (lambda run: run.go_on(once=1), "once=1 is not True or False"),
+        (lambda run: run.go_on(until=5.0), "there is no step 5.0. Steps: a"),
+        (lambda run: run.go_on(until="b"), "there is no step 'b'. Steps: a"),
+        (lambda run: run.go_on(again=["a"]), "there is no step ['a']. Steps: a"),
+        (lambda run: cm.resume(run.id, rewind=set(), journal=run._journal), "there is no step set(). Steps: a"),
+        (lambda run: cm.resume(set(), journal=run._journal), "there is no run set()"),
         (lambda run: run.add("a", agents="a"), "agents: 'a' is no agent"),
         (lambda run: run.replace("a"), "'a' is not a step"),
         (lambda run: run.restore_files("a", to=b"x"), "to=b'x' is not known. Possible: before, after, kept"),
@@ -270,6 +279,45 @@ def test_what_is_of_another_kind_is_refused_in_one_line(call: Callable[[cm.Run],
     assert "\n" not in str(refused.value)
     run.approve()
     assert run.wait(10).status == "completed"
+
+
+@pytest.mark.parametrize("journal", [":memory:", "journal.db"])
+def test_a_run_is_named_by_a_text(journal: str, tmp_path: Path) -> None:
+    where = journal if journal == ":memory:" else tmp_path / journal
+    workflow("a").start(engine=Echo(), journal=where).wait(10)
+    with pytest.raises(cm.JournalError, match=r"there is no run set\(\)"):
+        cm.resume(set(), journal=where)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"input_tokens": "x"}, "usage: input_tokens='x' is not valid: Input should be a valid integer"),
+        ({"inputs": 1}, "usage: there is no option 'inputs'. Did you mean 'input_tokens'?"),
+    ],
+)
+def test_a_wrong_usage_is_one_line(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(cm.WorkflowError) as refused:
+        cm.Usage(**given)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda engine: cm.Workflow("w", steps="a", engine=engine),
+        lambda engine: cm.Agent("a", "do", engine=engine),
+        lambda engine: cm.step("a", engine=engine),
+    ],
+    ids=["workflow", "agent", "step"],
+)
+def test_an_engine_in_the_place_of_its_name_is_told_where_it_goes(make: Callable[[Any], Any]) -> None:
+    with pytest.raises(cm.WorkflowError, match="it is an engine, and here stands the name of one") as refused:
+        make(cm.ScriptedEngine({}))
+    assert "cm.register_engine(…) and write engine='scripted', or pass it to workflow.start(engine=…)." in str(
+        refused.value
+    )
 
 
 # -- the patterns ----------------------------------------------------------------------------------------------------
@@ -1029,6 +1077,15 @@ def test_a_finished_step_run_again_makes_later_ones_stale() -> None:
     assert [len(step.attempts) for step in run] == [2, 1, 2]
 
 
+def test_a_later_step_says_that_the_one_before_was_removed() -> None:
+    run = start("a -> x -> b").wait(10)
+    run.rerun("x")
+    assert gate(run).step == "b"
+    assert "b is stale: x changed after this ran." in text.sentence(run.state)
+    run.remove("x")
+    assert "b is stale: x was removed after this ran." in text.sentence(run.state)
+
+
 def test_while_a_step_runs_again_later_ones_are_stale() -> None:
     run = start("a? -> b -> c")
     gate(run)
@@ -1251,6 +1308,17 @@ def test_an_async_function_that_will_not_be_cancelled_is_given_up() -> None:
     run.skip()
     assert run.wait(10)["stubborn"].text == ""
     release.set()
+
+
+def test_nobody_is_asked_an_empty_question() -> None:
+    @cm.agent("asker")
+    def asker(turn: cm.Turn) -> str:
+        return str(turn.ask_human(" \n"))
+
+    run = cm.Workflow("asks", agents=[asker], steps="asker").start(journal=":memory:")
+    opened = gate(run)
+    assert (opened.kind, "ask_human: the question is empty" in opened.payload["error"]) == ("failed", True)
+    run.stop()
 
 
 def test_a_bug_in_an_engine_surfaces_as_itself() -> None:

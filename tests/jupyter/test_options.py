@@ -113,6 +113,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("run --max-turns 1.5", "not a whole number"),
     ("module m --loop-steps 0", "--loop-steps 0 is too little: it takes 1 or more."),
     ("step planner --retries 1.5", "not a whole number"),
+    ("step planner --interactive --auto", "--interactive and --auto say opposite things. Leave one out."),
     ("step it's", "a quotation mark is not closed"),
     ("workflow w --autonomous nevr", "Did you mean 'never'?"),
     ("workflow careful builder", "A text with spaces goes between quotes"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cm_notebook.engines import offline
+from cm_notebook.errors import in_terminal
 from cm_notebook.events import Decision, RunPaused, Usage
 from cm_notebook.render import html, svg, text
 from cm_notebook.workflow import Verdict, module, separator, step
@@ -123,6 +124,12 @@ def test_headless_lines_of_a_loop_and_of_failures() -> None:
         "cm: planner cut short: kernel stopped",
     ]
     assert builder.failed().lines[-1] == "cm: planner waits: %cm retry · %cm edit · %cm skip · %cm stop"
+
+
+def test_in_a_terminal_nothing_can_be_added_after_the_last_step() -> None:
+    last = Story("a?").answer("A")
+    with in_terminal():
+        assert text.sentence(last.state) == "a is waiting for you. No step follows: it ends the run."
 
 
 GATES = {
