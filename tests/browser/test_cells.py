@@ -140,6 +140,28 @@ def test_running_cells_again(open_notebook):
     nb.wait_text(REVIEW, "removed")
 
 
+def test_a_workflow_cell_that_changed_or_whose_run_is_over(open_notebook):
+    page = Pages(open_notebook)
+    nb = page.nb
+    page.run(0, 1, 2, PLAN, BUILD)
+    page.approve(PLAN, "planner")
+    nb.wait_text(BUILD, "implementer is waiting for you")
+    page.write(2, f"{WORKFLOW} --input goal='a shop'")  # changed: what has run on the old goal is stale
+    nb.wait_text(2, "goes on with its run")
+    nb.wait_text(PLAN, "planner is stale")
+    assert page.known().startswith("[('planner', 'waiting', 1), ('implementer', 'waiting', 1)]")
+    page.run(PLAN)  # again, with the new one
+    page.approve(PLAN, "planner")
+    page.write(REVIEW, "%%cm step reviewer --after planner\nReview {{ planner }}.")
+    assert page.known().index("reviewer") < page.known().index("implementer")
+    page.approve(REVIEW, "reviewer")
+    page.approve(BUILD, "implementer")
+    page.run(2)  # its run is over: the next step begins another one
+    page.run(PLAN)
+    nb.wait_text(PLAN, "planner is waiting for you")
+    assert page.known().startswith("[('planner', 'waiting', 1)]")
+
+
 def test_a_kernel_restart_at_a_gate_comes_back_to_the_same_gate(open_notebook, kernel):
     page = Pages(open_notebook, kernel=kernel)
     nb = page.nb
