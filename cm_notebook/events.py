@@ -98,7 +98,7 @@ class Fact(BaseModel):
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
-class Usage(Model):
+class Usage(Fact):
     """Tokens that a turn used; ``estimated`` when we counted instead of the service."""
 
     input_tokens: int = 0

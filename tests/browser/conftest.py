@@ -37,14 +37,9 @@ _REPORT = pytest.StashKey[pytest.TestReport]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the browser, and run it last: Playwright keeps an event loop open in the main thread.
-
-    For the same reason a worker of ``-n 2 --dist loadgroup`` gets either all of the browser's tests or all others.
-    """
+    """Mark what needs the browser, and run it last: Playwright keeps an event loop open in the main thread."""
     for item in items:
-        in_browser = "chromium" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("browser" if in_browser else "others"))
-        if in_browser:
+        if "chromium" in getattr(item, "fixturenames", ()):
             item.add_marker("browser")
             if "[7.3]" in item.name:
                 # ipykernel 7.1 to 7.3 may stop answering for ever, with or without us (ipykernel's issue 1554), or

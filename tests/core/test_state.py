@@ -1076,7 +1076,7 @@ def test_agents_that_changed_are_said_to_by_each_of_their_steps() -> None:
     for id in ("a", "b"):
         data = {"agent": "x", "id": id}
         driver.record(StepChanged(step=data, agents=[{"id": "x", "prompt": "new", "system": "s"}], fingerprint="n"))
-    words = [why_stale(one) for one in driver.state.order]
+    words = [why_stale(driver.state, one) for one in driver.state.order]
     assert words == ["its prompt and agent changed after it ran"] * 2
 
 
@@ -1162,7 +1162,7 @@ def test_later_steps_are_stale_as_soon_as_one_runs_again() -> None:
     ]
     for happens in meanwhile:
         happens()
-        stale = [(step.id, step.stale, why_stale(step)) for step in driver.state.order[1:]]
+        stale = [(step.id, step.stale, why_stale(driver.state, step)) for step in driver.state.order[1:]]
         assert stale == [(id, True, "a changed after this ran") for id in "bc"]
     assert driver.gate().step == "a"
     assert (driver.decide("approve").gate().kind, driver.gate().step) == ("stale", "b")
