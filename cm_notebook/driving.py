@@ -658,7 +658,6 @@ class _NoCollecting:
     def __exit__(self, *_error: object) -> None:
         if not self._on:
             return
-        if gc.get_count()[0] > MANY and not gc.get_freeze_count():  # what the host has frozen stays so
-            gc.freeze()
-            gc.unfreeze()
+        if gc.get_count()[0] > MANY:
+            gc.collect(1)
         gc.enable()

@@ -13,7 +13,9 @@ import re
 import secrets
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .. import keys
@@ -60,9 +62,15 @@ def _with_functions(workflow: Workflow) -> Workflow:
     if not lacking:
         return workflow
     found: dict[str, Agent] = {}
-    for module in [*sys.modules.values()]:
-        for value in [*getattr(module, "__dict__", {}).values()]:
-            agents = value.agents if isinstance(value, Workflow) else [value] if isinstance(value, Agent) else []
+    # Looked at past `__getattr__` and `__class__`: there are modules and objects that load something when they are asked.
+    modules = [module for module in sys.modules.values() if issubclass(type(module), ModuleType)]
+    for module in modules:
+        for value in [*object.__getattribute__(module, "__dict__").values()]:
+            agents: Iterable[Agent] = ()
+            if issubclass(type(value), Workflow):
+                agents = value.agents
+            elif issubclass(type(value), Agent):
+                agents = (value,)
             for agent in agents:
                 if lacking.get(agent.id) == agent_facts(agent) and agent.missing is None:
                     found[agent.id] = agent

@@ -211,7 +211,7 @@ def test_edit_takes_the_text_from_stdin() -> None:
 # -- which run, and what is refused ------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[list[str], int, str]] = [
-    (["approve", "r-0"], 7, "there is no run 'r-0'. "),
+    (["approve", "r-x"], 7, "there is no run 'r-x'. "),
     (["approve", "planner"], 7, "there is no run 'planner', which is a step. The run comes first: RUN planner"),
     (["approve", "RUN", "planer"], 7, "there is no step 'planer'. Did you mean 'planner'?"),
     (["approve", "RUN", "coder"], 6, "'coder' has no open gate: it "),

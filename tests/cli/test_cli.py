@@ -415,11 +415,22 @@ def test_what_cannot_be_run_ends_with_1(here: Here, words: list[str], said: str)
     assert here(*words) == (1, f"cm-notebook: {said}\n")
 
 
+def test_what_a_file_imports_to_load_it_late_is_not_loaded(here: Here) -> None:
+    late = """
+class Late:
+    def __getattribute__(self, name):
+        raise ModuleNotFoundError("not installed")
+late = Late()
+"""
+    write(TWO_STEPS + late)
+    assert here("run", "flow.py", "--workflow", "nobody")[1].startswith("cm-notebook: flow.py has no workflow 'nobody'")
+
+
 def test_a_run_that_is_not_there(here: Here) -> None:
     write(TWO_STEPS)
-    code, complaint = here("run", "flow.py", "--resume", "r-0")
+    code, complaint = here("run", "flow.py", "--resume", "r-x")
     assert code == 1
-    assert "'r-0'" in complaint
+    assert "'r-x'" in complaint
     assert len(complaint.splitlines()) == 1
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -479,6 +480,24 @@ def test_a_run_of_a_journal_is_exported_with_the_functions_that_are_at_hand(tmp_
     found = cm.Run.open(run.id, run._journal)
     with pytest.raises(cm.WorkflowError, match=r"is not kept\. Import the file or run the cell that defines"):
         found.export("other.py")
+
+
+class LoadedLate(types.ModuleType):
+    """What loads a package, which is not installed, when it is asked for anything, its class included."""
+
+    def __getattribute__(self, name: str) -> object:
+        raise ModuleNotFoundError("not installed")
+
+
+def test_nothing_is_loaded_by_looking_for_functions_that_are_at_hand(
+    tmp_path: Path, headless: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = LoadedLate("late")
+    monkeypatch.setitem(sys.modules, "late", late)
+    monkeypatch.setattr(sys.modules[__name__], "late", late, raising=False)
+    run = played(tmp_path)
+    cm.Run.open(run.id, run._journal).export("tea.py")
+    assert "count = words_of(" in Path("tea.py").read_text(encoding="utf-8")
 
 
 def test_a_run_is_a_tape(tmp_path: Path, headless: None) -> None:
