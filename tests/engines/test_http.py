@@ -935,9 +935,13 @@ def team_of(dialect: str, server: ModelServer, **options: Any) -> cm.Run:
                 [{"agent": "qa-engineer", "prompt": "test"}],
             ]
         },
+        {
+            "groups": '[[{"agent": "frontend-dev", "prompt": "UI"}, {"agent": "backend-dev", "prompt": "API"}],'
+            ' [{"agent": "qa-engineer", "prompt": "test"}]]'
+        },
         {"script": "frontend-dev 'UI' & backend-dev 'API' && qa-engineer 'test'", "groups": None},
     ],
-    ids=["groups", "script"],
+    ids=["groups", "groups as text", "script"],
 )
 def test_a_model_calls_other_agents(dialect, arguments):
     says = SAYS[dialect]
