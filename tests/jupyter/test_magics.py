@@ -1003,7 +1003,8 @@ def test_a_fork_is_what_the_cells_go_on_with(cells: Cells) -> None:
     assert "<table" in cells.shown[-1]["text/html"]
     cells.shell.user_ns["before"] = run
     assert "-implementer 1" in cells("%cm diff implementer --against before")
-    assert "-implementer 1" in cells(f"%cm diff implementer --against {run.id}")
+    for run_id in (run.id, "{before.id}", "$before.id"):
+        assert "-implementer 1" in cells(f"%cm diff implementer --against {run_id}")
     cells("%cm approve implementer")
     assert run.gates, "only the fork was decided"
     cells(f"%cm resume {run.id}")
