@@ -141,7 +141,11 @@ class OfflineEngine:
 
     def _again(self) -> str:
         source = self.tape.source if self.tape is not None else "FILE"
-        again = typed(f"`%cm run --record {source}`", f"`cm-notebook run FILE --record {source}`")
+        again = typed(
+            f"`%cm run --record {source}`",
+            f"`cm-notebook run FILE --record {source}`",
+            f"`start(record={source!r})` in place of `tape=`",
+        )
         return f"{again} records again; this calls a model."
 
     def _paced(self, text: str, taped: TapedTurn | None = None) -> list[tuple[float, str]]:
