@@ -1425,6 +1425,9 @@ def test_config_shows_and_sets(cells: Cells) -> None:
     cells("%config CM.engine = 'offline'")
     assert config.lookup("engine") == ("offline", "%config CM.engine")
     assert "%config CM.engine" in cells("%cm config")
+    shown = cells.shown[-1]["text/html"]
+    assert shown.count("<tr>") == 1 + len(config.SETTINGS)
+    assert ">CM.engine</code></td>" in shown
     assert "engine of agents" in cells("%config CM")
     cells("%config CM.direct_clicks = False")
     assert not bridge.direct_clicks.enabled
@@ -1509,6 +1512,7 @@ def test_keys(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key + "2")
     assert "anthropic has a key until this session ends." in cells("%cm keys set anthropic")
     said = [line.split(maxsplit=1) for line in cells("%cm keys").splitlines()]
+    assert ">anthropic</code></td>" in cells.shown[-1]["text/html"]
     assert ["anthropic", "typed, for this session"] in said
     assert ["openai", "OPENAI_API_KEY"] in said
     assert ["ollama", "none"] in said
