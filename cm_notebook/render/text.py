@@ -255,7 +255,8 @@ def run_total(state: RunState, now: float | None = None) -> Spent:
 def source(state: RunState) -> str:
     """Where the answers came from, when not from a model: a recording, or the offline engine; else ``""``."""
     if state.recorded is not None:
-        return f"recorded ({one_line(state.recorded, 60)}): no model was called"
+        where = f" ({one_line(state.recorded, 60)})" if state.recorded != state.name else ""
+        return f"recorded{where}: no model was called"
     if _first_offline(state) is not None:
         return "offline: no model was called"
     return ""
