@@ -603,8 +603,13 @@ def sentence(state: RunState, now: float | None = None, go_on: str = "%cm run") 
 
 
 def _files_come_back(step: StepState) -> str:
-    """That what lies in the folder now is not what the step will find."""
-    return f" The files are as they were before {step.id} when it begins, not yet now." if step.restore else ""
+    """That what lies in the folder now is not what the step will find, and what becomes of a person's own changes."""
+    if not step.restore:
+        return ""
+    return (
+        f" The files are as they were before {step.id} when it begins, not yet now; what was changed by hand is taken "
+        f"away then, but kept: `run.restore_files({step.path!r}, 'kept')`."
+    )
 
 
 def _running(state: RunState, step: StepState) -> str:
