@@ -425,7 +425,7 @@ class Driver:
         state = self.state
         if self.unheard:
             self.unheard = {id: gate for id, gate in self.unheard.items() if id in state.gates}
-        if self.unheard and not state.at_work and not state.backing_off:
+        if self.unheard and not state.at_work and (state.held is not None or not state.backing_off):
             return True  # else others go on beside it
         return state.ended is not None or (state.paused and state.status == "paused")
 

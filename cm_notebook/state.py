@@ -323,8 +323,11 @@ def _members_next(state: RunState, engine_of: Callable[[Step], str] | None) -> l
     actions: list[StartTurn | Record] = [
         Record(opening(state, member, cast("Due", member.due))) for member in state.owed.values()
     ]
-    if not state.paused:
-        actions += [_start(state, member, engine_of) for member in state.backing_off.values()]
+    if not state.paused and state.held is None:
+        for member in state.backing_off.values():
+            actions.append(_start(state, member, engine_of))
+            if isinstance(actions[-1], Record):
+                return actions
     free, ahead = state.max_concurrency - state.busy, 0
     for line in reversed(state.lines):
         for step in line.values():
@@ -368,7 +371,7 @@ def _start(
     state: RunState, step: StepState, engine_of: Callable[[Step], str] | None, ahead: int = 0
 ) -> StartTurn | Record:
     """Begin `step`, or ask first; `ahead`: so many others begin before it."""
-    if step.status != "retrying" and (over := used_up(state, step, ahead)) is not None:
+    if (over := used_up(state, step, ahead)) is not None:
         return Record(opening(state, step, over))
     if isinstance(step.step, Parallel):
         return Record(call_members(state, step, step.step))

@@ -1,8 +1,9 @@
 """What a run and its steps may use, and have used.
 
 Strategy: each turn is paid from the run's ``Budget`` and from that of the workflow's step that it belongs to, when it
-ends, and before that as far as it says what it has used (``UsageReported``). A turn is not started when one of them is
-used up: the step that comes next waits at a ``budget`` gate (``RunState.held``), and while that is open nothing starts.
+ends, and before that as far as it says what it has used (``UsageReported``). A turn is not started, nor tried again,
+when one of them is used up: the step that comes next waits at a ``budget`` gate (``RunState.held``), and while that is
+open nothing starts.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def _add(budget: Budget, usage: Usage | None, cost_usd: float | None, *, ended: 
 
 def used_up(state: RunState, step: StepState, ahead: int = 0) -> Due | None:
     """The gate that comes before the next turn of `step`, once `ahead` others have started; ``None``: it may start."""
+    if step.status == "retrying":
+        ahead = -1  # it is a turn that counts already
     for budget in budgets_of(state, step):
         if budget.limits and (payload := budget.reached(ahead)) is not None:
             if budget is not state.budget:

@@ -108,7 +108,7 @@ def gate_opened(state: RunState, event: GateOpened) -> None:
         "due": step.due.kind if step.due is not None else None,
     }
     without = {"stale": not step.stale, "start": bool(step.caller) or isinstance(step.step, Parallel)}
-    held = gate.kind == "budget" and step.status in ("pending", "ready") and state.held is None
+    held = gate.kind == "budget" and step.status in ("pending", "ready", "retrying") and state.held is None
     if held and used_up(state, step) is not None:
         state.held = (step, step.status)
     elif gate.kind != fits.get(step.status, "stale") or without.get(gate.kind):

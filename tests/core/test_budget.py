@@ -263,6 +263,95 @@ def test_a_turn_that_is_tried_again_by_itself_counts_once() -> None:
     assert run.wait().status == "completed"
 
 
+# -- tried again by itself --------------------------------------------------------------------------------------------
+
+BUSY = cm.Reply(
+    "half",
+    usage=cm.Usage(input_tokens=60, output_tokens=40),
+    cost_usd=0.25,
+    error=cm.EngineRateLimited("busy", retry_after_s=0),
+)
+
+
+def started(run: cm.Run) -> list[str]:
+    """The paths of the turns that have begun, in that order."""
+    return [event.path for event in run.events if event.type == "TurnStarted"]
+
+
+@pytest.mark.parametrize("whose", ["run", "step"])
+@pytest.mark.parametrize(
+    ("limit", "asked"),
+    [({"max_cost_usd": 0.25}, 2), ({"max_cost_usd": 0.50}, 1), ({"max_tokens": 100}, 2), ({"max_turns": 1}, 0)],
+    ids=str,
+)
+def test_at_the_limit_it_is_not_tried_again_unasked(limit: dict[str, Any], asked: int, whose: str) -> None:
+    workflow = five(steps=[cm.step("a", **(limit if whose == "step" else {}))])
+    run = start(workflow, paid(a=[BUSY, BUSY, PAID]), **(limit if whose == "run" else {}))
+    for number in range(asked):
+        opened = gate(run, kind="budget")
+        tries = 3 - asked + number
+        assert (opened.path, opened.attempt, len(started(run))) == ("a", 1, tries)
+        assert "limit" in say(run)
+        assert "reached after a. Continue with +" in say(run)
+        with run.reading() as state:
+            assert text.look(state, state.steps["a"]) == ("waiting", "waiting")
+            assert "Continue with +" in html.run_html(state)
+        run.approve()
+    assert run.wait().status == "completed"
+    assert (run.cost_usd, len(run["a"].attempts), len(started(run))) == (0.75, 1, 3)
+    assert folded(run.events) == run.state
+
+
+def test_stopped_before_it_is_tried_again_it_asks_when_it_goes_on() -> None:
+    run = start(five(steps="a"), paid(a=[BUSY, PAID]), journal="j.db", max_cost_usd=0.25)
+    gate(run, kind="budget")
+    assert run.stop().wait().status == "stopped"
+    assert run["a"].attempts[0].cut_short
+    again = cm.resume(run.id, journal="j.db", engine=paid())
+    assert gate(again, kind="budget").attempt == 2
+    again.approve()
+    assert again.wait().status == "completed"
+
+
+def test_a_higher_limit_lets_it_be_tried_again() -> None:
+    run = start(five(steps="a", max_cost_usd=0.25), paid(a=[BUSY, PAID]))
+    gate(run, kind="budget")
+    assert run.revise(five(steps="a", max_cost_usd=1)) == []
+    assert (run.wait().status, len(run["a"].attempts)) == ("completed", 1)
+
+
+def test_members_that_are_to_be_tried_again_wait_for_one_answer(headless: None) -> None:
+    """Nobody waits for what cannot begin: the run rests although some are to be tried again."""
+    side_by_side = cm.parallel("a", "b", id="team")
+    script = paid(a=[BUSY, PAID], b=[BUSY, PAID])
+    run = start(five(steps=[side_by_side]), script, journal="j.db", max_cost_usd=0.5)
+    with pytest.raises(cm.GatePending, match=r"limit reached after team/[ab]#1"):
+        run.wait()
+    (opened,) = run.gates
+    assert (opened.kind, sorted(started(run))) == ("budget", ["team/a#1", "team/b#1"])
+    run.decide(opened.id, cm.Decision(action="approve", max_cost_usd=1))
+    assert (run.wait().status, run.cost_usd) == ("completed", 1.0)
+    assert [len(member.attempts) for member in run["team"].members] == [1, 1]
+
+
+def test_a_caller_whose_member_waits_so_can_be_cut_short() -> None:
+    run = start(five(steps=[cm.parallel("a", "b", id="team")]), paid(a=[BUSY, PAID]), journal="j.db", max_cost_usd=0.5)
+    assert gate(run, kind="budget").path == "team/a#1"
+    run.stop().wait()
+    again = cm.resume(run.id, journal="j.db", engine=paid(), max_cost_usd=9).wait()
+    assert again.status == "completed"
+    assert folded(again.events) == again.state
+
+
+def test_a_tape_knows_where_it_was_asked(headless: None, tmp_path: Path) -> None:
+    where = tmp_path / "tape.jsonl"
+    run = start(five(steps="a"), paid(a=[BUSY, PAID]), record=where, on_gate="approve", max_cost_usd=0.25).wait()
+    assert [event.type for event in run.events].count("GateOpened") == 1
+    again = five(steps="a").start(tape=where, journal=":memory:", max_cost_usd=0.25).wait()
+    assert [event.type for event in again.events] == [event.type for event in run.events]
+    assert again.cost_usd == run.cost_usd == 0.5
+
+
 # -- what is not known ------------------------------------------------------------------------------------------------
 
 

@@ -1585,7 +1585,7 @@ class Checked(Driver):
         state = self.state
         opened = [gate for gate in state.gates.values() if gate.kind == "budget"]
         assert [gate.path for gate in opened] == ([state.held[0].path] if state.held else [])
-        if event.type == "TurnStarted" and not state.find(event.path).last.failures:  # type: ignore[union-attr]
+        if event.type == "TurnStarted":
             for budget in (state.budget, state.steps[event.path.split("/")[0]].budget):
                 for name, most in budget.limits.items() if budget is not None else ():
                     used = budget.used[name] - (name == "max_turns")  # type: ignore[union-attr]
