@@ -58,7 +58,18 @@ from .rules.budgets import used_up
 from .rules.building import append_item, take_autonomy
 from .rules.deciding import check_decision
 from .rules.files import files_before
-from .rules.gates import already, ask, ask_permission, by_default, closed, gate_of, opening, tool_of, waits_for
+from .rules.gates import (
+    already,
+    ask,
+    ask_for_more,
+    ask_permission,
+    by_default,
+    closed,
+    gate_of,
+    opening,
+    tool_of,
+    waits_for,
+)
 from .rules.members import call_agents, call_members, may_ask, may_call, results
 from .rules.moves import check_rewind, close, next_attempt, outdated
 from .rules.texts import take_inputs
@@ -71,6 +82,7 @@ __all__ = [
     "already",
     "apply",
     "ask",
+    "ask_for_more",
     "ask_permission",
     "call_agents",
     "check_decision",
@@ -90,6 +102,7 @@ __all__ = [
     "standing",
     "state_of",
     "tool_of",
+    "used_up",
     "waits_for",
 ]
 

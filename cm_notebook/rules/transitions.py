@@ -44,7 +44,7 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "TurnFinished": ("ready", "due", "looping", "finished"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
-        "GateOpened": ("asking",),  # question, permission
+        "GateOpened": ("asking",),  # question, permission, budget
         "AgentsCalled": ("calling",),
     },
     "calling": {
@@ -113,7 +113,10 @@ SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
         ending: {"waiting": ("due", "pending", "ready", "retrying")}
         for ending in ("AgentsReturned", "TurnFinished", "TurnFailed", "TurnCutShort")
     },
-    "WorkflowChanged": {"waiting": ("pending", "ready", "retrying")},  # its limit is another one
+    "WorkflowChanged": {
+        "waiting": ("pending", "ready", "retrying"),
+        "asking": ("running",),
+    },  # its limit is another one
 }
 """What an event may make of the steps that it is not about (and ``StepChanged`` of its own), by their status."""
 

@@ -1099,6 +1099,20 @@ def test_a_tool_of_ones_own_is_not_called_like_one_that_is_there(name):
         cm.Agent("planner", "x", tools=[plain])
 
 
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_a_model_that_goes_on_calling_tools_is_held_by_a_limit(dialect, tmp_path):
+    journal, made = cm.Journal(tmp_path / "j.db"), [SAYS[dialect](calls=[call("add", a=1, b=2)])] * 3
+    with ModelServer([*made, SAYS[dialect]("Done.")]) as server:
+        run = asking(dialect, server, agent={"tools": [add]}, max_tokens=200, journal=journal)
+        opened = gate(run)
+        assert (opened.kind, opened.payload["used"], len(server.asked)) == ("budget", 240, 2)
+        run.approve(max_tokens=1000).wait(20)
+        assert (run["planner"].text, len(server.asked), len(run["planner"].attempts)) == ("Done.", 4, 1)
+
+
 # -- permission --------------------------------------------------------------------------------------------------------
 
 
