@@ -1345,7 +1345,9 @@ def test_usage_and_cost_add_up() -> None:
 
 def test_what_sweeps_others_leaves_no_turn_running() -> None:
     for event, swept in SWEPT.items():
-        assert not {"running", "asking", "calling"} & {*swept, *itertools.chain(*swept.values())}, event
+        found = {*swept, *itertools.chain(*swept.values())}
+        held = {"running", "asking"} if event == "WorkflowChanged" else set()  # whom a limit held goes on by another
+        assert {"running", "asking", "calling"} & found == held, event
 
 
 def test_every_status_has_a_row_and_leads_on() -> None:
