@@ -75,6 +75,7 @@ class LiveTurn:
         "_timer",
         "asking",
         "failures",
+        "held",
         "hide",
         "hide_thoughts",
         "model",
@@ -92,6 +93,8 @@ class LiveTurn:
         self.started, self.step, self.since = started, step, since
         self.task: asyncio.Task[None] | None = None
         self.failures = 0
+        self.held = False
+        """A limit is reached, and it waits until that is another one."""
         self.hide, self.hide_thoughts = keys.Hider(), keys.Hider()
         self.used: dict[str, Any] = {}
         """What it has said so far that it used, as its last event keeps it."""

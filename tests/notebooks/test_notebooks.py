@@ -180,7 +180,7 @@ def test_an_engine_of_ones_own_passes_the_checks() -> None:
 def test_without_a_key_it_says_what_to_set_and_calls_nobody() -> None:
     text = said(read(books.NOTEBOOKS / "07-real-agents.ipynb"))
     assert "OPENAI_API_KEY is not set\nNo key for openai. Set OPENAI_API_KEY before starting Jupyter" in text
-    assert "recorded (real-agents): no model was called" in text
+    assert "recorded: no model was called" in text
     assert "of 40,000 tokens" in text
     assert "plan: {'title': " in text
 
