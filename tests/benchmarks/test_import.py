@@ -26,12 +26,12 @@ UNWANTED = ("IPython", "httpx", "ipywidgets", "anywidget", "markdown_it", "ipyke
 
 
 def test_import(budget):
-    pair = paired(lambda: new_process(OURS), lambda: new_process(FLOOR), rounds=30, within_s=60)
+    pair = paired(lambda: new_process(OURS), lambda: new_process(FLOOR), rounds=12)
     budget("import cm_notebook; floor: a pydantic model, asyncio, sqlite3", pair.cpu, "ms", plus=40)
 
 
 def test_import_what_a_run_needs(budget):
-    pair = paired(lambda: new_process(RUNS), lambda: new_process(FLOOR), rounds=30, within_s=60)
+    pair = paired(lambda: new_process(RUNS), lambda: new_process(FLOOR), rounds=12)
     budget("the same, and what the first run loads", pair.cpu, "ms", plus=40, known=1.5)
 
 
