@@ -17,24 +17,10 @@ what has happened means, ``runstate.py`` is what comes of it; ``engines/`` are t
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from . import keys
-from .allowed import Permissions, permissions
-from .engines.base import (
-    AgentEvent,
-    AgentRequest,
-    Delta,
-    Engine,
-    SessionStarted,
-    ToolCalled,
-    ToolReturned,
-    TurnDone,
-    UsageReported,
-    register_engine,
-)
-from .engines.functions import Turn
-from .engines.scripted import Reply, ScriptedEngine
 from .errors import (
     AlreadyDecided,
     CodeMachineError,
@@ -54,13 +40,6 @@ from .errors import (
     TransitionError,
     WorkflowError,
 )
-from .events import Decision, Gate, Usage
-from .feed import LiveText
-from .journal import Journal, MemoryJournal
-from .run import Run, current, resume, runs
-from .runstate import Attempt
-from .steps import StepView
-from .team import AgentResult
 from .tools import Permission, Tool, tool
 from .workflow import (
     Agent,
@@ -76,6 +55,31 @@ from .workflow import (
     separator,
     step,
 )
+
+# What it takes to define a workflow is here at once, the rest when it is asked for: see _LATER below.
+if TYPE_CHECKING:
+    from .allowed import Permissions, permissions
+    from .engines.base import (
+        AgentEvent,
+        AgentRequest,
+        Delta,
+        Engine,
+        SessionStarted,
+        ToolCalled,
+        ToolReturned,
+        TurnDone,
+        UsageReported,
+        register_engine,
+    )
+    from .engines.functions import Turn
+    from .engines.scripted import Reply, ScriptedEngine
+    from .events import Decision, Gate, Usage
+    from .feed import LiveText
+    from .journal import Journal, MemoryJournal
+    from .run import Run, current, resume, runs
+    from .runstate import Attempt
+    from .steps import StepView
+    from .team import AgentResult
 
 __all__ = [
     "Agent",
@@ -141,6 +145,47 @@ __all__ = [
     "step",
     "tool",
 ]
+
+
+_LATER = {
+    "allowed": ("Permissions", "permissions"),
+    "engines.base": (
+        "AgentEvent",
+        "AgentRequest",
+        "Delta",
+        "Engine",
+        "SessionStarted",
+        "ToolCalled",
+        "ToolReturned",
+        "TurnDone",
+        "UsageReported",
+        "register_engine",
+    ),
+    "engines.functions": ("Turn",),
+    "engines.scripted": ("Reply", "ScriptedEngine"),
+    "events": ("Decision", "Gate", "Usage"),
+    "feed": ("LiveText",),
+    "journal": ("Journal", "MemoryJournal"),
+    "run": ("Run", "current", "resume", "runs"),
+    "runstate": ("Attempt",),
+    "steps": ("StepView",),
+    "team": ("AgentResult",),
+}
+"""Names of what has to do with runs, by module: most of the package, a database and an event loop, loaded when the
+first of them is asked for (PEP 562)."""
+_MODULE_OF = {name: module for module, names in _LATER.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def doctor() -> Any:

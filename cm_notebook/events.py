@@ -9,13 +9,14 @@ Annotations are evaluated here, as in ``workflow.py``: from text, pydantic would
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
 from . import keys
 from .errors import CodeMachineError
+from .plain import Plain
 from .workflow import Amount, AutonomousMode, Count, GateDefault, Model, Verdict, Workflow, Written, fill
 
 Mode = Literal["step-by-step", "gates", "unattended"]
@@ -67,8 +68,8 @@ class Ref(NamedTuple):
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class FileChange:
+@dataclass(slots=True, eq=False, repr=False)
+class FileChange(Plain):
     """A file that differs between two snapshots of the workspace.
 
     Attributes
@@ -211,20 +212,24 @@ class Decision(Model):
     at: float = Field(default=0.0, exclude=True)
 
 
-class BaseEvent(Fact):
-    """A fact with its kind, place and time.
+class Placed:
+    """Kind, place and time of a fact: columns of the journal and no fields, so the body leaves them out.
 
-    These three are columns of the journal and no fields: the body leaves them out, and nobody but :func:`place` gives
-    them. (Fields that all events share would also be copied for each kind, at every import.)
+    Nobody but :func:`place` gives them. (In the model itself, or as its fields, pydantic would look at them again for
+    each kind of event, at every import.)
     """
 
-    type: ClassVar[str]
-    seq: ClassVar[int] = 0
-    at: ClassVar[float] = 0.0
+    type = ""
+    seq = 0
+    at = 0.0
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.type = cls.__name__
+
+
+class BaseEvent(Placed, Fact):
+    """A fact with its kind, place and time."""
 
 
 class RunStarted(BaseEvent):

@@ -68,7 +68,7 @@ from .work import Work
 from .workflow import Agent, Separator, Step, Workflow, as_step, sound
 
 _current: Run | None = None
-_SNAPSHOT = re.compile("[0-9a-f]{40,64}")
+_SNAPSHOT = "[0-9a-f]{40,64}"
 
 
 class Run:
@@ -643,7 +643,7 @@ class Run:
         SnapshotError      It cannot be done; the message says why.
         """
         view = self[step]
-        tree = to if _SNAPSHOT.fullmatch(str(to)) else None
+        tree = to if re.fullmatch(_SNAPSHOT, str(to)) else None
         if tree is None:
             names = ("before", "after", "kept")
             if to not in names:

@@ -54,8 +54,8 @@ _SETTINGS = {
     "submodule.recurse": "false",
 }
 _ATTRIBUTES = "* -text -eol -filter -ident -working-tree-encoding\n"
-_WITHOUT_COMMIT = re.compile(r"^error: '(.+?)/?' does not have a commit checked out$", re.MULTILINE)
-_UNREADABLE = re.compile(r"^error: (?:open\(\"(.+?)\"\)|unable to index file '(.+?)')", re.MULTILINE)
+_WITHOUT_COMMIT = r"(?m)^error: '(.+?)/?' does not have a commit checked out$"
+_UNREADABLE = r"(?m)^error: (?:open\(\"(.+?)\"\)|unable to index file '(.+?)')"
 
 
 class NoGit(CodeMachineError):
@@ -304,11 +304,11 @@ class Snapshots:
         while True:
             done = self._tried("add", "--all", "--ignore-errors", "--", *within)
             # a repository in which nothing was committed yet stops git; it is passed over, as all nested ones are
-            passed = [f":(top,exclude,literal){name}" for name in _WITHOUT_COMMIT.findall(done.stderr)]
+            passed = [f":(top,exclude,literal){name}" for name in re.findall(_WITHOUT_COMMIT, done.stderr)]
             if not set(passed) - set(within):
                 break
             within += passed
-        self.skipped = tuple(dict.fromkeys(one or other for one, other in _UNREADABLE.findall(done.stderr)))
+        self.skipped = tuple(dict.fromkeys(one or other for one, other in re.findall(_UNREADABLE, done.stderr)))
         if done.returncode and not self.skipped:
             raise _failed("add", done.stderr)
         if place.tracked:

@@ -3,7 +3,8 @@
 Strategy: a subcommand is a method of its name that turns words into the call of its Python twin (``options.py`` has the
 table) and shows the result under the cell. Whether that is a new run, an old one or a new attempt is not known here:
 ``notebook.py`` and the run know. Nobody's variables are written, except ``-o NAME``. What a magic has shown is returned
-too, and not shown a second time (``Shown``). Whatever is wrong is one line, without a traceback.
+too, and not shown a second time (``Shown``). Whatever is wrong is one line, without a traceback. What only some of them
+draw with is imported by those, at their first use: ``%load_ext`` need not wait for it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ from .. import workflow as define
 from ..allowed import Permissions, permissions
 from ..errors import CodeMachineError, GatePending, TransitionError, WorkflowError
 from ..events import EDITABLE, Decision
-from ..exports import is_program
-from ..render import compare, diff, html, svg, text, timeline
-from ..render.shell import editable
+from ..render import text
 from ..run import Run, both
 from ..run import runs as all_runs
 from ..runstate import RunState
@@ -166,6 +165,8 @@ class CMMagics(Magics):
     # -- building ------------------------------------------------------------------------------------------------------
 
     def _workflow(self, values: Values, body: str | None) -> Workflow | None:
+        from ..render import svg
+
         new, unsaid = values.pop("new", False), "autonomous_mode" not in values
         plan = Plan(**values, body=parse_steps(body) if body is not None else None)
         kept = self._notebook.define(plan, new=new)
@@ -296,6 +297,8 @@ class CMMagics(Magics):
         return self._decide(values.get("step"), action="answer", feedback=_words(values, body))
 
     def _edit(self, values: Values, body: str | None) -> Run:
+        from ..render.shell import editable
+
         if body is not None:
             return self._decide(values.get("step"), action="approve", output=body)
         run = self._notebook.deciding(values.get("step"))
@@ -338,6 +341,8 @@ class CMMagics(Magics):
     # -- looking -------------------------------------------------------------------------------------------------------
 
     def _show(self, values: Values, body: str | None) -> Any:
+        from ..render import html
+
         run, step = self._notebook.current(), values.pop("step", None)
         if step is None:
             self._present(run, wait=False)
@@ -353,6 +358,8 @@ class CMMagics(Magics):
         return seen if number is None else seen.attempt(number)
 
     def _diff(self, values: Values, body: str | None) -> Text:
+        from ..render import compare, diff, html
+
         run = self._notebook.current()
         numbers = [*values.get("attempts", [])]
         if "against" in values:
@@ -381,6 +388,8 @@ class CMMagics(Magics):
         return made
 
     def _graph(self, values: Values, body: str | None) -> Text:
+        from ..render import svg, timeline
+
         kind = values.get("format", "svg")
         if values.get("timeline"):
             run = self._notebook.current()
@@ -410,6 +419,8 @@ class CMMagics(Magics):
             return book.sketch() if book.plan is not None else None
 
     def _status(self, values: Values, body: str | None) -> Run:
+        from ..render import html
+
         run = self._notebook.current()
         with run.reading() as state:
             self._display(text.status_table(state), html.status_html(state))
@@ -417,6 +428,8 @@ class CMMagics(Magics):
         return run
 
     def _export(self, values: Values, body: str | None) -> Text:
+        from ..exports import is_program
+
         file = Path(values["file"])
         workflow = self._notebook.exported() if is_program(file) else None
         source = workflow if workflow is not None else self._notebook.current()
@@ -427,6 +440,8 @@ class CMMagics(Magics):
         return Text(made)
 
     def _runs(self, values: Values, body: str | None) -> Runs:
+        from ..render import html
+
         found = Runs(all_runs())
         rows = []
         for run in found:

@@ -19,7 +19,6 @@ of their steps, and its workflow's cell, or ``%cm resume``, goes back to it.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -859,6 +858,8 @@ class Notebook:
                 f"Run the cell of {hole.name} first."
             )
         texts = {name for name, value in variables.items() if isinstance(value, (str, int, float)) and name[0] != "_"}
+        import difflib  # only for who makes a mistake
+
         near = difflib.get_close_matches(hole.name, sorted(known | texts | set(RESERVED)), n=1)
         similar = f"Similar: `{near[0]}`. " if near else ""
         return (

@@ -44,6 +44,9 @@ class Time(NamedTuple):
         return Time(self.wall / count, self.cpu / count)
 
 
+LONG_S = 5
+"""Seconds of a first round that counts: what is loaded at first use is some hundredths of that."""
+
 SIZE = 1024
 """Characters that each step produces; all steps different ones."""
 
@@ -95,7 +98,7 @@ class Rounds(NamedTuple):
 
 
 def paired(ours: Measure, floor: Measure | None = None, *, rounds: int = 5, within_s: float = 40) -> Rounds:
-    """Measure both in turns, after a first round that only warms up.
+    """Measure both in turns, after a first round that only warms up; one so long that this does not show in it counts.
 
     Parameters
     ----------
@@ -107,14 +110,21 @@ def paired(ours: Measure, floor: Measure | None = None, *, rounds: int = 5, with
         Seconds after which no further round begins, so that a slow disk costs precision and not an hour.
     """
     times: dict[Measure, list[Time]] = {ours: [], **({floor: []} if floor is not None else {})}
-    end = time.monotonic() + within_s
-    for number in range(rounds + 1):
-        if number > 1 and time.monotonic() > end:
-            break
-        for measure in times:
+    begun = time.monotonic()
+
+    def one_round() -> float:
+        for measure, figures in times.items():
             gc.collect()
-            times[measure].append(measure())
-    kept = [[*times[measure][1:]] if measure is not None else [] for measure in (ours, floor)]
+            figures.append(measure())
+        return time.monotonic() - begun
+
+    if (passed := one_round()) < LONG_S:
+        for figures in times.values():
+            figures.clear()
+        passed = one_round()
+    while len(times[ours]) < rounds and passed < within_s:
+        passed = one_round()
+    kept = [times[measure] if measure is not None else [] for measure in (ours, floor)]
     return Rounds(*(Pair(*([getattr(one, clock) for one in side] for side in kept), clock) for clock in Time._fields))
 
 

@@ -82,7 +82,7 @@ def test_chain_in_memory(budget):
     rounds = paired(
         lambda: finish(chain(1_000), ":memory:").per(1_000),
         lambda: measure.tasks_awaited(10_000).per(10_000),
-        rounds=15,
+        rounds=10,
     )
     budget("step in memory, N = 1,000; floor: one Task", rounds.cpu, "µs/step", times=6, known=2)
 
@@ -91,7 +91,7 @@ def test_loop_costs_as_much_as_a_chain(budget):
     rounds = paired(
         lambda: finish(looping(1_000), ":memory:").per(2_002),
         lambda: finish(chain(2_000), ":memory:").per(2_000),
-        rounds=7,
+        rounds=5,
     )
     budget("step of a loop, 1,000 × 2; floor: our chain", rounds.cpu, "µs/step", times=1.25)
 

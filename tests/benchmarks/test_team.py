@@ -65,7 +65,7 @@ def fan_out(tmp_path_factory) -> dict[int, Rounds]:
 
         return paired(ours, floor, rounds=rounds)
 
-    return {10: figures(10, 20), 100: figures(100, 10), 1_000: figures(1_000, 7), 10_000: figures(10_000, 3)}
+    return {10: figures(10, 20), 100: figures(100, 10), 1_000: figures(1_000, 5), 10_000: figures(10_000, 2)}
 
 
 @pytest.mark.parametrize("members", [10, 100, 1_000])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import stat
@@ -167,6 +168,19 @@ def _fold_in(path: Path) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
+@pytest.fixture(scope="module")
+def made_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A run that has ended, and the folder of its journal: made by another process, as this one keeps its own open."""
+    script = (
+        "import sys, cm_notebook as cm\n"
+        "flow = cm.Workflow('j', agents=[cm.Agent('a', 'x')], steps='a')\n"
+        "print(flow.start(engine=cm.ScriptedEngine({'a': ['hello']}), journal=sys.argv[1]).wait(10).id)"
+    )
+    folder = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, "-c", script, str(folder / "j.db")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip(), folder
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -184,19 +198,15 @@ def _fold_in(path: Path) -> None:
         (_spoil_order, "does not make sense at event 3"),
     ],
 )
-def test_what_cannot_be_used_is_refused_and_left_as_it_is(tmp_path: Path, spoil: Any, words: str) -> None:
-    # made by another process, as this one keeps its journals open
-    script = (
-        "import sys, cm_notebook as cm\n"
-        "flow = cm.Workflow('j', agents=[cm.Agent('a', 'x')], steps='a')\n"
-        "print(flow.start(engine=cm.ScriptedEngine({'a': ['hello']}), journal=sys.argv[1]).wait(10).id)"
-    )
-    path = tmp_path / "j.db"
-    made = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+def test_what_cannot_be_used_is_refused_and_left_as_it_is(
+    tmp_path: Path, made_elsewhere: tuple[str, Path], spoil: Any, words: str
+) -> None:
+    run_id, folder = made_elsewhere
+    path = shutil.copytree(folder, tmp_path, dirs_exist_ok=True) / "j.db"
     spoil(path)
     before = path.read_bytes()
     with pytest.raises(cm.JournalError) as refused:
-        cm.resume(made.stdout.strip(), journal=cm.Journal(path))
+        cm.resume(run_id, journal=cm.Journal(path))
     assert re.search(words, str(refused.value)), str(refused.value)
     assert str(path) in str(refused.value)
     assert path.read_bytes() == before
