@@ -537,6 +537,8 @@ class CMMagics(Magics):
             views.show_static(run, steps)
 
     def _display_table(self, head: list[str], rows: list[list[str]], note: str) -> None:
+        from ..render import html
+
         plain = "\n".join([*text.table([head, *rows]), "", note])
         self._display(plain, html.rows_html(head, rows, note))
 
