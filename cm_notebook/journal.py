@@ -1,8 +1,9 @@
 """Where events are kept: append-only, in order, and on disk before anyone sees them.
 
 Strategy: one SQLite file in WAL mode with ``synchronous=FULL``; all that one pass of a run records is one transaction,
-so one fsync. An event is a row with one integer key, ``run number << 32 | seq``. Events are all there is: what else one
-wants to know about a run is read out of them.
+so one fsync. SQLite appends it to a log (``-wal``), and an fsync takes half as long where a file need not grow: the log
+is made long enough at once, and soon written anew from its beginning. An event is a row with one integer key,
+``run number << 32 | seq``. Events are all there is: what else one wants to know about a run is read out of them.
 
 A *fork* begins with the events of another run, up to one of them (``parent``, ``shared``), and its own go on counting
 from there. Nothing is copied: it is read in *stretches*, first that of its parent's, which may be a fork itself.
@@ -64,6 +65,11 @@ BUSY_S = 5.0
 """Seconds to wait for another process while a journal is opened or read."""
 BEGIN_S = 0.05
 """Seconds in which ``begin`` waits for another process that is just finishing its transaction."""
+LOG_PAGES = 256
+"""With so many pages in the log they are brought over into the file, and the log is written anew from its beginning.
+SQLite's own 1,000 are those of 500 steps, each of which would have to wait for a file that grows."""
+ROOM = 1 << 18
+"""Bytes that the log has at least while a run is driven: those of the first thirty steps."""
 LEASE_S = 0.5
 """Seconds in which the lock of a run may be held by one who only asks whether the run is driven."""
 
@@ -219,6 +225,7 @@ class Journal:
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
+            connection.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES}")
         except BaseException:
             connection.close()
             raise
@@ -462,6 +469,25 @@ class Journal:
                     "end the other one to drive it here.",
                     path=self.path,
                 ) from None
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Make the log longer than it is needed now.
+
+        By a large row that is taken back: all of it but a few pages has been written behind the log's end by then.
+        """
+        execute = self._writer.execute
+        with self._write, contextlib.suppress(OSError, sqlite3.Error):  # no room, or somebody writes: it goes without
+            if self._writer.in_transaction or os.stat(self.path + "-wal").st_size >= ROOM:  # noqa: PTH116
+                return
+            (memory,) = execute("PRAGMA cache_size").fetchone()
+            execute("PRAGMA cache_size=8")
+            try:
+                execute("BEGIN IMMEDIATE")
+                execute("INSERT INTO events VALUES (-1, 0, '', zeroblob(?))", (ROOM + (1 << 16),))
+            finally:
+                execute(f"PRAGMA cache_size={memory}")
+                execute("ROLLBACK")
 
     def driven(self, run_id: str) -> bool:
         """Whether somebody, here or in another process, drives this run now."""

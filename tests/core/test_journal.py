@@ -620,6 +620,19 @@ def test_who_drives_is_let_go_at_the_end(tmp_path: Path) -> None:
     assert done.stdout == "driven\n"
 
 
+def test_the_log_has_room_from_the_start_and_stays_short(tmp_path: Path) -> None:
+    """Each commit that makes the log longer takes about twice as long as one that writes over what is there."""
+    log = tmp_path / "j.db-wal"
+    names = [f"s{number}" for number in range(300)]
+    engine = cm.ScriptedEngine({name: ["t" * 1024] for name in names})
+    run = flow("s0?", *names[1:]).start(engine=engine, journal=tmp_path / "j.db")
+    gate(run)
+    assert log.stat().st_size >= 256 * 1024
+    run.approve().wait(30)
+    assert log.stat().st_size <= 1.25 * 1024 * 1024, "all that was written to it are 2.4 MiB"
+    assert len(run.events) == 2 * 300 + 4, "what made room is not among them"
+
+
 def test_a_chain_stores_each_text_once(tmp_path: Path) -> None:
     """New text and at most 1 KiB a step, also when every prompt holds everything before it."""
     for context in ("previous", "all"):

@@ -1,6 +1,6 @@
 """A disk that is full, read-only or slow: a clear error, nothing lost, and the run goes on when there is a disk again.
 
-Each in two ways: on a real file system of a few hundred kilobytes, where this user may mount one; and everywhere with
+Each in two ways: on a real file system of a few megabytes, where this user may mount one; and everywhere with
 what SQLite and the operating system offer instead: a limit of pages, a limit on the size of files, missing rights.
 """
 
@@ -32,7 +32,7 @@ class Mounted:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+        command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
         if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip("this user may not mount file systems")
 
@@ -103,7 +103,9 @@ def flow() -> cm.Workflow:
     return cm.Workflow("disk", steps=steps)
 
 
-BIG = cm.ScriptedEngine({"a": ["small"], "b": ["b" * 60_000], "c": ["c" * 60_000], "d": ["d"]})
+LARGE = 300_000
+"""More characters than the journal has made room for ahead."""
+BIG = cm.ScriptedEngine({"a": ["small"], "b": ["b" * LARGE], "c": ["c" * LARGE], "d": ["d"]})
 
 
 def goes_on(run: cm.Run, path: Path, kept: list[AnyEvent]) -> None:
@@ -113,7 +115,7 @@ def goes_on(run: cm.Run, path: Path, kept: list[AnyEvent]) -> None:
     if again.gates:
         again.approve()
     assert again.wait(20).status == "completed"
-    assert [len(step.text) for step in again] == [5, 60_000, 60_000, 1]
+    assert [len(step.text) for step in again] == [5, LARGE, LARGE, 1]
     answers = Counter(event.gate_id for event in again.events if event.type == "GateDecided")
     assert list(answers.values()) == [1]
 
@@ -142,7 +144,7 @@ def test_full_when_a_person_decides(disk: Mounted | Limited) -> None:
     kept = run.events
     disk.fill(journal)
     with pytest.raises(cm.JournalError, match="the disk is full"):
-        run.approve(output="longer than what SQLite has left of a page " * 1000)
+        run.approve(output="longer than what the journal has room for " * 10_000)
     disk.free()
     goes_on(run, disk.folder / "j.db", kept)
 
