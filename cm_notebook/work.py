@@ -31,7 +31,6 @@ from .events import (
     GateDecided,
     GateOpened,
     RunFinished,
-    SessionOpened,
     TurnCutShort,
     TurnStarted,
     TurnWentOn,
@@ -85,44 +84,13 @@ class Work:
 
     async def _turn(self, turn: LiveTurn, prompt: str) -> None:
         """Do one turn and propose how it ended. Cancelled when the turn was cut short, which is recorded by then."""
-        driver = self._driver
-
-        def write(text: str, last: bool = False) -> None:
-            with driver.lock:  # who begins to watch meanwhile gets each piece once
-                text = turn.hide(sound(text), last=last)
-                if last and not text:
-                    return
-                turn.write(text)
-                for feed in driver.feeds:
-                    feed.put_text(turn.started.path, turn.started.attempt, text)
-
-        def think(text: str, last: bool = False) -> None:
-            with driver.lock:
-                text = turn.hide_thoughts(sound(text), last=last)
-                for feed in driver.feeds if text else ():
-                    feed.put_text(turn.started.path, turn.started.attempt, text, "thinking")
-
-        def opened(session_id: str) -> None:
-            where = {"step": turn.started.step, "path": turn.started.path, "attempt": turn.started.attempt}
-            record(SessionOpened(**where, turn=turn.started.turn, session_id=session_id))
-
-        def record(event: AnyEvent) -> None:
-            told = [*turn.spent(), event]
-
-            def propose() -> list[AnyEvent]:
-                return told if driver.turns.get(turn.started.path) is turn else []  # else it was cut short
-
-            driver.propose(propose, wait=False)
-
+        driver, said = self._driver, _Said(self._driver, turn)
         try:
-            await self.files.begin(turn, write)
+            await self.files.begin(turn, said.write)
             turn.run_clock()
-            engine, request = self.engine_for(turn.step), self._request(turn, prompt, write)
-            ending = await take_turn(turn, engine, request, write, think, opened, record)
-            if turn.hide:
-                write("", last=True)
-            if turn.hide_thoughts:
-                think("", last=True)
+            engine, request = self.engine_for(turn.step), self._request(turn, prompt, said.write)
+            ending = await take_turn(turn, engine, request, said)
+            said.all()
         except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
             await self._end(turn, failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None))
             raise
@@ -409,6 +377,48 @@ class Work:
         """The run is given up here: its turns are cancelled, and nobody waits inside them."""
         self.questions.clear()
         self.calls.clear()
+
+
+class _Said:
+    """Passes on what a turn does while it is under way: text to those who watch, facts to the driver."""
+
+    __slots__ = ("_driver", "_turn")
+
+    def __init__(self, driver: Driver, turn: LiveTurn) -> None:
+        self._driver, self._turn = driver, turn
+
+    def write(self, text: str, last: bool = False) -> None:
+        driver, turn = self._driver, self._turn
+        with driver.lock:  # who begins to watch meanwhile gets each piece once
+            text = turn.hide(sound(text), last=last)
+            if last and not text:
+                return
+            turn.write(text)
+            for feed in driver.feeds:
+                feed.put_text(turn.started.path, turn.started.attempt, text)
+
+    def think(self, text: str, last: bool = False) -> None:
+        driver, turn = self._driver, self._turn
+        with driver.lock:
+            text = turn.hide_thoughts(sound(text), last=last)
+            for feed in driver.feeds if text else ():
+                feed.put_text(turn.started.path, turn.started.attempt, text, "thinking")
+
+    def all(self) -> None:
+        """Nothing more comes: what was held back, as it might have become a key, is passed on."""
+        if self._turn.hide:
+            self.write("", last=True)
+        if self._turn.hide_thoughts:
+            self.think("", last=True)
+
+    def record(self, event: AnyEvent) -> None:
+        driver, turn = self._driver, self._turn
+        told = [*turn.spent(), event]
+
+        def propose() -> list[AnyEvent]:
+            return told if driver.turns.get(turn.started.path) is turn else []  # else it was cut short
+
+        driver.propose(propose, wait=False)
 
 
 class _Outputs(Mapping[str, str]):

@@ -16,7 +16,7 @@ import functools
 import inspect
 import threading
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .. import keys
 from ..errors import EngineError, EngineProtocolError, ReplayMismatch
 from ..plain import Plain
 from ..workflow import Verdict
-from .base import AgentEvent, AgentRequest, TurnDone
+from .base import AgentRequest, Answering, TurnDone
 
 
 class _TurnOver(BaseException):
@@ -181,7 +181,7 @@ class _Line:
             answer.cancel()
 
 
-class FunctionEngine:
+class FunctionEngine(Answering):
     """Runs the Python function of an agent made with ``@cm.agent``.
 
     The function's context variables are those of the caller; its stdout is not touched.
@@ -190,8 +190,8 @@ class FunctionEngine:
     name = "function"
     free = True
 
-    def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
-        """Call the function and yield what it returns; what it emits goes to ``request.emit`` meanwhile.
+    async def answer(self, request: AgentRequest) -> TurnDone:
+        """Call the function; what it emits goes to ``request.emit`` meanwhile.
 
         Raises
         ------
@@ -199,24 +199,6 @@ class FunctionEngine:
                                it is, so that ``EngineRateLimited`` is tried again.
         EngineProtocolError    It returned something else than ``str``, ``Verdict`` or a pydantic model.
         """
-        return _Answer(request)
-
-
-class _Answer:
-    """The stream of a function: one event. No async generator, as the loop would enter each of them in its books."""
-
-    __slots__ = ("_request",)
-
-    def __init__(self, request: AgentRequest) -> None:
-        self._request: AgentRequest | None = request
-
-    def __aiter__(self) -> _Answer:
-        return self
-
-    async def __anext__(self) -> AgentEvent:
-        request, self._request = self._request, None
-        if request is None:
-            raise StopAsyncIteration
         function = request.agent.function
         if function is None:
             raise EngineError(
@@ -239,9 +221,6 @@ class _Answer:
         finally:
             line.close()
         return _done(request, value)
-
-    async def aclose(self) -> None:
-        """Nothing is open between two events."""
 
 
 def _turn(request: AgentRequest, line: _Line) -> Turn:
