@@ -59,14 +59,14 @@ from .journal import AnyJournal
 from .loops import SLICE_S, quietly, running_loop
 from .presence import nobody_there
 from .prompts import digest, text_of
-from .runstate import Record, RunState, StartTurn
+from .runstate import Record, RunState, StartTurn, StepState
 from .state import apply, next_actions
 from .turns import LiveTurn
 from .workflow import Step
 
 Proposal = Callable[[], Iterable[AnyEvent]]
-Start = tuple[TurnStarted, str]
-"""A turn that is recorded and can begin, with its prompt as text."""
+Start = tuple[StepState, TurnStarted, str]
+"""A turn that is recorded and can begin: its step, the event, its prompt as text."""
 
 POLL_S = 0.25
 """How often the journal is looked at for what another process has decided."""
@@ -254,43 +254,42 @@ class Driver:
         answers: list[tuple[concurrent.futures.Future[None], Exception | None]] = []
         starts: list[Start] = []
         begun = False
-        with self.lock:
-            batch = self._batch = []
-            try:
-                if self.lost is not None:
-                    self._find_again()
-                seen = self.journal.begin(self.id, self.state.seq)
-                begun, self._busy_since = True, None
-                self.since = self.state.seq + 1
-                with _NoCollecting():
+        with _NoCollecting():
+            with self.lock:
+                batch = self._batch = []
+                try:
+                    if self.lost is not None:
+                        self._find_again()
+                    seen = self.journal.begin(self.id, self.state.seq)
+                    begun, self._busy_since = True, None
+                    self.since = self.state.seq + 1
                     self._record_due(seen, answers, starts)
-                begun = False
-                if batch:
-                    self.journal.commit(self.id, batch)
-                else:
-                    self.journal.rollback()
-            except BaseException as error:
-                if begun:
-                    self.journal.rollback()
-                elif isinstance(error, JournalBusy) and (delay := self._try_again_in()) is not None:
-                    return delay
-                self._pass_failed(error, [reply for reply, _refused in answers])
-                return 0.0
-            finally:
-                self._batch = []
-            shown = [*seen, *batch] if seen else batch
-            if shown:  # before the proposers go on: they may wait for the run next
-                self._show(shown)
-                self.wait_anew()
-        try:
-            if self.driving:
-                with _NoCollecting():
+                    begun = False
+                    if batch:
+                        self.journal.commit(self.id, batch)
+                    else:
+                        self.journal.rollback()
+                except BaseException as error:
+                    if begun:
+                        self.journal.rollback()
+                    elif isinstance(error, JournalBusy) and (delay := self._try_again_in()) is not None:
+                        return delay
+                    self._pass_failed(error, [reply for reply, _refused in answers])
+                    return 0.0
+                finally:
+                    self._batch = []
+                shown = [*seen, *batch] if seen else batch
+                if shown:  # before the proposers go on: they may wait for the run next
+                    self._show(shown)
+                    self.wait_anew()
+            try:
+                if self.driving:
                     self.hands.follow(shown, starts)
-                self._look_out()
-                self.come_to_rest()
-        finally:  # last, so that who proposed finds the run as it is now
-            for reply, refused in answers:
-                reply.set_exception(refused) if refused is not None else reply.set_result(None)
+                    self._look_out()
+                    self.come_to_rest()
+            finally:  # last, so that who proposed finds the run as it is now
+                for reply, refused in answers:
+                    reply.set_exception(refused) if refused is not None else reply.set_result(None)
         return 0.0
 
     def _record_due(
@@ -379,7 +378,7 @@ class Driver:
                         break
                 else:
                     start = self._turn_started(action)
-                    self.record(start[0])
+                    self.record(start[1])
                     starts.append(start)
                     progress = progress or bool(self.state.outdated)
         if later:
@@ -401,7 +400,7 @@ class Driver:
             session_id=action.session_id,
             engine=self.hands.engine_name(step.step),
         )
-        return started, text
+        return step, started, text
 
     def _pass_failed(self, error: BaseException, replies: list[concurrent.futures.Future[None]]) -> None:
         """Nothing of this pass was kept: go back to what is on disk, and tell everybody who waits."""

@@ -275,7 +275,8 @@ def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None
         return _end(state)
     if state.outdated and (again := outdated(state)):
         return [Record(event) for event in again]
-    return [*_deadlines(state), *_next_in_course(state, engine_of)]
+    course = _next_in_course(state, engine_of)
+    return [*_deadlines(state), *course] if state.gates else course
 
 
 def _end(state: RunState) -> list[StartTurn | Record]:

@@ -191,7 +191,6 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, liste
     try:
         if isinstance(engine, Answering):
             done = await engine.answer(request)
-            _check(done, engine)
         else:
             done = await _heard(turn, engine, request, listener)
         text, verdict = sound(done.text), _verdict(step, done)

@@ -38,6 +38,7 @@ from .events import (
 from .files import Files
 from .journal import OWN_FOLDER, own_folder
 from .prompts import missing_field
+from .runstate import StepState
 from .starting import check_places, making
 from .team import AgentResult, Call, checked_calls
 from .tools import Permission, Tool, read_arguments
@@ -75,12 +76,12 @@ class Work:
 
     # -- a turn --------------------------------------------------------------------------------------------------------
 
-    def launch(self, started: TurnStarted, prompt: str) -> None:
-        """Begin a turn."""
-        step, since = self._driver.state.find(started.path), self._driver.since
-        turn = self._driver.turns[started.path] = LiveTurn(started, step.step, self._too_late, since)
+    def launch(self, step: StepState, started: TurnStarted, prompt: str) -> None:
+        """Begin a turn of `step`."""
+        driver = self._driver
+        turn = driver.turns[started.path] = LiveTurn(started, step.step, self._too_late, driver.since)
         turn.failures = step.attempts[-1].failures
-        turn.task = cast("asyncio.AbstractEventLoop", self._driver.loop).create_task(self._turn(turn, prompt))
+        turn.task = cast("asyncio.AbstractEventLoop", driver.loop).create_task(self._turn(turn, prompt))
 
     async def _turn(self, turn: LiveTurn, prompt: str) -> None:
         """Do one turn and propose how it ended. Cancelled when the turn was cut short, which is recorded by then."""

@@ -258,7 +258,7 @@ class Engine(Protocol):
 
 
 class Answering:
-    """Base of an engine that tells nothing but its answer: the run asks for that alone, and needs no stream."""
+    """Base of an engine of ours that tells nothing but its answer: the run asks for that alone, and needs no stream."""
 
     async def answer(self, request: AgentRequest) -> TurnDone:
         """Do one turn; as :meth:`Engine.stream`."""

@@ -283,7 +283,7 @@ def _done(request: AgentRequest, value: Any) -> TurnDone:
     if isinstance(value, str):
         return TurnDone(str(value))
     if isinstance(value, Verdict):
-        return TurnDone(value.reason, verdict=value)
+        return TurnDone(str(value.reason), verdict=value)
     name = request.agent.id
     right = "A function agent returns str, cm.Verdict or a pydantic model"
     if isinstance(value, BaseModel):
