@@ -388,7 +388,7 @@ class Driver:
         step = action.step
         parts = action.prompt + (action.context or ())
         text = text_of(parts, self.state.texts) if parts else ""
-        started = TurnStarted(
+        started = TurnStarted.made(
             step=step.id,
             path=step.path,
             attempt=action.attempt,

@@ -204,7 +204,7 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, liste
             _check_json("score", verdict.score, started)
         if turn.used.get("cost_usd") is None and getattr(engine, "free", False) and not done.unpriced:
             turn.used["cost_usd"] = 0.0
-        event = TurnFinished(
+        event = TurnFinished.made(
             step=started.step,
             path=started.path,
             attempt=started.attempt,
@@ -212,9 +212,11 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, liste
             text=text,
             output=output,
             verdict=verdict,
-            **turn.used,
+            usage=turn.used.get("usage"),
+            cost_usd=turn.used.get("cost_usd"),
+            cost_estimated=turn.used.get("cost_estimated"),
             session_id=turn.session_id,
-            duration_s=done.duration_s,
+            duration_s=None if done.duration_s is None else float(done.duration_s),
             note=sound(done.note),
         )
     except EngineError as error:
@@ -247,7 +249,7 @@ async def _heard(turn: LiveTurn, engine: Engine, request: AgentRequest, listener
             elif isinstance(told, TurnDone):
                 done = told
             elif isinstance(told, UsageReported):
-                turn.used = {"usage": told.usage, "cost_usd": told.cost_usd}
+                turn.used = {"usage": told.usage, "cost_usd": None if told.cost_usd is None else float(told.cost_usd)}
                 if told.cost_estimated:
                     turn.used["cost_estimated"] = True
             elif isinstance(told, (ToolCalled, ToolReturned)):
