@@ -302,11 +302,12 @@ def _next_in_course(state: RunState, engine_of: Callable[[Step], str] | None) ->
     step = state.current
     if step is None:
         return [Record(RunFinished(status="completed"))]
-    if step.status == "due":
+    status = step.status
+    if status == "due":
         return [Record(opening(state, step, cast("Due", step.due)))]
-    if step.status == "looping":
+    if status == "looping":
         return [Record(_loop_back(state, step))]
-    if step.status == "waiting" or state.running or state.paused or state.held is not None:
+    if status == "waiting" or state.running or state.paused or state.held is not None:
         return []
     if state.until_reached:
         return [Record(RunPaused(reason=f"as far as {state.until}"))]
@@ -314,7 +315,7 @@ def _next_in_course(state: RunState, engine_of: Callable[[Step], str] | None) ->
         reason = f"{step.id}: {why_stale(state, step)}."
         due = Due("stale", {"reason": reason}, (step.approved,) if step.approved is not None else (reason,))
         return [Record(opening(state, step, due))]
-    if step.status == "pending" and (rule := _skip_reason(state, step)):
+    if status == "pending" and (rule := _skip_reason(state, step)):
         return [Record(StepSkipped(step=step.id, path=step.path, reason=rule))]
     return [_start(state, step, engine_of)]
 

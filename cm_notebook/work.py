@@ -196,9 +196,9 @@ class Work:
                 )
 
     def _request(self, turn: LiveTurn, prompt: str, write: Callable[[str], None]) -> AgentRequest:
-        started = turn.started
-        with self._driver.lock:
-            state = self._driver.state
+        started, driver = turn.started, self._driver
+        with driver.lock:
+            state = driver.state
             step = state.find(started.path)
             if started.prompt and (wrong := missing_field(state, step)) is not None:
                 raise EngineError(wrong)
@@ -369,10 +369,10 @@ class Work:
     def forget_answered(self) -> None:
         """Whom nobody will answer any more need not be kept."""
         state = self._driver.state
-        for gone in [id for id in self.questions if not meaning.waits_for(state, id)] if self.questions else ():
-            del self.questions[gone]
-        for over in [call for call in self.calls if call[0] not in state.calls] if self.calls else ():
-            del self.calls[over]
+        if self.questions:
+            self.questions = {id: one for id, one in self.questions.items() if meaning.waits_for(state, id)}
+        if self.calls:
+            self.calls = {call: one for call, one in self.calls.items() if call[0] in state.calls}
 
     def drop(self) -> None:
         """The run is given up here: its turns are cancelled, and nobody waits inside them."""
