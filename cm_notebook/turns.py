@@ -76,8 +76,6 @@ class LiveTurn:
         "_timer",
         "asking",
         "failures",
-        "hide",
-        "hide_thoughts",
         "model",
         "over",
         "recalled",
@@ -94,7 +92,6 @@ class LiveTurn:
         self.started, self.step, self.since = started, step, since
         self.task: asyncio.Task[None] | None = None
         self.failures = 0
-        self.hide, self.hide_thoughts = keys.Hider(), keys.Hider()
         self.used: dict[str, Any] = {}
         """What it has said so far that it used, as its last event keeps it."""
         self.said = self.used
@@ -233,7 +230,7 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, liste
 
 async def _heard(turn: LiveTurn, engine: Engine, request: AgentRequest, listener: Listener) -> TurnDone:
     """The answer at the end of the engine's stream; what it tells before is passed on."""
-    started = turn.started
+    started, write, think = turn.started, listener.write, listener.think
     done: TurnDone | None = None
     pieces = 0
     stream = _stream(engine, request)
@@ -242,7 +239,7 @@ async def _heard(turn: LiveTurn, engine: Engine, request: AgentRequest, listener
             if not isinstance(told, Delta) or not isinstance(told.text, str):  # a piece of text has nothing else
                 _check(told, engine)
             if isinstance(told, Delta):
-                (listener.write if told.kind == "text" else listener.think)(told.text)
+                (write if told.kind == "text" else think)(told.text)
                 pieces += 1
                 if pieces % YIELD_EVERY == 0:
                     await asyncio.sleep(0)
@@ -253,7 +250,7 @@ async def _heard(turn: LiveTurn, engine: Engine, request: AgentRequest, listener
                 if told.cost_estimated:
                     turn.used["cost_estimated"] = True
             elif isinstance(told, (ToolCalled, ToolReturned)):
-                listener.write(_tool_line(told))
+                write(_tool_line(told))
                 listener.record(_tool_event(started, told))
             else:
                 before, turn.session_id = turn.session_id, sound(told.session_id)

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from . import allowed
+from . import allowed, keys
 from . import state as meaning
 from .driving import Driver, more
 from .engines.base import AgentRequest, Engine, configured_engine, find_engine, unpriced
@@ -383,15 +383,16 @@ class Work:
 class _Said:
     """Passes on what a turn does while it is under way: text to those who watch, facts to the driver."""
 
-    __slots__ = ("_driver", "_turn")
+    __slots__ = ("_driver", "_text", "_thoughts", "_turn")
 
     def __init__(self, driver: Driver, turn: LiveTurn) -> None:
         self._driver, self._turn = driver, turn
+        self._text, self._thoughts = keys.Hider(), keys.Hider()
 
     def write(self, text: str, last: bool = False) -> None:
         driver, turn = self._driver, self._turn
         with driver.lock:  # who begins to watch meanwhile gets each piece once
-            text = turn.hide(sound(text), last=last)
+            text = self._text(sound(text), last)
             if last and not text:
                 return
             turn.write(text)
@@ -401,15 +402,15 @@ class _Said:
     def think(self, text: str, last: bool = False) -> None:
         driver, turn = self._driver, self._turn
         with driver.lock:
-            text = turn.hide_thoughts(sound(text), last=last)
+            text = self._thoughts(sound(text), last)
             for feed in driver.feeds if text else ():
                 feed.put_text(turn.started.path, turn.started.attempt, text, "thinking")
 
     def all(self) -> None:
         """Nothing more comes: what was held back, as it might have become a key, is passed on."""
-        if self._turn.hide:
+        if self._text:
             self.write("", last=True)
-        if self._turn.hide_thoughts:
+        if self._thoughts:
             self.think("", last=True)
 
     def record(self, event: AnyEvent) -> None:
