@@ -255,42 +255,43 @@ class Driver:
         answers: list[tuple[concurrent.futures.Future[None], Exception | None]] = []
         starts: list[Start] = []
         begun = False
-        with _NoCollecting():
-            with self.lock:
-                batch = self._batch = []
-                try:
-                    if self.lost is not None:
-                        self._find_again()
-                    seen = self.journal.begin(self.id, self.state.seq)
-                    begun, self._busy_since = True, None
-                    self.since = self.state.seq + 1
-                    self._record_due(seen, answers, starts)
-                    begun = False
-                    if batch:
-                        self.journal.commit(self.id, batch)
-                    else:
-                        self.journal.rollback()
-                except BaseException as error:
-                    if begun:
-                        self.journal.rollback()
-                    elif isinstance(error, JournalBusy) and (delay := self._try_again_in()) is not None:
-                        return delay
-                    self._pass_failed(error, [reply for reply, _refused in answers])
-                    return 0.0
-                finally:
-                    self._batch = []
-                shown = [*seen, *batch] if seen else batch
-                if shown:  # before the proposers go on: they may wait for the run next
-                    self._show(shown)
-                    self.wait_anew()
+        with self.lock:
+            batch = self._batch = []
             try:
-                if self.driving:
+                if self.lost is not None:
+                    self._find_again()
+                seen = self.journal.begin(self.id, self.state.seq)
+                begun, self._busy_since = True, None
+                self.since = self.state.seq + 1
+                with _NoCollecting():  # but not while the disk is waited for: others compute meanwhile
+                    self._record_due(seen, answers, starts)
+                begun = False
+                if batch:
+                    self.journal.commit(self.id, batch)
+                else:
+                    self.journal.rollback()
+            except BaseException as error:
+                if begun:
+                    self.journal.rollback()
+                elif isinstance(error, JournalBusy) and (delay := self._try_again_in()) is not None:
+                    return delay
+                self._pass_failed(error, [reply for reply, _refused in answers])
+                return 0.0
+            finally:
+                self._batch = []
+            shown = [*seen, *batch] if seen else batch
+            if shown:  # before the proposers go on: they may wait for the run next
+                self._show(shown)
+                self.wait_anew()
+        try:
+            if self.driving:
+                with _NoCollecting():
                     self.hands.follow(shown, starts)
-                    self._look_out()
-                    self.come_to_rest()
-            finally:  # last, so that who proposed finds the run as it is now
-                for reply, refused in answers:
-                    reply.set_exception(refused) if refused is not None else reply.set_result(None)
+                self._look_out()
+                self.come_to_rest()
+        finally:  # last, so that who proposed finds the run as it is now
+            for reply, refused in answers:
+                reply.set_exception(refused) if refused is not None else reply.set_result(None)
         return 0.0
 
     def _record_due(

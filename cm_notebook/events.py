@@ -217,7 +217,7 @@ class BaseEvent(Fact):
     seq: ClassVar[int] = 0
     at: ClassVar[float] = 0.0
     _all: ClassVar[set[str]]
-    """The names of its fields."""
+    """The names of its fields; all that are ``made`` share it."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:

@@ -85,9 +85,9 @@ class Turn(Plain):
         thread that calls: on the loop's it returns an awaitable, on any other it blocks until the answer is there.
         """
         line = self._line
-        if line is None or line.ask is None:
+        if line is None or line.request.ask_human is None:
             raise EngineError(f"{self.step!r} asks {question!r}, but there is nobody to answer here.", step=self.step)
-        return line.call(line.ask, question)
+        return line.call(line.request.ask_human, question)
 
     def run_agents(self, *groups: Any, max_concurrency: int | None = None) -> Any:
         """Have other agents of the workflow work, and get what came of each: a list of ``AgentResult``.
@@ -113,10 +113,10 @@ class Turn(Plain):
         begin.
         """
         line = self._line
-        if line is None or line.run is None:
+        if line is None or line.request.run_agents is None:
             raise EngineError(f"{self.step!r} calls agents, but it is no part of a run here.", step=self.step)
         asked = groups[0] if len(groups) == 1 else list(groups)
-        return line.call(line.run, asked, max_concurrency)
+        return line.call(line.request.run_agents, asked, max_concurrency)
 
 
 class Raised(Exception):
@@ -130,10 +130,10 @@ class Raised(Exception):
 class _Line:
     """Joins a function to its run, as long as somebody listens: text one way, answers the other."""
 
-    __slots__ = ("ask", "asked", "loop", "open", "run", "show", "thread")
+    __slots__ = ("asked", "loop", "open", "request", "thread")
 
     def __init__(self, request: AgentRequest) -> None:
-        self.show, self.ask, self.run = request.emit, request.ask_human, request.run_agents
+        self.request = request
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
         self.open = True
@@ -147,8 +147,8 @@ class _Line:
     def send(self, text: str) -> None:
         """Hand over `text`, from any thread."""
         self.check()
-        if self.show is not None:
-            self.show(text)
+        if self.request.emit is not None:
+            self.request.emit(text)
 
     def call(self, ask: Callable[..., Awaitable[Any]], *what: Any) -> Any:
         """What `ask` returns: on the loop's thread to be awaited, on another one when it is there."""
