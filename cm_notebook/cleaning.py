@@ -38,7 +38,7 @@ _ROW = re.compile(rf"^( +\S+ {{2,}}[a-z]+(?: [a-z]+)* {{2,}}){_TIME}(?: +|$)", r
 _LINE = re.compile(
     rf"^(cm: (?:\S+ (?:ok|[a-z]+)(?: \([^)\n]*\))?|.* (?:completed|stopped|failed))) {_TIME}(?=[ ;:]|$)", re.MULTILINE
 )
-_RECORDED = re.compile(r"(?:^|· |>)[Rr]ecorded \([^\n]*?\): no model was called", re.MULTILINE)
+_RECORDED = re.compile(r"(?:^|· |>)[Rr]ecorded(?: \([^\n]*?\))?: no model was called", re.MULTILINE)
 _RUN = re.compile(r"(^|[^\w-]|\x1b\[[\d;]*m)r-[0-9a-f]{8}(?![\w-])", re.MULTILINE)
 _FORK = re.compile(r"((?:^|· )[Ff]ork) of r-[0-9a-f]{8}(?= at )", re.MULTILINE)
 _BESIDE = re.compile(r"(<(?:b|th [^>]*)>(?:fork at [^<]+|forked from|run) )r-[0-9a-f]{8}(?=</(?:b|th)>)")

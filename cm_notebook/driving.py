@@ -426,9 +426,17 @@ class Driver:
         state = self.state
         if self.unheard:
             self.unheard = {id: gate for id, gate in self.unheard.items() if id in state.gates}
-        if self.unheard and not state.at_work and not state.backing_off:
+        if self.unheard and not self._at_work():
             return True  # else others go on beside it
         return state.ended is not None or (state.paused and state.status == "paused")
+
+    def _at_work(self) -> bool:
+        """Whether something goes on by itself: a turn that waits for nobody, or one that is to be tried again."""
+        state = self.state
+        if state.held is None:
+            return state.at_work or bool(state.backing_off)
+        turns = ((step, self.turns.get(path)) for path, step in state.running.items())
+        return any(step.status == "running" and not (turn is not None and turn.held) for step, turn in turns)
 
     def come_to_rest(self) -> None:
         """Tell those who wait that the run goes no further by itself, and how it ended."""

@@ -214,6 +214,8 @@ def by_name(shown: str, *more: str) -> Callable[[_Callable], _Callable]:
     return decorate
 
 
+has_magic = False
+"""Set by the notebook: whoever reads what is said can type ``%cm``."""
 _in_terminal = False
 
 
@@ -228,9 +230,11 @@ def in_terminal() -> Iterator[None]:
         _in_terminal = before
 
 
-def typed(magic: str, command: str) -> str:
-    """What to type where the reader is: in a notebook the magic, in a terminal the command."""
-    return command if _in_terminal else magic
+def typed(magic: str, command: str, call: str | None = None) -> str:
+    """What to type where the reader is: the magic, in a terminal the command, in a program (a test, too) the call."""
+    if _in_terminal:
+        return command
+    return magic if has_magic or call is None else call
 
 
 def did_you_mean(wrong: object, known: Iterable[str], label: str = "Known") -> str:

@@ -16,7 +16,7 @@ from pydantic_core import to_json
 
 from . import keys
 from .errors import CodeMachineError
-from .workflow import Amount, AutonomousMode, Count, GateDefault, Model, Verdict, Workflow, Written
+from .workflow import Amount, AutonomousMode, Count, GateDefault, Model, Verdict, Workflow, Written, fill
 
 Mode = Literal["step-by-step", "gates", "unattended"]
 """Who drives: a pause after every step, a pause where a step asks for one, or no pause at all."""
@@ -104,6 +104,11 @@ class Usage(Fact):
     input_tokens: int = 0
     output_tokens: int = 0
     estimated: bool = False
+
+    def __init__(self, **data: Any) -> None:
+        fill(self, data)
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a journal is read past it, as other facts are
 
     def __add__(self, other: "Usage") -> "Usage":
         """Both together."""

@@ -42,7 +42,7 @@ class Option:
     above
         For a number: what it must be more than.
     verbatim
-        Its value is the person's own text, in which ``{name}`` is no variable.
+        Its value is the person's own text, in which ``{name}`` and ``$name`` are no variables.
     """
 
     parameter: str
@@ -138,6 +138,7 @@ ON_WAITING = Option(
     "on_waiting",
     "a command that tells you when a gate is open; it finds the answer to give in $CM_ANSWER",
     example="'notify-send Waiting'",
+    verbatim=True,
 )
 _STEP_OPTIONS = (
     Option("agent", "who does it, if not the agent of the step's name", example="planner"),
@@ -500,7 +501,8 @@ def read(line: str, *, cell: bool = False, variables: Mapping[str, Any] | None =
     cell
         Whether it heads a cell (``%%cm``).
     variables
-        What ``{name}`` and ``{name.attribute}`` in a value stand for, as in other magics; not in a person's own words.
+        What ``{name}``, ``{name.attribute}``, ``$name`` and ``$name.attribute`` in a value stand for, as in other
+        magics; not in a person's own words.
 
     Raises
     ------
@@ -585,16 +587,18 @@ def _read_options(command: Command, words: Sequence[str], variables: Mapping[str
     return {name: value for name, value in found.items() if value is not None and value != []}, False
 
 
-_VARIABLE = re.compile(r"(?<!\{)\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*|\[\w+\])*)\}(?!\})")
+_VARIABLE = re.compile(
+    r"(?<!\{)\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*|\[\w+\])*)\}(?!\})|(?<!\$)\$([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)"
+)
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def _filled(text: str, variables: Mapping[str, Any]) -> str:
-    """`text` with the values of the variables that it names; whatever else stands in braces stays as it is."""
+    """`text` with the values of the variables that it names; any other braces and dollar signs stay as they are."""
 
     def value(found: re.Match[str]) -> str:
         try:
-            return str(string.Formatter().get_field(found[1], (), variables)[0])
+            return str(string.Formatter().get_field(found[1] or found[2], (), variables)[0])
         except (KeyError, AttributeError, IndexError, TypeError):
             return found[0]
 

@@ -33,7 +33,6 @@ from typing import Any, Literal
 from . import keys
 from .errors import WorkflowError
 from .events import (
-    ASKED_BY_TURNS,
     NOT_CALLED,
     AgentsCalled,
     AgentsReturned,
@@ -184,7 +183,7 @@ class Taping:
     ) -> None:
         self._texts, self._header, self._pace, self._waits = texts, header, pace, waits
         self._turns: dict[str, _Turn] = {}
-        self._gates: dict[str, tuple[Gate, int]] = {}
+        self._gates: dict[str, tuple[Gate, int, float]] = {}
         self._cuts: dict[str, int] = {}
         self._answers: dict[str, list[dict[str, Any]]] = {}
         """What a turn was answered that was cut short then: the next one does not ask again."""
@@ -414,9 +413,9 @@ class Taping:
 
     def _gate_opened(self, event: GateOpened, lines: list[str]) -> None:
         gate = event.gate
-        self._gates[gate.id] = (gate, gate.attempt - self._cuts.get(gate.path, 0))
+        self._gates[gate.id] = (gate, gate.attempt - self._cuts.get(gate.path, 0), event.at)
         turn = self._turns.get(gate.path)
-        if turn is None or gate.kind not in ASKED_BY_TURNS:
+        if turn is None or gate.kind == "budget":
             return
         turn.wait(event.at)
         if gate.kind == "question":
@@ -432,7 +431,7 @@ class Taping:
             call["meant"] = arguments
 
     def _gate_decided(self, event: GateDecided, lines: list[str]) -> None:
-        gate, attempt = self._gates.pop(event.gate_id)
+        gate, attempt, opened_at = self._gates.pop(event.gate_id)
         self._sources[event.seq] = gate.path
         turn = self._turns.get(gate.path)
         place: dict[str, Any] = {"path": gate.path, "attempt": attempt, "kind": gate.kind}
@@ -441,8 +440,10 @@ class Taping:
         line = {"gate": place, "decision": _decision(event.decision)}
         if gate.kind == "may_have_run":
             return  # only a turn that was cut short asks for it
-        if gate.kind in ASKED_BY_TURNS and turn is not None:
-            if "/" not in gate.path:
+        if turn is not None:
+            if gate.kind == "budget":
+                turn.waited_s += max(0.0, event.at - opened_at)
+            elif "/" not in gate.path:
                 turn.go_on(event.at)
             turn.decisions.append(line)
         elif "/" in gate.path:

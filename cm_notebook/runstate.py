@@ -566,10 +566,16 @@ class RunState(Plain):
 
     @property
     def under_way(self) -> list[StepState]:
-        """The steps whose turn runs, or is about to be tried again; who was called before its caller."""
+        """The steps whose turn runs, or is to be tried again; who was called before its caller."""
         current = self.current
-        waits = [current] if current is not None and current.status == "retrying" else []
+        again = current is not None and (current.status == "retrying" or current is self.held_retry)
+        waits = [current] if current is not None and again else []
         return [*self.backing_off.values(), *reversed(self.running.values()), *waits]
+
+    @property
+    def held_retry(self) -> StepState | None:
+        """The step that is to be tried again by itself once a person has said yes to its cost."""
+        return self.held[0] if self.held is not None and self.held[1] == "retrying" else None
 
     def find(self, path: object) -> StepState:
         """The step or member at `path`; a ``TransitionError`` lists the right names."""

@@ -58,7 +58,18 @@ from .rules.budgets import used_up
 from .rules.building import append_item, take_autonomy
 from .rules.deciding import check_decision
 from .rules.files import files_before
-from .rules.gates import already, ask, ask_permission, by_default, closed, gate_of, opening, tool_of, waits_for
+from .rules.gates import (
+    already,
+    ask,
+    ask_for_more,
+    ask_permission,
+    by_default,
+    closed,
+    gate_of,
+    opening,
+    tool_of,
+    waits_for,
+)
 from .rules.members import call_agents, call_members, may_ask, may_call, results
 from .rules.moves import check_rewind, close, next_attempt, outdated
 from .rules.texts import take_inputs
@@ -71,6 +82,7 @@ __all__ = [
     "already",
     "apply",
     "ask",
+    "ask_for_more",
     "ask_permission",
     "call_agents",
     "check_decision",
@@ -90,6 +102,7 @@ __all__ = [
     "standing",
     "state_of",
     "tool_of",
+    "used_up",
     "waits_for",
 ]
 
@@ -325,8 +338,11 @@ def _members_next(state: RunState, engine_of: Callable[[Step], str] | None) -> l
     actions: list[StartTurn | Record] = [
         Record(opening(state, member, cast("Due", member.due))) for member in state.owed.values()
     ]
-    if not state.paused:
-        actions += [_start(state, member, engine_of) for member in state.backing_off.values()]
+    if not state.paused and state.held is None:
+        for member in state.backing_off.values():
+            actions.append(_start(state, member, engine_of))
+            if isinstance(actions[-1], Record):
+                return actions
     free, ahead = state.max_concurrency - state.busy, 0
     for line in reversed(state.lines):
         for step in line.values():
@@ -370,7 +386,7 @@ def _start(
     state: RunState, step: StepState, engine_of: Callable[[Step], str] | None, ahead: int = 0
 ) -> StartTurn | Record:
     """Begin `step`, or ask first; `ahead`: so many others begin before it."""
-    if step.status != "retrying" and (over := used_up(state, step, ahead)) is not None:
+    if (over := used_up(state, step, ahead)) is not None:
         return Record(opening(state, step, over))
     if isinstance(step.step, Parallel):
         return Record(call_members(state, step, step.step))

@@ -5,6 +5,7 @@ Strategy: groups run one after the other, the members of a group side by side. H
 starts, and refused with what is wrong and where. Nothing here runs; what a call means stands in ``rules/members.py``.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -227,7 +228,7 @@ def checked_calls(asked: object, allowed: Collection[str]) -> Groups:
     ----------
     asked
         A line as for :func:`parse_calls`; a list of calls, which run side by side; or a list of such lists, which run
-        one after the other. A call is a :class:`Call` or its mapping.
+        one after the other. A call is a :class:`Call` or its mapping. A list may be written out as JSON.
     allowed
         The ids of the agents that may be called.
 
@@ -235,6 +236,8 @@ def checked_calls(asked: object, allowed: Collection[str]) -> Groups:
     ------
     WorkflowError    It is none of these, nobody is called, or one is called who may not be.
     """
+    if isinstance(asked, str) and asked.lstrip()[:1] in ("[", "{"):  # no line begins so; models write lists so
+        asked = _list_in(asked)
     if isinstance(asked, str):
         groups = parse_calls(asked)
     elif isinstance(asked, Sequence) and not isinstance(asked, bytes):
@@ -256,6 +259,22 @@ def checked_calls(asked: object, allowed: Collection[str]) -> Groups:
                 hint = did_you_mean(call.agent, allowed, "Possible")
                 raise WorkflowError(f"run_agents: {call.agent!r} cannot be called here. {hint}")
     return groups
+
+
+def _list_in(written: str) -> Any:
+    """The value that is written out as JSON.
+
+    Raises
+    ------
+    WorkflowError    It is no JSON.
+    """
+    try:
+        return json.loads(written)
+    except (ValueError, RecursionError) as error:
+        wrong = str(error) if isinstance(error, ValueError) else "it is nested too deep"
+        raise WorkflowError(
+            f"run_agents: what begins like JSON cannot be read as such: {wrong}. Give a list of groups, not its text."
+        ) from None
 
 
 def _group(calls: Iterable[Any]) -> list[Call]:

@@ -76,6 +76,7 @@ class LiveTurn:
         "_timer",
         "asking",
         "failures",
+        "held",
         "model",
         "over",
         "recalled",
@@ -92,6 +93,8 @@ class LiveTurn:
         self.started, self.step, self.since = started, step, since
         self.task: asyncio.Task[None] | None = None
         self.failures = 0
+        self.held = False
+        """A limit is reached, and it waits until that is another one."""
         self.used: dict[str, Any] = {}
         """What it has said so far that it used, as its last event keeps it."""
         self.said = self.used

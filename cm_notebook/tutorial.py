@@ -357,8 +357,12 @@ def run_headless(notebook: Path) -> int:
     book = import_module("nbformat").read(notebook, as_version=4)
     quiet = ["--IPKernelApp.log_level=CRITICAL"]  # a kernel talks about loopback, and about being ended
     client = Client(book, resources={"metadata": {"path": str(notebook.parent)}}, timeout=None, extra_arguments=quiet)
+
+    def hurry() -> None:
+        client.shutdown_kernel = "immediate"  # else a cell that does not listen keeps its kernel for seconds
+
     try:
-        _see_through(client.async_execute(env={**os.environ, "CM_HEADLESS": "1"}))
+        _see_through(client.async_execute(env={**os.environ, "CM_HEADLESS": "1"}), hurry)
     except CellExecutionError as error:
         if error.ename == "GatePending":
             raise GatePending(error.evalue) from error
@@ -372,8 +376,10 @@ def run_headless(notebook: Path) -> int:
     return 0
 
 
-def _see_through(work: Coroutine[Any, Any, Any]) -> None:
+def _see_through(work: Coroutine[Any, Any, Any], hurry: Callable[[], object]) -> None:
     """Do `work` on another thread, for nbclient would take Ctrl+C for itself; then it is cancelled and tidies up.
+
+    ``hurry`` is called before it is cancelled.
 
     The loop is the work's own. nbclient leaves a task behind that looks after the kernel and fails once it is gone;
     on a loop that ends with the work it is cancelled with it, and what it says then is for nobody.
@@ -387,6 +393,7 @@ def _see_through(work: Coroutine[Any, Any, Any]) -> None:
 
         def give_up() -> None:
             loop.set_exception_handler(lambda _loop, _context: None)
+            hurry()
             task.cancel()
 
         begun.set_result(lambda: loop.call_soon_threadsafe(give_up))

@@ -59,8 +59,8 @@ class Work:
         The one given for the run: a name, or what does all that is no function.
     models
         The classes of the values that agents gave here, by path.
-    questions, calls
-        What waits inside a turn: for the answer of a gate, for agents it has called.
+    questions, calls, held
+        What waits inside a turn: for the answer of a gate, for agents it has called, for a larger budget.
     """
 
     def __init__(self, driver: Driver) -> None:
@@ -69,6 +69,7 @@ class Work:
         self.models: dict[str, type[BaseModel]] = {}
         self.questions: dict[str, asyncio.Future[Decision]] = {}
         self.calls: dict[tuple[str, int], asyncio.Future[None]] = {}
+        self.held: list[asyncio.Future[None]] = []
         self.files = Files(driver, self.workspace)
         self._driver = driver
         self._outputs = _Outputs(driver)
@@ -230,6 +231,7 @@ class Work:
                 ask_permission=lambda name, arguments: self._ask_permission(turn, name, arguments),
                 sub_agents=meaning.may_call(state, step),
                 run_agents=lambda asked, limit=None: self._run_agents(turn, asked, limit),
+                await_budget=lambda: self._await_budget(turn),
             )
 
     def workspace(self) -> Path:
@@ -312,6 +314,31 @@ class Work:
         turn.run_clock()
         return decision
 
+    async def _await_budget(self, turn: LiveTurn) -> None:
+        """Wait until no limit is reached; a person is asked about it, by the first turn that comes to it."""
+        path = turn.started.path
+
+        def ask() -> list[AnyEvent]:
+            state = self._driver.state
+            return [*meaning.ask_for_more(state, state.find(path))] if self._driver.turns.get(path) is turn else []
+
+        async with turn.one_at_a_time():
+            self._driver.propose(lambda: turn.spent() if self._driver.turns.get(path) is turn else [])
+            while True:
+                self._driver.propose(ask)
+                with self._driver.lock:
+                    state = self._driver.state
+                    turn.held = state.held is not None and meaning.used_up(state, state.find(path)) is not None
+                if not turn.held:
+                    return
+                freed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self.held.append(freed)
+                turn.stop_clock()
+                self._driver.come_to_rest()
+                await freed
+                turn.held = False
+                turn.run_clock()
+
     def tell(self, event: GateDecided | TurnWentOn) -> None:
         """Give the turn that has asked its answer."""
         waiting = self.questions.pop(event.gate_id, None)
@@ -367,8 +394,13 @@ class Work:
             waiting.set_result(None)
 
     def forget_answered(self) -> None:
-        """Whom nobody will answer any more need not be kept."""
+        """Whom nobody will answer any more need not be kept, and whom nothing holds any more goes on."""
         state = self._driver.state
+        if self.held and state.held is None:
+            for freed in self.held:
+                if not freed.done():
+                    freed.set_result(None)
+            self.held.clear()
         if self.questions:
             self.questions = {id: one for id, one in self.questions.items() if meaning.waits_for(state, id)}
         if self.calls:
@@ -378,6 +410,7 @@ class Work:
         """The run is given up here: its turns are cancelled, and nobody waits inside them."""
         self.questions.clear()
         self.calls.clear()
+        self.held.clear()
 
 
 class _Said:

@@ -53,10 +53,20 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", defer_build=True, arbitrary_types_allowed=True)
 
     def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise WorkflowError(_one_line(type(self), data, error)) from None
+        fill(self, data)
+
+
+def fill(model: BaseModel, data: Mapping[str, Any]) -> None:
+    """Give a new model its data.
+
+    Raises
+    ------
+    WorkflowError    The data does not fit; in one line.
+    """
+    try:
+        BaseModel.__init__(model, **data)
+    except ValidationError as error:
+        raise WorkflowError(_one_line(type(model), data, error)) from None
 
 
 def _one_line(model: type[BaseModel], data: Mapping[str, Any], error: ValidationError) -> str:

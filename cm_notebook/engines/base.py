@@ -72,6 +72,9 @@ class AgentRequest(Plain):
     ask_permission
         Asks a person whether a tool may be called with these arguments. ``None``: nobody can be asked, so a tool that
         needs permission is refused.
+    await_budget
+        Returns as soon as the turn may use more: where a limit is reached a person is asked, and waiting is not
+        counted. To be awaited before a model is called again in the same turn. ``None``: there are no limits.
     """
 
     agent: Agent
@@ -99,6 +102,7 @@ class AgentRequest(Plain):
     sub_agents: tuple[str, ...] = ()
     run_agents: Callable[..., Awaitable[list[AgentResult]]] | None = None
     ask_permission: Callable[[str, Mapping[str, Any]], Awaitable[Permission]] | None = None
+    await_budget: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -4,7 +4,7 @@ Strategy: the loop is written once, here, and dialects only translate. A dialect
 the body of a request, and reads the events of a stream into an ``Answer``, without I/O. Of the conversation nothing is
 kept between turns: all that is sent comes with the request, which the run makes from its journal.
 
-    send the messages → deltas … → answer ─┬─ calls tools: call them, add what they return, send again
+    send the messages → deltas … → answer ─┬─ calls tools: call them, add what they return, send again (within limits)
                                            ├─ does not fit the output's class: say why, send again, once
                                            └─ else it is the turn's
 """
@@ -243,6 +243,8 @@ class ChatEngine(abc.ABC):
                         returned.append(replace(told, text=keys.hide(told.text)))  # what the journal shows, no more
                         yield returned[-1]
                     body["messages"] += [answer.message, *self.results(returned)]
+                    if request.await_budget is not None:
+                        await request.await_budget()
                     continue
                 self._check(answer)
                 note = CUT_OFF if answer.stop == "length" else None

@@ -81,7 +81,10 @@ class OfflineEngine:
         if taped.session_id is not None:
             yield SessionStarted(taped.session_id)
         notes = [taped.note, note]
-        for call in taped.tool_calls:
+        asks = request.await_budget if taped.tool_calls else None
+        for number, call in enumerate(taped.tool_calls):
+            if number and asks is not None and (call.usage is not None or call.cost_usd is not None):
+                await asks()  # here the model was called again
             due = _clock()
             for at_s, piece in self._paced(call.said.rstrip() + "\n\n" if call.said else ""):
                 await due(at_s)
@@ -94,6 +97,8 @@ class OfflineEngine:
             notes.append(wrong)
             if returned is not None:
                 yield returned
+        if asks is not None:
+            await asks()
         due = _clock()
         for at_s, piece in self._paced(taped.text, taped):
             await due(at_s)
@@ -141,7 +146,11 @@ class OfflineEngine:
 
     def _again(self) -> str:
         source = self.tape.source if self.tape is not None else "FILE"
-        again = typed(f"`%cm run --record {source}`", f"`cm-notebook run FILE --record {source}`")
+        again = typed(
+            f"`%cm run --record {source}`",
+            f"`cm-notebook run FILE --record {source}`",
+            f"`start(record={source!r})` in place of `tape=`",
+        )
         return f"{again} records again; this calls a model."
 
     def _paced(self, text: str, taped: TapedTurn | None = None) -> list[tuple[float, str]]:

@@ -148,6 +148,8 @@ class ScriptedEngine:
             if spent is not None or cost_usd is not None:
                 yield UsageReported(spent or Usage(), cost_usd)
             wrong += await use_tools(request, reply.tool_calls)
+            if reply is not replies[-1] and request.await_budget is not None:
+                await request.await_budget()
         self._ended[agent] = number
         if reply.error is not None:
             raise reply.error

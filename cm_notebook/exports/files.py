@@ -62,7 +62,7 @@ def _with_functions(workflow: Workflow) -> Workflow:
     if not lacking:
         return workflow
     found: dict[str, Agent] = {}
-    # Looked at past `__getattr__` and `__class__`: there are modules and objects that load something when they are asked.
+    # Looked at past `__getattr__` and `__class__`: some modules and objects load something when they are asked.
     modules = [module for module in sys.modules.values() if issubclass(type(module), ModuleType)]
     for module in modules:
         for value in [*object.__getattribute__(module, "__dict__").values()]:

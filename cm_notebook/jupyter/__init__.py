@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from .. import config
+from .. import config, errors
 from ..engines.base import configured_engine
 from ..errors import CodeMachineError, GatePending
 
@@ -36,7 +36,7 @@ def load(shell: Any) -> None:
     settings = Settings(parent=shell)
     shell.configurables.append(settings)
     shell.input_transformers_cleanup.append(keep_questions)
-    GatePending.show = show_pending
+    GatePending.show, errors.has_magic = show_pending, True
     if config.setting("direct_clicks"):
         bridge.direct_clicks.install(bridge.kernel())
     shell.cm_notebook_parts = (matcher, keep_questions, (magics, settings), Shown.TYPES)
@@ -65,7 +65,7 @@ def unload(shell: Any) -> None:
     formatter = shell.display_formatter.ipython_display_formatter
     for kind in shown:
         formatter.pop(kind, None)
-    GatePending.show = None
+    GatePending.show, errors.has_magic = None, False
     bridge.direct_clicks.uninstall()
 
 

@@ -449,14 +449,15 @@ class CMMagics(Magics):
         return found
 
     def _config(self, values: Values, body: str | None) -> None:
-        rows = [["Setting", "Value", "From", "Meaning"]]
+        rows = []
         for name, setting in config.SETTINGS.items():
             try:
                 value, where = config.lookup(name)
                 rows.append([f"CM.{name}", repr(config.shown(value)), where, setting.meaning])
             except CodeMachineError as error:
                 rows.append([f"CM.{name}", "(wrong)", "", str(error)])
-        print("\n".join([*text.table(rows), "", "To change one: %config CM.engine = 'offline'"]))
+        note = "To change one: `%config CM.engine = 'offline'`"
+        self._display_table(["Setting", "Value", "From", "Meaning"], rows, note)
 
     def _keys(self, values: Values, body: str | None) -> None:
         action, name = values.get("action", ""), values.get("name", "")
@@ -470,7 +471,7 @@ class CMMagics(Magics):
             print(f"The key of {name} is forgotten.")
         else:
             rows = [[engine, where or "none"] for engine, where in keys.sources().items()]
-            print("\n".join([*text.table([["Engine", "Key"], *rows]), "", "To set one: %cm keys set anthropic"]))
+            self._display_table(["Engine", "Key"], rows, "To set one: `%cm keys set anthropic`")
 
     def _doctor(self, values: Values, body: str | None) -> Any:
         from ..checkup import examine
@@ -519,6 +520,10 @@ class CMMagics(Magics):
                 views.follow_lines(run)
         finally:
             views.show_static(run, steps)
+
+    def _display_table(self, head: list[str], rows: list[list[str]], note: str) -> None:
+        plain = "\n".join([*text.table([head, *rows]), "", note])
+        self._display(plain, html.rows_html(head, rows, note))
 
     def _display(self, plain: str, rich: str) -> None:
         self._shell.display_pub.publish(data={"text/plain": str(plain), "text/html": rich})

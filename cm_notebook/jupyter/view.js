@@ -19,9 +19,9 @@ function entitle() {
 
 const unique = () => `cm${Math.random().toString(36).slice(2)}`;
 
-function make(tag, className, ...children) {
+function make(tag, className = "", ...children) {
   const node = document.createElement(tag);
-  if (className) node.className = className;
+  node.className = className;
   node.append(...children);
   return node;
 }
@@ -40,7 +40,7 @@ const unfold = node => { for (; node; node = node.parentElement) if (node.tagNam
 
 // Only what a person did counts.
 const byHand = handler => event => { if (event.isTrusted) handler(event); };
-const put = (node, html) => { if (node.cmHtml !== html) { node.cmHtml = html; node.innerHTML = html; } };
+const put = (node, html) => { if (node && node.cmHtml !== html) { node.cmHtml = html; node.innerHTML = html; } };
 
 // A text while it is written: formatted blocks, then growing plain pieces.
 class Text {
@@ -62,7 +62,7 @@ class Text {
   begin() {
     this.piece = document.createTextNode("");
     this.rest.append(make("div", "cm-piece", this.piece));
-    if (this.rest.children.length - (this.left ? 1 : 0) <= KEPT) return;
+    if (this.rest.children.length <= KEPT + Boolean(this.left)) return;
     if (!this.left) this.rest.prepend(this.left = make("div", "cm-small", "… left out until it is finished …"));
     this.left.nextSibling.remove();
   }
@@ -75,8 +75,8 @@ class Card {
     this.node.card = this;
     const { body } = this;
     body.id = unique();
-    body.onscroll = () => { this.follow = body.scrollHeight - body.scrollTop - body.clientHeight < 40; };
-    this.summary.onclick = byHand(() => { this.touched = true; });
+    body.onscroll = () => this.follow = body.scrollHeight - body.scrollTop - body.clientHeight < 40;
+    this.summary.onclick = byHand(() => this.touched = true);
     this.details.ontoggle = () => this.fill();
     this.details.remove(); this.tail.remove(); // until a record wants them
   }
@@ -104,11 +104,11 @@ class Card {
     this.fill();
   }
 
-  // Whether somebody reads it just now: it is not taken away then.
+  // Whether somebody reads it just now: it is not taken away then. A mouse at rest since a decision reads nothing.
   get read() {
-    const chosen = getSelection(), { node } = this;
+    const chosen = getSelection(), { node, view } = this;
     if (node.parentElement?.closest("li")?.card.late) return true;
-    return this.details.open && Boolean(this.touched || focused(node) || node.matches(":hover") || (!chosen.isCollapsed && node.contains(chosen.anchorNode)));
+    return this.details.open && (this.touched || focused(node) || (view.moved && node.matches(":hover")) || (!chosen.isCollapsed && node.contains(chosen.anchorNode)));
   }
 
   last(words = "") { if (this.tail.textContent !== words) this.tail.textContent = words; }
@@ -165,7 +165,7 @@ class Card {
     const wanted = `${this.tab} ${this.number} ${record.rev}`;
     if (wanted === this.shown) return;
     this.shown = wanted;
-    view.ask({ want: key, attempt: this.number, tab: this.tab, ...record.want }, answer => { if (this.shown === wanted) { this.show(() => { this.body.innerHTML = answer.html; }); this.stick(); } });
+    view.ask({ want: key, attempt: this.number, tab: this.tab, ...record.want }, answer => { if (this.shown === wanted) { this.show(() => this.body.innerHTML = answer.html); this.stick(); } });
   }
 
   stick() { if (this.follow && this.record.writing > 0) this.body.scrollTop = this.body.scrollHeight; }
@@ -186,15 +186,14 @@ class Bar {
   update(record) {
     const drawn = JSON.stringify(record);
     if (this.drawn === drawn) return;
-    this.drawn = drawn;
-    this.record = record;
+    Object.assign(this, { drawn, record });
     put(this.words, record.words);
     const at = [...this.buttons.children].indexOf(document.activeElement);
     put(this.buttons, record.html);
     const code = this.buttons.querySelector("code");
     for (const [index, node] of this.buttons.querySelectorAll("button").entries()) {
       node.onclick = byHand(() => this.press(record.buttons[index]));
-      node.onmouseenter = node.onfocus = () => { code.textContent = record.buttons[index].magic; };
+      node.onmouseenter = node.onfocus = () => code.textContent = record.buttons[index].magic;
     }
     this.buttons.children[at]?.focus();
     this.enable();
@@ -249,9 +248,8 @@ class Bar {
 
   decide(one, words = {}) {
     if (one.do) { this.view.tell({ do: one.do, step: this.record.step }); return; }
-    this.busy = true;
-    this.enable();
-    this.say("");
+    this.view.moved = false;
+    this.note("", true);
     this.view.tell({ decide: this.record.id, digest: this.record.digest, action: one.action, ...one.more, ...words });
     setTimeout(() => { if (this.busy && this.node.isConnected && this.view.live) this.say(this.view.page.words_for.busy); }, 1500);
   }
@@ -261,7 +259,7 @@ class Bar {
     (this.opened ? this.field ?? this.node : this.buttons.firstChild).focus();
   }
 
-  refused(words) { this.busy = false; this.say(words); this.enable(); }
+  note(words, busy = false) { this.busy = busy; this.say(words); this.enable(); }
   say(words) { this.view.say(this.error, words); }
 }
 
@@ -303,11 +301,11 @@ class View {
     const { kind, number, text, ticket } = message, mine = message.page === this.id;
     if (kind === "all") { if (mine) this.begin(message); return; }
     if (this.number === null) return; // what comes now is in the answer to hello
-    if (number !== this.number + (kind === "mark" ? 0 : 1)) { if (number > this.number) this.hello(); return; }
+    if (number !== this.number + (kind !== "mark")) { if (number > this.number) this.hello(); return; }
     this.number = number;
     if (kind === "live") for (const piece of message.pieces) this.piece(...piece);
     if (kind === "body" && mine) { this.asked.get(ticket)?.(message); this.asked.delete(ticket); }
-    if (kind === "said" && mine) { const bar = this.bars.get(message.gate); if (bar) bar.refused(text); else this.note(text); }
+    if (kind === "said" && mine) (this.bars.get(message.gate) ?? this).note(text);
   }
 
   begin({ number, texts, lanes, now }) {
@@ -324,7 +322,7 @@ class View {
   }
 
   piece(kind, path, one, two) {
-    if (kind === "words" || kind === "said") { if (this[kind]) put(this[kind], one); return; }
+    if (kind === "words" || kind === "said") { put(this[kind], one); return; }
     if (kind === "lane") { this.records.set(path, one); this.soon(); return; }
     const card = this.cards.get(path);
     if (kind === "line") { card?.line(one); return; }
@@ -356,6 +354,7 @@ class View {
   build() {
     this.root = parts(this.page.html, this);
     this.root.onkeydown = event => this.key(event);
+    this.root.onpointermove = () => this.moved = true;
     this.root.addEventListener("focusin", ({ target }) => { target.dataset.lmSuppressShortcuts = 1; }); // Notebook 7
     this.root.onclick = byHand(({ target }) => {
       const at = target.closest("[data-do],[data-gate],[role=tab],svg [data-step]"), { do: what, gate, mode, step } = at?.dataset ?? {};
@@ -386,7 +385,7 @@ class View {
     this.inside.hidden = false; this.root.hidden = Boolean(final);
     // Over, and the saved view cannot take the widget's place here.
     if (final) { this.end ??= make("div"); put(this.end, final); this.root.after(this.end); } else this.end?.remove();
-    for (const name of ["title", "pill", "words", "source", "said", "place", "tray", "menu"]) if (this[name]) put(this[name], head[name]);
+    for (const name of ["title", "pill", "words", "source", "said", "place", "tray", "menu"]) put(this[name], head[name]);
     this.goOn.hidden = !head.paused; this.modes.hidden = head.locked;
     this.modeButton.textContent = `mode: ${head.mode} ▾`;
     const node = focused(this.graph)?.dataset?.step;
@@ -509,7 +508,7 @@ class View {
       g: () => bars[(inBar ? bars.indexOf(bar) + 1 : 0) % bars.length]?.go(),
       j: move(at + 1), k: move(at < 0 ? cards.length : at - 1), "[": attempt(-1), "]": attempt(1),
       d: () => card?.pick(card.tabs.find(one => one.dataset.tab === (card.tab === "diff" ? "output" : "diff"))),
-      "?": () => { this.help.hidden = !this.help.hidden; },
+      "?": () => this.help.hidden = !this.help.hidden,
     };
   }
 

@@ -744,6 +744,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[in
     return "\n".join([*lines, "</tbody>\n</table>\n"])
 
 
+def rows_html(head: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> str:
+    """Rows of texts as a table, the first of each being a name as it is typed, and a note below."""
+    cells = [[f'<code style="{_CODE}">{_esc(name)}</code>', *map(_esc, rest)] for name, *rest in rows]
+    return f"<div>\n{table(head, cells)}{_line(note)}</div>\n"
+
+
 STATUS_HEAD = table(say.STATUS_COLUMNS, [], right=(2, 3, 4, 5)).partition("</tr>")[0]
 RUNS_HEAD = table(("Run", "Workflow", "State", "Started"), []).partition("</tr>")[0]
 

@@ -255,7 +255,8 @@ def run_total(state: RunState, now: float | None = None) -> Spent:
 def source(state: RunState) -> str:
     """Where the answers came from, when not from a model: a recording, or the offline engine; else ``""``."""
     if state.recorded is not None:
-        return f"recorded ({one_line(state.recorded, 60)}): no model was called"
+        where = f" ({one_line(state.recorded, 60)})" if state.recorded != state.name else ""
+        return f"recorded{where}: no model was called"
     if _first_offline(state) is not None:
         return "offline: no model was called"
     return ""
@@ -602,8 +603,13 @@ def sentence(state: RunState, now: float | None = None, go_on: str = "%cm run") 
 
 
 def _files_come_back(step: StepState) -> str:
-    """That what lies in the folder now is not what the step will find."""
-    return f" The files are as they were before {step.id} when it begins, not yet now." if step.restore else ""
+    """That what lies in the folder now is not what the step will find, and what becomes of a person's own changes."""
+    if not step.restore:
+        return ""
+    return (
+        f" The files are as they were before {step.id} when it begins, not yet now; what was changed by hand is taken "
+        f"away then, but kept: `run.restore_files({step.path!r}, 'kept')`."
+    )
 
 
 def _running(state: RunState, step: StepState) -> str:

@@ -1,8 +1,9 @@
 """What a run and its steps may use, and have used.
 
 Strategy: each turn is paid from the run's ``Budget`` and from that of the workflow's step that it belongs to, when it
-ends, and before that as far as it says what it has used (``UsageReported``). A turn is not started when one of them is
-used up: the step that comes next waits at a ``budget`` gate (``RunState.held``), and while that is open nothing starts.
+ends, and before that as far as it says what it has used (``UsageReported``). When one of them is used up no turn is
+started or tried again, nor calls its model again after tools: the step whose turn it is waits at a ``budget`` gate
+(``RunState.held``), and while that is open nothing starts. One that is held in the midst of its turn keeps its place.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ def _add(budget: Budget, usage: Usage | None, cost_usd: float | None, *, ended: 
 
 def used_up(state: RunState, step: StepState, ahead: int = 0) -> Due | None:
     """The gate that comes before the next turn of `step`, once `ahead` others have started; ``None``: it may start."""
+    if step.status in ("retrying", "running", "asking"):
+        ahead = -1  # its turn counts already
     for budget in budgets_of(state, step):
         if budget.limits and (payload := budget.reached(ahead)) is not None:
             if budget is not state.budget:
@@ -93,6 +96,8 @@ def used_up(state: RunState, step: StepState, ahead: int = 0) -> Due | None:
 
 def grant(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
     """So much more may be used, counted from what is used by now; what was only unknown is not asked about again."""
+    if step.status == "running":
+        step.attempts[-1].asked_s += max(0.0, decision.at - gate.opened_at)
     name = gate.payload["limit"]
     budget = state.budget if "of" not in gate.payload else state.steps[gate.payload["of"]].budget
     more = getattr(decision, name)

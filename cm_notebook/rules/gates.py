@@ -44,7 +44,8 @@ def opening(
     whole = hashlib.sha256()
     for piece in pieces(due.text, state.texts):
         whole.update(piece.encode("utf-8", "surrogatepass"))
-    attempt = next_attempt(step) if due.kind in ("start", "budget") else step.attempt
+    begins = due.kind in ("start", "budget") and step.status != "running"
+    attempt = next_attempt(step) if begins else step.attempt
     gate = Gate(
         id=f"{state.run_id}/{step.path}/{attempt}/{step.gates + 1}",
         kind=due.kind,
@@ -91,6 +92,12 @@ def ask_permission(
     return opening(state, step, Due("permission", given, (f"{name}\n{write_arguments(arguments)}",)))
 
 
+def ask_for_more(state: RunState, step: StepState) -> list[GateOpened]:
+    """With which the running turn of `step` asks for more; nothing where it has enough, or somebody asks already."""
+    over = used_up(state, step)
+    return [opening(state, step, over)] if over is not None and state.held is None else []
+
+
 def tool_of(gate: Gate) -> tuple[str, str]:
     """The tool that a permission is about: its name, its implementation."""
     return str(gate.payload.get("tool", "")), str(gate.payload.get("implementation", ""))
@@ -108,7 +115,7 @@ def gate_opened(state: RunState, event: GateOpened) -> None:
         "due": step.due.kind if step.due is not None else None,
     }
     without = {"stale": not step.stale, "start": bool(step.caller) or isinstance(step.step, Parallel)}
-    held = gate.kind == "budget" and step.status in ("pending", "ready") and state.held is None
+    held = gate.kind == "budget" and step.status in ("pending", "ready", "retrying", "running") and state.held is None
     if held and used_up(state, step) is not None:
         state.held = (step, step.status)
     elif gate.kind != fits.get(step.status, "stale") or without.get(gate.kind):
@@ -118,8 +125,8 @@ def gate_opened(state: RunState, event: GateOpened) -> None:
     gate.opened_at = event.at
     gate.deadline = event.at + gate.timeout_s if gate.timeout_s is not None else None
     state.owed.pop(step.path, None)
-    step.status = "asking" if gate.kind in ASKED_BY_TURNS else "waiting"
-    if step.status == "asking" and step.caller:
+    step.status = "asking" if step.path in state.running else "waiting"
+    if gate.kind in ASKED_BY_TURNS and step.caller:
         leave_place(state, step)
     step.gate = gate
     step.gates += 1

@@ -7,8 +7,9 @@ A step goes through these statuses (``running`` to ``finished`` is one *attempt*
        │ └─looping◄─┤  │ │  └─ready ◄──┤              ready:   goes on, or begins its next attempt
        ▼            ▼  │ ▼             │              asking:  somebody is asked while the turn runs
     waiting ◄──── due  │ asking,       │              calling: waits for the agents it has called
-       └───► ready,    │ calling       │              retrying: begins again by itself, at ``retry_at``
-             finished, skipped, looping               looping: will send the run back
+       └───► ready,    │ calling       │              retrying: begins again by itself, at ``retry_at``,
+             finished, skipped, looping                        or waits, when a limit is reached by then
+                                                      looping: will send the run back
 
 Whatever moves a step along begins with ``met``, which holds it to this table; a member is held to the same one.
 """
@@ -43,7 +44,7 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "TurnFinished": ("ready", "due", "looping", "finished"),
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
-        "GateOpened": ("asking",),  # question, permission
+        "GateOpened": ("asking",),  # question, permission, budget
         "AgentsCalled": ("calling",),
     },
     "calling": {
@@ -72,7 +73,12 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "TurnFailed": ("retrying", "due"),
         "TurnCutShort": ("ready", "due"),
     },
-    "retrying": {"TurnStarted": ("running",), "TurnCutShort": ("ready", "due"), "Rewound": ("ready", "pending")},
+    "retrying": {
+        "TurnStarted": ("running",),
+        "GateOpened": ("waiting",),  # budget
+        "TurnCutShort": ("ready", "due"),
+        "Rewound": ("ready", "pending"),
+    },
     "due": {
         "GateOpened": ("waiting",),
         "StepFailed": ("failed",),
@@ -80,7 +86,8 @@ TRANSITIONS: dict[StepStatus, dict[str, tuple[StepStatus, ...]]] = {
         "Rewound": ("ready", "pending"),
     },
     "waiting": {
-        "GateDecided": ("ready", "finished", "skipped", "looping", "due", "pending"),
+        "GateDecided": ("ready", "finished", "skipped", "looping", "due", "pending", "retrying"),
+        "TurnCutShort": ("ready", "due"),  # held before it is tried again
         "StepFailed": ("failed",),
         "StepOutdated": ("pending",),
         "Rewound": ("ready", "pending"),
@@ -102,11 +109,14 @@ SWEPT: dict[str, dict[StepStatus, tuple[StepStatus, ...]]] = {
     "StepRemoved": {"waiting": ("pending", "ready")},  # at its limit; it is gone
     "AgentsCalled": {"failed": ("ready",)},
     # a member whose caller waits for it no more
-    "AgentsReturned": {"waiting": ("due", "pending", "ready")},
-    "TurnFinished": {"waiting": ("due", "pending", "ready")},
-    "TurnFailed": {"waiting": ("due", "pending", "ready")},
-    "TurnCutShort": {"waiting": ("due", "pending", "ready")},
-    "WorkflowChanged": {"waiting": ("pending", "ready")},  # its limit is another one
+    **{
+        ending: {"waiting": ("due", "pending", "ready", "retrying")}
+        for ending in ("AgentsReturned", "TurnFinished", "TurnFailed", "TurnCutShort")
+    },
+    "WorkflowChanged": {
+        "waiting": ("pending", "ready", "retrying"),
+        "asking": ("running",),
+    },  # its limit is another one
 }
 """What an event may make of the steps that it is not about (and ``StepChanged`` of its own), by their status."""
 

@@ -196,6 +196,10 @@ def turn_failed(state: RunState, event: TurnFailed) -> None:
 def turn_cut_short(state: RunState, event: TurnCutShort) -> None:
     """The turn did not end: it is run again, or a person says whether it had its effect."""
     step, last = _turn_met(state, event)
+    if step.status == "waiting":
+        if step is not state.held_retry:
+            raise TransitionError(f"no turn of {step.path!r} is under way.")
+        close(state, step)
     if step.status != "retrying" and not isinstance(step.step, Parallel):
         heapq.heappush(state.ordinals[step.step.agent].free, last.ordinal)
     state.backing_off.pop(step.path, None)

@@ -115,7 +115,9 @@ def _said(error: BaseException) -> str:
 
 def _choose(module: ModuleType, file: str, name: str | None) -> Workflow:
     # By `type`: a stand-in for something that is loaded late would load it to answer `isinstance`.
-    found: dict[str, Workflow] = {key: value for key, value in vars(module).items() if issubclass(type(value), Workflow)}
+    found: dict[str, Workflow] = {
+        key: value for key, value in vars(module).items() if issubclass(type(value), Workflow)
+    }
     if name is not None:
         if name not in found:
             raise WorkflowError(f"{file} has no workflow {name!r}. {did_you_mean(name, found, 'Workflows')}")

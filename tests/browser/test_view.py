@@ -728,6 +728,20 @@ def test_what_somebody_reads_does_not_fold_away(open_notebook):
     assert nb.console_errors == []
 
 
+def test_a_mouse_that_rests_after_a_decision_reads_nothing(open_notebook):
+    nb = start(open_notebook, TWO_GATES)
+    nb.wait_text(1, WAITS)
+    card = nb.output(1).locator("li[data-step=planner]")
+    approve = nb.by_role("button", "Approve", 1)
+    nb.wait_until(lambda: approve.get_attribute("aria-disabled") == "false", what="the button", cell=1)
+    card.locator("summary").hover()
+    approve.press("Enter")
+    nb.wait_text(1, "builder is waiting for you")
+    assert card.evaluate("card => card.matches(':hover')")
+    assert card.locator("details[open]").count() == 0
+    assert nb.console_errors == []
+
+
 TWO_RUNS = """
 import threading
 import cm_notebook as cm

@@ -120,8 +120,9 @@ def test_a_quotation_is_not_ours() -> None:
     assert "“It was approved by you, 12:31 · 7.9 s”" in after
 
 
-def test_a_run_from_a_tape_is_left_as_it_is() -> None:
-    data = of(recorded())
+@pytest.mark.parametrize("story", [recorded(), finished(engine="offline", recorded="smart-builder")])
+def test_a_run_from_a_tape_is_left_as_it_is(story: Story) -> None:
+    data = of(story)
     assert cleaned(data, keep_count=True) == data.replace(b'"execution": {\n     "iopub.execute_input": ', b"").replace(
         b'"2026-01-01T10:00:00Z"\n    },\n    ', b""
     )

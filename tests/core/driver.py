@@ -26,13 +26,23 @@ from cm_notebook.events import (
     TurnFinished,
     TurnStarted,
     Usage,
+    UsageReported,
     body,
     read,
 )
 from cm_notebook.prompts import digest, text_of
 from cm_notebook.rules.transitions import SWEPT, TRANSITIONS
 from cm_notebook.runstate import Record, RunState, StartTurn, StepState
-from cm_notebook.state import apply, ask, ask_permission, call_agents, cut_all, next_actions
+from cm_notebook.state import (
+    apply,
+    ask,
+    ask_for_more,
+    ask_permission,
+    call_agents,
+    cut_all,
+    next_actions,
+    used_up,
+)
 from cm_notebook.team import checked_calls
 from cm_notebook.workflow import AnyStep, Module, Verdict, Workflow
 
@@ -40,7 +50,8 @@ from cm_notebook.workflow import AnyStep, Module, Verdict, Workflow
 @dataclass
 class Reply:
     """What a turn comes to. ``calls``: whom it calls first; ``tools``: for which it asks permission then; ``ask``:
-    questions it asks then; ``error``: it fails."""
+    questions it asks then; ``spends``: what it says then that it has used, before each call of its model but the first;
+    ``error``: it fails."""
 
     text: str = ""
     verdict: Verdict | None = None
@@ -53,6 +64,7 @@ class Reply:
     tools: tuple[str, ...] = ()
     usage: Usage | None = None
     cost_usd: float | None = None
+    spends: tuple[float, ...] = ()
 
 
 Script = Mapping[str, Sequence[str | Reply]] | Callable[["Driver", StepState], str | Reply]
@@ -177,7 +189,8 @@ class Driver:
                 self.begin(action)
         if actions:
             return True
-        running = next((step for step in self.state.running.values() if step.status == "running"), None)
+        turns = self.state.running.values()
+        running = next((step for step in turns if step.status == "running" and not self.held(step)), None)
         if running is not None:
             self.end(running)
             return True
@@ -247,6 +260,13 @@ class Driver:
         if (asked := self.count(step, "permission")) < len(reply.tools):
             self.record(ask_permission(self.state, step, (reply.tools[asked], ""), {"path": "x"}))
             return
+        said_so_far = self.count(step, "UsageReported")
+        if said_so_far and (asks := ask_for_more(self.state, step)):
+            self.record(asks[0])
+            return
+        if said_so_far < len(reply.spends):
+            self.record(UsageReported(**where, cost_usd=reply.spends[said_so_far]))
+            return
         used: dict[str, Any] = {"usage": reply.usage, "cost_usd": reply.cost_usd}
         known = {question for question, _ in [*step.resent, *step.answers]}
         for question in reply.ask:
@@ -259,6 +279,11 @@ class Driver:
             return
         said = {"verdict": reply.verdict, "output": reply.output, "session_id": reply.session}
         self.record(TurnFinished(**where, text=reply.text, **said, **used))
+
+    def held(self, step: StepState) -> bool:
+        """Whether the turn of `step` waits for a budget about which somebody is asked."""
+        asked = self.state.held is not None and self.count(step, "UsageReported")
+        return bool(asked) and used_up(self.state, step) is not None
 
     def count(self, step: StepState, what: str) -> int:
         """How many events of that type, or gates of that kind, the present turn of `step` has."""

@@ -218,6 +218,8 @@ def test_what_a_caller_has_used_by_then_counts_before_the_first_whom_it_calls(wh
     assert [event.path for event in run.events if event.type == "TurnStarted"] == ["a"]
     assert "reached after a. Continue with +$0.50?" in say(run)
     run.approve()
+    assert (gate(run, kind="budget").path, run.cost_usd) == ("a", 1.0), "and before it goes on with what they said"
+    run.approve()
     assert run.wait().cost_usd == 1.25, "what was said before is not paid twice"
     assert run["a"].cost_usd == 0.75
     assert (run.usage.input_tokens, run.state.budget.used["max_tokens"]) == (240, 400)
@@ -261,6 +263,197 @@ def test_a_turn_that_is_tried_again_by_itself_counts_once() -> None:
     busy = cm.Reply("", error=cm.EngineRateLimited("busy", retry_after_s=0))
     run = start(five(steps="a"), paid(a=[busy, busy, PAID]), max_turns=1)
     assert run.wait().status == "completed"
+
+
+# -- tried again by itself --------------------------------------------------------------------------------------------
+
+BUSY = cm.Reply(
+    "half",
+    usage=cm.Usage(input_tokens=60, output_tokens=40),
+    cost_usd=0.25,
+    error=cm.EngineRateLimited("busy", retry_after_s=0),
+)
+
+
+def started(run: cm.Run) -> list[str]:
+    """The paths of the turns that have begun, in that order."""
+    return [event.path for event in run.events if event.type == "TurnStarted"]
+
+
+@pytest.mark.parametrize("whose", ["run", "step"])
+@pytest.mark.parametrize(
+    ("limit", "asked"),
+    [({"max_cost_usd": 0.25}, 2), ({"max_cost_usd": 0.50}, 1), ({"max_tokens": 100}, 2), ({"max_turns": 1}, 0)],
+    ids=str,
+)
+def test_at_the_limit_it_is_not_tried_again_unasked(limit: dict[str, Any], asked: int, whose: str) -> None:
+    workflow = five(steps=[cm.step("a", **(limit if whose == "step" else {}))])
+    run = start(workflow, paid(a=[BUSY, BUSY, PAID]), **(limit if whose == "run" else {}))
+    for number in range(asked):
+        opened = gate(run, kind="budget")
+        tries = 3 - asked + number
+        assert (opened.path, opened.attempt, len(started(run))) == ("a", 1, tries)
+        assert "limit" in say(run)
+        assert "reached after a. Continue with +" in say(run)
+        with run.reading() as state:
+            assert text.look(state, state.steps["a"]) == ("waiting", "waiting")
+            assert "Continue with +" in html.run_html(state)
+        run.approve()
+    assert run.wait().status == "completed"
+    assert (run.cost_usd, len(run["a"].attempts), len(started(run))) == (0.75, 1, 3)
+    assert folded(run.events) == run.state
+
+
+def test_stopped_before_it_is_tried_again_it_asks_when_it_goes_on() -> None:
+    run = start(five(steps="a"), paid(a=[BUSY, PAID]), journal="j.db", max_cost_usd=0.25)
+    gate(run, kind="budget")
+    assert run.stop().wait().status == "stopped"
+    assert run["a"].attempts[0].cut_short
+    again = cm.resume(run.id, journal="j.db", engine=paid())
+    assert gate(again, kind="budget").attempt == 2
+    again.approve()
+    assert again.wait().status == "completed"
+
+
+def test_a_higher_limit_lets_it_be_tried_again() -> None:
+    run = start(five(steps="a", max_cost_usd=0.25), paid(a=[BUSY, PAID]))
+    gate(run, kind="budget")
+    assert run.revise(five(steps="a", max_cost_usd=1)) == []
+    assert (run.wait().status, len(run["a"].attempts)) == ("completed", 1)
+
+
+def test_members_that_are_to_be_tried_again_wait_for_one_answer(headless: None) -> None:
+    """Nobody waits for what cannot begin: the run rests although some are to be tried again."""
+    side_by_side = cm.parallel("a", "b", id="team")
+    script = paid(a=[BUSY, PAID], b=[BUSY, PAID])
+    run = start(five(steps=[side_by_side]), script, journal="j.db", max_cost_usd=0.5)
+    with pytest.raises(cm.GatePending, match=r"limit reached after team/[ab]#1"):
+        run.wait()
+    (opened,) = run.gates
+    assert (opened.kind, sorted(started(run))) == ("budget", ["team/a#1", "team/b#1"])
+    run.decide(opened.id, cm.Decision(action="approve", max_cost_usd=1))
+    assert (run.wait().status, run.cost_usd) == ("completed", 1.0)
+    assert [len(member.attempts) for member in run["team"].members] == [1, 1]
+
+
+def test_a_caller_whose_member_waits_so_can_be_cut_short() -> None:
+    run = start(five(steps=[cm.parallel("a", "b", id="team")]), paid(a=[BUSY, PAID]), journal="j.db", max_cost_usd=0.5)
+    assert gate(run, kind="budget").path == "team/a#1"
+    run.stop().wait()
+    again = cm.resume(run.id, journal="j.db", engine=paid(), max_cost_usd=9).wait()
+    assert again.status == "completed"
+    assert folded(again.events) == again.state
+
+
+def test_a_tape_knows_where_it_was_asked(headless: None, tmp_path: Path) -> None:
+    where = tmp_path / "tape.jsonl"
+    run = start(five(steps="a"), paid(a=[BUSY, PAID]), record=where, on_gate="approve", max_cost_usd=0.25).wait()
+    assert [event.type for event in run.events].count("GateOpened") == 1
+    again = five(steps="a").start(tape=where, journal=":memory:", max_cost_usd=0.25).wait()
+    assert [event.type for event in again.events] == [event.type for event in run.events]
+    assert again.cost_usd == run.cost_usd == 0.5
+
+
+# -- in the midst of a turn --------------------------------------------------------------------------------------------
+
+ASKS = cm.Reply(
+    "One moment.",
+    usage=cm.Usage(input_tokens=60, output_tokens=40),
+    cost_usd=0.25,
+    tool_calls=[{"name": "ask_human", "arguments": {"question": "Which?"}}],
+)
+
+
+def answered(run: cm.Run, path: str = "a") -> cm.Run:
+    """The question of the turn there is answered; what it asks next is another thing."""
+    question = until(lambda: next((one for one in run.gates if (one.kind, one.path) == ("question", path)), None), "it")
+    return run.decide(question.id, cm.Decision(action="answer", feedback="this"))
+
+
+@pytest.mark.parametrize("whose", ["run", "step"])
+@pytest.mark.parametrize(
+    ("limit", "asked"),
+    [
+        ({"max_cost_usd": 0.25}, True),
+        ({"max_cost_usd": 0.50}, False),
+        ({"max_tokens": 100}, True),
+        ({"max_turns": 1}, False),
+    ],
+    ids=str,
+)
+def test_a_turn_calls_its_model_again_only_within_its_limits(limit: dict[str, Any], asked: bool, whose: str) -> None:
+    workflow = five(steps=[cm.step("a", timeout_s=20, **(limit if whose == "step" else {}))])
+    run = answered(start(workflow, paid(a=[ASKS, PAID]), **(limit if whose == "run" else {})))
+    if asked:
+        opened = gate(run, kind="budget")
+        assert (opened.path, opened.attempt, run["a"].status, run.cost_usd) == ("a", 1, "asks you", 0.25)
+        assert "reached after a. Continue with +" in say(run)
+        with run.reading() as state:
+            assert "Continue with +" in html.run_html(state)
+        run.approve()
+    assert (run.wait().status, started(run), run.cost_usd) == ("completed", ["a"], 0.5)
+    assert run["a"].attempts[0].decision is None
+    assert folded(run.events) == run.state
+
+
+def test_it_is_stopped_there_and_asks_again_before_its_next_attempt() -> None:
+    run = answered(start(five(steps="a"), paid(a=[ASKS, PAID]), journal="j.db", max_cost_usd=0.25))
+    opened = gate(run, kind="budget")
+    run.decide(opened.id, cm.Decision(action="stop")).wait()
+    assert (run.status, run["a"].attempts[0].cut_short is not None, run.cost_usd) == ("stopped", True, 0.25)
+    again = cm.resume(run.id, journal="j.db", engine=paid())
+    assert gate(again, kind="budget").attempt == 2
+    assert again.approve().wait().status == "completed"
+
+
+def test_a_higher_limit_lets_it_go_on() -> None:
+    run = answered(start(five(steps="a", max_cost_usd=0.25), paid(a=[ASKS, PAID])))
+    opened = gate(run, kind="budget")
+    assert run.revise(five(steps="a", max_cost_usd=1)) == []
+    assert (run.wait().status, started(run)) == ("completed", ["a"])
+    with pytest.raises(cm.AlreadyDecided):
+        run.decide(opened.id, cm.Decision(action="approve"))
+
+
+def test_those_side_by_side_wait_for_one_answer() -> None:
+    side_by_side = cm.parallel("a", "b", "c", id="team", max_concurrency=2)
+    run = start(five(steps=[side_by_side]), paid(a=[ASKS, PAID], b=[ASKS, PAID]), max_cost_usd=0.25)
+    for path in ("team/a#1", "team/b#1"):
+        answered(run, path)
+    opened = until(lambda: [one for one in run.gates if one.kind == "budget"], "the budget")
+    assert (len(opened), len(run.gates)) == (1, 1), "also where the other one comes to it later"
+    assert sorted(started(run)) == ["team/a#1", "team/b#1"], "and nobody else begins"
+    run.decide(opened[0].id, cm.Decision(action="approve", max_cost_usd=5))
+    assert (run.wait().status, run.cost_usd) == ("completed", 1.25)
+    assert folded(run.events) == run.state
+
+
+def test_with_nobody_there_the_run_rests_although_turns_wait_inside(headless: None) -> None:
+    def answers(one: cm.Gate) -> Any:
+        return cm.Decision(action="answer", feedback="this") if one.kind == "question" else None
+
+    side_by_side = cm.parallel("a", "b", id="team")
+    script = paid(a=[ASKS, PAID], b=[ASKS, PAID])
+    run = start(five(steps=[side_by_side]), script, journal="j.db", max_cost_usd=0.25, on_gate=answers)
+    with pytest.raises(cm.GatePending, match="limit reached after team/"):
+        run.wait(20)
+    (opened,) = run.gates
+    run.decide(opened.id, cm.Decision(action="approve", max_cost_usd=5))
+    assert (run.wait(20).status, run.cost_usd) == ("completed", 1.0)
+
+
+def test_a_tape_asks_in_the_midst_of_a_turn_where_it_was_asked(headless: None, tmp_path: Path) -> None:
+    def yes(one: cm.Gate) -> cm.Decision:
+        return cm.Decision(action="answer" if one.kind == "question" else "approve", feedback="this")
+
+    where, script = tmp_path / "tape.jsonl", paid(a=[ASKS, ASKS, PAID])
+    limits: dict[str, Any] = {"max_cost_usd": 0.25}
+    run = start(five(steps="a -> b"), script, record=where, on_gate=yes, **limits).wait(20)
+    gates = [event.gate.kind for event in run.events if event.type == "GateOpened"]
+    assert gates == ["question", "budget", "question", "budget", "budget"]
+    again = five(steps="a -> b").start(tape=where, journal=":memory:", **limits).wait(20)
+    assert [event.type for event in again.events] == [event.type for event in run.events]
+    assert again.cost_usd == run.cost_usd == 1.0
 
 
 # -- what is not known ------------------------------------------------------------------------------------------------

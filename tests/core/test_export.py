@@ -460,6 +460,8 @@ def test_a_run_is_a_test(tmp_path: Path, headless: None) -> None:
     done = run_pytest("test_tea.py", "test_prompt.py", "test_text.py")
     assert "2 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert 'ReplayMismatch: The tape has no answer for "writer" with this prompt' in done.stdout
+    assert "test_prompt.jsonl')` in place of `tape=` records again" in done.stdout
+    assert "%cm" not in done.stdout
     assert "FAILED test_text.py::test_tea_party - AssertionError" in done.stdout
 
 

@@ -163,6 +163,13 @@ def _spoil_row(path: Path) -> None:
     ours.close()
 
 
+def _spoil_usage(path: Path) -> None:
+    with sqlite3.connect(path) as ours:
+        used = """json_set(body, '$.usage', json('{"input_tokens": "many"}'))"""
+        ours.execute(f"UPDATE events SET body = {used} WHERE type = 'TurnFinished'")
+    ours.close()
+
+
 def _spoil_type(path: Path) -> None:
     with sqlite3.connect(path) as ours:
         ours.execute("UPDATE events SET type = 'Surprise' WHERE type = 'TurnFinished'")
@@ -195,6 +202,7 @@ def _fold_in(path: Path) -> None:
         (_spoil_foreign, "a database of another program"),
         (_spoil_newer, "written by a newer version"),
         (_spoil_row, r"damaged at event 3 \(TurnFinished\)"),
+        (_spoil_usage, r"damaged at event 3 \(TurnFinished\)"),
         (_spoil_type, "unknown type 'Surprise'"),
         (_spoil_order, "does not make sense at event 3"),
     ],

@@ -399,10 +399,9 @@ def mismatch(before: cm.Workflow, after: cm.Workflow, engine: cm.ScriptedEngine,
     with pytest.raises(cm.ReplayMismatch) as said:
         played(after, "t.jsonl", inputs=inputs)
     found = str(said.value)
-    assert found.endswith(" `%cm run --record t.jsonl` records again; this calls a model.")
-    return found.partition("; it changed here: ")[2].removesuffix(
-        " `%cm run --record t.jsonl` records again; this calls a model."
-    )
+    again = " `start(record='t.jsonl')` in place of `tape=` records again; this calls a model."
+    assert found.endswith(again)
+    return found.partition("; it changed here: ")[2].removesuffix(again)
 
 
 def two(first: str = "Plan {{ goal }}.", then: str = "Write what {{ a }} says, in {{ words }} words.") -> cm.Workflow:

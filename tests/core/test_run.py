@@ -290,6 +290,20 @@ def test_a_run_is_named_by_a_text(journal: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"input_tokens": "x"}, "usage: input_tokens='x' is not valid: Input should be a valid integer"),
+        ({"inputs": 1}, "usage: there is no option 'inputs'. Did you mean 'input_tokens'?"),
+    ],
+)
+def test_a_wrong_usage_is_one_line(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(cm.WorkflowError) as refused:
+        cm.Usage(**given)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
     "make",
     [
         lambda engine: cm.Workflow("w", steps="a", engine=engine),

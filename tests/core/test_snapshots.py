@@ -377,9 +377,16 @@ def test_who_goes_back_finds_the_files_of_then(folder, tmp_path, monkeypatch, ho
         other = run.fork("two", **({"workspace": mine} if how == "fork into a folder" else {}))
     waits = "Back at two: nothing runs until you go on. The files are as they were before two when it begins, not yet"
     assert waits in text.sentence(other.state)
+    assert "but kept: `run.restore_files('two', 'kept')`." in text.sentence(other.state)
     assert held(folder) == after, "the folder is not touched before"
+    if how == "rewind":
+        write(folder, mine="by hand")
     other.unpause().wait()
     assert [{name: about[1] for name, about in files.items()} for files in seen] == [{"a": b"1"}]
+    if how == "rewind":
+        assert "mine" not in held(folder)
+        other.restore_files("two", "kept")
+        assert held(folder)["mine"][1] == b"by hand"
     if how != "rewind":
         assert held(folder) == after
         assert other["one"].files_changed == run["one"].files_changed

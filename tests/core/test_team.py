@@ -92,9 +92,12 @@ def test_what_is_written_is_read(groups):
         ([[{"agent": "qa-engineer", "prompt": "x"}], [Call(agent="backend-dev", prompt="y")]],
          [[("qa-engineer", "x")], [("backend-dev", "y")]]),
         ("qa-engineer 'x'", [[("qa-engineer", "x")]]),
+        ('[{"agent": "qa-engineer", "prompt": "x"}]', [[("qa-engineer", "x")]]),
+        (' [[{"agent": "qa-engineer", "prompt": "x"}],\n [{"agent": "backend-dev", "prompt": "y"}]]',
+         [[("qa-engineer", "x")], [("backend-dev", "y")]]),
     ],
 )  # fmt: skip
-def test_three_ways_to_ask(asked, groups):
+def test_ways_to_ask(asked, groups):
     assert said(checked_calls(asked, TEAM)) == groups
 
 
@@ -110,6 +113,10 @@ def test_three_ways_to_ask(asked, groups):
         ([{"agent": "qa-engineer", "prompt": " "}], "it is asked nothing"),
         ([{"agent": "qa-engineer", "prompt": "x", "promt": "y"}], "there is no option 'promt'. Did you mean 'prompt'?"),
         ([{"agent": "qa-engineer", "prompt": "x", "tail": True}], "tail=True is not valid"),
+        ('[{"agent": "qa-engineer"', "what begins like JSON cannot be read as such: Expecting ',' delimiter: line 1"),
+        ("[" * 100_000, "cannot be read as such: it is nested too deep"),
+        ('{"agent": "qa-engineer", "prompt": "x"}', "takes a list of groups or a line, not dict"),
+        ("[]", "a group without a call"),
         (["qa-engineer 'x'"], "call 1 is \"qa-engineer 'x'\""),
         ([[{"agent": "qa-engineer", "prompt": "x"}], {"agent": "qa-engineer", "prompt": "x"}], "not both in one"),
     ],

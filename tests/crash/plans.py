@@ -77,6 +77,7 @@ class Plan:
     headless: bool = False
     on_waiting: Callable[[cm.Gate], Any] | None = None
     max_turns: int | None = None
+    max_tokens: int | None = None
     last: str = ""
     ledger: Ledger = field(default_factory=lambda: Ledger(Path(os.devnull)))
 
@@ -90,6 +91,7 @@ class Plan:
             sub_agents=self.called,
             inputs={"goal": "a todo CLI", "colour": "red"},
             max_turns=self.max_turns,
+            max_tokens=self.max_tokens,
         )
 
     def engine(self) -> cm.Engine:
@@ -248,6 +250,8 @@ class LedgerEngine:
         yield ToolCalled("1", "look", {"at": path})
         await asyncio.sleep(0)
         yield ToolReturned("1", "look", "it is there")
+        if request.await_budget is not None:
+            await request.await_budget()
         if sum(line["path"] == path for line in ledger.lines("failed")) < self.plan.fails.get(path, 0):
             ledger.note("failed", **about)
             raise cm.EngineRateLimited("slow down", retry_after_s=0.0)
@@ -338,6 +342,8 @@ def draw(seed: int) -> Plan:
     plan.deciders = chance.choice((0, 0, 1, 2))
     if chance.random() < 0.2:
         plan.max_turns = chance.randint(1, 4)
+    elif chance.random() < 0.2:
+        plan.max_tokens = chance.choice((5, 12, 30))
     return plan
 
 
@@ -429,7 +435,16 @@ def _filed(plan: Plan) -> None:
     plan.answers["first"] = "reject"
 
 
+def _limited(plan: Plan) -> None:
+    """A limit that is reached in the midst of turns, and before one is tried again."""
+    plan.max_tokens = 4
+    plan.fails["first"] = 1
+    plan.add("first", cm.step("first"), cm.Agent("first", plan.prompt("first")))
+    plan.add("both", cm.parallel("left", "right", id="both"), cm.Agent("left", "left"), cm.Agent("right", "right"))
+
+
 NAMED = {
+    "limited": _limited,
     "filed": _filed,
     "untold": _untold,
     "gates": _gates,

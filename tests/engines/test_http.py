@@ -935,9 +935,13 @@ def team_of(dialect: str, server: ModelServer, **options: Any) -> cm.Run:
                 [{"agent": "qa-engineer", "prompt": "test"}],
             ]
         },
+        {
+            "groups": '[[{"agent": "frontend-dev", "prompt": "UI"}, {"agent": "backend-dev", "prompt": "API"}],'
+            ' [{"agent": "qa-engineer", "prompt": "test"}]]'
+        },
         {"script": "frontend-dev 'UI' & backend-dev 'API' && qa-engineer 'test'", "groups": None},
     ],
-    ids=["groups", "script"],
+    ids=["groups", "groups as text", "script"],
 )
 def test_a_model_calls_other_agents(dialect, arguments):
     says = SAYS[dialect]
@@ -1093,6 +1097,20 @@ def test_a_tool_of_ones_own_is_not_called_like_one_that_is_there(name):
     plain.__name__ = name
     with pytest.raises(cm.WorkflowError, match=name):
         cm.Agent("planner", "x", tools=[plain])
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_a_model_that_goes_on_calling_tools_is_held_by_a_limit(dialect, tmp_path):
+    journal, made = cm.Journal(tmp_path / "j.db"), [SAYS[dialect](calls=[call("add", a=1, b=2)])] * 3
+    with ModelServer([*made, SAYS[dialect]("Done.")]) as server:
+        run = asking(dialect, server, agent={"tools": [add]}, max_tokens=200, journal=journal)
+        opened = gate(run)
+        assert (opened.kind, opened.payload["used"], len(server.asked)) == ("budget", 240, 2)
+        run.approve(max_tokens=1000).wait(20)
+        assert (run["planner"].text, len(server.asked), len(run["planner"].attempts)) == ("Done.", 4, 1)
 
 
 # -- permission --------------------------------------------------------------------------------------------------------

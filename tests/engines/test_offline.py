@@ -155,7 +155,7 @@ def mismatch(**options):
     return str(caught.value)
 
 
-AGAIN = "`%cm run --record tapes/01.jsonl` records again; this calls a model."
+AGAIN = "`start(record='tapes/01.jsonl')` in place of `tape=` records again; this calls a model."
 
 
 def test_strict_shows_what_changed():

@@ -1003,7 +1003,8 @@ def test_a_fork_is_what_the_cells_go_on_with(cells: Cells) -> None:
     assert "<table" in cells.shown[-1]["text/html"]
     cells.shell.user_ns["before"] = run
     assert "-implementer 1" in cells("%cm diff implementer --against before")
-    assert "-implementer 1" in cells(f"%cm diff implementer --against {run.id}")
+    for run_id in (run.id, "{before.id}", "$before.id"):
+        assert "-implementer 1" in cells(f"%cm diff implementer --against {run_id}")
     cells("%cm approve implementer")
     assert run.gates, "only the fork was decided"
     cells(f"%cm resume {run.id}")
@@ -1424,6 +1425,9 @@ def test_config_shows_and_sets(cells: Cells) -> None:
     cells("%config CM.engine = 'offline'")
     assert config.lookup("engine") == ("offline", "%config CM.engine")
     assert "%config CM.engine" in cells("%cm config")
+    shown = cells.shown[-1]["text/html"]
+    assert shown.count("<tr>") == 1 + len(config.SETTINGS)
+    assert ">CM.engine</code></td>" in shown
     assert "engine of agents" in cells("%config CM")
     cells("%config CM.direct_clicks = False")
     assert not bridge.direct_clicks.enabled
@@ -1508,6 +1512,7 @@ def test_keys(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key + "2")
     assert "anthropic has a key until this session ends." in cells("%cm keys set anthropic")
     said = [line.split(maxsplit=1) for line in cells("%cm keys").splitlines()]
+    assert ">anthropic</code></td>" in cells.shown[-1]["text/html"]
     assert ["anthropic", "typed, for this session"] in said
     assert ["openai", "OPENAI_API_KEY"] in said
     assert ["ollama", "none"] in said

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -97,6 +97,29 @@ READ: list[tuple[str, bool, dict[str, Any]]] = [
 @pytest.mark.parametrize(("line", "cell", "values"), READ, ids=[row[0] for row in READ])
 def test_a_line_is_read_into_the_twins_arguments(line: str, cell: bool, values: dict[str, Any]) -> None:
     assert options.read(line, cell=cell).values == values
+
+
+class _Named:
+    id = "r-1"
+    inputs: ClassVar = {"goal": "a shop"}
+
+
+# line -> its values, where there are the variables run and n
+FILLED: list[tuple[str, dict[str, Any]]] = [
+    ("diff --against {run.id}", {"against": "r-1"}),
+    ("diff --against $run.id", {"against": "r-1"}),
+    ("step s$n --timeout $n", {"id": "s3", "timeout_s": 3.0}),
+    ("run --input goal={run.inputs[goal]}", {"inputs": {"goal": "a shop"}}),
+    ("run --input 'goal=$n, $$n, $5, $m, {m}, {{n}}'", {"inputs": {"goal": "3, $$n, $5, $m, {m}, {{n}}"}}),
+    ("export $run.py", {"file": "$run.py"}),
+    ("run --on-waiting 'tell $n'", {"on_waiting": "tell $n"}),
+    ("reject $n is wrong", {"words": "$n is wrong"}),
+]
+
+
+@pytest.mark.parametrize(("line", "values"), FILLED, ids=[row[0] for row in FILLED])
+def test_variables_of_the_notebook_in_a_line(line: str, values: dict[str, Any]) -> None:
+    assert options.read(line, variables={"run": _Named(), "n": 3}).values == values
 
 
 MISTAKES: list[tuple[str, str]] = [

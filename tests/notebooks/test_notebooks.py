@@ -180,7 +180,7 @@ def test_an_engine_of_ones_own_passes_the_checks() -> None:
 def test_without_a_key_it_says_what_to_set_and_calls_nobody() -> None:
     text = said(read(books.NOTEBOOKS / "07-real-agents.ipynb"))
     assert "OPENAI_API_KEY is not set\nNo key for openai. Set OPENAI_API_KEY before starting Jupyter" in text
-    assert "recorded (real-agents): no model was called" in text
+    assert "recorded: no model was called" in text
     assert "of 40,000 tokens" in text
     assert "plan: {'title': " in text
 
@@ -316,7 +316,7 @@ def test_papermill_with_the_same_goal(folder: Path) -> None:
 def run(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *words]
     with books.kernel_environment():
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 @slow
@@ -325,6 +325,20 @@ def test_jupyter_execute(folder: Path) -> None:
     stopped = run("jupyter", "execute", without_decisions(folder, ALL[0]).name, folder=folder)
     assert stopped.returncode != 0
     assert 'Stopped at the gate "planner": nobody can answer here.' in stopped.stderr
+
+
+@slow
+@pytest.mark.timeout(900)
+def test_nbmake(folder: Path) -> None:
+    """All of them at once, as tests of a project that ships notebooks."""
+    done = run("pytest", "--nbmake", "-q", "-p", "no:cacheprovider", *(path.name for path in ALL), folder=folder)
+    assert done.returncode == 0, done.stdout
+    assert f"{len(ALL)} passed" in done.stdout
+    stopped = run(
+        "pytest", "--nbmake", "-q", "-p", "no:cacheprovider", without_decisions(folder, ALL[0]).name, folder=folder
+    )
+    assert stopped.returncode == 1
+    assert 'Stopped at the gate "planner": nobody can answer here.' in stopped.stdout
 
 
 @slow

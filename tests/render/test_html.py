@@ -102,6 +102,7 @@ def views(story: Story) -> Iterator[str]:
     yield html.runs_html(
         [(state.run_id, state.name, state.status, builder.NOON), (builder.HOSTILE, builder.HOSTILE, "?", 0.0)]
     )
+    yield html.rows_html(("Setting", "Value"), [(builder.HOSTILE, builder.HOSTILE)], "To change one: `%config`")
     for each in state.order:
         yield html.run_html(state, [each.id])
         yield html.show_html(state, each)

@@ -358,6 +358,12 @@ def test_a_tape_says_the_same_on_every_machine() -> None:
     assert "@" not in text.run_text(one.state)
 
 
+def test_a_recording_is_named_where_its_name_says_something() -> None:
+    state = builder.looping(engine="offline", recorded="quality-first").state
+    assert text.source(state) == "recorded: no model was called", "it has the workflow's own name, which stands there"
+    assert text.source(builder.recorded().state) == "recorded (tapes/02): no model was called"
+
+
 def test_a_function_in_a_recorded_run_shows_no_time() -> None:
     state = builder.looping(engine="offline", recorded="tapes/04").state
     assert text.total(state, state.steps["quality-gate"].attempts).words() == []
