@@ -59,14 +59,14 @@ from .journal import AnyJournal
 from .loops import SLICE_S, quietly, running_loop
 from .presence import nobody_there
 from .prompts import digest, text_of
-from .runstate import Record, RunState, StartTurn
+from .runstate import Record, RunState, StartTurn, StepState
 from .state import apply, next_actions
 from .turns import LiveTurn
 from .workflow import Step
 
 Proposal = Callable[[], Iterable[AnyEvent]]
-Start = tuple[TurnStarted, str]
-"""A turn that is recorded and can begin, with its prompt as text."""
+Start = tuple[StepState, TurnStarted, str]
+"""A turn that is recorded and can begin: its step, the event, its prompt as text."""
 
 POLL_S = 0.25
 """How often the journal is looked at for what another process has decided."""
@@ -99,8 +99,8 @@ class Driver:
         Those under way, by path.
     unheard
         The gates that nobody can answer here.
-    rest
-        Is done when the run goes no further by itself.
+    rest, rested
+        A future that is done when the run goes no further by itself, and whether it is.
     since
         The first event (``seq``) of the pass that is made, or was made last.
     hands
@@ -120,6 +120,7 @@ class Driver:
         self.turns: dict[str, LiveTurn] = {}
         self.unheard: dict[str, Gate] = {}
         self.rest: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.rested = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self.hosted = False
         self.driving = False
@@ -205,10 +206,10 @@ class Driver:
             with self.lock:  # it was refused, and the run is where it was
                 if lost is not None and self.lost is None:
                     self._lose(lost)
-                elif not driven and self.rest.done():
+                elif not driven and self.rested:
                     self.let_go()
             raise
-        if self.state.ended is not None and self.rest.done():
+        if self.state.ended is not None and self.rested:
             self.let_go()  # nothing was wanted
 
     def send_back(self, proposal: Callable[[], list[AnyEvent]]) -> None:
@@ -262,7 +263,7 @@ class Driver:
                 seen = self.journal.begin(self.id, self.state.seq)
                 begun, self._busy_since = True, None
                 self.since = self.state.seq + 1
-                with _NoCollecting():
+                with _NoCollecting():  # but not while the disk is waited for: others compute meanwhile
                     self._record_due(seen, answers, starts)
                 begun = False
                 if batch:
@@ -379,7 +380,7 @@ class Driver:
                         break
                 else:
                     start = self._turn_started(action)
-                    self.record(start[0])
+                    self.record(start[1])
                     starts.append(start)
                     progress = progress or bool(self.state.outdated)
         if later:
@@ -389,7 +390,7 @@ class Driver:
         step = action.step
         parts = action.prompt + (action.context or ())
         text = text_of(parts, self.state.texts) if parts else ""
-        started = TurnStarted(
+        started = TurnStarted.made(
             step=step.id,
             path=step.path,
             attempt=action.attempt,
@@ -401,7 +402,7 @@ class Driver:
             session_id=action.session_id,
             engine=self.hands.engine_name(step.step),
         )
-        return started, text
+        return step, started, text
 
     def _pass_failed(self, error: BaseException, replies: list[concurrent.futures.Future[None]]) -> None:
         """Nothing of this pass was kept: go back to what is on disk, and tell everybody who waits."""
@@ -441,12 +442,13 @@ class Driver:
         """Tell those who wait that the run goes no further by itself, and how it ended."""
         with self.lock:
             # What is in the inbox may go on with it; the pass that takes it comes here again.
-            if not self._inbox and self._resting() and not self.rest.done():
+            if not self._inbox and self._resting() and not self.rested:
                 self._rest_now(self.state)
 
     def _rest_now(self, state: RunState) -> None:
         if state.ended is not None:
             self.let_go()
+        self.rested = True
         if state.ended == "failed":
             failed = RunFailed(state.reason or f"run {self.id!r} failed.", run_id=self.id)
             failed.__cause__ = self.error
@@ -526,8 +528,8 @@ class Driver:
 
     def wait_anew(self) -> None:
         """The run went on: those who wait from now on wait for what comes."""
-        if self.rest.done():
-            self.rest = concurrent.futures.Future()
+        if self.rested:
+            self.rest, self.rested = concurrent.futures.Future(), False
 
     # -- who drives ----------------------------------------------------------------------------------------------------
 
@@ -575,8 +577,8 @@ class Driver:
                 apply(self.state, event)
         self.error = self.lost = error
         self.let_go()
-        if self.rest.done():
-            self.rest = concurrent.futures.Future()
+        self.wait_anew()
+        self.rested = True
         self.rest.set_exception(error)
         for feed in self.feeds:
             feed.wake()
@@ -593,7 +595,7 @@ class Driver:
         """Whether nothing more comes by itself; what came before is in the feeds."""
         self.check_loop()
         if self.driving:
-            return self.rest.done()
+            return self.rested
         alone = not self.journal.driven(self.id)  # asked first: what its driver wrote last is read next
         self.catch_up()
         return alone or self._resting()
@@ -607,10 +609,10 @@ class Driver:
         """
         self.catch_up()
         with self.lock:
-            going_on = self.driving or self.rest.done()
+            going_on = self.driving or self.rested
         if not going_on:
             raise TransitionError(f"run {self.id!r} is not driven here. Go on with it: cm.resume({self.id!r}).")
-        if not self.rest.done():
+        if not self.rested:
             self._check_turning()
 
     def check_loop(self) -> None:

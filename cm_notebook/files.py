@@ -86,11 +86,11 @@ class Files:
 
     def _whose(self, turn: LiveTurn) -> tuple[StepState, tuple[str, int, int]] | None:
         """The step whose files those of `turn` are, and which of its turns it is; ``None``: it is part of another."""
-        started, state = turn.started, self._driver.state
-        step = state.find(started.path)
+        started = turn.started
+        step = self._driver.state.find(started.path)
         if not step.caller:
-            return step, (step.path, step.attempt, started.turn)
-        caller = state.find(step.caller)
+            return step, (started.path, started.attempt, started.turn)
+        caller = self._driver.state.find(step.caller)
         return (caller, (caller.path, caller.attempt, 0)) if isinstance(caller.step, Parallel) else None
 
     def _more(self, turn: LiveTurn, step: StepState) -> bool:

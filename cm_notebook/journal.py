@@ -114,7 +114,8 @@ class MemoryJournal:
 
     def begin(self, run_id: str, after: int) -> list[AnyEvent]:
         """Start to write; returns the events after `after` that others have recorded."""
-        return self.events(run_id, after)
+        own = self._runs[run_id][1]
+        return [] if own and own[-1].seq == after else self.events(run_id, after)
 
     def commit(self, run_id: str, events: Sequence[AnyEvent]) -> None:
         """Keep `events`, whose ``seq`` follow what is there."""
@@ -177,6 +178,8 @@ class _Translated:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
         if isinstance(error, sqlite3.Error):
             made = JournalBusy if _is_busy(error) else JournalError
             raise made(_explain(self.path, error), path=self.path) from error
@@ -210,7 +213,8 @@ class Journal:
         self._leases: dict[str, BaseFileLock] = {}
         self._seen: dict[str, tuple[int, int]] = {}
         self._inserts: dict[int, str] = {}
-        with self._translated():
+        self._translated = _Translated(self.path)
+        with self._translated:
             _make(Path(self.path))
             self._check_owner()
             self._file = os.stat(self.path)  # noqa: PTH116 - asked in every pass, and a Path asks four times as slowly
@@ -290,9 +294,6 @@ class Journal:
         execute("SELECT no, id, name, notebook, created_at, parent, shared FROM runs LIMIT 1")
         execute("SELECT id, at, type, body FROM events LIMIT 1")
 
-    def _translated(self) -> _Translated:
-        return _Translated(self.path)
-
     def create(self, run_id: str, name: str, notebook: str | None, parent: tuple[str, int] | None = None) -> None:
         """Name a new run; it is written together with its first events.
 
@@ -314,7 +315,7 @@ class Journal:
         number = self._numbers.get(run_id)
         if number is None:
             select = "SELECT no, parent, shared FROM runs WHERE "
-            with self._read, self._translated():
+            with self._read, self._translated:
                 row = self._reader.execute(f"{select}id = ?", (run_id,)).fetchone()
                 line = [row] if row is not None else []
                 while line and line[-1][1] is not None:
@@ -361,7 +362,7 @@ class Journal:
             self._number(run_id)
         self._write.acquire()
         try:
-            with self._translated():
+            with self._translated:
                 self._check_place()
                 execute = self._writer.execute
                 execute("BEGIN IMMEDIATE")
@@ -389,7 +390,7 @@ class Journal:
         """
         base = self._number(run_id) << 32
         try:
-            with self._translated():
+            with self._translated:
                 execute = self._writer.execute
                 for start in range(0, len(events), 64):
                     some = events[start : start + 64]
@@ -424,7 +425,7 @@ class Journal:
 
     def changed(self, run_id: str) -> bool:
         """Whether another process has written since the run's last ``begin``; costs microseconds."""
-        with self._write, self._translated():
+        with self._write, self._translated:
             version = self._writer.execute("PRAGMA data_version").fetchone()[0]
         return run_id not in self._seen or bool(version != self._seen[run_id][0])
 
@@ -441,12 +442,12 @@ class Journal:
         """The events of a run one by one, as :meth:`events`; nobody else reads here until the last one is taken."""
         if run_id not in self._new:
             self._number(run_id)
-        with self._read, self._translated():
+        with self._read, self._translated:
             yield from self._rows(self._reader, run_id, after)
 
     def runs(self) -> list[RunInfo]:
         """All runs, newest first."""
-        with self._read, self._translated():
+        with self._read, self._translated:
             rows = self._reader.execute(_RUNS).fetchall()
         return [RunInfo(*row) for row in rows]
 
@@ -459,7 +460,7 @@ class Journal:
         """
         from filelock import Timeout
 
-        with self._translated():
+        with self._translated:
             self._lock_file(run_id).parent.mkdir(mode=0o700, exist_ok=True)
             try:
                 self._leases[run_id] = self._lock(run_id, LEASE_S)
@@ -495,7 +496,7 @@ class Journal:
 
         if run_id in self._leases:
             return True
-        with self._translated():
+        with self._translated:
             if not self._lock_file(run_id).exists():
                 return False
             try:

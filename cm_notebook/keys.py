@@ -204,7 +204,7 @@ class Hider:
         """Whether something still waits."""
         return bool(self._held)
 
-    def __call__(self, piece: str, *, last: bool = False) -> str:
+    def __call__(self, piece: str, last: bool = False) -> str:
         """What may be shown by now; with `last`, all that is left."""
         if not _known:
             return piece

@@ -279,8 +279,8 @@ class Run:
         for event in events:
             if event.type in _EFFECTS:
                 _EFFECTS[event.type](self, event)
-        for started, prompt in starts:
-            self._work.launch(started, prompt)
+        for start in starts:
+            self._work.launch(*start)
         self._answers.put_open()
         self._work.forget_answered()
 

@@ -579,8 +579,9 @@ class RunState(Plain):
 
     def find(self, path: object) -> StepState:
         """The step or member at `path`; a ``TransitionError`` lists the right names."""
-        found = self.steps.get(path) or self.members.get(path) if isinstance(path, str) else None
-        return found or self.step(path)
+        if isinstance(path, str) and (found := self.steps.get(path) or self.members.get(path)) is not None:
+            return found
+        return self.step(path)
 
     def step(self, id: object) -> StepState:
         """The step named `id`; a ``TransitionError`` lists the right names."""

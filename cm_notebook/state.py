@@ -288,7 +288,8 @@ def next_actions(state: RunState, engine_of: Callable[[Step], str] | None = None
         return _end(state)
     if state.outdated and (again := outdated(state)):
         return [Record(event) for event in again]
-    return [*_deadlines(state), *_next_in_course(state, engine_of)]
+    course = _next_in_course(state, engine_of)
+    return [*_deadlines(state), *course] if state.gates else course
 
 
 def _end(state: RunState) -> list[StartTurn | Record]:
@@ -314,11 +315,12 @@ def _next_in_course(state: RunState, engine_of: Callable[[Step], str] | None) ->
     step = state.current
     if step is None:
         return [Record(RunFinished(status="completed"))]
-    if step.status == "due":
+    status = step.status
+    if status == "due":
         return [Record(opening(state, step, cast("Due", step.due)))]
-    if step.status == "looping":
+    if status == "looping":
         return [Record(_loop_back(state, step))]
-    if step.status == "waiting" or state.running or state.paused or state.held is not None:
+    if status == "waiting" or state.running or state.paused or state.held is not None:
         return []
     if state.until_reached:
         return [Record(RunPaused(reason=f"as far as {state.until}"))]
@@ -326,7 +328,7 @@ def _next_in_course(state: RunState, engine_of: Callable[[Step], str] | None) ->
         reason = f"{step.id}: {why_stale(state, step)}."
         due = Due("stale", {"reason": reason}, (step.approved,) if step.approved is not None else (reason,))
         return [Record(opening(state, step, due))]
-    if step.status == "pending" and (rule := _skip_reason(state, step)):
+    if status == "pending" and (rule := _skip_reason(state, step)):
         return [Record(StepSkipped(step=step.id, path=step.path, reason=rule))]
     return [_start(state, step, engine_of)]
 

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
@@ -20,6 +20,7 @@ from . import events, keys
 from .engines.base import (
     AgentEvent,
     AgentRequest,
+    Answering,
     Delta,
     Engine,
     ToolCalled,
@@ -29,7 +30,7 @@ from .engines.base import (
     misfit,
 )
 from .errors import CodeMachineError, EngineError, EngineProtocolError, EngineTimeout
-from .events import HISTORY, AnyEvent, ErrorInfo, TurnFailed, TurnFinished, TurnStarted
+from .events import HISTORY, AnyEvent, ErrorInfo, SessionOpened, TurnFailed, TurnFinished, TurnStarted
 from .plain import not_json
 from .tools import shortened
 from .workflow import Module, Step, Verdict, fitted, sound, unfenced
@@ -76,12 +77,11 @@ class LiveTurn:
         "asking",
         "failures",
         "held",
-        "hide",
-        "hide_thoughts",
         "model",
         "over",
         "recalled",
         "said",
+        "session_id",
         "since",
         "started",
         "step",
@@ -95,11 +95,12 @@ class LiveTurn:
         self.failures = 0
         self.held = False
         """A limit is reached, and it waits until that is another one."""
-        self.hide, self.hide_thoughts = keys.Hider(), keys.Hider()
         self.used: dict[str, Any] = {}
         """What it has said so far that it used, as its last event keeps it."""
         self.said = self.used
         """The same as it was recorded last."""
+        self.session_id: str | None = None
+        """Its agent's conversation, as far as it has said so."""
         self.model: type[BaseModel] | None = None
         """The class of the value that it gave."""
         self.asking: asyncio.Lock | None = None
@@ -166,64 +167,32 @@ class LiveTurn:
             self.task.cancel()
 
 
-async def take_turn(
-    turn: LiveTurn,
-    engine: Engine,
-    request: AgentRequest,
-    write: Callable[[str], None],
-    think: Callable[[str], None],
-    opened: Callable[[str], None],
-    record: Callable[[AnyEvent], None],
-) -> Ending:
-    """Do `turn`: send the request to the engine and pass on what it writes.
+class Listener(Protocol):
+    """Who hears what a turn does while it is under way."""
 
-    Parameters
-    ----------
-    write
-        Gets the live text.
-    think
-        Gets what it thinks before it writes.
-    opened
-        Gets the id of the agent's conversation as soon as it is known.
-    record
-        Gets what the agent does with tools, as events.
+    def write(self, text: str) -> None:
+        """Take live text."""
+
+    def think(self, text: str) -> None:
+        """Take what the agent thinks before it writes."""
+
+    def record(self, event: AnyEvent) -> None:
+        """Take what the agent does with tools, and the id of its conversation as soon as it is known, as an event."""
+
+
+async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, listener: Listener) -> Ending:
+    """Do `turn`: send the request to the engine and pass on what it tells.
 
     Raises
     ------
     asyncio.CancelledError    The turn was cut short; whoever did that has recorded it.
     """
     started, step = turn.started, turn.step
-    done: TurnDone | None = None
-    session_id: str | None = None
-    pieces = 0
     try:
-        stream = _stream(engine, request)
-        try:
-            async for told in stream:
-                if not isinstance(told, Delta) or not isinstance(told.text, str):  # a piece of text has nothing else
-                    _check(told, engine)
-                if isinstance(told, Delta):
-                    (write if told.kind == "text" else think)(told.text)
-                    pieces += 1
-                    if pieces % YIELD_EVERY == 0:
-                        await asyncio.sleep(0)
-                elif isinstance(told, TurnDone):
-                    done = told
-                elif isinstance(told, UsageReported):
-                    turn.used = {"usage": told.usage, "cost_usd": told.cost_usd}
-                    if told.cost_estimated:
-                        turn.used["cost_estimated"] = True
-                elif isinstance(told, (ToolCalled, ToolReturned)):
-                    write(_tool_line(told))
-                    record(_tool_event(started, told))
-                else:
-                    before, session_id = session_id, sound(told.session_id)
-                    if session_id not in (before, started.session_id, HISTORY):  # that is there once it ended
-                        opened(session_id)
-        finally:
-            await stream.aclose()
-        if done is None:
-            raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
+        if isinstance(engine, Answering):
+            done = await engine.answer(request)
+        else:
+            done = await _heard(turn, engine, request, listener)
         text, verdict = sound(done.text), _verdict(step, done)
         output, turn.model = None, done.model
         if done.output is not None:
@@ -235,7 +204,7 @@ async def take_turn(
             _check_json("score", verdict.score, started)
         if turn.used.get("cost_usd") is None and getattr(engine, "free", False) and not done.unpriced:
             turn.used["cost_usd"] = 0.0
-        event = TurnFinished(
+        event = TurnFinished.made(
             step=started.step,
             path=started.path,
             attempt=started.attempt,
@@ -243,9 +212,11 @@ async def take_turn(
             text=text,
             output=output,
             verdict=verdict,
-            **turn.used,
-            session_id=session_id,
-            duration_s=done.duration_s,
+            usage=turn.used.get("usage"),
+            cost_usd=turn.used.get("cost_usd"),
+            cost_estimated=turn.used.get("cost_estimated"),
+            session_id=turn.session_id,
+            duration_s=None if done.duration_s is None else float(done.duration_s),
             note=sound(done.note),
         )
     except EngineError as error:
@@ -258,6 +229,42 @@ async def take_turn(
         # raised on, it would end the thread on which all runs are driven
         return failed(turn, EngineError(f"{started.step} raised {type(error).__name__}."), None)
     return Ending(event)
+
+
+async def _heard(turn: LiveTurn, engine: Engine, request: AgentRequest, listener: Listener) -> TurnDone:
+    """The answer at the end of the engine's stream; what it tells before is passed on."""
+    started, write, think = turn.started, listener.write, listener.think
+    done: TurnDone | None = None
+    pieces = 0
+    stream = _stream(engine, request)
+    try:
+        async for told in stream:
+            if not isinstance(told, Delta) or not isinstance(told.text, str):  # a piece of text has nothing else
+                _check(told, engine)
+            if isinstance(told, Delta):
+                (write if told.kind == "text" else think)(told.text)
+                pieces += 1
+                if pieces % YIELD_EVERY == 0:
+                    await asyncio.sleep(0)
+            elif isinstance(told, TurnDone):
+                done = told
+            elif isinstance(told, UsageReported):
+                turn.used = {"usage": told.usage, "cost_usd": None if told.cost_usd is None else float(told.cost_usd)}
+                if told.cost_estimated:
+                    turn.used["cost_estimated"] = True
+            elif isinstance(told, (ToolCalled, ToolReturned)):
+                write(_tool_line(told))
+                listener.record(_tool_event(started, told))
+            else:
+                before, turn.session_id = turn.session_id, sound(told.session_id)
+                if turn.session_id not in (before, started.session_id, HISTORY):  # that is there once it ended
+                    about = {"step": started.step, "path": started.path, "attempt": started.attempt}
+                    listener.record(SessionOpened(**about, turn=started.turn, session_id=turn.session_id))
+    finally:
+        await stream.aclose()
+    if done is None:
+        raise EngineError(f"{started.step}: the engine {started.engine!r} ended without an answer.")
+    return done
 
 
 def _stream(engine: Engine, request: AgentRequest) -> Any:

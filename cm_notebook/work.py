@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from . import allowed
+from . import allowed, keys
 from . import state as meaning
 from .driving import Driver, more
 from .engines.base import AgentRequest, Engine, configured_engine, find_engine, unpriced
@@ -31,7 +31,6 @@ from .events import (
     GateDecided,
     GateOpened,
     RunFinished,
-    SessionOpened,
     TurnCutShort,
     TurnStarted,
     TurnWentOn,
@@ -39,6 +38,7 @@ from .events import (
 from .files import Files
 from .journal import OWN_FOLDER, own_folder
 from .prompts import missing_field
+from .runstate import StepState
 from .starting import check_places, making
 from .team import AgentResult, Call, checked_calls
 from .tools import Permission, Tool, read_arguments
@@ -77,53 +77,22 @@ class Work:
 
     # -- a turn --------------------------------------------------------------------------------------------------------
 
-    def launch(self, started: TurnStarted, prompt: str) -> None:
-        """Begin a turn."""
-        step, since = self._driver.state.find(started.path), self._driver.since
-        turn = self._driver.turns[started.path] = LiveTurn(started, step.step, self._too_late, since)
+    def launch(self, step: StepState, started: TurnStarted, prompt: str) -> None:
+        """Begin a turn of `step`."""
+        driver = self._driver
+        turn = driver.turns[started.path] = LiveTurn(started, step.step, self._too_late, driver.since)
         turn.failures = step.attempts[-1].failures
-        turn.task = cast("asyncio.AbstractEventLoop", self._driver.loop).create_task(self._turn(turn, prompt))
+        turn.task = cast("asyncio.AbstractEventLoop", driver.loop).create_task(self._turn(turn, prompt))
 
     async def _turn(self, turn: LiveTurn, prompt: str) -> None:
         """Do one turn and propose how it ended. Cancelled when the turn was cut short, which is recorded by then."""
-        driver = self._driver
-
-        def write(text: str, last: bool = False) -> None:
-            with driver.lock:  # who begins to watch meanwhile gets each piece once
-                text = turn.hide(sound(text), last=last)
-                if last and not text:
-                    return
-                turn.write(text)
-                for feed in driver.feeds:
-                    feed.put_text(turn.started.path, turn.started.attempt, text)
-
-        def think(text: str, last: bool = False) -> None:
-            with driver.lock:
-                text = turn.hide_thoughts(sound(text), last=last)
-                for feed in driver.feeds if text else ():
-                    feed.put_text(turn.started.path, turn.started.attempt, text, "thinking")
-
-        def opened(session_id: str) -> None:
-            where = {"step": turn.started.step, "path": turn.started.path, "attempt": turn.started.attempt}
-            record(SessionOpened(**where, turn=turn.started.turn, session_id=session_id))
-
-        def record(event: AnyEvent) -> None:
-            told = [*turn.spent(), event]
-
-            def propose() -> list[AnyEvent]:
-                return told if driver.turns.get(turn.started.path) is turn else []  # else it was cut short
-
-            driver.propose(propose, wait=False)
-
+        driver, said = self._driver, _Said(self._driver, turn)
         try:
-            await self.files.begin(turn, write)
+            await self.files.begin(turn, said.write)
             turn.run_clock()
-            engine, request = self.engine_for(turn.step), self._request(turn, prompt, write)
-            ending = await take_turn(turn, engine, request, write, think, opened, record)
-            if turn.hide:
-                write("", last=True)
-            if turn.hide_thoughts:
-                think("", last=True)
+            engine, request = self.engine_for(turn.step), self._request(turn, prompt, said.write)
+            ending = await take_turn(turn, engine, request, said)
+            said.all()
         except asyncio.CancelledError:  # by whoever cut it short, or (which is to be said) by its own agent
             await self._end(turn, failed(turn, EngineError(f"{turn.started.step} was cancelled from within."), None))
             raise
@@ -228,9 +197,9 @@ class Work:
                 )
 
     def _request(self, turn: LiveTurn, prompt: str, write: Callable[[str], None]) -> AgentRequest:
-        started = turn.started
-        with self._driver.lock:
-            state = self._driver.state
+        started, driver = turn.started, self._driver
+        with driver.lock:
+            state = driver.state
             step = state.find(started.path)
             if started.prompt and (wrong := missing_field(state, step)) is not None:
                 raise EngineError(wrong)
@@ -432,16 +401,59 @@ class Work:
                 if not freed.done():
                     freed.set_result(None)
             self.held.clear()
-        for gone in [id for id in self.questions if not meaning.waits_for(state, id)] if self.questions else ():
-            del self.questions[gone]
-        for over in [call for call in self.calls if call[0] not in state.calls] if self.calls else ():
-            del self.calls[over]
+        if self.questions:
+            self.questions = {id: one for id, one in self.questions.items() if meaning.waits_for(state, id)}
+        if self.calls:
+            self.calls = {call: one for call, one in self.calls.items() if call[0] in state.calls}
 
     def drop(self) -> None:
         """The run is given up here: its turns are cancelled, and nobody waits inside them."""
         self.questions.clear()
         self.calls.clear()
         self.held.clear()
+
+
+class _Said:
+    """Passes on what a turn does while it is under way: text to those who watch, facts to the driver."""
+
+    __slots__ = ("_driver", "_text", "_thoughts", "_turn")
+
+    def __init__(self, driver: Driver, turn: LiveTurn) -> None:
+        self._driver, self._turn = driver, turn
+        self._text, self._thoughts = keys.Hider(), keys.Hider()
+
+    def write(self, text: str, last: bool = False) -> None:
+        driver, turn = self._driver, self._turn
+        with driver.lock:  # who begins to watch meanwhile gets each piece once
+            text = self._text(sound(text), last)
+            if last and not text:
+                return
+            turn.write(text)
+            for feed in driver.feeds:
+                feed.put_text(turn.started.path, turn.started.attempt, text)
+
+    def think(self, text: str, last: bool = False) -> None:
+        driver, turn = self._driver, self._turn
+        with driver.lock:
+            text = self._thoughts(sound(text), last)
+            for feed in driver.feeds if text else ():
+                feed.put_text(turn.started.path, turn.started.attempt, text, "thinking")
+
+    def all(self) -> None:
+        """Nothing more comes: what was held back, as it might have become a key, is passed on."""
+        if self._text:
+            self.write("", last=True)
+        if self._thoughts:
+            self.think("", last=True)
+
+    def record(self, event: AnyEvent) -> None:
+        driver, turn = self._driver, self._turn
+        told = [*turn.spent(), event]
+
+        def propose() -> list[AnyEvent]:
+            return told if driver.turns.get(turn.started.path) is turn else []  # else it was cut short
+
+        driver.propose(propose, wait=False)
 
 
 class _Outputs(Mapping[str, str]):

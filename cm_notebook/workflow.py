@@ -888,14 +888,14 @@ _KINDS: dict[str, type[AnyStep]] = {"step": Step, "module": Module, "parallel": 
 
 def as_step(number: int, item: Any) -> AnyStep:
     """A step from a name, from :meth:`Workflow.to_dict`'s data, or as it is; `number` is its place, for the message."""
+    if isinstance(item, (Step, Separator)):
+        return item
     if isinstance(item, (dict, Mapping)):
         kind = item.get("kind", "step")
         if not isinstance(kind, str) or kind not in _KINDS:
             hint = did_you_mean(str(kind), _KINDS, "Kinds")
             raise WorkflowError(f"step {number}: kind={kind!r} is not known. {hint}")
         return _KINDS[kind](**{str(name): value for name, value in item.items()})
-    if isinstance(item, (Step, Separator)):
-        return item
     if isinstance(item, str):
         return Step(agent=item)
     raise WorkflowError(

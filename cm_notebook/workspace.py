@@ -227,7 +227,7 @@ class Snapshots:
                 continue
             except OSError:
                 return None
-        if newest > time.time_ns() - int(SETTLED_S * 1e9):
+        if found and newest > time.time_ns() - int(SETTLED_S * 1e9):
             return None
         return tuple(sorted(found))
 

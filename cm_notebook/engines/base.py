@@ -7,6 +7,7 @@ Where a turn needs something of its run (to ask a person), it calls what the req
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -213,11 +214,20 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What the parts of events have to be, by name; ``None`` is right where it is the default."""
 
 
+@functools.lru_cache(maxsize=64)
+def _parts_of(kind: type[Any]) -> tuple[tuple[str, Any, Callable[[Any], bool]], ...]:
+    """Of a kind of agent event, the parts that are checked: name, default, and the check of any other value."""
+    return tuple(
+        (name, part.default, _PARTS[name][0]) for name, part in kind.__dataclass_fields__.items() if name in _PARTS
+    )
+
+
 def misfit(told: Any) -> str | None:
     """Which part of an agent event is not what it has to be: "cost_usd=nan, which is not an amount of US dollars"."""
-    for name, part in type(told).__dataclass_fields__.items():
+    kind: Any = type(told)
+    for name, default, fits in _parts_of(kind):
         value = getattr(told, name)
-        if name in _PARTS and not _PARTS[name][0](value) and not (value is None and part.default is None):
+        if value is not default and not fits(value):
             return f"{name}={repr(value)[:100]}, which is not {_PARTS[name][1]}"
     return None
 
@@ -249,6 +259,18 @@ class Engine(Protocol):
         EngineError    The turn failed; the kind says whether trying again may help.
         """
         ...
+
+
+class Answering:
+    """Base of an engine of ours that tells nothing but its answer: the run asks for that alone, and needs no stream."""
+
+    async def answer(self, request: AgentRequest) -> TurnDone:
+        """Do one turn; as :meth:`Engine.stream`."""
+        raise NotImplementedError
+
+    async def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
+        """The same as a stream of one event."""
+        yield await self.answer(request)
 
 
 _engines: dict[str, Engine] = {}

@@ -16,7 +16,7 @@ import functools
 import inspect
 import threading
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .. import keys
 from ..errors import EngineError, EngineProtocolError, ReplayMismatch
 from ..plain import Plain
 from ..workflow import Verdict
-from .base import AgentEvent, AgentRequest, TurnDone
+from .base import AgentRequest, Answering, TurnDone
 
 
 class _TurnOver(BaseException):
@@ -85,9 +85,9 @@ class Turn(Plain):
         thread that calls: on the loop's it returns an awaitable, on any other it blocks until the answer is there.
         """
         line = self._line
-        if line is None or line.ask is None:
+        if line is None or line.request.ask_human is None:
             raise EngineError(f"{self.step!r} asks {question!r}, but there is nobody to answer here.", step=self.step)
-        return line.call(line.ask, question)
+        return line.call(line.request.ask_human, question)
 
     def run_agents(self, *groups: Any, max_concurrency: int | None = None) -> Any:
         """Have other agents of the workflow work, and get what came of each: a list of ``AgentResult``.
@@ -113,10 +113,10 @@ class Turn(Plain):
         begin.
         """
         line = self._line
-        if line is None or line.run is None:
+        if line is None or line.request.run_agents is None:
             raise EngineError(f"{self.step!r} calls agents, but it is no part of a run here.", step=self.step)
         asked = groups[0] if len(groups) == 1 else list(groups)
-        return line.call(line.run, asked, max_concurrency)
+        return line.call(line.request.run_agents, asked, max_concurrency)
 
 
 class Raised(Exception):
@@ -130,10 +130,10 @@ class Raised(Exception):
 class _Line:
     """Joins a function to its run, as long as somebody listens: text one way, answers the other."""
 
-    __slots__ = ("ask", "asked", "loop", "open", "run", "show", "thread")
+    __slots__ = ("asked", "loop", "open", "request", "thread")
 
     def __init__(self, request: AgentRequest) -> None:
-        self.show, self.ask, self.run = request.emit, request.ask_human, request.run_agents
+        self.request = request
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
         self.open = True
@@ -147,8 +147,8 @@ class _Line:
     def send(self, text: str) -> None:
         """Hand over `text`, from any thread."""
         self.check()
-        if self.show is not None:
-            self.show(text)
+        if self.request.emit is not None:
+            self.request.emit(text)
 
     def call(self, ask: Callable[..., Awaitable[Any]], *what: Any) -> Any:
         """What `ask` returns: on the loop's thread to be awaited, on another one when it is there."""
@@ -181,7 +181,7 @@ class _Line:
             answer.cancel()
 
 
-class FunctionEngine:
+class FunctionEngine(Answering):
     """Runs the Python function of an agent made with ``@cm.agent``.
 
     The function's context variables are those of the caller; its stdout is not touched.
@@ -190,8 +190,8 @@ class FunctionEngine:
     name = "function"
     free = True
 
-    def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
-        """Call the function and yield what it returns; what it emits goes to ``request.emit`` meanwhile.
+    async def answer(self, request: AgentRequest) -> TurnDone:
+        """Call the function; what it emits goes to ``request.emit`` meanwhile.
 
         Raises
         ------
@@ -199,24 +199,6 @@ class FunctionEngine:
                                it is, so that ``EngineRateLimited`` is tried again.
         EngineProtocolError    It returned something else than ``str``, ``Verdict`` or a pydantic model.
         """
-        return _Answer(request)
-
-
-class _Answer:
-    """The stream of a function: one event. No async generator, as the loop would enter each of them in its books."""
-
-    __slots__ = ("_request",)
-
-    def __init__(self, request: AgentRequest) -> None:
-        self._request: AgentRequest | None = request
-
-    def __aiter__(self) -> _Answer:
-        return self
-
-    async def __anext__(self) -> AgentEvent:
-        request, self._request = self._request, None
-        if request is None:
-            raise StopAsyncIteration
         function = request.agent.function
         if function is None:
             raise EngineError(
@@ -239,9 +221,6 @@ class _Answer:
         finally:
             line.close()
         return _done(request, value)
-
-    async def aclose(self) -> None:
-        """Nothing is open between two events."""
 
 
 def _turn(request: AgentRequest, line: _Line) -> Turn:
@@ -304,7 +283,7 @@ def _done(request: AgentRequest, value: Any) -> TurnDone:
     if isinstance(value, str):
         return TurnDone(str(value))
     if isinstance(value, Verdict):
-        return TurnDone(value.reason, verdict=value)
+        return TurnDone(str(value.reason), verdict=value)
     name = request.agent.id
     right = "A function agent returns str, cm.Verdict or a pydantic model"
     if isinstance(value, BaseModel):

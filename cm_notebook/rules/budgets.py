@@ -59,8 +59,9 @@ def pay(
     if event.cost_estimated:
         last.cost_estimated = state.cost_estimated = True
     state.last_turn = step.path
+    ended = event.type == "TurnFinished"
     for budget in budgets_of(state, step):
-        _add(budget, more, more_usd, ended=event.type == "TurnFinished")
+        _add(budget, more, more_usd, ended=ended)
     last.so_far = (usage, cost_usd) if event.type == "UsageReported" else (None, None)
 
 

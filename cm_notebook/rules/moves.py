@@ -34,13 +34,13 @@ def settle(state: RunState, step: StepState, status: Literal["finished", "skippe
     if isinstance(step.step, Parallel) and step.last is not None:
         for member in step.last.members:
             state.voices[member.id] = member.approved if output is not None else None
-    if step.id in state.loops:
-        state.loops[step.id] = Loop()
+    if step.path in state.loops:
+        state.loops[step.path] = Loop()
     begun(state, step)
     if step.index + 1 < state.frontier:
         state.epoch += 1
         doubt_later(state, step)
-    if state.until == step.id:
+    if state.until == step.path:
         state.until_reached = True
     advance(state)
 
@@ -64,12 +64,13 @@ def advance(state: RunState) -> None:
 def begun(state: RunState, step: StepState) -> None:
     """The step builds on what there is now; what becomes of earlier ones from here on is its business."""
     state.outdated.pop(step.path, None)
-    state.frontier = max(state.frontier, step.index + 1)
+    if state.frontier <= step.index:
+        state.frontier = step.index + 1
 
 
 def doubt_later(state: RunState, step: StepState) -> None:
     """What was made after `step` is stale, or outdated: from now on the output that it builds on is another."""
-    for later in state.order[step.index + 1 : state.frontier] if step.index < state.frontier else ():
+    for later in state.order[step.index + 1 : state.frontier] if step.index + 1 < state.frontier else ():
         if later.status in ("finished", "skipped"):
             later.stale, later.outdated_by = True, step.id
         elif _waits_with_it(later):

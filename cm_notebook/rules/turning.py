@@ -38,7 +38,7 @@ from .verdicts import judge
 def turn_started(state: RunState, event: TurnStarted) -> None:
     """A prompt was sent: a new attempt, or the next turn of the one there is."""
     step = met(state, event.path, event.type)
-    number, seq, context = next_attempt(step), event.seq, event.context
+    number, seq, context, again = next_attempt(step), event.seq, event.context, step.status == "retrying"
     if step.caller and step.place != "held" and (step.place != "queued" or state.busy >= state.max_concurrency):
         raise TransitionError(f"{step.path!r} has no place to work at yet.")
     if event.attempt != number or event.turn != step.turn:
@@ -46,22 +46,22 @@ def turn_started(state: RunState, event: TurnStarted) -> None:
             f"attempt {event.attempt}, turn {event.turn} of step {step.id!r} cannot start; attempt "
             f"{number}, turn {step.turn} is next."
         )
-    if step.status != "retrying" and (state.held is not None or used_up(state, step) is not None):
+    if not again and (state.held is not None or used_up(state, step) is not None):
         raise TransitionError(f"{step.path!r} cannot start: a person is asked first, as a limit is reached.")
     anew = not step.attempts or number > step.attempts[-1].number
     if anew:
-        step.attempts.append(Attempt(state.texts, number, event.iteration, engine=event.engine, started_at=event.at))
+        step.attempts.append(Attempt(state.texts, number, event.iteration, started_at=event.at))
         step.answers = ()
     last = step.attempts[-1]
     if step.redo is not None:
         step.redo.goes_on = False  # cut short, it is the next attempt
         if step.redo.feedback is not None:
             _remember(step, event.session_id)
-    if step.status != "retrying":
+    if again:
+        last.turns.pop()
+    else:
         for budget in budgets_of(state, step):
             budget.used["max_turns"] += 1
-    if step.status == "retrying":
-        last.turns.pop()
     if last.ended_at is not None:  # waiting between two tries is not work, nor is a person's look at the last answer
         last.asked_s += max(0.0, event.at - last.ended_at)
     last.ended_at, last.engine = None, event.engine
@@ -79,11 +79,12 @@ def turn_started(state: RunState, event: TurnStarted) -> None:
     else:
         begun(state, step)
         doubt_later(state, step)
-        if step.status != "retrying":
+        if not again:
             begin_files(state, step, attempt=anew)
-    if step.step.agent not in state.ordinals:
-        state.ordinals[step.step.agent] = Ordinals()
-    last.ordinal = state.ordinals[step.step.agent].take()
+    ordinals = state.ordinals.get(step.step.agent)
+    if ordinals is None:
+        ordinals = state.ordinals[step.step.agent] = Ordinals()
+    last.ordinal = ordinals.take()
     step.status, step.retry_at, step.note = "running", None, None
     state.running[step.path] = step
 

@@ -22,19 +22,22 @@ def judge(state: RunState, step: StepState, last: Attempt) -> None:
         return
     more = step.turn < step.step.turns
     asks = state.mode == "step-by-step" or (step.step.interactive is True and not more)
-    asks = asks and step.step.gate in ("after", "both")
-    answer = (last.answer,) if last.answer is not None else ()
     if not more and (problem := _verdict_problem(step, last)) is not None:
-        owe(step, Due("verdict", {"reason": problem}, answer))
-    elif asks:
+        owe(step, Due("verdict", {"reason": problem}, _answer(last)))
+    elif asks and step.step.gate in ("after", "both"):
         payload = note_beside(state, step)
         if more:
             payload["next_prompt"] = step.turn + 1
-        owe(step, Due("review", payload, answer))
+        owe(step, Due("review", payload, _answer(last)))
     elif more:
         next_prompt(step, last)
     else:
         conclude(state, step, last)
+
+
+def _answer(last: Attempt) -> tuple[Ref, ...]:
+    """What a gate shows of an attempt."""
+    return (last.answer,) if last.answer is not None else ()
 
 
 def _judge_member(state: RunState, member: StepState, last: Attempt) -> None:

@@ -54,6 +54,29 @@ def test_any_text_survives(text: str, reason: str, value: Any) -> None:
         assert again == event
 
 
+def test_events_of_a_step_are_in_memory_as_they_are_read() -> None:
+    """They are made without a check of their own; a number of another type counts as that of its field."""
+
+    class Counting:
+        name = "counting"
+
+        async def stream(self, request: cm.AgentRequest) -> Any:
+            yield cm.SessionStarted("s-1")
+            yield cm.UsageReported(cm.Usage(input_tokens=1, output_tokens=2), cost_usd=1, cost_estimated=True)
+            yield cm.TurnDone("hello", output={"n": 1}, duration_s=2, note="a note")
+
+    agents = [cm.Agent("a", "Begin with {{ goal }}."), cm.Agent("b", "Go on.")]
+    workflow = cm.Workflow("j", agents=agents, steps="a -> b", inputs={"goal": "a plan"})
+    events = workflow.start(engine=Counting(), journal=":memory:").wait(10).events
+    assert [event.type for event in events].count("TurnFinished") == 2
+    for event in events:
+        again = facts.read(event.type, event.seq, event.at, facts.body(event))
+        assert again == event
+        assert facts.body(again) == facts.body(event)
+        assert again.model_dump() == event.model_dump()
+        assert list(vars(again)) == list(vars(event))
+
+
 def cm_event(kind: str, **values: Any) -> Any:
     event = facts.TYPES[kind](**values)
     facts.place(event, 7, 1.5)
