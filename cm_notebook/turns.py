@@ -20,9 +20,9 @@ from . import events, keys
 from .engines.base import (
     AgentEvent,
     AgentRequest,
-    Answering,
     Delta,
     Engine,
+    Streamless,
     ToolCalled,
     ToolReturned,
     TurnDone,
@@ -189,7 +189,7 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, liste
     """
     started, step = turn.started, turn.step
     try:
-        if isinstance(engine, Answering):
+        if isinstance(engine, Streamless):
             done = await engine.answer(request)
         else:
             done = await _heard(turn, engine, request, listener)

@@ -7,6 +7,7 @@ Where a turn needs something of its run (to ask a person), it calls what the req
 
 from __future__ import annotations
 
+import abc
 import functools
 import importlib.metadata
 import math
@@ -261,12 +262,12 @@ class Engine(Protocol):
         ...
 
 
-class Answering:
+class Streamless(abc.ABC):
     """Base of an engine of ours that tells nothing but its answer: the run asks for that alone, and needs no stream."""
 
+    @abc.abstractmethod
     async def answer(self, request: AgentRequest) -> TurnDone:
         """Do one turn; as :meth:`Engine.stream`."""
-        raise NotImplementedError
 
     async def stream(self, request: AgentRequest) -> AsyncIterator[AgentEvent]:
         """The same as a stream of one event."""

@@ -27,7 +27,7 @@ from .. import keys
 from ..errors import EngineError, EngineProtocolError, ReplayMismatch
 from ..plain import Plain
 from ..workflow import Verdict
-from .base import AgentRequest, Answering, TurnDone
+from .base import AgentRequest, Streamless, TurnDone
 
 
 class _TurnOver(BaseException):
@@ -181,7 +181,7 @@ class _Line:
             answer.cancel()
 
 
-class FunctionEngine(Answering):
+class FunctionEngine(Streamless):
     """Runs the Python function of an agent made with ``@cm.agent``.
 
     The function's context variables are those of the caller; its stdout is not touched.
