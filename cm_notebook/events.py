@@ -243,6 +243,8 @@ class BaseEvent(Placed, Fact):
 
         Nothing is checked again: for the two events of every step, of which checking takes more time than making.
         """
+        if not cls.__pydantic_complete__:  # building waits for the first one that is checked, and there may be none
+            cls.model_rebuild()
         event = cls.__new__(cls)
         put = object.__setattr__  # a model's own looks for fields
         put(event, "__dict__", parts)

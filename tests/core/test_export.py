@@ -496,7 +496,7 @@ def test_nothing_is_loaded_by_looking_for_functions_that_are_at_hand(
 ) -> None:
     late = LoadedLate("late")
     monkeypatch.setitem(sys.modules, "late", late)
-    monkeypatch.setattr(sys.modules[__name__], "late", late, raising=False)
+    monkeypatch.setitem(globals(), "late", late)
     run = played(tmp_path)
     cm.Run.open(run.id, run._journal).export("tea.py")
     assert "count = words_of(" in Path("tea.py").read_text(encoding="utf-8")
