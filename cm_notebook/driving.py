@@ -669,5 +669,9 @@ class _NoCollecting:
         if not self._on:
             return
         if gc.get_count()[0] > MANY:
-            gc.collect(1)
+            if gc.get_freeze_count():  # the host's, or Python 3.12's own, stay so; the young are walked this once
+                gc.collect(1)
+            else:
+                gc.freeze()
+                gc.unfreeze()
         gc.enable()
