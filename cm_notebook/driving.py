@@ -72,6 +72,9 @@ POLL_S = 0.25
 """How often the journal is looked at for what another process has decided."""
 MANY = 10_000
 """So many new objects make a collection of the young ones dear."""
+FEW = 64
+"""So many turns can begin at once without being many objects."""
+_AS_IT_IS = contextlib.nullcontext()
 PATIENCE_S = 60.0
 """How long a journal that another program holds is tried again before the run is given up."""
 
@@ -285,7 +288,7 @@ class Driver:
                 self.wait_anew()
         try:
             if self.driving:
-                with _NoCollecting():
+                with _NoCollecting() if len(starts) > FEW else _AS_IT_IS:
                     self.hands.follow(shown, starts)
                 self._look_out()
                 self.come_to_rest()

@@ -11,7 +11,8 @@ import json
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from pydantic import BaseModel
@@ -67,52 +68,31 @@ class LiveTurn:
         The first event (``seq``) of the pass that began it.
     """
 
-    __slots__ = (
-        "_heard_at",
-        "_late",
-        "_left_s",
-        "_parts",
-        "_since",
-        "_timer",
-        "asking",
-        "failures",
-        "held",
-        "model",
-        "over",
-        "recalled",
-        "said",
-        "session_id",
-        "since",
-        "started",
-        "step",
-        "task",
-        "used",
-    )
+    task: asyncio.Task[None] | None = None
+    failures = 0
+    held = False
+    """A limit is reached, and it waits until that is another one."""
+    used: Mapping[str, Any] = MappingProxyType({})
+    """What it has said so far that it used, as its last event keeps it."""
+    said = used
+    """The same as it was recorded last."""
+    session_id: str | None = None
+    """Its agent's conversation, as far as it has said so."""
+    model: type[BaseModel] | None = None
+    """The class of the value that it gave."""
+    asking: asyncio.Lock | None = None
+    over = False
+    """It is known how it ends; that is still to be written down."""
+    _since = 0.0
+    _timer: asyncio.TimerHandle | None = None
+    _heard_at: float | None = None
 
     def __init__(self, started: TurnStarted, step: Step, late: Callable[[LiveTurn], None], since: int) -> None:
         self.started, self.step, self.since = started, step, since
-        self.task: asyncio.Task[None] | None = None
-        self.failures = 0
-        self.held = False
-        """A limit is reached, and it waits until that is another one."""
-        self.used: dict[str, Any] = {}
-        """What it has said so far that it used, as its last event keeps it."""
-        self.said = self.used
-        """The same as it was recorded last."""
-        self.session_id: str | None = None
-        """Its agent's conversation, as far as it has said so."""
-        self.model: type[BaseModel] | None = None
-        """The class of the value that it gave."""
-        self.asking: asyncio.Lock | None = None
         self.recalled: set[int] = set()
-        self.over = False
-        """It is known how it ends; that is still to be written down."""
         self._late = late
         self._left_s = step.timeout_s
-        self._since = 0.0
-        self._timer: asyncio.TimerHandle | None = None
         self._parts: list[str] = []
-        self._heard_at: float | None = None
 
     def one_at_a_time(self) -> asyncio.Lock:
         """Held while it asks somebody for something: a turn waits for one thing at a time."""
@@ -203,7 +183,7 @@ async def take_turn(turn: LiveTurn, engine: Engine, request: AgentRequest, liste
         if verdict is not None and verdict.score is not None:
             _check_json("score", verdict.score, started)
         if turn.used.get("cost_usd") is None and getattr(engine, "free", False) and not done.unpriced:
-            turn.used["cost_usd"] = 0.0
+            turn.used = {**turn.used, "cost_usd": 0.0}
         event = TurnFinished.made(
             step=started.step,
             path=started.path,
@@ -249,9 +229,8 @@ async def _heard(turn: LiveTurn, engine: Engine, request: AgentRequest, listener
             elif isinstance(told, TurnDone):
                 done = told
             elif isinstance(told, UsageReported):
-                turn.used = {"usage": told.usage, "cost_usd": None if told.cost_usd is None else float(told.cost_usd)}
-                if told.cost_estimated:
-                    turn.used["cost_estimated"] = True
+                used = {"usage": told.usage, "cost_usd": None if told.cost_usd is None else float(told.cost_usd)}
+                turn.used = {**used, "cost_estimated": True} if told.cost_estimated else used
             elif isinstance(told, (ToolCalled, ToolReturned)):
                 write(_tool_line(told))
                 listener.record(_tool_event(started, told))

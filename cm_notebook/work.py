@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -240,7 +242,10 @@ class Work:
             given = self._driver.state.workspace
             with making(given or Path(OWN_FOLDER, "work", self._driver.id), EngineError):
                 folder = Path(given) if given is not None else own_folder().joinpath("work", self._driver.id).absolute()
+                new = given is None and not folder.exists()
                 folder.mkdir(parents=True, exist_ok=True)
+                if new:  # its first file is to show in its time, within the same tick of the clock too
+                    os.utime(folder, (time.time() - 60,) * 2)
             self._folder = folder
         return self._folder
 
@@ -416,15 +421,17 @@ class Work:
 class _Said:
     """Passes on what a turn does while it is under way: text to those who watch, facts to the driver."""
 
-    __slots__ = ("_driver", "_text", "_thoughts", "_turn")
+    _text: keys.Hider | None = None
+    _thoughts: keys.Hider | None = None
 
     def __init__(self, driver: Driver, turn: LiveTurn) -> None:
         self._driver, self._turn = driver, turn
-        self._text, self._thoughts = keys.Hider(), keys.Hider()
 
     def write(self, text: str, last: bool = False) -> None:
         driver, turn = self._driver, self._turn
         with driver.lock:  # who begins to watch meanwhile gets each piece once
+            if self._text is None:
+                self._text = keys.Hider()
             text = self._text(sound(text), last)
             if last and not text:
                 return
@@ -435,6 +442,8 @@ class _Said:
     def think(self, text: str, last: bool = False) -> None:
         driver, turn = self._driver, self._turn
         with driver.lock:
+            if self._thoughts is None:
+                self._thoughts = keys.Hider()
             text = self._thoughts(sound(text), last)
             for feed in driver.feeds if text else ():
                 feed.put_text(turn.started.path, turn.started.attempt, text, "thinking")

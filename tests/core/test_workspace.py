@@ -114,6 +114,33 @@ def test_a_change_at_once_after_a_snapshot_is_seen(snapshots, folder):
     assert len(set(trees)) == 20
 
 
+@pytest.mark.parametrize("within", ["", "deep", ".hidden"], ids=["the folder", "a folder in it", "a hidden one"])
+@pytest.mark.parametrize("since_s", [0, 60], ids=["just made", "made a minute ago"])
+def test_the_first_file_of_a_bare_folder_is_seen_at_once(snapshots, folder, within, since_s):
+    (folder / within).mkdir(exist_ok=True)
+    then = time.time() - since_s
+    os.utime(folder, (then, then))
+    for _ in range(3):
+        assert snapshots.unchanged() == EMPTY
+        file = folder / within / "first.txt"
+        file.write_text("now")
+        assert snapshots.unchanged() is None
+        file.unlink()
+
+
+def test_a_bare_folder_that_is_replaced_is_looked_at(snapshots, folder, tmp_path):
+    then = time.time() - 60
+    os.utime(folder, (then, then))
+    assert snapshots.unchanged() == snapshots.unchanged() == EMPTY
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "there.txt").write_text("before")
+    os.utime(other, (then, then))
+    folder.rmdir()
+    other.rename(folder)
+    assert snapshots.unchanged() is None
+
+
 def test_changes_and_diff(snapshots, folder):
     write(folder, same="s", gone="g\n", old="1\n2\n3\n4\n5\n6\n", text="a\nb\n", data=b"\0\1\2", tool="#!/bin/sh\n")
     before = snapshots.take()
