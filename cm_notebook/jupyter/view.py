@@ -165,7 +165,7 @@ def _static(run: Run, steps: Sequence[str] | None) -> dict[str, str]:
 
 
 def _line(words: str) -> dict[str, str]:
-    return {"text/html": f"<div>{html.faint(words)}</div>", "text/plain": words}
+    return {"text/html": html.page(html.faint(words), framed=False), "text/plain": words}
 
 
 # -- what a page is told ----------------------------------------------------------------------------------------------

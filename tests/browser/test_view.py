@@ -454,6 +454,31 @@ def test_what_an_agent_wrote_is_only_read(open_notebook):
     assert nb.page.evaluate("() => window.hacked") is None
 
 
+def test_what_stands_between_two_prices_is_no_formula(open_notebook):
+    engine = "cm.ScriptedEngine({'seller': [cm.Reply(said, cost_usd=0.25)], 'buyer': ['Bought.']})"
+    agents = "[cm.Agent('seller', 'Sell.'), cm.Agent('buyer', 'Buy.')]"
+    setup = (
+        "%load_ext cm_notebook\nimport cm_notebook as cm\nfrom IPython.display import HTML\n"
+        "said = r'It is $5 or $6. \\begin{align}x\\end{align}'\n"
+        f"flow = cm.Workflow('shop', agents={agents}, steps='seller -> buyer', max_cost_usd=0.25)\n"
+        f"run = flow.start(engine={engine}, journal=':memory:')"
+    )
+    nb = open_notebook([setup, "run", "%cm status", "%cm show seller", "run.approve(); await run;", "HTML('$a$')"])
+    for cell in (0, 1):
+        nb.run_cell(cell)
+    nb.wait_text(1, "Paused: $0.25 limit reached after seller. Continue with +$0.25?")
+    for cell in (2, 3, 4, 5):
+        nb.run_cell(cell)
+        nb.wait_done(cell)
+    formula = nb.page.locator("mjx-container")
+    nb.output(5).locator("mjx-container").wait_for()  # it is at work, and has been at the others before
+    nb.wait_text(1, "Finished: 2 of 2 done.")
+    assert "$0.25 of $0.50" in nb.text(1)
+    assert "Paused: $0.25 limit reached after seller. Continue with +$0.25?" in nb.text(2)
+    assert r"It is $5 or $6. \begin{align}x\end{align}" in nb.text(3)
+    assert formula.count() == 1
+
+
 def test_what_is_saved(open_notebook):
     nb = start(open_notebook)
     nb.wait_text(1, WAITS)
