@@ -171,9 +171,12 @@ class CMMagics(Magics):
         plan = Plan(**values, body=parse_steps(body) if body is not None else None)
         kept = self._notebook.define(plan, new=new)
         state = self._notebook.sketch()
-        if state is not None:
-            with self._notebook.current().reading() if kept else contextlib.nullcontext(state) as now:
-                shown = now if [one.step for one in now.order] == [one.step for one in state.order] else state
+        with self._notebook.current().reading() if kept else contextlib.nullcontext(state) as now:
+            written, known = ([one.step for one in (drawn.order if drawn else ())] for drawn in (state, now))
+            # where a cell for each step builds it, the run keeps those whose cells this kernel has not run yet
+            kept_all = written == known or (plan.body is None and all(step in known for step in written))
+            shown = now if kept_all else state
+            if shown is not None and shown.order:
                 self._display(svg.graph(shown, "text"), svg.graph_img(shown))
         if kept:
             print(" ".join(kept))

@@ -379,6 +379,16 @@ def in_one_go(cells: Cells, topic: str) -> None:
     cells("%%cm agent planner\nPlan {{ topic }}.", "%%cm agent implementer\nBuild it.", line)
 
 
+def test_after_a_restart_the_workflow_shows_its_run_and_not_only_steps_whose_cells_were_run(cells: Cells) -> None:
+    cells(WORKFLOW, PLANNER, IMPLEMENTER)
+    cells.to("planner")
+    cells.restart()
+    for between in ((), (PLANNER,)):
+        said = cells(*between, WORKFLOW)
+        assert "planner? (waiting)" in said
+        assert "implementer? (pending)" in said
+
+
 def test_after_a_restart_run_comes_back_to_the_same_gate(cells: Cells) -> None:
     in_one_go(cells, "shoes")
     cells("%cm run")
