@@ -663,7 +663,8 @@ def waits_for(state: RunState, step: StepState) -> str:
     for gate in state.gates.values():
         other = state.find(gate.path)
         if other.index < step.index:
-            return f"starts when {other.id} is {_HELD_BY.get(gate.kind, 'decided')}"
+            more = " and the run goes on" if state.paused else ""
+            return f"starts when {other.id} is {_HELD_BY.get(gate.kind, 'decided')}{more}"
     return "the run is paused" if state.paused and step is state.current else ""
 
 
