@@ -69,7 +69,7 @@ class Report:
     @property
     def html(self) -> str:
         """The same as an HTML table."""
-        from .render.html import inline
+        from .render.html import inline, page
 
         cell = "padding:2px 12px 2px 0;vertical-align:top;text-align:left"
         rows = []
@@ -81,7 +81,8 @@ class Report:
                 f'<th scope="row" style="{cell};white-space:nowrap">{html.escape(finding.about)}</th>\n'
                 f'<td style="{cell}">{html.escape(finding.found)}{remedy}</td>\n</tr>'
             )
-        return f'<table style="border-collapse:collapse;font-size:13px">\n{chr(10).join(rows)}\n</table>\n'
+        table = f'<table style="border-collapse:collapse;font-size:13px">\n{chr(10).join(rows)}\n</table>\n'
+        return page(table, framed=False)
 
     def __str__(self) -> str:
         return self.text

@@ -211,7 +211,7 @@ def _is_at_work(page: str, plain: str) -> bool:
 
 def _is_ours(page: str) -> bool:
     page = _SNAPSHOT.sub("", page)
-    return page.startswith(f'<div style="{html.FRAME}">\n') or html.STATUS_HEAD in page or html.RUNS_HEAD in page
+    return page.startswith(html.FRAMED) or html.STATUS_HEAD in page or html.RUNS_HEAD in page
 
 
 def _clean_data(data: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ def _clean_data(data: dict[str, Any]) -> None:
     if drawn := _TIMELINE.search(page):
         words = drawn[1] + drawn[2]
         _put(data, "text/plain", unescape(words))
-        _put(data, "text/html", f'<div style="{html.FRAME}">\n{words}</div>\n')
+        _put(data, "text/html", html.page(words))
     if not _is_ours(page):
         return
     made = "".join(_clean_page(page))

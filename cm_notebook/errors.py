@@ -257,7 +257,9 @@ def did_you_mean(wrong: object, known: Iterable[str], label: str = "Known") -> s
     import difflib  # only for who makes a mistake
 
     names = list(known)
-    near = difflib.get_close_matches(str(wrong), names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(wrong), names, n=3, cutoff=0.6)
+    near.sort(key=lambda name: sorted(name) != sorted(str(wrong)))  # two letters changed places: "stpe" is no "stop"
+    near = near or [name for name in names if wrong and name.startswith(f"{wrong}-")]
     hint = f"Did you mean {near[0]!r}? " if near else ""
     listed = ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
     return f"{hint}{label}: {listed or '(none)'}."

@@ -14,7 +14,7 @@ import re
 import shlex
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
@@ -133,6 +133,10 @@ LIMITS = (
     ),
     Option("max_tokens", "tokens that may be used before you are asked", "count", example="50000", above=0),
     Option("max_turns", "turns that may start before you are asked", "count", example="20", above=0),
+)
+_MORE = tuple(
+    replace(option, meaning=f"where a limit is reached: so many {unit} more, in place of the same again")
+    for option, unit in zip(LIMITS, ("US dollars", "tokens", "turns"), strict=True)
 )
 ON_WAITING = Option(
     "on_waiting",
@@ -297,7 +301,7 @@ COMMANDS: dict[str, Command] = {
                     "output", "the text to go on with in place of the one shown", example="'My plan'", verbatim=True
                 ),
                 Option("scope", "for how long a tool is allowed", "choice", choices=("once", "run", "always")),
-                *LIMITS,
+                *_MORE,
             ),
             examples=("%cm approve", "%cm approve --scope run", "%cm approve --max-cost 1.00"),
         ),
@@ -786,10 +790,11 @@ def usage(command: Command) -> str:
 
 
 def help_text(command: Command) -> str:
-    """What ``%cm COMMAND --help`` says."""
-    lines = [usage(command), "", command.meaning]
+    """What ``%cm COMMAND --help`` says: a screen, of at most 30 lines."""
+    lines = [usage(command), command.meaning]
     if "cell" in command.forms:
-        lines.append(f"The body of `%%cm {command.name}` is {command.body}.")
+        body = f"The body of `%%cm {command.name}` is {command.body}."
+        lines[1:] = [f"{lines[1]} {body}"] if len(lines[1] + body) < 120 else [lines[1], body]
     if command.options:
         rows = []
         for option in command.options:
@@ -802,8 +807,10 @@ def help_text(command: Command) -> str:
         width = min(44, max(len(shape) for shape, _ in rows))
         lines += ["", *(f"  {shape:<{width}}  {meaning}" for shape, meaning in rows)]
     lines += ["", f"In Python: {command.twin}"]
-    for example in command.examples:
-        lines += ["", *(f"    {line}" for line in example.splitlines())]
+    for before, example in zip(("", *command.examples), command.examples, strict=False):
+        if before and "\n" in before + example:  # a cell stands apart; lines stand below each other
+            lines.append("")
+        lines += [f"    {line}" for line in example.splitlines()]
     return "\n".join(lines)
 
 

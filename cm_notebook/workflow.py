@@ -696,7 +696,8 @@ class Workflow(Model):
         from .state import state_of
 
         state = state_of(self)
-        return {"text/plain": svg.graph(state, "text"), "text/html": svg.graph_img(state)}
+        drawn = {"text/html": svg.graph_img(state)} if state.order else {}
+        return {"text/plain": svg.graph(state, "text"), **drawn}
 
     def graph(self, format: Literal["svg", "mermaid", "text"] = "svg") -> str:
         """A picture of the steps: an SVG document, a Mermaid flowchart, or plain text."""

@@ -27,7 +27,7 @@ from ..events import EDITABLE, Decision
 from ..render import text
 from ..run import Run, both
 from ..run import runs as all_runs
-from ..runstate import RunState
+from ..runstate import Attempt, RunState
 from ..starting import check_options
 from ..steps import StepView
 from ..workflow import Agent, Step, Workflow, parse_steps
@@ -77,7 +77,7 @@ class Shown:
         else:
             view.show(thing.run, [thing.id])
 
-    TYPES = (Run, StepView, Workflow, Agent, Text, Runs, Permissions, "cm_notebook.checkup.Report")
+    TYPES = (Run, StepView, Attempt, Workflow, Agent, Text, Runs, Permissions, "cm_notebook.checkup.Report")
 
 
 @magics_class
@@ -171,9 +171,12 @@ class CMMagics(Magics):
         plan = Plan(**values, body=parse_steps(body) if body is not None else None)
         kept = self._notebook.define(plan, new=new)
         state = self._notebook.sketch()
-        if state is not None:
-            with self._notebook.current().reading() if kept else contextlib.nullcontext(state) as now:
-                shown = now if [one.step for one in now.order] == [one.step for one in state.order] else state
+        with self._notebook.current().reading() if kept else contextlib.nullcontext(state) as now:
+            written, known = ([one.step for one in (drawn.order if drawn else ())] for drawn in (state, now))
+            # where a cell for each step builds it, the run keeps those whose cells this kernel has not run yet
+            kept_all = written == known or (plan.body is None and all(step in known for step in written))
+            shown = now if kept_all else state
+            if shown is not None and shown.order:
                 self._display(svg.graph(shown, "text"), svg.graph_img(shown))
         if kept:
             print(" ".join(kept))
@@ -211,8 +214,8 @@ class CMMagics(Magics):
         after, only_add = values.pop("after", None), values.pop("no_run", False)
         agent = values.pop("agent", values["id"])
         check_options(engine=values.get("engine"))
-        if body is not None:
-            self._notebook.check_agent(agent, values["id"])
+        if body is not None and agent != values["id"]:
+            self._notebook.check_agent(agent)
         step = make(agent, prompt=body, **values)
         if only_add or body is None:
             print(f"{step.id} {_PLACED[self._notebook.place(step, after)]} Next: %cm run, or %cm next")

@@ -650,6 +650,9 @@ class Notebook:
             # what cells had allowed after it was allowed before somebody went back
             self._allowed = {step.id for step in run.state.order[: back.index]} & self._allowed
         allowed = set(reach) if exactly else self._allowed | set(reach)
+        named = [item for item in touched if not isinstance(item, Separator) and not item.prompt]
+        for agent in (agent for item in named for agent in item.agents):
+            self.check_agent(agent)
         workflow = self._fresh(touched) if run is None else self._workflow(run, touched)
         self._check_inputs(plan, workflow, given)
         if run is not None and run is not self.found:
@@ -706,8 +709,8 @@ class Notebook:
                 f"`%cm workflow {run.state.name} --new` begins another."
             )
 
-    def check_agent(self, agent: str, step: str) -> None:
-        """Refuse an agent that a step's cell names and nobody has defined: it would be made, of a misspelt name.
+    def check_agent(self, agent: str) -> None:
+        """Refuse an agent that nobody has defined: where a step's cell names it, it would be made, of a misspelt name.
 
         Raises
         ------
@@ -716,7 +719,7 @@ class Notebook:
         run, plan = self._last(), self._planned()
         made = [agent for item, _ in plan.placed.values() if item.prompt for agent in item.agents]
         known = [*(run.state.agents if run is not None else ()), *self.agents, *made]
-        if agent != step and agent not in known:
+        if agent not in known:
             hint = did_you_mean(agent, dict.fromkeys(known), "Defined")
             raise WorkflowError(f"agent {agent!r} is not defined. {hint} To define it: %%cm agent {agent}")
 

@@ -80,7 +80,7 @@ class Wait(NamedTuple):
                 return view._line(self.words(state))
             bars = "".join(html.gate_bar(state, one) for one in gates)
             ways = "\n".join(" · ".join(way.magic for way in say.ways(state, one)) for one in gates)
-            return {"text/html": f'<div style="{html.FRAME}">\n{bars}</div>\n', "text/plain": ways}
+            return {"text/html": html.page(bars), "text/plain": ways}
 
 
 class Bar(view.Display):

@@ -165,7 +165,7 @@ def _static(run: Run, steps: Sequence[str] | None) -> dict[str, str]:
 
 
 def _line(words: str) -> dict[str, str]:
-    return {"text/html": f"<div>{html.faint(words)}</div>", "text/plain": words}
+    return {"text/html": html.page(html.faint(words), framed=False), "text/plain": words}
 
 
 # -- what a page is told ----------------------------------------------------------------------------------------------
@@ -808,7 +808,7 @@ class Display:
         """Show the state as it is now; how many messages it took."""
         if self.mode == "log":
             self._lines = [*self._lines, *lines][-LOG_LINES:]
-            self.main.update({"text/plain": "\n".join(self._lines) or say.headline(state)})
+            self.main.update({"text/plain": "\n".join(self._lines) or say.run_text(state)})
             return 1
         over, was_over = self.over(state), self._over
         if over and self.loading:

@@ -61,7 +61,7 @@ def compare_html(old: RunState, new: RunState, step: str | None = None) -> str:
     )
     shown = pairs if step is not None else _different(pairs)[:MOST]
     parts = [f"<div>{html.bold(pair.id)}</div>\n{diff.side_by_side(*pair.texts, heads)}" for pair in shown]
-    return f'<div style="{html.FRAME}">\n{table if step is None else ""}{"".join(parts)}</div>\n'
+    return html.page((table if step is None else "") + "".join(parts))
 
 
 def names(old: RunState, new: RunState) -> tuple[str, str]:

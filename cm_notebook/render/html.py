@@ -5,9 +5,10 @@ with one summary line), an open gate a *bar*, the run a *header*. The live view 
 moves, so the two cannot drift apart and nothing jumps when a run ends.
 
 The saved HTML must look right where nobody trusts it: inline ``style=`` in the forms JupyterLab's sanitizer keeps, no
-style sheet, script or class; the graph is an ``<img>``. It does not know the theme: text takes the page's colour,
-backgrounds are translucent, and the colours of states are borders and marks that reach 3 : 1 on white and on #111. A
-state is always a word too. One element a line, so that a diff of a notebook is readable.
+style sheet, script or class of ours; the graph is an ``<img>``. It does not know the theme: text takes the page's
+colour, backgrounds are translucent, and the colours of states are borders and marks that reach 3 : 1 on white and on
+#111. A state is always a word too. One element a line, so that a diff of a notebook is readable. Nor may the words turn
+into formulas there, as those between two prices would (``page``).
 
 Texts of agents pass through ``markdown.to_html`` or ``_esc``, nothing else. A step shows ``STEP_LIMIT`` bytes of text,
 a run ``RUN_LIMIT`` bytes of HTML; what is left out is said, with the command that shows it.
@@ -68,6 +69,12 @@ _PRE = (
     "white-space:pre-wrap;overflow-wrap:break-word"
 )
 _CELL = f"border:1px solid {RULE};padding:2px 9px"
+
+
+_WORDS = '<div class="mathjax_ignore tex2jax_ignore"'
+"""What MathJax leaves as it is: that of JupyterLab, and that of nbconvert and nbviewer. It knows no other sign."""
+FRAMED = f'{_WORDS} style="{FRAME}">\n'
+"""The first line of what stands in a frame."""
 
 
 # -- the smallest pieces ----------------------------------------------------------------------------------------------
@@ -138,6 +145,12 @@ def _markdown(text: str) -> str:
 
 def _pre(text: str) -> str:
     return f'<pre style="{_PRE}">\n{_esc(text)}</pre>\n'  # a browser drops the first newline
+
+
+def page(inner: str, *, framed: bool = True) -> str:
+    """All that stands under a cell; JupyterLab would set what is between two ``$``, as in two prices, as a formula."""
+    head = FRAMED if framed else f"{_WORDS}>\n"
+    return f"{head}{inner}</div>\n"
 
 
 # -- a step -----------------------------------------------------------------------------------------------------------
@@ -512,7 +525,7 @@ def run_html(
         parts.append(_line(say.sentence(state, now), f"margin:8px 0 0;{_FAINT}"))
     if steps is not None:
         parts.append(_line(place_words(state, chosen)))
-    return f'<div style="{FRAME}">\n{"".join(parts)}</div>\n'
+    return page("".join(parts))
 
 
 def gates_of(state: RunState, steps: Sequence[str] | None = None) -> list[Gate]:
@@ -747,7 +760,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[in
 def rows_html(head: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> str:
     """Rows of texts as a table, the first of each being a name as it is typed, and a note below."""
     cells = [[f'<code style="{_CODE}">{_esc(name)}</code>', *map(_esc, rest)] for name, *rest in rows]
-    return f"<div>\n{table(head, cells)}{_line(note)}</div>\n"
+    return page(table(head, cells) + _line(note), framed=False)
 
 
 STATUS_HEAD = table(say.STATUS_COLUMNS, [], right=(2, 3, 4, 5)).partition("</tr>")[0]
@@ -762,7 +775,7 @@ def status_html(state: RunState, now: float | None = None) -> str:
         rows.append([f"<b>{_esc(cells[0])}</b>", pill(seen), *(_esc(cell) for cell in cells[2:])])
     said = _line(" · ".join(filter(None, (say.source(state), say.sentence(state, now)))))
     name = f"<div><b>{_esc(one_line(state.name, 80))}</b></div>\n"
-    return f"<div>\n{name}{table(say.STATUS_COLUMNS, rows, right=(2, 3, 4, 5))}{said}</div>\n"
+    return page(f"{name}{table(say.STATUS_COLUMNS, rows, right=(2, 3, 4, 5))}{said}", framed=False)
 
 
 def find_attempt(step: StepState, number: int | None) -> Attempt:
@@ -796,7 +809,7 @@ def diff_html(state: RunState, step: StepState, a: int = -2, b: int = -1, *, col
     why = _line(f"Attempt {old.number}: {said}") if said else ""
     heads = f"attempt {old.number}", f"attempt {new.number}"
     made = diff.side_by_side(old.text, new.text, heads) if columns else diff.between(old.text, new.text)
-    return f'<div style="{FRAME}">\n{head}{why}{made}</div>\n'
+    return page(head + why + made)
 
 
 def show_html(state: RunState, step: StepState, attempt: int | None = None, full: bool = False) -> str:
@@ -806,7 +819,7 @@ def show_html(state: RunState, step: StepState, attempt: int | None = None, full
         body = card(state, step, open=True, full=full)
         if step.gate is not None:
             body += gate_bar(state, step.gate, beside=True, again=False)
-        return f'<div style="{FRAME}">\n{body}</div>\n'
+        return page(body)
     chosen = find_attempt(step, attempt)
     words = [
         f"attempt {chosen.number} of {step.attempt}",
@@ -821,7 +834,7 @@ def show_html(state: RunState, step: StepState, attempt: int | None = None, full
     files = "".join(map(_line, say.files_notes(step, chosen)))
     if chosen.files_total:
         files += _fold(say.files_words(chosen), _files(step, chosen, limit))
-    return f'<div style="{FRAME}">\n{head}{output}{_errors(step, chosen)}{files}{sent}</div>\n'
+    return page(f"{head}{output}{_errors(step, chosen)}{files}{sent}")
 
 
 def runs_html(runs: Iterable[tuple[str, str, str, float]]) -> str:
@@ -834,4 +847,4 @@ def runs_html(runs: Iterable[tuple[str, str, str, float]]) -> str:
     if not rows:
         return _line("There are no runs yet.")
     made = table(("Run", "Workflow", "State", "Started"), rows)
-    return f"<div>\n{made}{_line('To go on with one: `%cm resume RUN`')}</div>\n"
+    return page(made + _line("To go on with one: `%cm resume RUN`"), framed=False)

@@ -743,4 +743,4 @@ def _text(state: RunState) -> str:
             lines.append(line)
             line = "   "
         line += f"{' ' if line.strip() else ''}{arrow}{part}"
-    return "\n".join([*lines, line] if line.strip() else lines)
+    return "\n".join([*lines, line] if line.strip() else lines) or f"{one_line(state.name, 80)}: no steps"

@@ -652,6 +652,10 @@ def _again(state: RunState, step: StepState, in_s: float | None) -> str:
     return f"again{wait} ({tried + 1} of {step.step.retries + 1})"
 
 
+_HELD_BY = {"review": "approved", "question": "done", "permission": "done", "budget": "done", "start": "done"}
+"""By the kind of its gate: what a step must be before the next one starts; done, where the gate only lets it go on."""
+
+
 def waits_for(state: RunState, step: StepState) -> str:
     """Why a step that has not begun does not run: ``starts when planner is approved``; ``""`` if nothing holds it."""
     if state.ended is not None or step.status not in ("pending", "ready"):
@@ -659,7 +663,8 @@ def waits_for(state: RunState, step: StepState) -> str:
     for gate in state.gates.values():
         other = state.find(gate.path)
         if other.index < step.index:
-            return f"starts when {other.id} is {'approved' if gate.kind == 'review' else 'decided'}"
+            more = " and the run goes on" if state.paused else ""
+            return f"starts when {other.id} is {_HELD_BY.get(gate.kind, 'decided')}{more}"
     return "the run is paused" if state.paused and step is state.current else ""
 
 

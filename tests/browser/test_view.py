@@ -454,6 +454,31 @@ def test_what_an_agent_wrote_is_only_read(open_notebook):
     assert nb.page.evaluate("() => window.hacked") is None
 
 
+def test_what_stands_between_two_prices_is_no_formula(open_notebook):
+    engine = "cm.ScriptedEngine({'seller': [cm.Reply(said, cost_usd=0.25)], 'buyer': ['Bought.']})"
+    agents = "[cm.Agent('seller', 'Sell.'), cm.Agent('buyer', 'Buy.')]"
+    setup = (
+        "%load_ext cm_notebook\nimport cm_notebook as cm\nfrom IPython.display import HTML\n"
+        "said = r'It is $5 or $6. \\begin{align}x\\end{align}'\n"
+        f"flow = cm.Workflow('shop', agents={agents}, steps='seller -> buyer', max_cost_usd=0.25)\n"
+        f"run = flow.start(engine={engine}, journal=':memory:')"
+    )
+    nb = open_notebook([setup, "run", "%cm status", "%cm show seller", "run.approve(); await run;", "HTML('$a$')"])
+    for cell in (0, 1):
+        nb.run_cell(cell)
+    nb.wait_text(1, "Paused: $0.25 limit reached after seller. Continue with +$0.25?")
+    for cell in (2, 3, 4, 5):
+        nb.run_cell(cell)
+        nb.wait_done(cell)
+    formula = nb.page.locator("mjx-container")
+    nb.output(5).locator("mjx-container").wait_for()  # it is at work, and has been at the others before
+    nb.wait_text(1, "Finished: 2 of 2 done.")
+    assert "$0.25 of $0.50" in nb.text(1)
+    assert "Paused: $0.25 limit reached after seller. Continue with +$0.25?" in nb.text(2)
+    assert r"It is $5 or $6. \begin{align}x\end{align}" in nb.text(3)
+    assert formula.count() == 1
+
+
 def test_what_is_saved(open_notebook):
     nb = start(open_notebook)
     nb.wait_text(1, WAITS)
@@ -658,6 +683,60 @@ def test_each_kind_of_gate_has_its_buttons(open_notebook, picture):
 
 def buttons(bar):
     return [node.text_content() for node in bar.get_by_role("button").all()]
+
+
+THRIFTY = """
+%load_ext cm_notebook
+import cm_notebook as cm
+from cm_notebook.jupyter.view import show
+used = dict(usage=cm.Usage(input_tokens=60, output_tokens=40), cost_usd=0.25)
+asks = cm.Reply("One moment.", tool_calls=[{"name": "ask_human", "arguments": {"question": "Which database?"}}], **used)
+def start(*said):
+    script = cm.ScriptedEngine({"writer": [*said, cm.Reply("It is written.", **used)]})
+    flow = cm.Workflow("thrifty", agents=[cm.Agent("writer", "Write.")], steps="writer")
+    run = flow.start(engine=script, journal=":memory:", max_cost_usd=0.25)
+    show(run)
+    return run
+"""
+KNOWN = "[(run['writer'].attempts[0].text, len(run['writer'].attempts), run.cost_usd, run.status)]"
+
+
+def test_a_limit_that_is_reached_in_the_midst_of_a_turn(open_notebook, picture):
+    go_on = "Continue with +$0.25"
+    cells = [THRIFTY, "run = start(asks, asks)", KNOWN, "%cm approve --max-cost 0.10", "run = start(asks)", KNOWN]
+    nb = open_notebook(cells)
+
+    def answer(cell, words):
+        nb.wait_text(cell, "writer is waiting for your answer")
+        nb.output(cell).get_by_role("textbox").fill(words)
+        nb.click("button", "Answer", cell=cell)
+        nb.wait_text(cell, f"Answered: “{words}”")
+
+    for cell in (0, 1):
+        nb.run_cell(cell)
+    answer(1, "SQLite")
+    nb.wait_text(1, "Paused: $0.25 limit reached after writer. Continue with +$0.25?")
+    bar = nb.output(1).locator(".cm-bar .cm-buttons").first
+    assert [text.strip() for text in buttons(bar)] == [go_on + "A", "Stop"]
+    assert nb.accessibility_violations(1) == []
+    picture(nb, "kind-budget", 1)
+    assert value(nb, 3) == "writer: +$0.10 permitted by you, " + nb.text(3).strip()[-6:]  # another amount
+    answer(1, "the other one")  # the same turn has gone on, and what it cost counts against the new limit
+    nb.wait_text(1, "Paused: $0.35 limit reached after writer. Continue with +$0.25?")
+    nb.save()
+    nb.reload()
+    nb.wait_text(1, "Paused: $0.35 limit reached")
+    nb.by_role("button", go_on, cell=1).dblclick()
+    nb.wait_text(1, "Finished: 1 of 1 done.")
+    assert value(nb, 2) == "[('It is written.', 1, 0.75, 'completed')]"
+
+    nb.run_cell(4)
+    answer(4, "none")
+    nb.wait_text(4, "limit reached after writer")
+    nb.output(4).locator(".cm-bar").get_by_role("button", name="Stop", exact=True).click()
+    nb.wait_text(4, "Stopped by you at writer")
+    assert value(nb, 5) == "[('', 1, 0.25, 'stopped')]"
+    assert nb.console_errors == []
 
 
 ASK = """

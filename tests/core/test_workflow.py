@@ -464,3 +464,7 @@ def test_a_step_stays_as_it_was_checked() -> None:
     flow.agents[0].prompt, flow.inputs["goal"] = "Do more.", "x"
     flow.steps.append(step("a", id="b"))
     assert (kept.agents[0].prompt, kept.inputs, [item.id for item in kept.executable]) == ("Do it.", {}, ["a"])
+
+
+def test_one_without_steps_says_so_where_it_is_shown() -> None:
+    assert Workflow("later")._repr_mimebundle_() == {"text/plain": "later: no steps"}

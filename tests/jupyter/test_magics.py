@@ -379,6 +379,16 @@ def in_one_go(cells: Cells, topic: str) -> None:
     cells("%%cm agent planner\nPlan {{ topic }}.", "%%cm agent implementer\nBuild it.", line)
 
 
+def test_after_a_restart_the_workflow_shows_its_run_and_not_only_steps_whose_cells_were_run(cells: Cells) -> None:
+    cells(WORKFLOW, PLANNER, IMPLEMENTER)
+    cells.to("planner")
+    cells.restart()
+    for between in ((), (PLANNER,)):
+        said = cells(*between, WORKFLOW)
+        assert "planner? (waiting)" in said
+        assert "implementer? (pending)" in said
+
+
 def test_after_a_restart_run_comes_back_to_the_same_gate(cells: Cells) -> None:
     in_one_go(cells, "shoes")
     cells("%cm run")
@@ -739,6 +749,32 @@ def test_an_agent_that_nobody_defined_is_refused(cells: Cells, line: str) -> Non
     assert [step.id for step in cells.run] == ["planner"]
     cells("%%cm step reviewer --agent writer\nLook.", "%%cm step again --agent planner\nLook.")
     assert [step.id for step in cells.run] == ["planner", "reviewer", "again"]
+
+
+@pytest.mark.parametrize("line", ["%cm run", "%cm next"])
+@pytest.mark.parametrize("before", ["%%cm workflow w\nwriter -> reviewer", "%cm workflow w\n%cm step reviewer"])
+def test_an_agent_that_is_missing_is_named_with_the_cell_that_defines_it(cells: Cells, before: str, line: str) -> None:
+    cells("%%cm agent writer\nWrite.", before)
+    said = error(cells, line)
+    assert "agent 'reviewer' is not defined. Defined: writer. To define it: %%cm agent reviewer" in said
+    assert cells.book.run is None
+
+
+def test_an_attempt_is_shown_once(cells: Cells) -> None:
+    cells(WORKFLOW, PLANNER)
+    cells.to("planner")
+    cells("%cm show planner --attempt 1")
+    assert len(cells.shown) == 1
+    assert cells.result.text == cells.run["planner"].attempts[0].text
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [("%cm stpe planner", "step"), ("%cm reveiw", None), ("%cm pasue", "pause"), ("%cm mode step", "step-by-step")],
+)
+def test_what_was_meant(cells: Cells, line: str, meant: str | None) -> None:
+    said = error(cells, line)
+    assert (f"Did you mean '{meant}'?" in said) if meant else ("Did you mean 're" in said)
 
 
 def test_an_input_that_nothing_reads_is_refused(cells: Cells) -> None:

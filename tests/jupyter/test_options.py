@@ -191,6 +191,7 @@ def test_help_is_text_and_nothing_else_happens() -> None:
         said = options.read(f"{name} --help").help
         assert said is not None
         assert COMMANDS[name].meaning in said
+        assert len(said.splitlines()) <= 30, "it is a screen"
     assert all(name in (options.read("--help").help or "") for name in COMMANDS)
 
 

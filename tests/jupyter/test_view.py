@@ -273,6 +273,14 @@ def test_log_is_lines(notebook):
     assert Widget.made == []
 
 
+def test_log_of_a_run_that_waits_already_says_for_what(notebook):
+    run = begin()
+    gate(run)
+    view.show(run, mode="log")
+    until(lambda: "planner is waiting for you" in notebook.shown[0]["text/plain"], "the gate")
+    assert "%cm approve" in notebook.shown[0]["text/plain"]
+
+
 def test_a_gates_bar_stands_alone_and_the_card_stays(notebook):
     run = begin()
     view.show(run, ["planner"])

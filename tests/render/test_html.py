@@ -15,7 +15,7 @@ import pytest
 
 from cm_notebook.errors import TransitionError
 from cm_notebook.events import NOT_CALLED, Rewound
-from cm_notebook.render import html, text
+from cm_notebook.render import compare, html, text
 from cm_notebook.workflow import agent, step
 from tests.render import builder
 from tests.render.builder import SITUATIONS, Story
@@ -26,7 +26,7 @@ TAGS = {
     *("table", "thead", "tbody", "tr", "th", "td", "ul", "ol", "li", "blockquote", "hr", "br"),
 }
 ATTRIBUTES = {
-    "*": {"style", "role", "aria-level", "title", "tabindex", "aria-label"},
+    "*": {"style", "class", "role", "aria-level", "title", "tabindex", "aria-label"},
     "details": {"open"},
     "img": {"src", "alt", "width", "height"},
     "a": {"href", "rel", "target"},
@@ -148,6 +148,17 @@ def test_golden(name: str) -> None:
         GOLDEN.mkdir(exist_ok=True)
         path.write_text(made, encoding="utf-8", newline="\n")
     assert made == path.read_text(encoding="utf-8"), "changed on purpose? CM_UPDATE_GOLDEN=1 writes it anew"
+
+
+def test_what_stands_between_two_prices_is_no_formula() -> None:
+    story = builder.finished()
+    state, done = story.state, story.state.order[0]
+    pages = [html.run_html(state), html.run_html(state, [done.id]), html.status_html(state)]
+    pages += [html.show_html(state, done), html.show_html(state, done, 1)]
+    pages += [html.runs_html([(state.run_id, "a", "completed", 0.0)])]
+    pages += [compare.compare_html(state, state), html.rows_html(("Setting",), [("CM.engine",)], "")]
+    for page in pages:
+        assert re.match('<div class="mathjax_ignore tex2jax_ignore"[ >]', page), page[:200]
 
 
 def test_a_tape_gives_the_same_bytes_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:

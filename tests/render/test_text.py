@@ -265,6 +265,22 @@ def test_how_a_tool_is_allowed() -> None:
         assert story.lines[-1] == f"cm: a {words}"
 
 
+@pytest.mark.parametrize(
+    ("story", "words"),
+    [
+        (Story("a? -> b").answer("A"), "starts when a is approved"),
+        (
+            Story("a? -> b").record(RunPaused(reason="lunch")).answer("A"),
+            "starts when a is approved and the run goes on",
+        ),
+        (Story("a -> b").ask("Which?"), "starts when a is done"),
+        (Story("a -> b").fail("No key"), "starts when a is decided"),
+    ],
+)
+def test_what_a_step_waits_for(story: Story, words: str) -> None:
+    assert text.waits_for(story.state, story.state.steps["b"]) == words
+
+
 def test_what_state_the_run_is_in() -> None:
     assert text.sentence(builder.looping().state) == "implementer is running (pass 3). Next: quality-gate."
     assert text.sentence(builder.finished().state) == "Finished: 5 of 5 done."
