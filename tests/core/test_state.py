@@ -673,6 +673,13 @@ def test_a_template_may_place_the_reason_itself() -> None:
     assert (driver.prompt("a", 1), driver.prompt("a", 2)) == ("1: ", "2: name the tests")
 
 
+def test_the_number_of_the_pass_alone_does_not_keep_the_reason_away() -> None:
+    script = {"gate": [loop("name the tests"), go_on()]}
+    driver = run(work("a", "pass {{ loop.iteration }}"), gate(1, 3), script=script)
+    assert driver.prompt("a", 1) == "pass 1"
+    assert driver.prompt("a", 2) == "pass 2\n\n## Not accepted yet by gate (pass 2)\n\nname the tests"
+
+
 def test_the_reason_is_that_of_the_loop_that_went_back() -> None:
     script = {"inner": [go_on(), go_on()], "outer": [loop("too long"), go_on()]}
     steps = [work("a", "{{ loop.reason }}"), gate(1, 3, "inner"), gate(2, 3, "outer")]
