@@ -17,8 +17,8 @@ from typing import Any
 from . import allowed, waiting
 from . import state as meaning
 from .driving import Driver
-from .errors import AlreadyDecided, CodeMachineError, TransitionError
-from .events import Action, AnyEvent, Decision, Gate, GateDecided, RunFinished, StepFailed, TellingFailed
+from .errors import AlreadyDecided, CodeMachineError, TransitionError, brief, did_you_mean
+from .events import AnyEvent, Decision, Gate, GateDecided, RunFinished, StepFailed, TellingFailed
 from .runstate import RunState
 from .starting import GatePolicy
 from .tools import read_arguments
@@ -94,16 +94,21 @@ class Answers:
         else:
             self._unanswered(gate)
 
-    def _ask_policy(self, gate: Gate, policy: Callable[[Gate], Decision | Action | None]) -> None:
+    def _ask_policy(self, gate: Gate, policy: Callable[[Gate], Any]) -> None:
         decision: Decision | None = None
         try:
-            said = policy(gate)
+            said = waiting.called(policy, gate)
             if isinstance(said, str):
+                if said not in gate.actions:
+                    can = did_you_mean(said, gate.actions, "Possible")
+                    raise TransitionError(f"on_gate returned {said!r} for the {gate.kind} gate of {gate.step!r}. {can}")
                 decision = Decision(action=said, feedback=POLICY_FEEDBACK if said == "reject" else None, by="on_gate")
             elif isinstance(said, Decision):
                 decision = said.model_copy(update={"by": "on_gate"})
             elif said is not None:
-                raise TransitionError(f"on_gate returned {said!r}; it returns a Decision, an action's name or None.")
+                raise TransitionError(
+                    f"on_gate returned {brief(said)}; it returns a Decision, an action's name or None."
+                )
             if decision is not None:
                 self.check_decision(gate, decision)
         except Exception as error:

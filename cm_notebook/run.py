@@ -135,7 +135,8 @@ class Run:
             :class:`~cm_notebook.workflow.Workflow`.
         on_gate
             Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
-            that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open. ``"approve"``
+            (sync or async; on a thread of its own) that gets the gate and returns a ``Decision``, an action's name, or
+            ``None`` to leave it open. ``"approve"``
             approves gates of kind ``budget`` too, each time for the same amount again; mode ``unattended`` never does.
         on_waiting
             Tells somebody that a gate is open: called once for each gate that a person has to answer, by each process

@@ -1580,6 +1580,11 @@ def test_nobody_there_stops_at_the_gate_and_says_what_to_do() -> None:
     assert run.wait(10).status == "completed"
 
 
+async def later(gate: cm.Gate) -> str:
+    await asyncio.sleep(0)
+    return "approve"
+
+
 @pytest.mark.usefixtures("headless")
 @pytest.mark.parametrize(
     ("policy", "status", "attempts"),
@@ -1591,6 +1596,7 @@ def test_nobody_there_stops_at_the_gate_and_says_what_to_do() -> None:
             "completed",
             2,
         ),
+        (later, "completed", 1),
     ],
 )
 def test_a_policy_answers(policy: Any, status: str, attempts: int) -> None:
@@ -1655,6 +1661,24 @@ def test_a_policy_that_raises_ends_the_run() -> None:
     run = start("planner?", on_gate=policy)
     with pytest.raises(RuntimeError, match="policy is broken"):
         run.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("aprove", "on_gate returned 'aprove' for the review gate of 'planner'. Did you mean 'approve'?"),
+        (
+            "answer",
+            "on_gate returned 'answer' for the review gate of 'planner'. Possible: approve, reject, skip, stop.",
+        ),
+        (True, "on_gate returned True; it returns a Decision, an action's name or None."),
+    ],
+)
+def test_what_a_policy_returns_is_refused_by_its_name(said: Any, words: str) -> None:
+    run = start("planner?", on_gate=lambda gate: said)
+    with pytest.raises(cm.TransitionError) as refused:
+        run.wait(10)
+    assert words in str(refused.value)
 
 
 def test_current_is_the_last_one() -> None:
