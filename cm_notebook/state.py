@@ -163,6 +163,7 @@ def _run_started(state: RunState, event: RunStarted) -> None:
 
 
 def _run_resumed(state: RunState, event: RunResumed) -> None:
+    state.broke_off_at = state.at
     state.ended, state.ended_at, state.reason = None, None, ""  # an end decided on before a crash still comes
     state.paused, state.pause_reason, state.back_at = False, "", None
     state.resumed.append(event)

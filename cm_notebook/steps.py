@@ -86,7 +86,7 @@ class StepView:
 
     @property
     def output(self) -> Any:
-        """The validated value, as JSON-ready data; ``None`` when the agent gave only text.
+        """The validated value, as JSON-ready data; ``None`` when the agent gave only text, or was skipped.
 
         Raises
         ------
@@ -94,7 +94,7 @@ class StepView:
         """
         with self.run.reading():
             step = self._settled()
-            return step.attempts[-1].output if step.attempts else None
+            return step.attempts[-1].output if step.approved is not None and step.attempts else None
 
     def _settled(self) -> StepState:
         step = self._step

@@ -1182,6 +1182,14 @@ def test_an_edited_output_keeps_its_fields() -> None:
     assert run["planner"].attempts[-1].note is None
 
 
+def test_a_step_that_is_skipped_has_no_output() -> None:
+    run = fields("x")
+    gate(run)
+    run.skip().wait(10)
+    assert (run["planner"].text, run["planner"].output) == ("", None)
+    assert run["planner"].attempts[-1].output is not None, "what was tried stays to be seen"
+
+
 def test_an_edit_fits_the_class_of_what_the_function_returned() -> None:
     run = fields("{{ planner.title }}")
     opened = gate(run)

@@ -54,6 +54,7 @@ from cm_notebook.events import (
     TurnFinished,
     TurnStarted,
     Usage,
+    UsageReported,
     WorkflowChanged,
 )
 from cm_notebook.prompts import digest, text_of
@@ -873,6 +874,35 @@ def test_answers_are_not_asked_for_again_after_any_number_of_cuts() -> None:
         driver.cut()
     assert driver.go().text("a") == "said"
     assert len(driver.opened) == 3
+
+
+@pytest.mark.parametrize("by", ["a decision", "run.stop()"])
+def test_the_time_that_a_question_stood_open_is_not_the_turns_own(by: str) -> None:
+    driver = at_gate("question")
+    driver.record(ModeChanged(mode="step-by-step"))  # a second goes by
+    if by == "a decision":
+        driver.decide("stop")
+    else:
+        driver.cut("stopped by you")
+    last = driver.state.steps["b"].last
+    assert last.cut_short
+    assert last.asked_s == 2.0
+    assert last.duration_s == (2.0 if by == "a decision" else 1.0), "from its start to the question, and its end"
+
+
+@pytest.mark.parametrize("ends", ["cut short", "it was to be tried again"])
+def test_the_time_in_which_nobody_drove_the_run_is_not_the_turns_own(ends: str) -> None:
+    driver = Driver(Workflow("W", steps=[work("a")]), {"a": [Reply(error="busy", retry_in_s=4.0)]}).until_running("a")
+    driver.record(UsageReported(step="a", path="a", attempt=1, usage=Usage(input_tokens=1)))
+    if ends != "cut short":
+        driver.end(driver.state.steps["a"])
+    heard = driver.state.at
+    driver.record(RunResumed())
+    driver.cut()
+    last = driver.state.steps["a"].last
+    assert (last.cut_short, last.ended_at) == ("its process died", heard)
+    driver.until_running("a").cut()
+    assert driver.state.steps["a"].last.duration_s == 1.0, "of the next one it is known"
 
 
 def test_stopped_while_asking_it_asks_again() -> None:
