@@ -56,7 +56,7 @@ from .events import (
 )
 from .feed import Feed
 from .journal import AnyJournal
-from .loops import SLICE_S, quietly, running_loop
+from .loops import SLICE_S, Pulse, quietly, running_loop
 from .presence import nobody_there
 from .prompts import digest, text_of
 from .runstate import Record, RunState, StartTurn, StepState
@@ -157,12 +157,15 @@ class Driver:
             if not reply.done():
                 self._check_turning()
                 self._schedule()
+            pulse = Pulse(self.loop)
             while not reply.done():
                 with contextlib.suppress(TimeoutError):
                     reply.exception(timeout=SLICE_S)
                 self.check_loop()
                 if self.lost is not None and not reply.done():
                     raise self.lost
+                if (held := pulse.held()) is not None and not reply.done():
+                    raise CodeMachineError(f"Nothing was changed: {held}")
         except BaseException:
             with self.lock, contextlib.suppress(ValueError):
                 self._inbox.remove(entry)  # nobody asks for it any more

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import cm_notebook as cm
+from cm_notebook import loops
 from cm_notebook.engines.base import AgentRequest, Delta, SessionStarted, TurnDone
 from cm_notebook.events import (
     AnyEvent,
@@ -1687,6 +1688,31 @@ def test_what_a_policy_returns_is_refused_by_its_name(said: Any, words: str) -> 
     with pytest.raises(cm.TransitionError) as refused:
         run.wait(10)
     assert words in str(refused.value)
+
+
+def test_an_async_function_that_holds_the_loop_is_named_to_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "STILL_S", 0.0)
+    began, may_end = threading.Event(), threading.Event()
+
+    @cm.agent("a")
+    async def holds(turn: cm.Turn) -> str:
+        began.set()
+        may_end.wait(60)
+        return "x"
+
+    words = r"the loop of all runs has stood still .* holds \(.*test_run.py, line \d+\) .*does not await\. Write it as"
+    run = cm.Workflow("w", agents=[holds], steps="a").start(journal=":memory:")
+    try:
+        assert began.wait(20)
+        with pytest.raises(cm.CodeMachineError, match=f"Nothing was changed: {words}"):
+            run.stop()
+        with pytest.raises(cm.CodeMachineError, match=f"Nothing was changed: {words}"):
+            start("b")
+        with pytest.raises(RuntimeWarning, match=words):  # as warnings are errors here
+            run.wait(60)
+    finally:
+        may_end.set()
+    assert run.wait(20).status == "completed"
 
 
 def test_current_is_the_last_one() -> None:
