@@ -191,7 +191,7 @@ class Driver:
     def go_on(self, proposal: Callable[[], list[AnyEvent]]) -> None:
         """As :meth:`propose`, but a run that has ended is resumed for it."""
         if self.loop is None or self.loop.is_closed():
-            raise TransitionError(f"run {self.id!r} is not driven here. Resume it first: cm.resume({self.id!r}).")
+            raise self._not_here()
 
         lost, driven = self.lost, self.driving
 
@@ -614,9 +614,17 @@ class Driver:
         with self.lock:
             going_on = self.driving or self.rested
         if not going_on:
-            raise TransitionError(f"run {self.id!r} is not driven here. Go on with it: cm.resume({self.id!r}).")
+            raise self._not_here()
         if not self.rested:
             self._check_turning()
+
+    def _not_here(self) -> TransitionError:
+        if self.journal.driven(self.id):
+            return TransitionError(
+                f"run {self.id!r} is driven elsewhere, by another process or by the run that cm.resume returned: ask "
+                "that one. Here it can be read and decided."
+            )
+        return TransitionError(f"run {self.id!r} is not driven here. Go on with it: cm.resume({self.id!r}).")
 
     def check_loop(self) -> None:
         """A run whose loop was closed is driven no more."""

@@ -124,6 +124,8 @@ def apply(state: RunState, event: AnyEvent) -> None:
     elif not begun:
         raise TransitionError(f"{kind} comes before RunStarted.")
     elif state.ended is not None and kind not in ("RunResumed", "RunForked", "GateDecided"):
+        if state.ended == "completed":
+            raise TransitionError(f"run {state.run_id!r} is completed: there is nothing left to go on with in it.")
         raise TransitionError(f"run {state.run_id!r} is {state.ended}; resume it first.")
     _HANDLERS[kind](state, event)
     state.at, state.seq = event.at, event.seq
