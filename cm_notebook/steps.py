@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import GatePending, TransitionError
+from .errors import GatePending, TransitionError, typed
 from .events import FileChange, Gate, Usage
 from .runstate import Attempt, StepState, standing, status_word
 from .state import prompt_of
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 def _decide(gate: Gate) -> str:
     """What to do about `gate`: its first action is the one that goes on."""
     first = gate.actions[0]
-    return f"Decide here (or `%cm {first}{' …' if first == 'answer' else ''}`), then run this cell again."
+    words = "'…'" if first == "answer" else ""
+    return typed(
+        f"Decide here (or `%cm {first}{' …' if words else ''}`), then run this cell again.",
+        f"Decide in another terminal: cm-notebook {first} {gate.id.partition('/')[0]}{' --text …' if words else ''}",
+        f"Decide first: run.{first}({words}).",
+    )
 
 
 class StepView:

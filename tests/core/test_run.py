@@ -786,7 +786,9 @@ async def test_stream_begins_with_what_is_written_already() -> None:
 def test_a_result_that_is_not_there_says_why() -> None:
     run = start("planner? -> implementer")
     gate(run)
-    with pytest.raises(cm.GatePending, match='"planner" is waiting for your decision') as pending:
+    with pytest.raises(
+        cm.GatePending, match=r'"planner" is waiting for your decision. Decide first: run\.approve\(\)\.$'
+    ) as pending:
         _ = run["planner"].text
     assert pending.value.gate is not None
     with pytest.raises(
