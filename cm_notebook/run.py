@@ -531,10 +531,10 @@ class Run:
             gate = meaning.gate_of(self._driver.state, gate_id)
             if digest is not None and digest != gate.digest:
                 raise AlreadyDecided(f"{gate.step!r} shows something else by now; nothing was changed. Look again.")
-            self._answers.check_decision(gate, decision)
-            if decision.scope == "always":  # first, as the run may ask again at once
+            kept = self._answers.checked(gate, decision)
+            if kept.scope == "always":  # first, as the run may ask again at once
                 self._answers.allow_always(gate)
-            return [GateDecided(gate_id=gate_id, decision=decision)]
+            return [GateDecided(gate_id=gate_id, decision=kept)]
 
         self._driver.propose(propose)
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import json
 import math
 import re
 import threading
@@ -1191,6 +1192,29 @@ def test_a_step_that_is_skipped_has_no_output() -> None:
     run.skip().wait(10)
     assert (run["planner"].text, run["planner"].output) == ("", None)
     assert run["planner"].attempts[-1].output is not None, "what was tried stays to be seen"
+
+
+@pytest.mark.parametrize("by", ["a person", "a policy"])
+def test_an_edit_has_the_fields_that_its_class_adds(by: str) -> None:
+    class Estimate(BaseModel):
+        title: str
+        hours: float = 8
+
+    @cm.agent("planner")
+    def estimates(turn: cm.Turn) -> Estimate:
+        return Estimate(title="Build it", hours=3)
+
+    agents = [estimates, cm.Agent("coder", "{{ planner.title }} in {{ planner.hours }} h.")]
+    flow = cm.Workflow("fields", agents=agents, steps="planner? -> coder")
+    edit = cm.Decision(action="approve", output='{"title": "Größer"}')
+    run = flow.start(engine=Echo(), journal=":memory:", on_gate=(lambda gate: edit) if by == "a policy" else None)
+    if by == "a person":
+        gate(run)
+        run.approve(output=edit.output)
+    run.wait(10)
+    assert run["planner"].output == {"title": "Größer", "hours": 8.0}
+    assert run["coder"].prompt == "Größer in 8.0 h."
+    assert json.loads(run["planner"].text) == run["planner"].output
 
 
 def test_an_edit_fits_the_class_of_what_the_function_returned() -> None:
