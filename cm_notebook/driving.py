@@ -164,7 +164,7 @@ class Driver:
                 self.check_loop()
                 if self.lost is not None and not reply.done():
                     raise self.lost
-                if (held := pulse.held()) is not None and not reply.done():
+                if not reply.done() and (held := pulse.held()) is not None:
                     raise CodeMachineError(f"Nothing was changed: {held}")
         except BaseException:
             with self.lock, contextlib.suppress(ValueError):

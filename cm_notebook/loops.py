@@ -172,7 +172,8 @@ def run_sync(
         piece = _next_slice(deadline, timeout_s)
         with contextlib.suppress(TimeoutError, concurrent.futures.CancelledError):
             future.exception(timeout=piece)
-        pulse.warn()
+        if not future.done():
+            pulse.warn()
     return future.result()
 
 
@@ -202,7 +203,8 @@ async def wait_detached(
         piece = _next_slice(deadline, timeout_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(finished.wait(), piece)
-        pulse.warn()
+        if not future.done():
+            pulse.warn()
     return future.result()
 
 
