@@ -9,6 +9,7 @@ that a person has to answer, here or elsewhere, ``on_waiting`` tells somebody.
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from typing import Any
 from . import allowed, waiting
 from . import state as meaning
 from .driving import Driver
-from .errors import AlreadyDecided, CodeMachineError, TransitionError
-from .events import Action, AnyEvent, Decision, Gate, GateDecided, RunFinished, StepFailed, TellingFailed
+from .errors import AlreadyDecided, CodeMachineError, TransitionError, brief, did_you_mean
+from .events import AnyEvent, Decision, Gate, GateDecided, RunFinished, StepFailed, TellingFailed
 from .runstate import RunState
 from .starting import GatePolicy
 from .tools import read_arguments
@@ -94,18 +95,23 @@ class Answers:
         else:
             self._unanswered(gate)
 
-    def _ask_policy(self, gate: Gate, policy: Callable[[Gate], Decision | Action | None]) -> None:
+    def _ask_policy(self, gate: Gate, policy: Callable[[Gate], Any]) -> None:
         decision: Decision | None = None
         try:
-            said = policy(gate)
+            said = waiting.called(policy, gate)
             if isinstance(said, str):
+                if said not in gate.actions:
+                    can = did_you_mean(said, gate.actions, "Possible")
+                    raise TransitionError(f"on_gate returned {said!r} for the {gate.kind} gate of {gate.step!r}. {can}")
                 decision = Decision(action=said, feedback=POLICY_FEEDBACK if said == "reject" else None, by="on_gate")
             elif isinstance(said, Decision):
                 decision = said.model_copy(update={"by": "on_gate"})
             elif said is not None:
-                raise TransitionError(f"on_gate returned {said!r}; it returns a Decision, an action's name or None.")
+                raise TransitionError(
+                    f"on_gate returned {brief(said)}; it returns a Decision, an action's name or None."
+                )
             if decision is not None:
-                self.check_decision(gate, decision)
+                decision = self.checked(gate, decision)
         except Exception as error:
             self._driver.error = error
             reason = f"on_gate at {gate.step}: {error}"
@@ -191,8 +197,11 @@ class Answers:
 
     # -- what is answered ---------------------------------------------------------------------------------------------
 
-    def check_decision(self, gate: Gate, decision: Decision) -> None:
-        """Refuse an answer that does not fit, also by what its agent and the tool take, where they are known here."""
+    def checked(self, gate: Gate, decision: Decision) -> Decision:
+        """The decision as it is to be kept: an edited value is whole, with what its class adds to it.
+
+        One that does not fit is refused, also by what its agent and the tool take, where they are known here.
+        """
         meaning.check_decision(gate, decision)
         agent = self._work.agents.get(self._driver.state.find(gate.path).step.agent)
         prompt = decision.output if gate.kind == "start" else decision.prompt
@@ -200,15 +209,19 @@ class Answers:
             raise TransitionError(f"the prompt for {gate.path!r} is empty. Write what the agent should do.")
         model = self._work.model(gate.path) if gate.kind in ("review", "exhausted") else None
         if model is not None and decision.output is not None:
-            wrong = fitted(model, decision.output)[1]
+            value, wrong = fitted(model, decision.output)
             if wrong is not None:
                 raise TransitionError(f"the edited text does not fit {model.__name__}: {wrong}")
+            if value != json.loads(decision.output):
+                whole = json.dumps(value, indent=2, ensure_ascii=False)
+                decision = decision.model_copy(update={"output": whole})
         tool = self._work.tool(gate.path, meaning.tool_of(gate)[0]) if gate.kind == "permission" else None
         if tool is not None and decision.output is not None and tool.checker is not None:
             try:
                 tool.check(read_arguments(decision.output))
             except ValueError as error:
                 raise TransitionError(f"{tool.name} does not take these arguments: {error}.") from None
+        return decision
 
     def allow_always(self, gate: Gate) -> None:
         """Put the tool that the gate asks for on the person's own list.

@@ -56,7 +56,7 @@ from .events import (
 )
 from .feed import Feed
 from .journal import AnyJournal
-from .loops import SLICE_S, quietly, running_loop
+from .loops import SLICE_S, Pulse, quietly, running_loop
 from .presence import nobody_there
 from .prompts import digest, text_of
 from .runstate import Record, RunState, StartTurn, StepState
@@ -160,12 +160,15 @@ class Driver:
             if not reply.done():
                 self._check_turning()
                 self._schedule()
+            pulse = Pulse(self.loop)
             while not reply.done():
                 with contextlib.suppress(TimeoutError):
                     reply.exception(timeout=SLICE_S)
                 self.check_loop()
                 if self.lost is not None and not reply.done():
                     raise self.lost
+                if not reply.done() and (held := pulse.held()) is not None:
+                    raise CodeMachineError(f"Nothing was changed: {held}")
         except BaseException:
             with self.lock, contextlib.suppress(ValueError):
                 self._inbox.remove(entry)  # nobody asks for it any more
@@ -191,7 +194,7 @@ class Driver:
     def go_on(self, proposal: Callable[[], list[AnyEvent]]) -> None:
         """As :meth:`propose`, but a run that has ended is resumed for it."""
         if self.loop is None or self.loop.is_closed():
-            raise TransitionError(f"run {self.id!r} is not driven here. Resume it first: cm.resume({self.id!r}).")
+            raise self._not_here()
 
         lost, driven = self.lost, self.driving
 
@@ -614,9 +617,17 @@ class Driver:
         with self.lock:
             going_on = self.driving or self.rested
         if not going_on:
-            raise TransitionError(f"run {self.id!r} is not driven here. Go on with it: cm.resume({self.id!r}).")
+            raise self._not_here()
         if not self.rested:
             self._check_turning()
+
+    def _not_here(self) -> TransitionError:
+        if self.journal.driven(self.id):
+            return TransitionError(
+                f"run {self.id!r} is driven elsewhere, by another process or by the run that cm.resume returned: ask "
+                "that one. Here it can be read and decided."
+            )
+        return TransitionError(f"run {self.id!r} is not driven here. Go on with it: cm.resume({self.id!r}).")
 
     def check_loop(self) -> None:
         """A run whose loop was closed is driven no more."""

@@ -237,6 +237,15 @@ def typed(magic: str, command: str, call: str | None = None) -> str:
     return magic if has_magic or call is None else call
 
 
+def brief(value: object) -> str:
+    """What was given, for a message: on one line and not long, whatever it is."""
+    try:
+        said = " ".join(repr(value).split())
+    except Exception:
+        said = f"a {type(value).__name__}"
+    return said if len(said) <= 120 else f"{said[:80]}…{said[-30:]}"
+
+
 def did_you_mean(wrong: object, known: Iterable[str], label: str = "Known") -> str:
     """The end of an error message: the nearest valid name, and all of them.
 

@@ -24,12 +24,17 @@ from typing import Any, TypeVar
 from .errors import CodeMachineError
 
 T = TypeVar("T")
+_OURS = __file__.removesuffix("loops.py")
 
 SLICE_S = 0.25
 """Longest wait in one piece: ipykernel's interrupt of an awaiting cell is noticed only when its loop wakes, and on
 Windows a blocked thread hears Ctrl+C only between waits."""
 
+STILL_S = 10.0
+"""After so long a loop that does not answer is said to stand still."""
+
 _lock = threading.Lock()
+_thread: threading.Thread | None = None
 _loop: asyncio.AbstractEventLoop | None = None
 _left_behind: list[asyncio.AbstractEventLoop] = []
 
@@ -39,14 +44,15 @@ def engine_loop() -> asyncio.AbstractEventLoop:
 
     Where threads do not exist (Pyodide) it is the host's own loop.
     """
-    global _loop
+    global _loop, _thread
     with _lock:
         if _loop is None or _loop.is_closed():
             if sys.platform == "emscripten":
                 _loop = asyncio.get_event_loop()
             else:
                 _loop = asyncio.new_event_loop()
-                threading.Thread(target=_loop.run_forever, name="cm-engine", daemon=True).start()
+                _thread = threading.Thread(target=_loop.run_forever, name="cm-engine", daemon=True)
+                _thread.start()
         return _loop
 
 
@@ -73,6 +79,61 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+class Pulse:
+    """Feels, for who waits on another thread, whether the engine's loop turns.
+
+    An async function that computes long, or waits without ``await``, holds it: then no time-out counts, no other run
+    goes on, and nothing can be decided, so whoever waits has to be told.
+    """
+
+    __slots__ = ("_answered", "_asked_at", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self._loop = loop
+        self._answered = True
+        self._asked_at = 0.0
+
+    def held(self) -> str | None:
+        """What holds the loop, in a sentence, once it has stood still for long; to be asked again and again."""
+        if self._loop is None or self._loop is not _loop:
+            return None  # a loop of the user's may be at work for them
+        if self._answered:
+            self._answered, self._asked_at = False, time.monotonic()
+            quietly(self._loop, self._answer)
+            return None
+        still = time.monotonic() - self._asked_at
+        who = _at_work() if still >= STILL_S else None
+        if who is None:
+            return None
+        return (
+            f"the loop of all runs has stood still for {still:.0f} s: {who} is async, works on it and does not await. "
+            "Write it as a plain function (def), which has a thread of its own."
+        )
+
+    def warn(self) -> None:
+        """Say it as a warning, once."""
+        held = self.held()
+        if held is not None:
+            import warnings
+
+            self._loop = None
+            warnings.warn(held, RuntimeWarning, stacklevel=4)
+
+    def _answer(self) -> None:
+        self._answered = True
+
+
+def _at_work() -> str | None:
+    """The function that is at work on the engine's thread, if it is not one of ours."""
+    frame = sys._current_frames().get(_thread.ident or 0) if _thread is not None else None
+    called = None
+    while frame is not None and not frame.f_code.co_filename.startswith(_OURS):
+        called, frame = frame, frame.f_back
+    if frame is None or called is None:
+        return None
+    return f"{called.f_code.co_name} ({called.f_code.co_filename}, line {called.f_lineno})"
 
 
 def run_sync(
@@ -105,12 +166,14 @@ def run_sync(
             "wait() was called on the event loop that does the work, which would stand still for ever. "
             "Use `await` here instead."
         )
-    deadline = _deadline(timeout_s)
+    deadline, pulse = _deadline(timeout_s), Pulse(loop or _loop)
     while not future.done():
         _check_open(loop)
         piece = _next_slice(deadline, timeout_s)
         with contextlib.suppress(TimeoutError, concurrent.futures.CancelledError):
             future.exception(timeout=piece)
+        if not future.done():
+            pulse.warn()
     return future.result()
 
 
@@ -134,12 +197,14 @@ async def wait_detached(
             here.call_soon_threadsafe(finished.set)
 
     future.add_done_callback(wake)
-    deadline = _deadline(timeout_s)
+    deadline, pulse = _deadline(timeout_s), Pulse(loop or _loop)
     while not future.done():
         _check_open(loop)
         piece = _next_slice(deadline, timeout_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(finished.wait(), piece)
+        if not future.done():
+            pulse.warn()
     return future.result()
 
 

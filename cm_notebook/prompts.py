@@ -165,6 +165,10 @@ def _check_hole(
         named = names[hole.name]
         if named in earlier or any(item.id in loop and named in loop for loop in loops):
             return
+        if named in item.voices:
+            raise WorkflowError(
+                f"step {item.id!r} uses {written}, its own output, which is there only in a loop that goes over it."
+            )
         raise WorkflowError(
             f"step {item.id!r} uses {written}, which has not run by then. Put {named!r} before {item.id!r}."
         )
@@ -284,7 +288,8 @@ def _step_prompt(
     if not template:
         return (), None  # a function without a prompt reads its Turn
     parsed = parse(template, step.step.raw)
-    names = {hole.name for hole in holes(template, step.step.raw)}
+    found = holes(template, step.step.raw)
+    names = {hole.name for hole in found}
     feedback = redo.feedback if redo is not None else None
     if feedback is not None and (last := _repeated(step, names)) is not None:
         if continues:
@@ -297,7 +302,7 @@ def _step_prompt(
         parts = tuple(_filled(state, step, part, feedback) if isinstance(part, Hole) else part for part in parsed)
     if step.turn > 1:
         return parts + (_edit_block(step) if continues else ()), None
-    if step.looped_by is not None and "loop" not in names:
+    if step.looped_by is not None and not any((hole.name, hole.field) == ("loop", "reason") for hole in found):
         parts += _loop_block(state, step.looped_by, step.iteration)
     context = None if _names_a_step(state, templates, step.step.raw) else _context(state, step)
     return parts, context

@@ -135,7 +135,8 @@ class Run:
             :class:`~cm_notebook.workflow.Workflow`.
         on_gate
             Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
-            that gets the gate and returns a ``Decision``, an action's name, or ``None`` to leave it open. ``"approve"``
+            (sync or async; on a thread of its own) that gets the gate and returns a ``Decision``, an action's name, or
+            ``None`` to leave it open. ``"approve"``
             approves gates of kind ``budget`` too, each time for the same amount again; mode ``unattended`` never does.
         on_waiting
             Tells somebody that a gate is open: called once for each gate that a person has to answer, by each process
@@ -530,10 +531,10 @@ class Run:
             gate = meaning.gate_of(self._driver.state, gate_id)
             if digest is not None and digest != gate.digest:
                 raise AlreadyDecided(f"{gate.step!r} shows something else by now; nothing was changed. Look again.")
-            self._answers.check_decision(gate, decision)
-            if decision.scope == "always":  # first, as the run may ask again at once
+            kept = self._answers.checked(gate, decision)
+            if kept.scope == "always":  # first, as the run may ask again at once
                 self._answers.allow_always(gate)
-            return [GateDecided(gate_id=gate_id, decision=decision)]
+            return [GateDecided(gate_id=gate_id, decision=kept)]
 
         self._driver.propose(propose)
         return self

@@ -527,6 +527,8 @@ class RunState(Plain):
     origin: Origin | None = None
     """Of a fork."""
     resumed: list[RunResumed] = field(default_factory=list)
+    broke_off_at: float = 0.0
+    """When the last thing was heard of it before it was resumed, the last time."""
     untold: dict[str, str] = field(default_factory=dict)
     """By gate: why nobody was told that it is open."""
     started_at: float = 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from . import waiting
@@ -17,7 +17,8 @@ from .errors import CodeMachineError, WorkflowError, did_you_mean
 from .events import Action, AnyEvent, Decision, Gate, WorkflowChanged
 from .waiting import OnWaiting
 
-GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], "Decision | Action | None"]
+_Said = Decision | Action | None
+GatePolicy = Literal["approve", "reject", "stop"] | Callable[[Gate], _Said | Awaitable[_Said]]
 
 
 def check_options(

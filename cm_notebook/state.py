@@ -124,6 +124,8 @@ def apply(state: RunState, event: AnyEvent) -> None:
     elif not begun:
         raise TransitionError(f"{kind} comes before RunStarted.")
     elif state.ended is not None and kind not in ("RunResumed", "RunForked", "GateDecided"):
+        if state.ended == "completed":
+            raise TransitionError(f"run {state.run_id!r} is completed: there is nothing left to go on with in it.")
         raise TransitionError(f"run {state.run_id!r} is {state.ended}; resume it first.")
     _HANDLERS[kind](state, event)
     state.at, state.seq = event.at, event.seq
@@ -163,6 +165,7 @@ def _run_started(state: RunState, event: RunStarted) -> None:
 
 
 def _run_resumed(state: RunState, event: RunResumed) -> None:
+    state.broke_off_at = state.at
     state.ended, state.ended_at, state.reason = None, None, ""  # an end decided on before a crash still comes
     state.paused, state.pause_reason, state.back_at = False, "", None
     state.resumed.append(event)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import GatePending, TransitionError
+from .errors import GatePending, TransitionError, typed
 from .events import FileChange, Gate, Usage
 from .runstate import Attempt, StepState, standing, status_word
 from .state import prompt_of
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 def _decide(gate: Gate) -> str:
     """What to do about `gate`: its first action is the one that goes on."""
     first = gate.actions[0]
-    return f"Decide here (or `%cm {first}{' …' if first == 'answer' else ''}`), then run this cell again."
+    words = "'…'" if first == "answer" else ""
+    return typed(
+        f"Decide here (or `%cm {first}{' …' if words else ''}`), then run this cell again.",
+        f"Decide in another terminal: cm-notebook {first} {gate.id.partition('/')[0]}{' --text …' if words else ''}",
+        f"Decide first: run.{first}({words}).",
+    )
 
 
 class StepView:
@@ -86,7 +91,7 @@ class StepView:
 
     @property
     def output(self) -> Any:
-        """The validated value, as JSON-ready data; ``None`` when the agent gave only text.
+        """The validated value, as JSON-ready data; ``None`` when the agent gave only text, or was skipped.
 
         Raises
         ------
@@ -94,7 +99,7 @@ class StepView:
         """
         with self.run.reading():
             step = self._settled()
-            return step.attempts[-1].output if step.attempts else None
+            return step.attempts[-1].output if step.approved is not None and step.attempts else None
 
     def _settled(self) -> StepState:
         step = self._step

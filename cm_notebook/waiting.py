@@ -89,14 +89,19 @@ def _finish() -> None:
         thread.join(max(0.0, end - time.monotonic()))
 
 
-def _call(function: Callable[[Gate], object], gate: Gate) -> str:
-    async def wait_for(made: Any) -> None:
-        await made
+def called(function: Callable[[Gate], Any], gate: Gate) -> Any:
+    """What a person's function says about `gate`; an async one has a loop of its own on this thread."""
 
+    async def wait_for(made: Any) -> Any:
+        return await made
+
+    made = function(gate)
+    return asyncio.run(wait_for(made)) if inspect.isawaitable(made) else made
+
+
+def _call(function: Callable[[Gate], object], gate: Gate) -> str:
     try:
-        made = function(gate)
-        if inspect.isawaitable(made):
-            asyncio.run(wait_for(made))
+        called(function, gate)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -5,6 +5,7 @@ A workflow is a list of steps; each step names the agent that does the work. The
 ``planner -> implementer -> quality-gate(loop 1, max 5) -> deployer?`` is a second spelling of that list.
 """
 
+import inspect
 import json
 import operator
 import os
@@ -24,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticSerializationError, core_schema
 
-from .errors import WorkflowError, by_name, did_you_mean
+from .errors import WorkflowError, brief, by_name, did_you_mean
 from .plain import not_json
 from .tools import Tool, as_tool, implementation_of
 
@@ -70,7 +71,10 @@ def fill(model: BaseModel, data: Mapping[str, Any]) -> None:
 
 
 def _one_line(model: type[BaseModel], data: Mapping[str, Any], error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    problem = next(
+        (each for each in problems if each["type"] == "extra_forbidden"), problems[0]
+    )  # it says what is meant
     first, *rest = problem["loc"] or ("",)
     where = ".".join(str(part) for part in (first, *(part for part in rest if isinstance(part, int))))
     subject = _subject(model, data)
@@ -82,7 +86,7 @@ def _one_line(model: type[BaseModel], data: Mapping[str, Any], error: Validation
     said = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:  # about the whole
         return f"{subject}: {said}."
-    return f"{subject}: {where}={problem['input']!r} is not valid: {said}."
+    return f"{subject}: {where}={brief(problem['input'])} is not valid: {said}."
 
 
 def _subject(model: type[BaseModel], data: Mapping[str, Any]) -> str:
@@ -187,7 +191,7 @@ class Verdict(Model):
 
 def _tools(given: Any) -> tuple[Tool, ...]:
     if isinstance(given, (Tool, str)) or not isinstance(given, Iterable):
-        raise WorkflowError(f"tools={given!r} is not a list of tools. Write tools=[…].")
+        raise WorkflowError(f"tools={brief(given)} is not a list of tools. Write tools=[…].")
     tools = tuple(as_tool(each) for each in given)
     names = [each.name for each in tools]
     for name in names:
@@ -199,7 +203,7 @@ def _tools(given: Any) -> tuple[Tool, ...]:
 def _output(given: Any) -> Any:
     if given is None or isinstance(given, Mapping) or (isinstance(given, type) and issubclass(given, BaseModel)):
         return given
-    raise WorkflowError(f"output={given!r} is not a pydantic class. Define one: class Plan(pydantic.BaseModel): …")
+    raise WorkflowError(f"output={brief(given)} is not a pydantic class. Define one: class Plan(pydantic.BaseModel): …")
 
 
 def _output_schema(given: Any) -> Any:
@@ -293,11 +297,28 @@ def agent(id: str, **options: Any) -> Callable[[_Function], Agent]:
         raise WorkflowError('@cm.agent needs a name: write @cm.agent("quality-gate") above the function.')
 
     def decorate(function: _Function) -> Agent:
+        _check_takes_turn(id, function)
         made = Agent(id=id, function=function, implementation=implementation_of(function), **options)
         made.__doc__ = function.__doc__
         return made
 
     return decorate
+
+
+def _check_takes_turn(id: str, function: Any) -> None:
+    """Refuse a function that cannot be called with a turn, before a run has come to it."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # no function, which is said elsewhere; or written in C, and says nothing of itself
+        return
+    try:
+        signature.bind(None)
+    except TypeError as misfit:
+        name = getattr(function, "__name__", "work")
+        raise WorkflowError(
+            f"agent {id!r}: its function is called with the turn alone, and {name} cannot be: {misfit}. "
+            f"Write def {name if name.isidentifier() else 'work'}(turn: cm.Turn) -> str."
+        ) from None
 
 
 def _gate_default(given: Any) -> Any:
@@ -322,7 +343,7 @@ class Step(Fixed):
     gate: GatePlace = "after"
     gate_timeout_s: Amount | None = Field(default=None, gt=0, allow_inf_nan=False)
     gate_default: Annotated[GateDefault | None, BeforeValidator(_gate_default)] = None
-    timeout_s: Amount | None = Field(default=None, gt=0)
+    timeout_s: Amount | None = Field(default=None, gt=0, allow_inf_nan=False)
     retries: Count = Field(default=2, ge=0)
     idempotent: StrictBool = True
     raw: StrictBool = False
@@ -639,6 +660,7 @@ class Workflow(Model):
             data["steps"] = parse_steps(steps)
         elif isinstance(steps, (list, tuple)):
             data["steps"] = [as_step(number, item) for number, item in enumerate(steps, 1)]
+        _check_agents(name, data.get("agents"))
         mode = data.get("autonomous_mode", True)
         if mode not in ("never", "always") and not isinstance(mode, bool):
             raise WorkflowError(
@@ -751,7 +773,7 @@ class Workflow(Model):
         merged: list[Agent] = []
         described = data.get("agents", [])
         if not isinstance(described, list) or not all(isinstance(item, (Agent, Mapping)) for item in described):
-            raise WorkflowError(f"workflow {data['name']!r}: agents={described!r} is not a list of agents.")
+            raise WorkflowError(f"workflow {data['name']!r}: agents={brief(described)} is not a list of agents.")
         for item in described:
             made = item if isinstance(item, Agent) else Agent(**{"id": "", **item})
             if made.missing is not None:
@@ -766,6 +788,22 @@ class Workflow(Model):
         known = {item.id for item in merged}
         merged += [item for item in given.values() if item.id not in known]
         return cls(**{**data, "agents": merged})
+
+
+def _check_agents(workflow: Any, given: Any) -> None:
+    """Refuse what is easily taken for a list of agents."""
+    where = f"workflow {workflow!r}"
+    if isinstance(given, Agent):
+        raise WorkflowError(f"{where}: agents is a list, and {given.id!r} is one agent. Write agents=[…].")
+    for item in given if isinstance(given, (list, tuple)) else ():
+        if callable(item) and not isinstance(item, Agent):
+            raise WorkflowError(f"{where}: {_no_agent_yet(item)}")
+
+
+def _no_agent_yet(function: Any) -> str:
+    name = getattr(function, "__name__", type(function).__name__)
+    called = name.replace("_", "-") if _NAME.fullmatch(name) else "quality-gate"
+    return f'{name} is a function, and no agent yet. Write @cm.agent("{called}") above it.'
 
 
 def complete_agents(agents: Iterable[Agent], steps: Iterable[AnyStep]) -> list[Agent]:
@@ -846,7 +884,7 @@ def check_inputs(inputs: Any) -> None:
     """Refuse inputs that a journal cannot keep, by name."""
     if not isinstance(inputs, Mapping):
         raise WorkflowError(
-            f"inputs={inputs!r} is not a dict of names and values, for instance {{'goal': 'a todo CLI'}}."
+            f"inputs={brief(inputs)} is not a dict of names and values, for instance {{'goal': 'a todo CLI'}}."
         )
     for name, value in inputs.items():
         if not isinstance(name, str) or name in RESERVED:
@@ -896,11 +934,23 @@ def as_step(number: int, item: Any) -> AnyStep:
         if not isinstance(kind, str) or kind not in _KINDS:
             hint = did_you_mean(str(kind), _KINDS, "Kinds")
             raise WorkflowError(f"step {number}: kind={kind!r} is not known. {hint}")
-        return _KINDS[kind](**{str(name): value for name, value in item.items()})
+        try:
+            return _KINDS[kind](**{str(name): value for name, value in item.items()})
+        except WorkflowError as error:
+            if item.get("id") or item.get("agent"):
+                raise
+            raise WorkflowError(f"step {number}: {str(error).removeprefix(f'{kind}: ')}") from None  # it has no name
     if isinstance(item, str):
         return Step(agent=item)
+    if isinstance(item, Agent):
+        raise WorkflowError(
+            f"step {number}: an agent is not a step. Write its name, {item.id!r}, or cm.step({item.id!r}), and the "
+            "agent in agents=[…]."
+        )
+    if callable(item):
+        raise WorkflowError(f"step {number}: {_no_agent_yet(item)} Then write its name here.")
     raise WorkflowError(
-        f"step {number}: {item!r} is not a step. "
+        f"step {number}: {brief(item)} is not a step. "
         "Use cm.step(…), cm.module(…), cm.parallel(…), cm.separator(…) or a name."
     )
 

@@ -30,7 +30,7 @@ from ..workflow import Module, Parallel, Verdict, limits_of
 from .budgets import grant
 from .files import forget_files, take_back
 from .gates import gate_of, tool_of
-from .moves import advance, ask_again, close, settle, trust
+from .moves import advance, ask_again, asked_until, close, settle, trust
 from .places import want_place
 from .texts import take_fields
 from .verdicts import conclude, go_back, next_prompt
@@ -107,6 +107,7 @@ def _stop_at(state: RunState, step: StepState, gate: Gate, due: Due | None, deci
     state.ending = ("stopped", reason)
     if gate.kind in ASKED_BY_TURNS:
         step.status = "asking"  # its turn is cut short next
+        asked_until(step, gate, decision.at)
     elif gate.kind == "stale":
         step.status, step.stale = "finished", True
     elif gate.kind == "start":
@@ -231,10 +232,9 @@ def _allow(state: RunState, step: StepState, gate: Gate, decision: Decision, seq
 
 def _answered(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
     """The turn that had asked goes on, a member as soon as it has a place; the time it waited is not its own."""
-    last = step.attempts[-1]
-    last.asked_s += max(0.0, decision.at - gate.opened_at)
+    asked_until(step, gate, decision.at)
     if step.caller:
-        step.status, step.answered, last.waits_since = "asking", gate.id, decision.at
+        step.status, step.answered, step.attempts[-1].waits_since = "asking", gate.id, decision.at
         want_place(state, step)
     else:
         step.status = "running"

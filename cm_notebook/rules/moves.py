@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Literal, cast
 
 from ..errors import TransitionError
-from ..events import ASKED_BY_TURNS, GateKind, LoopedBack, Ref, Rewound, StepOutdated, StepSkipped
+from ..events import ASKED_BY_TURNS, Gate, GateKind, LoopedBack, Ref, Rewound, StepOutdated, StepSkipped
 from ..runstate import Due, Loop, Redo, RunState, StepState
 from ..workflow import Module, Parallel
 from .budgets import release
@@ -269,6 +269,11 @@ def close(state: RunState, step: StepState, *, reopen: bool = False) -> None:
     elif kind not in ASKED_BY_TURNS:
         step.status = "due"
         owe_member(state, step)
+
+
+def asked_until(step: StepState, gate: Gate, at: float) -> None:
+    """The turn of `step` waited for a person from when `gate` opened until now: that time is not its own."""
+    step.attempts[-1].asked_s += max(0.0, at - gate.opened_at)
 
 
 def ask_again(step: StepState) -> None:

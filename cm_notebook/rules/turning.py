@@ -28,7 +28,7 @@ from ..workflow import Parallel
 from .budgets import budgets_of, pay, used_up
 from .files import begin_files
 from .members import check_alone, end_calls, keep_team, waited
-from .moves import begun, close, doubt_later, next_attempt, owe
+from .moves import asked_until, begun, close, doubt_later, next_attempt, owe
 from .places import owe_member, take_place, want_place
 from .texts import take_fields
 from .transitions import met
@@ -196,6 +196,7 @@ def turn_failed(state: RunState, event: TurnFailed) -> None:
 def turn_cut_short(state: RunState, event: TurnCutShort) -> None:
     """The turn did not end: it is run again, or a person says whether it had its effect."""
     step, last = _turn_met(state, event)
+    at = _ended_at(state, last, event)
     if step.status == "waiting":
         if step is not state.held_retry:
             raise TransitionError(f"no turn of {step.path!r} is under way.")
@@ -203,9 +204,11 @@ def turn_cut_short(state: RunState, event: TurnCutShort) -> None:
     if step.status != "retrying" and not isinstance(step.step, Parallel):
         heapq.heappush(state.ordinals[step.step.agent].free, last.ordinal)
     state.backing_off.pop(step.path, None)
-    _stop_running(state, step, event.at)
+    _stop_running(state, step, at)
     pay(state, step, last, event)
-    last.cut_short, last.ended_at = event.reason or "stopped", event.at
+    if last.ended_at is not None:  # it was to be tried again
+        last.asked_s += max(0.0, at - last.ended_at)
+    last.cut_short, last.ended_at = event.reason or "stopped", at
     state.loose = True
     step.retry_at = None
     step.resent += step.answers
@@ -221,6 +224,16 @@ def turn_cut_short(state: RunState, event: TurnCutShort) -> None:
         owe_member(state, step)
 
 
+def _ended_at(state: RunState, last: Attempt, event: TurnCutShort) -> float:
+    """When the turn was cut short: one whose process had died, when the last thing was heard of the run."""
+    if not state.resumed:
+        return event.at
+    here = last.started_at > state.broke_off_at  # a parallel step, which has no prompt of its own
+    if last.turns:
+        here = last.turns[-1] > state.resumed[-1].seq
+    return event.at if here else state.broke_off_at
+
+
 def _stop_running(state: RunState, step: StepState, at: float) -> None:
     """It runs no more; a question it had asked is void, and so are the calls it had made."""
     state.running.pop(step.path, None)
@@ -229,6 +242,8 @@ def _stop_running(state: RunState, step: StepState, at: float) -> None:
         waited(step.attempts[-1], at)
         step.answered = None
     keep_team(step)
+    if step.gate is not None:
+        asked_until(step, step.gate, at)
     close(state, step)
 
 

@@ -599,6 +599,9 @@ def test_a_second_process_is_locked_out_and_may_still_decide(tmp_path: Path) -> 
         "try: cm.resume(run_id, journal=path)\n"
         "except cm.RunLocked as error: print('locked', error)\n"
         "other = cm.Run.open(run_id, path)\n"
+        "for ask in (other.wait, other.next):\n"
+        "    try: ask()\n"
+        "    except cm.TransitionError as error: print('elsewhere', error)\n"
         "print(other.gates[0].id)\n"
         "other.decide(gate, cm.Decision(action='approve', by='the other process'))\n"
         "try: other.decide(gate, cm.Decision(action='skip'))\n"
@@ -610,7 +613,9 @@ def test_a_second_process_is_locked_out_and_may_still_decide(tmp_path: Path) -> 
         text=True,
         check=True,
     )
-    first, second, third = done.stdout.splitlines()
+    first, *asked, second, third = done.stdout.splitlines()
+    assert len(asked) == 2
+    assert all("is driven elsewhere, by another process or" in each for each in asked), "cm.resume would be refused"
     assert first.startswith("locked")
     assert "driven by another process" in first
     assert second == opened.id

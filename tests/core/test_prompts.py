@@ -136,6 +136,7 @@ WRONG: list[tuple[list[Step], str]] = [
     ([step("a", prompt=["x", "{{ goal }}"])], "step 'a'"),
     ([step("a", prompt="{{ b }}"), step("b", prompt="x")], "Put 'b' before 'a'"),
     ([step("a", prompt="{{ b_c }}"), step("b-c", prompt="x")], "Put 'b-c' before 'a'"),
+    ([step("a", prompt="{{ a }}")], r"uses \{\{ a \}\}, its own output, which is there only in a loop"),
     ([step("a", prompt="{{ b }}"), step("b", prompt="x"), module("gate", prompt="x", loop_steps=1)], "Put 'b' before"),
     (
         [step("a", prompt="{{ c }}"), module("b", prompt="x"), step("c", prompt="x"), module("d", prompt="x")],

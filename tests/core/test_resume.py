@@ -58,8 +58,22 @@ def test_resuming_what_is_driven_here_gives_the_same_run(tmp_path: Path) -> None
     assert cm.resume(run.id, journal=tmp_path / "j.db") is run
 
 
+def test_a_handle_from_before_the_stop_says_who_drives_the_run_now(tmp_path: Path) -> None:
+    run = five_steps().start(engine=cm.ScriptedEngine(SCRIPT), journal=tmp_path / "j.db")
+    gate(run)
+    run.stop().wait(10)
+    again = cm.resume(run.id, five_steps(), journal=tmp_path / "j.db", engine=cm.ScriptedEngine(SCRIPT))
+    gate(again)
+    with pytest.raises(cm.TransitionError, match=r"driven elsewhere, .* or by the run that cm\.resume returned"):
+        run.wait(10)
+    again.stop()
+
+
 def test_a_completed_run_is_not_resumed() -> None:
     run = whole()
+    for ask in (run.pause, run.unpause):
+        with pytest.raises(cm.TransitionError, match="is completed: there is nothing left"):
+            ask()
     with pytest.raises(cm.TransitionError, match=r"is completed\. Start a new one"):
         cm.resume(run.id, journal=run._journal)
 

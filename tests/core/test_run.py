@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import json
 import math
 import re
 import threading
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 import cm_notebook as cm
+from cm_notebook import loops
 from cm_notebook.engines.base import AgentRequest, Delta, SessionStarted, TurnDone
 from cm_notebook.events import (
     AnyEvent,
@@ -785,7 +787,9 @@ async def test_stream_begins_with_what_is_written_already() -> None:
 def test_a_result_that_is_not_there_says_why() -> None:
     run = start("planner? -> implementer")
     gate(run)
-    with pytest.raises(cm.GatePending, match='"planner" is waiting for your decision') as pending:
+    with pytest.raises(
+        cm.GatePending, match=r'"planner" is waiting for your decision. Decide first: run\.approve\(\)\.$'
+    ) as pending:
         _ = run["planner"].text
     assert pending.value.gate is not None
     with pytest.raises(
@@ -1180,6 +1184,37 @@ def test_an_edited_output_keeps_its_fields() -> None:
     assert run["coder"].prompt == "Rebuild it in 5 h."
     assert run["planner"].output == {"title": "Rebuild it", "hours": 5}
     assert run["planner"].attempts[-1].note is None
+
+
+def test_a_step_that_is_skipped_has_no_output() -> None:
+    run = fields("x")
+    gate(run)
+    run.skip().wait(10)
+    assert (run["planner"].text, run["planner"].output) == ("", None)
+    assert run["planner"].attempts[-1].output is not None, "what was tried stays to be seen"
+
+
+@pytest.mark.parametrize("by", ["a person", "a policy"])
+def test_an_edit_has_the_fields_that_its_class_adds(by: str) -> None:
+    class Estimate(BaseModel):
+        title: str
+        hours: float = 8
+
+    @cm.agent("planner")
+    def estimates(turn: cm.Turn) -> Estimate:
+        return Estimate(title="Build it", hours=3)
+
+    agents = [estimates, cm.Agent("coder", "{{ planner.title }} in {{ planner.hours }} h.")]
+    flow = cm.Workflow("fields", agents=agents, steps="planner? -> coder")
+    edit = cm.Decision(action="approve", output='{"title": "Größer"}')
+    run = flow.start(engine=Echo(), journal=":memory:", on_gate=(lambda gate: edit) if by == "a policy" else None)
+    if by == "a person":
+        gate(run)
+        run.approve(output=edit.output)
+    run.wait(10)
+    assert run["planner"].output == {"title": "Größer", "hours": 8.0}
+    assert run["coder"].prompt == "Größer in 8.0 h."
+    assert json.loads(run["planner"].text) == run["planner"].output
 
 
 def test_an_edit_fits_the_class_of_what_the_function_returned() -> None:
@@ -1580,6 +1615,11 @@ def test_nobody_there_stops_at_the_gate_and_says_what_to_do() -> None:
     assert run.wait(10).status == "completed"
 
 
+async def later(gate: cm.Gate) -> str:
+    await asyncio.sleep(0)
+    return "approve"
+
+
 @pytest.mark.usefixtures("headless")
 @pytest.mark.parametrize(
     ("policy", "status", "attempts"),
@@ -1591,6 +1631,7 @@ def test_nobody_there_stops_at_the_gate_and_says_what_to_do() -> None:
             "completed",
             2,
         ),
+        (later, "completed", 1),
     ],
 )
 def test_a_policy_answers(policy: Any, status: str, attempts: int) -> None:
@@ -1655,6 +1696,49 @@ def test_a_policy_that_raises_ends_the_run() -> None:
     run = start("planner?", on_gate=policy)
     with pytest.raises(RuntimeError, match="policy is broken"):
         run.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("aprove", "on_gate returned 'aprove' for the review gate of 'planner'. Did you mean 'approve'?"),
+        (
+            "answer",
+            "on_gate returned 'answer' for the review gate of 'planner'. Possible: approve, reject, skip, stop.",
+        ),
+        (True, "on_gate returned True; it returns a Decision, an action's name or None."),
+    ],
+)
+def test_what_a_policy_returns_is_refused_by_its_name(said: Any, words: str) -> None:
+    run = start("planner?", on_gate=lambda gate: said)
+    with pytest.raises(cm.TransitionError) as refused:
+        run.wait(10)
+    assert words in str(refused.value)
+
+
+def test_an_async_function_that_holds_the_loop_is_named_to_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "STILL_S", 0.0)
+    began, may_end = threading.Event(), threading.Event()
+
+    @cm.agent("a")
+    async def holds(turn: cm.Turn) -> str:
+        began.set()
+        may_end.wait(60)
+        return "x"
+
+    words = r"the loop of all runs has stood still .* holds \(.*test_run.py, line \d+\) .*does not await\. Write it as"
+    run = cm.Workflow("w", agents=[holds], steps="a").start(journal=":memory:")
+    try:
+        assert began.wait(20)
+        with pytest.raises(cm.CodeMachineError, match=f"Nothing was changed: {words}"):
+            run.stop()
+        with pytest.raises(cm.CodeMachineError, match=f"Nothing was changed: {words}"):
+            start("b")
+        with pytest.raises(RuntimeWarning, match=words):  # as warnings are errors here
+            run.wait(60)
+    finally:
+        may_end.set()
+    assert run.wait(20).status == "completed"
 
 
 def test_current_is_the_last_one() -> None:

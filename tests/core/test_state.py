@@ -54,6 +54,7 @@ from cm_notebook.events import (
     TurnFinished,
     TurnStarted,
     Usage,
+    UsageReported,
     WorkflowChanged,
 )
 from cm_notebook.prompts import digest, text_of
@@ -673,6 +674,13 @@ def test_a_template_may_place_the_reason_itself() -> None:
     assert (driver.prompt("a", 1), driver.prompt("a", 2)) == ("1: ", "2: name the tests")
 
 
+def test_the_number_of_the_pass_alone_does_not_keep_the_reason_away() -> None:
+    script = {"gate": [loop("name the tests"), go_on()]}
+    driver = run(work("a", "pass {{ loop.iteration }}"), gate(1, 3), script=script)
+    assert driver.prompt("a", 1) == "pass 1"
+    assert driver.prompt("a", 2) == "pass 2\n\n## Not accepted yet by gate (pass 2)\n\nname the tests"
+
+
 def test_the_reason_is_that_of_the_loop_that_went_back() -> None:
     script = {"inner": [go_on(), go_on()], "outer": [loop("too long"), go_on()]}
     steps = [work("a", "{{ loop.reason }}"), gate(1, 3, "inner"), gate(2, 3, "outer")]
@@ -866,6 +874,35 @@ def test_answers_are_not_asked_for_again_after_any_number_of_cuts() -> None:
         driver.cut()
     assert driver.go().text("a") == "said"
     assert len(driver.opened) == 3
+
+
+@pytest.mark.parametrize("by", ["a decision", "run.stop()"])
+def test_the_time_that_a_question_stood_open_is_not_the_turns_own(by: str) -> None:
+    driver = at_gate("question")
+    driver.record(ModeChanged(mode="step-by-step"))  # a second goes by
+    if by == "a decision":
+        driver.decide("stop")
+    else:
+        driver.cut("stopped by you")
+    last = driver.state.steps["b"].last
+    assert last.cut_short
+    assert last.asked_s == 2.0
+    assert last.duration_s == (2.0 if by == "a decision" else 1.0), "from its start to the question, and its end"
+
+
+@pytest.mark.parametrize("ends", ["cut short", "it was to be tried again"])
+def test_the_time_in_which_nobody_drove_the_run_is_not_the_turns_own(ends: str) -> None:
+    driver = Driver(Workflow("W", steps=[work("a")]), {"a": [Reply(error="busy", retry_in_s=4.0)]}).until_running("a")
+    driver.record(UsageReported(step="a", path="a", attempt=1, usage=Usage(input_tokens=1)))
+    if ends != "cut short":
+        driver.end(driver.state.steps["a"])
+    heard = driver.state.at
+    driver.record(RunResumed())
+    driver.cut()
+    last = driver.state.steps["a"].last
+    assert (last.cut_short, last.ended_at) == ("its process died", heard)
+    driver.until_running("a").cut()
+    assert driver.state.steps["a"].last.duration_s == 1.0, "of the next one it is known"
 
 
 def test_stopped_while_asking_it_asks_again() -> None:

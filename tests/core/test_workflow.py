@@ -41,6 +41,14 @@ def checked(workflow: Workflow) -> None:
     check_templates(workflow, workflow.inputs)
 
 
+def look_over(turn: Any) -> str:
+    return "fine"
+
+
+def compare(one: Any, two: Any) -> str:
+    return "the same"
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
@@ -109,6 +117,14 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: flow("planner", None), ("step 2", "None is not a step")),
     (lambda: Workflow("W", steps=5), ("workflow 'W'", "steps=5", "list")),
     (lambda: Workflow("W", agents=[5]), ("workflow 'W'", "agents.0=5")),
+    (lambda: Workflow("W", agents=PLANNER), ("workflow 'W'", "'planner' is one agent", "agents=[…]")),
+    (lambda: Workflow("W", agents=[look_over]), ("look_over is a function", '@cm.agent("look-over") above it')),
+    (lambda: flow(PLANNER), ("step 1: an agent is not a step", "cm.step('planner')", "agents=[…]")),
+    (lambda: flow("planner", look_over), ("step 2", '@cm.agent("look-over")', "its name here")),
+    (lambda: agent("a")(lambda: "x"), ("agent 'a'", "called with the turn alone", "too many positional arguments")),
+    (lambda: agent("a")(compare), ("agent 'a'", "compare cannot be", "'two'", "def compare(turn: cm.Turn) -> str")),
+    (lambda: step("a", timeout_s=float("inf")), ("step 'a'", "timeout_s=inf", "finite")),
+    (lambda: step("a", interactive="x" * 5000), ("step 'a'", "interactive='xxx", "xxx…xxx", "boolean")),  # type: ignore[arg-type]
     (lambda: Workflow("W", inputs=[1]), ("workflow 'W'", "inputs=[1]", "dictionary")),
     (lambda: Workflow(5), ("name=5", "string")),  # type: ignore[arg-type]
     (lambda: Workflow("  "), ("name is empty", "Careful Builder")),
@@ -157,7 +173,7 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
         lambda: checked(flow(Step(agent="coder", prompt="{{ planner.x }}"), "planner")),
         ("step 'coder'", "{{ planner.x }}", "has not run by then", "Put 'planner' before 'coder'"),
     ),
-    (lambda: checked(flow(Step(agent="coder", prompt="{{ coder }}"))), ("{{ coder }}", "has not run by then")),
+    (lambda: checked(flow(Step(agent="coder", prompt="{{ coder }}"))), ("{{ coder }}", "its own output", "in a loop")),
     (lambda: checked(flow(Step(agent="coder", prompt="{{ loop }}"))), ("{{ loop }}", "Known: {{ loop.reason }}")),
     (
         lambda: checked(flow(Step(agent="coder", prompt="{{ loop.resaon }}"))),
@@ -176,6 +192,7 @@ REFUSED: list[tuple[Callable[[], Any], tuple[str, ...]]] = [
     (lambda: Workflow.from_dict({"name": "W", "agents": ["a"]}), ("workflow 'W'", "agents=['a']")),
     (lambda: Workflow.from_dict({"name": "W", "agents": [{"prompt": "x"}]}), ("agent ''",)),
     (lambda: Workflow.from_dict({"name": "W", "steps": [{"agent": "a"}]}), ("step 1", "agent 'a' is not defined")),
+    (lambda: Workflow.from_dict({"name": "W", "steps": [{"agnt": "a"}]}), ("step 1: there is no option 'agnt'",)),
     (lambda: Workflow.from_dict({"name": "W", "stepps": []}), ("no option 'stepps'", "'steps'")),
 ]
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 import pytest
 
 import cm_notebook as cm
+from cm_notebook import errors
 from cm_notebook.jupyter import bridge, pending, view
 from cm_notebook.render import html
 from tests.helpers import gate, until
@@ -299,7 +300,8 @@ def test_a_gates_bar_stands_alone_and_the_card_stays(notebook):
     assert run["builder"].text == "built"
 
 
-def test_a_bar_without_its_card_shows_what_is_to_be_decided(notebook):
+def test_a_bar_without_its_card_shows_what_is_to_be_decided(notebook, monkeypatch):
+    monkeypatch.setattr(errors, "has_magic", True)
     script = cm.ScriptedEngine(
         {"asker": [cm.Reply(tool_calls=[{"name": "ask_human", "arguments": {"question": "Red or blue?"}}])]}
     )
