@@ -25,7 +25,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -93,6 +93,12 @@ class _Stretch(NamedTuple):
 
 _WHOLE = (1 << 32) - 1
 """The last event there can be."""
+
+
+def begun_like(ids: Iterable[str], word: str) -> list[str]:
+    """The runs that are meant: the one of that id, else those whose ids begin so; what all ids begin with may go."""
+    known = [*ids]
+    return [word] if word in known else [id for id in known if word and id.startswith((word, f"r-{word}"))]
 
 
 class MemoryJournal:

@@ -31,7 +31,7 @@ from .. import run as runs
 from ..config import setting
 from ..errors import CodeMachineError, RunLocked, TransitionError, WorkflowError, did_you_mean
 from ..events import Gate
-from ..journal import AnyJournal, open_journal
+from ..journal import AnyJournal, begun_like, open_journal
 from ..prompts import Hole, check_read, check_templates, holes, step_names
 from ..render import text
 from ..run import Run
@@ -492,9 +492,9 @@ class Notebook:
 
     def take_up(self, run_id: str, on_waiting: OnWaiting | None = None) -> Run:
         """Go on with a run of the journal, by its id."""
+        if run_id not in self.left:
+            run_id = self._meant(run_id)
         here = self.left.get(run_id)
-        if here is None and run_id not in (known := self.run_ids()):
-            raise TransitionError(f"there is no run {run_id!r}. {did_you_mean(run_id, known, 'Runs')}")
         return self._take(here.run if here is not None else Run.open(run_id), on_waiting=on_waiting)
 
     def _take(self, found: Run, rewind: str | None = None, on_waiting: OnWaiting | None = None) -> Run:
@@ -564,10 +564,20 @@ class Notebook:
         if isinstance(variable := self.variables().get(run_id), Run):
             return variable
         here = [run for run in (self.run, *(left.run for left in self.left.values())) if run is not None]
-        found = next((run for run in here if run.id == run_id), None)
-        if found is None and run_id not in (known := self.run_ids()):
-            raise TransitionError(f"there is no run {run_id!r}. {did_you_mean(run_id, known, 'Runs')}")
-        return found or Run.open(run_id)
+        known = {run.id: run for run in here}
+        if run_id not in known:
+            run_id = self._meant(run_id)
+        return known.get(run_id) or Run.open(run_id)
+
+    def _meant(self, word: str) -> str:
+        """The id of the run that is meant; its beginning is enough where no other begins so."""
+        known = self.run_ids()
+        meant = begun_like(known, word)
+        if len(meant) == 1:
+            return meant[0]
+        if meant:
+            raise TransitionError(f"{word!r} begins the ids of several runs: {', '.join(meant)}. Type more of it.")
+        raise TransitionError(f"there is no run {word!r}. {did_you_mean(word, known, 'Runs')}")
 
     def _follow(self, run: Run) -> None:
         """The cells go on with `run`: if it is a fork, with what they said about the one that it was forked from."""

@@ -72,7 +72,10 @@ def check_decision(gate: Gate, decision: Decision) -> None:
         raise TransitionError("an edited prompt goes with retry.")
     for name in limits_of(decision):
         if gate.kind != "budget" or decision.action != "approve":
-            raise TransitionError(f"{name} goes with approve at budget, not with {decision.action} at {gate.kind}.")
+            raise TransitionError(
+                f"{name} says how much more may be used where a limit is reached, which is not what the {gate.kind} "
+                f"gate of {gate.step!r} is about: answer it without."
+            )
         if (about := gate.payload.get("limit", name)) != name:
             raise TransitionError(f"the gate of {gate.step!r} is about {about}, not {name}; nothing was changed.")
 

@@ -23,7 +23,7 @@ from typing import Any
 from .. import config
 from ..errors import AlreadyDecided, CodeMachineError, JournalError, TransitionError, WorkflowError, did_you_mean
 from ..events import EDITABLE, Decision, Gate
-from ..journal import AnyJournal, open_journal
+from ..journal import AnyJournal, begun_like, open_journal
 from ..options import COMMANDS, Argument, Command, Option
 from ..render import html
 from ..render import text as say
@@ -196,7 +196,7 @@ def find_run(journal: AnyJournal, word: str | None, wanted: Callable[[RunState],
     ids = [info.id for info in journal.runs()]
     if word is None:
         return _only(journal, ids, wanted, what)
-    meant = [word] if word in ids else [id for id in ids if word and id.startswith((word, f"r-{word}"))]
+    meant = begun_like(ids, word)
     if len(meant) == 1:
         return Run.open(meant[0], journal)
     if meant:

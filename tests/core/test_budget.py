@@ -125,7 +125,8 @@ def test_an_amount_is_no_answer_to_another_gate() -> None:
     run = start(five(steps="a?"))
     gate(run)
     with pytest.raises(
-        cm.TransitionError, match="max_cost_usd goes with approve at budget, not with approve at review"
+        cm.TransitionError,
+        match="max_cost_usd says how much more may be used where a limit is reached; .* has a review gate",
     ):
         run.approve(max_cost_usd=1)
     run.stop()
