@@ -959,9 +959,13 @@ def test_a_locked_workflow_says_so_also_when_it_is_over(cells: Cells) -> None:
 
 def test_resume_by_id(cells: Cells) -> None:
     run = start(cells)
+    cells("%cm resume r-")
+    assert cells.run.id == run.id
+    cells("%cm fork planner")
     cells.restart()
     assert "Did you mean" in error(cells, f"%cm resume {run.id}x")
-    cells(f"%cm resume {run.id}")
+    assert "'r-' begins the ids of several runs" in error(cells, "%cm resume r-")
+    cells(f"%cm resume {run.id[:-1]}")
     assert cells.run.id == run.id
     cells.to("planner")
 
