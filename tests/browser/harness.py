@@ -452,7 +452,11 @@ class NotebookPage:
 
     def is_running(self, cell: int) -> bool:
         """Whether the cell runs, or is queued to run."""
-        return bool(self.page.evaluate("i => cmTest.prompt(i) === '*'", cell))
+        return self.prompt(cell) == "*"
+
+    def prompt(self, cell: int) -> str:
+        """What stands beside the cell: ``""`` before it is run, ``"*"`` until it has ended, then its number."""
+        return str(self.page.evaluate("i => cmTest.prompt(i)", cell))
 
     def count_cells(self) -> int:
         """How many cells the notebook has."""
