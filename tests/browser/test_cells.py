@@ -135,8 +135,8 @@ def test_a_result_too_early_is_a_sentence_with_the_gate_and_its_buttons_work(ope
     assert nb.text(end).strip() == "'planner says 1'"
 
 
-def test_an_approve_cell_in_a_run_all_decides_nothing(open_notebook, kernel):
-    page = Pages(open_notebook, kernel=kernel)
+def test_an_approve_cell_in_a_run_all_decides_nothing(open_notebook, front):
+    page = Pages(open_notebook, **front)
     nb = page.nb
     nb.page.evaluate("([i, text]) => cmTest.cell(i).model.sharedModel.setSource(text)", [BUILD, "%cm approve"])
     nb.run_all()
@@ -203,8 +203,8 @@ def test_a_workflow_cell_that_changed_or_whose_run_is_over(open_notebook):
     assert page.known().startswith("[('planner', 'waiting', 1)]")
 
 
-def test_a_kernel_restart_at_a_gate_comes_back_to_the_same_gate(open_notebook, kernel):
-    page = Pages(open_notebook, kernel=kernel)
+def test_a_kernel_restart_at_a_gate_comes_back_to_the_same_gate(open_notebook, front):
+    page = Pages(open_notebook, **front)
     nb = page.nb
     nb.run_all()
     page.approve(PLAN, "planner")
