@@ -577,10 +577,11 @@ class NotebookPage:
         self.page.evaluate(axe.read_text(encoding="utf-8"))
         found = self.output(cell).evaluate(_AXE)
         assert found["looked"], "axe has looked at the contrast of no text"
-        return [
+        lines = [
             f"{rule['id']} ({rule['impact']}): {rule['help']}: " + "; ".join(node["html"] for node in rule["nodes"])
             for rule in found["violations"]
-        ] + found["faint"]
+        ]
+        return [*lines, *found["faint"]]
 
     # -- touch
 
