@@ -351,6 +351,16 @@ def test_step_after_a_restart_is_shown_not_paid_and_its_gate_is_the_same(cells: 
     assert len(cells.run["planner"].attempts) == 1
 
 
+def test_a_finished_step_after_a_restart_is_shown_and_not_run_again(cells: Cells) -> None:
+    run = two_steps(cells)
+    before = gate(run, "implementer")
+    cells.restart()
+    cells(WORKFLOW, PLANNER)
+    assert cells.run.id == run.id
+    assert [opened.id for opened in cells.run.gates] == [before.id]
+    assert [event.type for event in cells.run.events if event.type in ("TurnStarted", "Rewound")] == 2 * ["TurnStarted"]
+
+
 def test_after_a_restart_nothing_starts_whose_cell_was_not_run(cells: Cells) -> None:
     start(cells)
     cells.restart()
