@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import field, fields
+from dataclasses import fields
 from typing import Any
 
 
@@ -29,14 +29,6 @@ class Plain:
         mine: Any = self
         shown = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(mine) if one.repr)
         return f"{type(self).__qualname__}({shown})"
-
-
-def initially(default: Any) -> Any:
-    """A field that has this value until something happens: it stands in the class, and making an object sets nothing.
-
-    For a class without slots, of which many are made and few come to more than a few of their fields.
-    """
-    return field(default=default, init=False)
 
 
 MOST_NESTED = 100

@@ -33,7 +33,7 @@ from .events import (
     RunResumed,
     Usage,
 )
-from .plain import Plain, initially
+from .plain import Plain
 from .prompts import text_of
 from .team import CAP, MOST_DEPTH
 from .tools import denied
@@ -99,7 +99,7 @@ class ToolUse(Plain):
         return denied(self.text, self.failed)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Attempt(Plain):
     """One attempt of a step: what was sent, what came back, what was decided about it.
 
@@ -137,52 +137,52 @@ class Attempt(Plain):
     engine: str = ""
     turns: list[int] = field(default_factory=list)
     """Events (``seq``) of its ``TurnStarted``, one for each chained prompt."""
-    answer: Ref | None = initially(None)
+    answer: Ref | None = None
     started_at: float = 0.0
-    ended_at: float | None = initially(None)
-    asked_s: float = initially(0.0)
-    measured_s: float | None = initially(None)
-    output: Any = initially(None)
-    verdict: Verdict | None = initially(None)
-    usage: Usage | None = initially(None)
-    cost_usd: float | None = initially(None)
-    cost_estimated: bool = initially(False)
+    ended_at: float | None = None
+    asked_s: float = 0.0
+    measured_s: float | None = None
+    output: Any = None
+    verdict: Verdict | None = None
+    usage: Usage | None = None
+    cost_usd: float | None = None
+    cost_estimated: bool = False
     """The cost, or a part of it, was computed from a table of prices."""
-    so_far: tuple[Usage | None, float | None] = initially((None, None))
+    so_far: tuple[Usage | None, float | None] = (None, None)
     """Of that, what the turn that runs has said that it used."""
     tools: list[ToolUse] = field(default_factory=list)
     """What it did with tools, in that order."""
-    session_id: str | None = initially(None)
-    note: str | None = initially(None)
-    decision: Decision | None = initially(None)
-    errors: tuple[ErrorInfo, ...] = initially(())
-    failures: int = initially(0)
+    session_id: str | None = None
+    note: str | None = None
+    decision: Decision | None = None
+    errors: tuple[ErrorInfo, ...] = ()
+    failures: int = 0
     """Failures of the present turn, each tried again by itself."""
     edited: bool = False
-    cut_short: str | None = initially(None)
+    cut_short: str | None = None
     members: list[StepState] = field(default_factory=list)
     """The agents that it called, in that order."""
-    ordinal: int = initially(0)
+    ordinal: int = 0
     """Which turn of its agent the last one is."""
-    waits_since: float | None = initially(None)
+    waits_since: float | None = None
     """Since when it waits for them, or, answered, for a place to go on at."""
-    before: str | None = initially(None)
+    before: str | None = None
     """The snapshot of the workspace that it began with, as far as one is known."""
-    after: str | None = initially(None)
+    after: str | None = None
     """The snapshot after it, where it changed something; what was taken back since is still in it."""
-    files_changed: tuple[FileChange, ...] = initially(())
+    files_changed: tuple[FileChange, ...] = ()
     """The files that it changed in the workspace; of many, the first."""
-    files_total: int = initially(0)
+    files_total: int = 0
     """How many they are."""
-    patch: Ref | None = initially(None)
+    patch: Ref | None = None
     """Where the diff stands."""
-    kept: str | None = initially(None)
+    kept: str | None = None
     """The snapshot of what was there before it began and the files were taken back, where that was in none."""
-    kept_total: int = initially(0)
+    kept_total: int = 0
     """How many files were other ones in it."""
-    unkept: str | None = initially(None)
+    unkept: str | None = None
     """Why there is no snapshot, or no whole one."""
-    restored: bool = initially(False)
+    restored: bool = False
     """It began with the files as they had been, others being taken back."""
 
     def __repr__(self) -> str:
@@ -290,7 +290,7 @@ class Budget(Plain):
         return None
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(slots=True, eq=False, repr=False)
 class StepState(Plain):
     """Where one step stands. ``path`` is its place in the run; a step of the workflow has its id as path."""
 
@@ -298,67 +298,67 @@ class StepState(Plain):
     path: str
     index: int
     fingerprint: str = ""
-    status: StepStatus = initially("pending")
-    stale: bool = initially(False)
-    outdated_by: str | None = initially(None)
+    status: StepStatus = "pending"
+    stale: bool = False
+    outdated_by: str | None = None
     """Why it is stale: the earlier step that ran again after it."""
-    changed: tuple[str, ...] = initially(())
+    changed: tuple[str, ...] = ()
     """Why it is stale: what of its own definition changed after it ran."""
     agents: tuple[Agent, ...] = ()
     """Who does it, as they were when the step was defined."""
     attempts: list[Attempt] = field(default_factory=list)
-    turn: int = initially(1)
+    turn: int = 1
     """The turn that runs, or is next."""
-    iteration: int = initially(1)
-    approved: Ref | None = initially(None)
+    iteration: int = 1
+    approved: Ref | None = None
     """Where the output stands that later steps see; ``None``: it gave none."""
-    due: Due | None = initially(None)
-    gate: Gate | None = initially(None)
-    gates: int = initially(0)
+    due: Due | None = None
+    gate: Gate | None = None
+    gates: int = 0
     """Gates opened so far: the last part of a gate's id."""
-    redo: Redo | None = initially(None)
-    session: str | None = initially(None)
+    redo: Redo | None = None
+    session: str | None = None
     """The agent's own conversation, to be continued; a step that begins anew begins a new one."""
-    session_engine: str = initially("")
+    session_engine: str = ""
     """The engine that it was had with, the only one that knows it."""
-    said: tuple[tuple[Ref, Ref | None], ...] = initially(())
+    said: tuple[tuple[Ref, Ref | None], ...] = ()
     """The prompts before this one in its conversation, and the answers: what an engine without sessions is told."""
-    retry_at: float | None = initially(None)
-    looped_by: str | None = initially(None)
+    retry_at: float | None = None
+    looped_by: str | None = None
     """The module that sent the run back, at the first repeated step that runs."""
-    answers: tuple[tuple[str, str], ...] = initially(())
+    answers: tuple[tuple[str, str], ...] = ()
     """Questions of this attempt and their answers."""
-    resent: tuple[tuple[str, str], ...] = initially(())
+    resent: tuple[tuple[str, str], ...] = ()
     """Answers given in an attempt that was cut short: they need not be asked for again."""
-    note: str | None = initially(None)
-    caller: str = initially("")
+    note: str | None = None
+    caller: str = ""
     """Of a member: the path of the one that called it; all that follows is of members and their callers."""
-    depth: int = initially(0)
-    request: tuple[Part, ...] = initially(())
+    depth: int = 0
+    request: tuple[Part, ...] = ()
     """What it was asked, after its agent's own prompt."""
-    tail: int | None = initially(None)
-    group: tuple[int, int, int] = initially((1, 1, 1))
+    tail: int | None = None
+    group: tuple[int, int, int] = (1, 1, 1)
     """By which call of its caller it was called, in which group of that, and of how many."""
-    before: Ref | None = initially(None)
+    before: Ref | None = None
     """What the same member of a parallel step had answered, when that was rejected."""
-    place: Literal["", "wants", "queued", "held"] = initially("")
-    answered: str | None = initially(None)
+    place: Literal["", "wants", "queued", "held"] = ""
+    answered: str | None = None
     """The gate whose answer its turn is told as soon as there is a place for it."""
-    called: int = initially(0)
+    called: int = 0
     """Calls made so far."""
-    asked: tuple[str, str] = initially(("", ""))
+    asked: tuple[str, str] = ("", "")
     """Who was asked what: its agent, and a digest of request and files."""
-    team: tuple[StepState, ...] = initially(())
+    team: tuple[StepState, ...] = ()
     """Those that its present turn has called."""
-    recall: dict[tuple[str, str], list[StepState]] | None = initially(None)
+    recall: dict[tuple[str, str], list[StepState]] | None = None
     """Those of a turn that did not end, by what they were asked: asked the same again, they need not begin anew."""
     budget: Budget | None = None
     """Of a step of the workflow that has limits of its own."""
-    files_before: str | None = initially(None)
+    files_before: str | None = None
     """The snapshot that a rejection goes back to; ``None``: not known. See ``rules/files.py``."""
-    files_first: str | None = initially(None)
+    files_first: str | None = None
     """The one that a rewind goes back to: before its first attempt since the run came to it."""
-    restore: str | None = initially(None)
+    restore: str | None = None
     """The one that its next turn is to begin with, until that is so."""
 
     @property

@@ -222,9 +222,15 @@ def _task(step: Step, agent: str) -> Step:
 def _new_member(
     state: RunState, event: AgentsCalled, one: CalledAgent, number: int, caller: StepState, task: Step
 ) -> StepState:
-    member = StepState(task, one.path, caller.index)
-    member.iteration, member.caller, member.depth = caller.iteration, caller.path, caller.depth + 1
-    member.asked = _key(one.agent, one.prompt, one.files, event.files)
+    member = StepState(
+        task,
+        one.path,
+        caller.index,
+        iteration=caller.iteration,
+        caller=caller.path,
+        depth=caller.depth + 1,
+        asked=_key(one.agent, one.prompt, one.files, event.files),
+    )
     if isinstance(caller.step, Parallel):
         member.looped_by = caller.looped_by
         if caller.redo is not None and caller.redo.feedback is not None:
