@@ -51,7 +51,8 @@ class Turn(Plain):
     attempt, iteration
         Which repeat of the step, and which pass of its loop; from 1.
     inputs, outputs
-        The run's inputs, and the approved texts by step.
+        The run's inputs, and the approved texts by step. ``outputs`` is a live view: in a ``Turn`` that is kept
+        after its turn it shows what was approved later; ``dict(turn.outputs)`` keeps what there is now.
     workspace
         The folder to work in.
     """
