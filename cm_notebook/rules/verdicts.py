@@ -116,9 +116,9 @@ def go_back(state: RunState, step: StepState, *, asked: bool = False) -> None:
         settle(state, step, "finished", answer)
         return
     used = loop.count
-    reason = f"Not good enough after {used} {'repeat' if used == 1 else 'repeats'}."
-    said = state.text(loop.reason) if isinstance(loop.reason, Ref) else loop.reason
-    payload = {"reason": f"{reason} {said}".strip(), "iterations": used}
+    said = (state.text(loop.reason) if isinstance(loop.reason, Ref) else loop.reason).strip()
+    reason = f"Not good enough after {used} {'repeat' if used == 1 else 'repeats'}{f': “{said}”' if said else '.'}"
+    payload = {"reason": reason, "iterations": used}
     owe(step, Due("exhausted", payload, (answer,) if answer is not None else ()))
     if module.on_exhausted == "fail":
         state.ending = ("failed", f"{step.id}: {payload['reason']}")
