@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from ..events import ErrorInfo, Ref
 from ..runstate import Attempt, Due, Loop, RunState, StepState
-from ..workflow import Module
+from ..workflow import Module, Verdict
 from .moves import owe, settle
 from .places import owe_member
 
@@ -68,10 +68,7 @@ def _verdict_problem(step: StepState, last: Attempt) -> str | None:
     verdict = last.verdict
     if verdict is None:
         if isinstance(step.step, Module):
-            return (
-                f'{step.id} gave no verdict that can be read. Expected at the end: {{"action": "continue" or "loop", '
-                '"reason": "…"}.'
-            )
+            return Verdict.missed(step.id, last.text)
         return None
     if verdict.action == "pause":
         return verdict.reason or f"{step.id} asks you to decide."

@@ -1373,14 +1373,15 @@ def test_a_bug_in_an_engine_surfaces_as_itself() -> None:
 def test_a_missing_verdict_never_opens_the_way() -> None:
     flow = cm.Workflow("v", agents=[cm.Agent("a", "x"), cm.Agent("judge", "y")], steps="a -> judge(loop 1)")
     run = flow.start(
-        engine=cm.ScriptedEngine({"a": ["1", "2"], "judge": ["looks good", "still {no json"]}), journal=":memory:"
+        engine=cm.ScriptedEngine({"a": ["1", "2"], "judge": ["looks good", '{"action": "lop"}']}), journal=":memory:"
     )
     opened = gate(run)
     assert opened.kind == "verdict"
-    assert "no verdict that can be read" in opened.payload["reason"]
+    assert opened.payload["reason"].startswith("judge gave no verdict. Expected at the end: ")
     run.reject("not good at all")
     until(lambda: run.gates and run.gates[0].attempt == 2, "the second pass")
     assert "not good at all" in run["a"].attempts[1].prompt
+    assert "judge's verdict says “lop”. Did you mean 'loop'?" in run.gates[0].payload["reason"]
     run.approve()
     assert run.wait(10).status == "completed"
 

@@ -740,6 +740,34 @@ def test_verdict(text: str, kinds: list[str], end: str) -> None:
         assert driver.gate().payload["error"] == "no tests"
 
 
+EXPECTED = 'Expected at the end: {"action": "continue" or "loop", "reason": "…"}.'
+POSSIBLE = "Possible: continue, loop, pause, stop, error."
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", f"gate gave no verdict. {EXPECTED}"),
+        ("looks good", f"gate gave no verdict. {EXPECTED}"),
+        ('{"result": "loop"}', f'gate gave no verdict: the JSON at the end has no "action". {EXPECTED}'),
+        ('{"action": "lop"}', f"gate's verdict says “lop”. Did you mean 'loop'? {POSSIBLE}"),
+        ('{"action": "LOOP"}', f"gate's verdict says “LOOP”. Did you mean 'loop'? {POSSIBLE}"),
+        ('{"action": "\\ud800 again"}', f"gate's verdict says “? again”. {POSSIBLE}"),
+        (f'{{"action": "{"x" * 999}"}}', f"gate's verdict says “{'x' * 79}…”. {POSSIBLE}"),
+        ('{"action": ["loop"]}', f'gate\'s verdict cannot be followed: its "action" is no text. {EXPECTED}'),
+        ('{"action": "loop", "reason": 5}', "gate's verdict: reason=5 is not valid: Input should be a valid string."),
+        (
+            '{"action": "continue"}\n{"reason":\n "a "b"", "action": "lo',
+            f'gate\'s verdict is not JSON that can be read: “{{"reason": "a "b"", "action": "lo”. {EXPECTED}',
+        ),
+        ("'action': 'loop'", f"gate's verdict is not JSON that can be read: “'action': 'loop'”. {EXPECTED}"),
+    ],
+)
+def test_a_verdict_that_cannot_be_followed_is_named(text: str, words: str) -> None:
+    driver = run(work("a"), gate(1, 3), script={"gate": [text]})
+    assert (driver.gate().kind, driver.gate().payload["reason"]) == ("verdict", words)
+
+
 def test_only_a_module_goes_back() -> None:
     driver = run(work("a"), work("b"), script={"a": [loop()]})
     assert "only a module can go back" in driver.gate().payload["reason"]
