@@ -126,7 +126,7 @@ def test_an_amount_is_no_answer_to_another_gate() -> None:
     gate(run)
     with pytest.raises(
         cm.TransitionError,
-        match="max_cost_usd says how much more may be used where a limit is reached; .* has a review gate",
+        match=r"max_cost_usd says how much more may be used where a limit is reached; .* has a review gate",
     ):
         run.approve(max_cost_usd=1)
     run.stop()
