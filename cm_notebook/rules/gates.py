@@ -164,6 +164,11 @@ def gate_of(state: RunState, gate_id: str) -> Gate:
     if before is not None:
         raise AlreadyDecided(already(before))
     place, path = gate_id.split("/"), gate_path(gate_id)
+    if len(place) >= 4 and place[0] != state.run_id:
+        raise TransitionError(
+            f"{gate_id!r} is a gate of run {place[0]!r}, and this is run {state.run_id!r}. Nothing was changed; decide "
+            "it in its own run."
+        )
     earlier = state.steps.get(path) or state.members.get(path)
     if earlier is not None and place[-1] in map(str, range(1, earlier.gates + 1)):
         if place[-1] == str(earlier.gates) and state.ended in ("stopped", "failed"):

@@ -536,6 +536,17 @@ def test_a_wrong_decision_is_refused_in_words_and_changes_nothing(decision: Any,
     assert run.gates
 
 
+def test_a_gate_of_another_run_is_said_to_be_that() -> None:
+    one, other = start("a?"), start("a?")
+    theirs, mine = gate(one), gate(other)
+    assert theirs.path == mine.path
+    with pytest.raises(cm.TransitionError, match=f"is a gate of run '{one.id}', and this is run '{other.id}'") as said:
+        other.decide(theirs.id, cm.Decision(action="approve"))
+    assert not isinstance(said.value, cm.AlreadyDecided)
+    assert one.gates
+    assert other.gates
+
+
 def test_a_gate_before_asks_about_the_prompt() -> None:
     flow = cm.Workflow(
         "g", agents=[cm.Agent("a", "Say {{ word }}.")], steps=[cm.step("a", gate="before", interactive=True)]
