@@ -1101,6 +1101,23 @@ def test_a_later_step_says_that_the_one_before_was_removed() -> None:
     assert "b is stale: x was removed after this ran." in text.sentence(run.state)
 
 
+def test_an_added_step_that_runs_again_has_changed_for_who_knew_it() -> None:
+    agents = [cm.Agent(name, "x") for name in "abcd"]
+    flow = cm.Workflow("added", agents=agents, steps="a -> [b | c] -> d")
+    run = flow.start(engine=Echo(), journal=":memory:").wait(10)
+    run.add(cm.step("x", prompt="X."), after="a")
+    both, last = (step.id for step in run if step.id not in "ax")
+    assert gate(run).payload["reason"] == f"{both}: x was added after this ran."
+    run.approve()
+    assert gate(run).payload["reason"] == f"{last}: x was added after this ran."
+    run.retry().wait(10)
+    run.rerun("x")
+    assert gate(run).payload["reason"] == f"{both}: x changed after this ran.", "it was kept, with x there"
+    run.approve()
+    assert gate(run).payload["reason"] == f"{last}: x changed after this ran."
+    run.stop()
+
+
 def test_while_a_step_runs_again_later_ones_are_stale() -> None:
     run = start("a? -> b -> c")
     gate(run)
