@@ -76,7 +76,7 @@ from .rules.texts import take_inputs
 from .rules.verdicts import note_beside
 from .runstate import Due, Loop, Origin, Record, RunState, StartTurn, StepState, standing, why_stale
 from .team import CAP
-from .workflow import AutonomousMode, Module, Parallel, Step, Workflow, limits_of
+from .workflow import Module, Parallel, Step, Workflow, limits_of
 
 __all__ = [
     "already",
@@ -212,7 +212,7 @@ def check_switch(state: RunState) -> None:
         )
 
 
-def _autonomy(value: AutonomousMode) -> str:
+def _autonomy(value: str | bool) -> str:
     in_code = f"autonomous_mode={value!r}"
     return typed(f"--autonomous {value}".lower(), in_code, in_code)
 
