@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 from .. import config, options
-from ..errors import CodeMachineError, WorkflowError
+from ..errors import CodeMachineError, WorkflowError, brief, nearest
 from ..events import (
     GATE_DEADLINE,
     Action,
@@ -301,9 +301,12 @@ class Session:
 
     def _closed_by(self, gate: Gate) -> str:
         with self._run.reading() as state:
-            decision = state.decisions.get(gate.id)
-        in_vain = decision is not None and decision.by == GATE_DEADLINE
-        return "(its time is over)" if in_vain else "(answered elsewhere)"
+            decision, ended = state.decisions.get(gate.id), state.ended
+        if decision is not None and decision.by == GATE_DEADLINE:
+            return "(its time is over)"
+        if ended == "stopped" and (decision is None or decision.action == "stop"):
+            return "(stopped elsewhere)"
+        return "(closed elsewhere)" if decision is None else "(answered elsewhere)"
 
     def _tray(self, gate: Gate) -> str:
         """Which gates are open, when it is more than one, and how to go to another."""
@@ -381,6 +384,9 @@ class Session:
             known |= {_KEYS[name]: name, name: name}
         action = known.get(word)
         if action is None:
+            if word:
+                words = [name for name in known if len(name) > 1]
+                self._console.say(f"{brief(word)} is none of them. {nearest(word, words)}".rstrip(), "yellow")
             self._console.say(self._choices(gate, step))
             return None
         if action == "diff":
