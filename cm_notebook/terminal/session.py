@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable
 
-from .. import config, options
+from .. import options
 from ..errors import CodeMachineError, WorkflowError, brief, nearest
 from ..events import (
     GATE_DEADLINE,
@@ -34,6 +33,7 @@ from ..events import (
     TurnStarted,
 )
 from ..feed import LiveText
+from ..journal import call_of
 from ..loops import SLICE_S, engine_loop, run_sync
 from ..render import text as say
 from ..render.markdown import clean
@@ -223,11 +223,8 @@ class Session:
 
     def _in_python(self, what: str) -> str:
         """What shows something of this run in Python; where nothing is kept, what would keep it."""
-        path = self._run._driver.journal.path
-        if path == ":memory:":
-            return "--journal FILE"
-        usual = os.path.realpath(str(config.setting("journal"))) == path
-        return f"cm.Run.open({self._run.id!r}{'' if usual else f', {path!r}'}){what}"
+        journal = self._run._driver.journal
+        return call_of("cm.Run.open", self._run.id, journal) + what if journal.durable else "--journal FILE"
 
     def _is_written(self, place: TurnFinished | Gate, text: str) -> bool:
         """Whether all of `text` stands on the screen."""

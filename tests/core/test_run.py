@@ -536,6 +536,33 @@ def test_a_wrong_decision_is_refused_in_words_and_changes_nothing(decision: Any,
     assert run.gates
 
 
+@pytest.mark.parametrize("where", ["usual", "other.db", ":memory:"])
+def test_what_is_said_to_go_on_with_works_as_it_is_printed(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    journal = {} if where == "usual" else {"journal": where}
+    run = workflow("a? -> b").start(engine=cm.ScriptedEngine({"a": ["1"], "b": ["2"]}), **journal)
+    opened = gate(run)
+    run.stop()
+    refused: list[Callable[[], Any]] = [
+        lambda: run.decide(opened.id, cm.Decision(action="approve")),
+        lambda: run.approve(),
+        lambda: run.approve("a"),
+        lambda: run["b"].text,
+    ]
+    for ask in refused:
+        with pytest.raises(cm.CodeMachineError) as said:
+            ask()
+        call = re.search(r"(?:cm\.resume|run\.go_on)\([^)]*\)", str(said.value))
+        assert call is not None
+        assert ("journal=" in call[0]) == (where == "other.db")
+        again = eval(call[0], {"cm": cm, "run": run})
+        assert (again.id, gate(again).step) == (run.id, "a")
+        again.stop()
+        run = again
+
+
 def test_a_gate_of_another_run_is_said_to_be_that() -> None:
     one, other = start("a?"), start("a?")
     theirs, mine = gate(one), gate(other)
