@@ -164,7 +164,7 @@ def gate_of(state: RunState, gate_id: str, resuming: Callable[[], str] | None = 
     if before is not None:
         raise AlreadyDecided(already(before))
     place, path = gate_id.split("/"), gate_path(gate_id)
-    if len(place) >= 4 and place[0] != state.run_id:
+    if len(place) >= 4 and place[0] not in ("", state.run_id):
         raise TransitionError(
             f"{gate_id!r} is a gate of run {place[0]!r}, and this is run {state.run_id!r}. Nothing was changed; decide "
             "it in its own run."
