@@ -59,6 +59,7 @@ from .workflow import (
 # What it takes to define a workflow is here at once, the rest when it is asked for: see _LATER below.
 if TYPE_CHECKING:
     from .allowed import Permissions, permissions
+    from .checkup import Report
     from .engines.base import (
         AgentEvent,
         AgentRequest,
@@ -188,8 +189,17 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def doctor() -> Any:
-    """What is here and what is missing: kernel, front end, journal, engines, and how to mend each."""
+def doctor() -> Report:
+    """What is here and what is missing: kernel, front end, journal, engines, and how to mend each.
+
+    No model is called and nothing is changed.
+
+    Returns
+    -------
+    Report
+        It shows itself, a line for each finding; ``report.problems`` are those that are in the way, each with a
+        ``remedy``.
+    """
     from .checkup import examine
 
     return examine()

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -208,7 +208,13 @@ def _settings() -> Iterator[Finding]:
 
 
 def _programs() -> Iterator[Finding]:
-    uses = {"git": "diffs of the files that agents change", "pytest": "quality gates that run tests"}
-    there: Callable[[str], bool] = lambda name: bool(shutil.which(name) or find_spec(name))  # noqa: E731
-    for name, use in uses.items():
-        yield Finding(name, "is here" if there(name) else f"not found; only needed for {use}")
+    programs = (
+        ("git", shutil.which("git"), "diffs of the files that agents change", "install git"),
+        # Gates run `sys.executable -m pytest`: one that is somewhere on PATH is of no use to them.
+        ("pytest", find_spec("pytest"), "quality gates that run tests", "pip install pytest"),
+    )
+    for name, there, use, remedy in programs:
+        if there:
+            yield Finding(name, "is here")
+        else:
+            yield Finding(name, f"not found; only needed for {use}", remedy, needed=False)

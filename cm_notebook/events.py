@@ -144,14 +144,20 @@ class Gate(Fact):
     id
         ``run/path/attempt/ordinal``; whoever decides must name it.
     kind
-        What is to be decided, see ``ACTIONS``.
+        What is to be decided: whether an output is right (``review``), a prompt is sent (``start``) or a verdict counts
+        (``verdict``); what to do where a loop is used up (``exhausted``), a step has failed (``failed``), was made from
+        what is another now (``stale``) or may have had its effect before a crash (``may_have_run``), or a limit is
+        reached (``budget``); whether a tool may be called (``permission``); a question of an agent's (``question``).
+    step, path, attempt
+        At which step it is, and at which of its attempts; ``path`` is another than the step's id where an agent that
+        the step called is meant: ``coordinator/frontend-dev#1``.
     payload
         What the person should know: ``reason``, ``question``, ``error``, ``note``; of a permission ``tool`` and its
         ``arguments``.
     digest
         SHA-256 of the text that is decided about; what was approved is what runs.
     actions
-        The decisions that are possible.
+        The decisions that are possible; the first one is that which goes on.
     timeout_s
         Seconds after which it is decided without a person; ``None``: it waits for ever.
     default
@@ -184,7 +190,8 @@ class Decision(Model):
     feedback
         Why it is rejected, or the answer to a question.
     output
-        The edited text to go on with (approve); at ``permission`` the arguments, as a JSON object.
+        The edited text to go on with (approve); at ``start`` the prompt to send, at ``permission`` the arguments, as a
+        JSON object.
     prompt
         The edited prompt to try again with (retry).
     count
@@ -192,7 +199,8 @@ class Decision(Model):
     scope
         For how long a tool is allowed (approve at ``permission``): ``once``, ``run``, ``always``; ``None``: once.
     max_cost_usd, max_tokens, max_turns
-        How much more may be used (approve at ``budget``); ``None``: the same amount again.
+        How much more may be used, in US dollars, tokens and prompts sent (approve at ``budget``); ``None``: the same
+        amount again.
     by
         Who decided: ``"you"``, ``"tape"``, ``"on_gate"``, ``"unattended mode"``, ``"deadline"`` …
     at

@@ -74,8 +74,27 @@ _SNAPSHOT = "[0-9a-f]{40,64}"
 class Run:
     """A run: watch it, decide at its gates, wait for it. Made by ``Workflow.start`` and :func:`resume`.
 
-    Every method may be called from any thread. Attributes of the contract: ``id, status, mode, gates, events, usage,
-    cost_usd, workflow, state``; ``run["planner"]`` is one of its steps.
+    ``run["planner"]`` is one of its steps, ``await run`` and :meth:`wait` wait for it. Every method may be called from
+    any thread; those that decide or steer return the run.
+
+    Attributes
+    ----------
+    id
+        What the journal, ``cm.resume`` and the command line know it by, for instance ``r-1f2e3d4c``.
+    status
+        ``running, waiting`` (at a gate)``, paused, completed, stopped`` or ``failed``.
+    mode
+        Who drives: ``step-by-step, gates`` or ``unattended``.
+    gates
+        The open gates, oldest first.
+    events
+        All that has happened, in order.
+    usage, cost_usd
+        Tokens and US dollars of all turns together, also of those that failed.
+    workflow
+        The workflow as it is now.
+    state
+        What all that has happened comes to.
     """
 
     def __init__(self, run_id: str, journal: AnyJournal) -> None:
@@ -131,8 +150,8 @@ class Run:
             How many agents that others called, or of a parallel step, may work at the same time; by default as the
             workflow says, else 4.
         max_cost_usd, max_tokens, max_turns
-            How much the run may use before a person is asked, in place of what the workflow says; see
-            :class:`~cm_notebook.workflow.Workflow`.
+            How much the run may use (US dollars, tokens, prompts sent) before a person is asked, in place of what the
+            workflow says; see :class:`~cm_notebook.workflow.Workflow`.
         on_gate
             Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
             (sync or async; on a thread of its own) that gets the gate and returns a ``Decision``, an action's name, or
@@ -493,7 +512,10 @@ class Run:
         return self._answer(step, Decision(action="approve", output=output, scope=scope, **more))
 
     def reject(self, feedback: str, step: str | None = None) -> Run:
-        """Have it made again, with `feedback`."""
+        """Have it made again, with the files as they were before; its agent is told `feedback`.
+
+        At a verdict: go back, with `feedback` as the reason. Where a tool is to be called: it is not.
+        """
         return self._answer(step, Decision(action="reject", feedback=feedback))
 
     def retry(self, step: str | None = None, *, prompt: str | None = None, count: int = 1) -> Run:
@@ -501,7 +523,7 @@ class Run:
         return self._answer(step, Decision(action="retry", prompt=prompt, count=count))
 
     def skip(self, step: str | None = None) -> Run:
-        """Go on without this step's output."""
+        """Go on without this step's output; what names it gets an empty text."""
         return self._answer(step, Decision(action="skip"))
 
     def answer(self, text: str, step: str | None = None) -> Run:
@@ -1076,7 +1098,23 @@ def set_current(run: Run | None) -> None:
 
 
 def runs(journal: str | os.PathLike[str] | AnyJournal | None = None) -> list[Run]:
-    """All runs of a journal, newest first, to read and to decide; those driven here are the very objects."""
+    """All runs of a journal, newest first, to read and to decide; those driven here are the very objects.
+
+    Parameters
+    ----------
+    journal
+        A path or a journal; by default ``.cm_notebook/journal.db`` below the working folder. Where there is none yet,
+        there are no runs.
+
+    Returns
+    -------
+    list of Run
+        Looking at them drives none: to go on with one, :func:`resume`.
+
+    Raises
+    ------
+    JournalError    The journal cannot be read.
+    """
     named = journal if journal is not None else setting("journal")
     if isinstance(named, (str, os.PathLike)) and str(named) != ":memory:" and not Path(named).exists():
         return []
@@ -1109,23 +1147,34 @@ def resume(
 
     Parameters
     ----------
+    run_id
+        Its ``id``; ``cm.runs()`` has them all.
     workflow
         Its definition as it is now: steps that changed are stale. One that has run keeps its name and is not deleted;
         one that has not may be; those that stay keep their order. Needed for the Python functions among its agents,
         unless `agents` has them.
     inputs
         Values of template names, over those the run has.
+    journal
+        Where the run is: a path or a journal; by default ``.cm_notebook/journal.db`` below the working folder.
+    agents
+        Python functions among its agents, and others to take in place of those that it has.
     until
         Id of a step: pause when it is done.
     rewind
         Id of a step: go back to before it and wait there, as :meth:`Run.rewind`; so a completed run can go on too.
     reason
-        What had happened, for those who look; by default, where its process had not ended it, that.
+        Why it goes on, for those who look; by default, of a run that had not ended, that its process had.
     max_cost_usd, max_tokens, max_turns
-        How much it may use in all, what it has used included; by default as before.
+        How much it may use in all (US dollars, tokens, prompts sent), what it has used included; by default as before.
     **options
         ``engine, on_gate, on_waiting, tape, record, loop`` of :meth:`Run.start`; of a run that is driven here already,
         ``on_gate`` and ``on_waiting`` alone. What is recorded is the whole run, not only what comes.
+
+    Returns
+    -------
+    Run
+        It goes on already, or waits at the gate where it stood; of a run that is driven here, the very object.
 
     Raises
     ------

@@ -104,8 +104,32 @@ class ToolUse(Plain):
 class Attempt(Plain):
     """One attempt of a step: what was sent, what came back, what was decided about it.
 
-    ``prompt`` and ``text`` are texts; ``started_at`` and ``ended_at`` Unix seconds; ``asked_s`` the seconds in which
-    the turn waited for an answer, which are not counted.
+    Attributes
+    ----------
+    number, iteration
+        Which attempt of the step it is, and in which pass of its loop; from 1.
+    prompt, text
+        The exact prompt, and the answer (``""`` while there is none).
+    output
+        The answer as JSON-ready data, where it had to fit a class.
+    verdict
+        What a module says: ``action, reason, score``.
+    decision, feedback
+        What was decided about it, and why it was rejected; ``None`` while nobody has.
+    usage, cost_usd
+        Tokens and US dollars; ``None``: its engine does not say. ``cost_estimated``: computed from a table of prices.
+    duration_s
+        Seconds it took, without those in which it waited for an answer (``asked_s``).
+    started_at, ended_at
+        Unix time in seconds.
+    files_changed, diff
+        The files that it changed in the workspace, and what in them, as a unified diff.
+    error, errors
+        The last error, and all of them, those included after which it was tried again by itself.
+    edited, cut_short
+        Whether a person wrote it; why it did not end.
+    note
+        What else is to be said of the answer, for instance that no model was called.
     """
 
     texts: dict[Ref, str | tuple[Part, ...]] = field(repr=False)

@@ -28,7 +28,29 @@ def _decide(gate: Gate) -> str:
 
 
 class StepView:
-    """One step of a run: what it said, and how it came to that."""
+    """One step of a run: what it said, and how it came to that. ``run["planner"]`` is one.
+
+    It keeps nothing: each attribute says how things stand when it is asked for.
+
+    Attributes
+    ----------
+    text, output
+        What later steps see, and the validated value, if its agent gives one. Both raise ``GatePending`` until they are
+        decided.
+    status
+        How it stands, in a word.
+    attempts
+        What was tried, oldest first: an :class:`Attempt` each.
+    prompt
+        The exact text that its agent got, or gets next.
+    usage, cost_usd
+        Tokens and US dollars of all its attempts; ``team_usage`` and ``team_cost_usd`` have those of the agents that it
+        called, too.
+    duration_s
+        Seconds that the last attempt took.
+    files_changed
+        What the last attempt changed in the workspace.
+    """
 
     def __init__(self, run: Run, path: str) -> None:
         self.run, self.path = run, path
@@ -51,9 +73,10 @@ class StepView:
 
     @property
     def status(self) -> str:
-        """``pending, queued, running, asks you, tries again, waiting, done`` or ``skipped``.
+        """How it stands, in a word.
 
-        Where the run has ended at it also ``failed`` or ``not decided``.
+        ``pending, queued, running, asks you, waits for its team, tries again, waiting`` (for a decision)``, goes back,
+        done`` or ``skipped``; where the run has ended at it also ``failed`` or ``not decided``.
         """
         with self.run.reading() as state:
             return status_word(state, self._step)

@@ -531,7 +531,8 @@ def step(
         ``True`` pauses for a person, ``False`` does not, ``None`` means as the workflow's mode says. In manual mode
         every step pauses.
     prompt
-        A template that replaces the agent's, or a list of them, sent in turn into the same agent session.
+        A template that replaces the agent's, or a list of them, sent in turn into the same agent session; a run in
+        manual mode pauses after each, else a step that pauses does after the last.
     engine, model, reasoning_effort
         Replace the agent's.
     execute_once
@@ -557,8 +558,13 @@ def step(
     raw
         ``True``: the prompt is sent as written, ``{{ }}`` included.
     max_cost_usd, max_tokens, max_turns
-        How much it may use: all its attempts and all agents that it calls count. Where that is reached, a person is
-        asked before its next turn starts; see :class:`Workflow`.
+        How much it may use (US dollars, tokens, prompts sent): all its attempts and all agents that it calls count.
+        Where that is reached, a person is asked before its next turn starts; see :class:`Workflow`.
+
+    Returns
+    -------
+    Step
+        It runs nothing; a workflow, or ``run.add``, takes it.
 
     Raises
     ------
@@ -595,6 +601,15 @@ def module(
         output, ``"fail"`` ends the run as failed.
     **options
         As for :func:`step`.
+
+    Returns
+    -------
+    Module
+        A step that judges; where its verdict is missing or cannot be read, a person is asked.
+
+    Raises
+    ------
+    WorkflowError    A wrong name or value.
     """
     skipped: Any = [loop_skip] if isinstance(loop_skip, str) else loop_skip
     if isinstance(skipped, Iterable):
@@ -623,6 +638,15 @@ def parallel(*agents: str, id: str | None = None, max_concurrency: int | None = 
         How many may work at the same time; ``None``: as many as the run allows.
     **options
         As for :func:`step`; ``prompt``, ``engine``, ``context`` and such are for each of the agents.
+
+    Returns
+    -------
+    Parallel
+        One step of the workflow.
+
+    Raises
+    ------
+    WorkflowError    A wrong name or value.
     """
     given = {"id": id} if id is not None else {}
     return Parallel(members=list(agents), max_concurrency=max_concurrency, **given, **options)
@@ -668,6 +692,8 @@ class Workflow(Model):
         ``True`` / ``False``: start that way, and the user may switch while it runs.
     inputs
         Default values of template names.
+    specification
+        What is to be built, in words; kept with the workflow for those who read it, and in no prompt by itself.
     engine
         Engine of all agents and steps that name none.
     max_cost_usd

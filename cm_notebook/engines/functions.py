@@ -38,7 +38,8 @@ class _TurnOver(BaseException):
 class Turn(Plain):
     """What a function agent is told, and how it speaks while it works.
 
-    A plain object: make one by hand to test a function, ``quality_gate(cm.Turn(step="quality-gate"))``.
+    A plain object: make one by hand to test a function, ``quality_gate(cm.Turn(step="quality-gate"))``. A sync function
+    uses :meth:`emit`, :meth:`ask_human` and :meth:`run_agents` as they are, an async one awaits the last two.
 
     Attributes
     ----------
@@ -51,10 +52,10 @@ class Turn(Plain):
     attempt, iteration
         Which repeat of the step, and which pass of its loop; from 1.
     inputs, outputs
-        The run's inputs, and the approved texts by step. ``outputs`` is a live view: in a ``Turn`` that is kept
-        after its turn it shows what was approved later; ``dict(turn.outputs)`` keeps what there is now.
+        The run's inputs, and the approved texts of earlier steps, by their ids. ``outputs`` is a live view: in a turn
+        that is kept after its end it shows what was approved later; ``dict(turn.outputs)`` keeps what there is now.
     workspace
-        The folder to work in.
+        The folder to work in; in a turn made by hand, the working folder.
     """
 
     step: str

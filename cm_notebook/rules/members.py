@@ -142,6 +142,8 @@ def agents_called(state: RunState, event: AgentsCalled) -> None:
     number = next_attempt(caller) if parallel is not None else caller.attempt
     if (parallel is None) != (caller.status == "running"):
         raise TransitionError(f"AgentsCalled is not possible while {caller.path!r} is {caller.status}.")
+    if parallel is not None and state.running:
+        raise TransitionError(f"{caller.path!r} cannot start: {', '.join(state.running)} is at work.")
     if (event.attempt, event.call) != (number, caller.called + 1):
         raise TransitionError(
             f"AgentsCalled names attempt {event.attempt}, call {event.call} of {caller.path!r}; attempt {number}, call "

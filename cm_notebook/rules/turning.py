@@ -41,6 +41,8 @@ def turn_started(state: RunState, event: TurnStarted) -> None:
     number, seq, context, again = next_attempt(step), event.seq, event.context, step.status == "retrying"
     if step.caller and step.place != "held" and (step.place != "queued" or state.busy >= state.max_concurrency):
         raise TransitionError(f"{step.path!r} has no place to work at yet.")
+    if not step.caller and state.running:
+        raise TransitionError(f"{step.path!r} cannot start: {', '.join(state.running)} is at work.")
     if event.attempt != number or event.turn != step.turn:
         raise TransitionError(
             f"attempt {event.attempt}, turn {event.turn} of step {step.id!r} cannot start; attempt "

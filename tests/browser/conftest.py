@@ -91,6 +91,12 @@ def kernel(request: pytest.FixtureRequest) -> str:
     return version
 
 
+@pytest.fixture(params=[*KERNELS, "notebook"])
+def front(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Options of `open_notebook`: JupyterLab with each supported ipykernel in turn, then Notebook 7."""
+    return {"app": "notebook"} if request.param == "notebook" else {"kernel": request.param}
+
+
 @pytest.fixture
 def open_notebook(
     request: pytest.FixtureRequest, chromium: Chromium, jupyter_server: Callable[[App], JupyterServer]

@@ -381,6 +381,55 @@ window.cmTest = {
 };
 """
 
+# The front ends' `body` is 0 px high and hides what flows over it, so axe takes all of the page for invisible and looks
+# at no contrast (nor at what is below the window): for as long as it looks, nothing around the output hides anything.
+# Of text with an opacity it cannot tell what is behind (it is left as "incomplete"); that is computed here. Text in
+# pictures is tested where they are drawn.
+_AXE = """
+async element => {
+  const around = [];
+  for (let one = element; one; one = one.parentElement) {
+    if (getComputedStyle(one).overflow === 'hidden') around.push([one.style, one.style.overflow]);
+  }
+  for (const [style] of around) style.overflow = 'visible';
+  const results = await axe.run(element, { elementRef: true }).finally(
+    () => { for (const [style, before] of around) style.overflow = before; });
+  const contrast = kind => results[kind].filter(rule => rule.id === 'color-contrast').flatMap(rule => rule.nodes);
+  const parse = colour => {
+    const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number);
+    return { rgb: [r, g, b], a };
+  };
+  const over = (front, a, back) => front.map((value, n) => value * a + back[n] * (1 - a));
+  const light = rgb => {
+    const [r, g, b] = rgb.map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  // What is painted: from the outermost element in, each background, then the text, through each opacity on the way.
+  const ratio = node => {
+    const line = [];
+    for (let one = node; one; one = one.parentElement) line.unshift(getComputedStyle(one));
+    let back = [255, 255, 255], opacity = 1, behind = back;
+    for (const css of line) {
+      if (css.opacity < 1) { if (opacity === 1) behind = back; opacity *= css.opacity; }
+      const { rgb, a } = parse(css.backgroundColor);
+      back = over(rgb, a, back);
+    }
+    const { rgb, a } = parse(line.at(-1).color);
+    const seen = [over(rgb, a, back), back].map(colour => light(over(colour, opacity, behind))).sort((x, y) => y - x);
+    return (seen[0] + 0.05) / (seen[1] + 0.05);
+  };
+  const unsure = contrast('incomplete').map(node => node.element).filter(
+    node => node.isConnected && !node.closest('svg'));  // a live view may have drawn it anew
+  const faint = unsure.map(node => [ratio(node), node.outerHTML]).filter(([found]) => found < 4.5);
+  return {
+    violations: results.violations.map(({ id, impact, help, nodes }) => ({ id, impact, help, nodes })).map(
+      rule => ({ ...rule, nodes: rule.nodes.map(({ html }) => ({ html })) })),
+    looked: contrast('passes').length + contrast('violations').length,
+    faint: faint.map(([found, html]) => `contrast of ${found.toFixed(2)} : 1: ${html.slice(0, 300)}`),
+  };
+}
+"""
+
 
 class NotebookPage:
     """A notebook that is open in a tab. Cells are numbered from 0; times are in seconds.
@@ -452,7 +501,11 @@ class NotebookPage:
 
     def is_running(self, cell: int) -> bool:
         """Whether the cell runs, or is queued to run."""
-        return bool(self.page.evaluate("i => cmTest.prompt(i) === '*'", cell))
+        return self.prompt(cell) == "*"
+
+    def prompt(self, cell: int) -> str:
+        """What stands beside the cell: ``""`` before it is run, ``"*"`` until it has ended, then its number."""
+        return str(self.page.evaluate("i => cmTest.prompt(i)", cell))
 
     def count_cells(self) -> int:
         """How many cells the notebook has."""
@@ -522,11 +575,13 @@ class NotebookPage:
         """What axe-core finds wrong in the cell's output: one line for each rule, with the elements."""
         axe = importlib.resources.files("axe_playwright_python") / "axe.min.js"
         self.page.evaluate(axe.read_text(encoding="utf-8"))
-        result = self.output(cell).evaluate("element => axe.run(element, {resultTypes: ['violations']})")
-        return [
+        found = self.output(cell).evaluate(_AXE)
+        assert found["looked"], "axe has looked at the contrast of no text"
+        lines = [
             f"{rule['id']} ({rule['impact']}): {rule['help']}: " + "; ".join(node["html"] for node in rule["nodes"])
-            for rule in result["violations"]
+            for rule in found["violations"]
         ]
+        return [*lines, *found["faint"]]
 
     # -- touch
 

@@ -6,10 +6,13 @@ With ``CM_SCREENSHOTS`` set to a folder, pictures are left there.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+
+from tests.browser.harness import ROOT
 
 SETUP = """\
 %load_ext cm_notebook
@@ -78,6 +81,44 @@ def test_run_all_stops_at_the_first_gate_and_clicks_let_the_rest_go_on(open_note
     assert nb.console_errors == []
 
 
+@pytest.mark.parametrize("app", ["lab", "notebook"])
+def test_run_all_of_the_shipped_notebook(open_notebook, app):
+    """As a newcomer meets it: it plays its tape, and the person's own words count."""
+    book = ROOT / "notebooks" / "01-human-in-the-loop.ipynb"
+    cells = json.loads(book.read_text(encoding="utf-8"))["cells"]
+    code = {number: "".join(cell["source"]) for number, cell in enumerate(cells) if cell["cell_type"] == "code"}
+    plan, build, review, show, read, *rest = [number for number in code if number >= 6]
+    assert "review.text" in code[read]
+    nb = open_notebook(book, app=app)
+    nb.run_all()
+    nb.wait_text(plan, "planner is waiting for you")
+    for cell in (build, review):
+        nb.wait_text(cell, "starts when planner is approved")
+    nb.wait_text(read, "has no result yet")
+    assert "Traceback" not in nb.text(read)
+    assert [nb.prompt(cell) for cell in rest] == ["", ""], "Run All has stopped before them"
+    nb.click("button", "Reject…", cell=plan)
+    nb.type("Who tests it?")
+    nb.press("Control+Enter")
+    nb.wait_text(plan, "2 attempts")
+    nb.wait_text(plan, "Recorded answer: your words reached no model")
+    for cell, step in ((plan, "planner"), (build, "implementer"), (review, "reviewer")):
+        nb.wait_text(cell, f"{step} is waiting for you")
+        nb.click("button", "Approve", cell=cell)
+        nb.wait_text(cell, "Approved by you")
+    for cell in (show, read, *rest):
+        nb.run_cell(cell)
+        nb.wait_done(cell)
+    assert "Who tests it?" in nb.text(plan)
+    assert "careful-builder" in nb.text(rest[-1])
+    saved = nb.save()
+    assert "widgets" not in saved["metadata"]
+    outputs = [output for cell in saved["cells"] for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert "widget-view" not in json.dumps(outputs)
+    assert nb.console_errors == []
+
+
 def test_a_result_too_early_is_a_sentence_with_the_gate_and_its_buttons_work(open_notebook):
     page = Pages(open_notebook, "cm.current()['planner'].text")
     nb, end = page.nb, 6
@@ -94,8 +135,8 @@ def test_a_result_too_early_is_a_sentence_with_the_gate_and_its_buttons_work(ope
     assert nb.text(end).strip() == "'planner says 1'"
 
 
-def test_an_approve_cell_in_a_run_all_decides_nothing(open_notebook, kernel):
-    page = Pages(open_notebook, kernel=kernel)
+def test_an_approve_cell_in_a_run_all_decides_nothing(open_notebook, front):
+    page = Pages(open_notebook, **front)
     nb = page.nb
     nb.page.evaluate("([i, text]) => cmTest.cell(i).model.sharedModel.setSource(text)", [BUILD, "%cm approve"])
     nb.run_all()
@@ -162,8 +203,8 @@ def test_a_workflow_cell_that_changed_or_whose_run_is_over(open_notebook):
     assert page.known().startswith("[('planner', 'waiting', 1)]")
 
 
-def test_a_kernel_restart_at_a_gate_comes_back_to_the_same_gate(open_notebook, kernel):
-    page = Pages(open_notebook, kernel=kernel)
+def test_a_kernel_restart_at_a_gate_comes_back_to_the_same_gate(open_notebook, front):
+    page = Pages(open_notebook, **front)
     nb = page.nb
     nb.run_all()
     page.approve(PLAN, "planner")

@@ -72,11 +72,20 @@ def test_clicks_are_trusted_and_themes_differ(open_notebook, app, tmp_path):
     assert backgrounds["light"] != backgrounds["dark"]
 
 
+PALE = """<div style="background:#fff;color:#000;position:relative"><input><p>fine</p><p style="color:#aaa">pale</p>
+<span style="opacity:0.4">faint</span> <span style="opacity:0.9">fine</span></div>"""
+
+
 def test_reload_keyboard_and_axe(open_notebook):
-    nb = open_notebook([BUTTON, "from IPython.display import HTML; HTML('<input>')"])
+    nb = open_notebook([BUTTON, f"from IPython.display import HTML; HTML({PALE!r})"])
     nb.run_all()
     nb.wait_done(1)
-    assert any(line.startswith("label (critical)") for line in nb.accessibility_violations(1))
+    found = "\n".join(nb.accessibility_violations(1))
+    assert "label (critical)" in found
+    assert "color-contrast (serious)" in found
+    for text in ("pale", "faint"):
+        assert f">{text}<" in found
+    assert ">fine<" not in found
     nb.save()
     nb.reload()
     nb.by_role("button", "Press me", cell=0).focus()

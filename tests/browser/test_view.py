@@ -341,13 +341,59 @@ def test_double_click_decides_once(open_notebook):
     assert value(nb, 2) == "(1, 1)"
 
 
+HOLD = """
+() => {
+  const later = window.setTimeout;
+  window.cmHeld = [];
+  window.setTimeout = (what, ...more) =>
+    String(what).includes("young") ? window.cmHeld.push(what) : later(what, ...more);
+}
+"""
+
+
+def test_a_new_bar_takes_no_click_that_was_meant_for_the_one_before(open_notebook):
+    """The time in which it is dead is held still: it is over when the test says so."""
+    nb = start(open_notebook, TWO_GATES, "len(run.state.decisions), len(run.gates)")
+    nb.wait_text(1, WAITS)
+    nb.wait_until(lambda: nb.by_role("button", "Approve", cell=1).is_enabled())
+    nb.page.evaluate(HOLD)
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "builder is waiting for you")
+    approve = nb.by_role("button", "Approve", cell=1)
+    approve.dblclick(force=True)
+    nb.press("a")
+    assert value(nb, 2) == "(1, 1)"
+    assert approve.is_disabled()
+    nb.page.evaluate("() => { for (const what of window.cmHeld) what(); }")
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "Finished")
+
+
+def test_a_click_that_a_busy_kernel_does_not_hear_yet_says_so_and_counts_once(open_notebook):
+    """Ipykernel 6 reads nothing while a cell computes."""
+    busy = "import pathlib, time\nwhile not pathlib.Path('go').exists():\n    time.sleep(0.05)"
+    nb = open_notebook([SETUP, TWO_GATES, busy, "len(run.state.decisions), len(run.gates)"], kernel="6.31")
+    for cell in (0, 1):
+        nb.run_cell(cell)
+    nb.wait_text(1, WAITS)
+    nb.wait_until(lambda: nb.by_role("button", "Approve", cell=1).is_enabled())
+    nb.run_cell(2)
+    nb.wait_running(2)
+    nb.click("button", "Approve", cell=1)
+    nb.wait_text(1, "Sent. The kernel is busy")
+    assert nb.by_role("button", "Approve", cell=1).is_disabled()
+    (nb.path.parent / "go").touch()
+    nb.wait_text(1, "builder is waiting for you")
+    assert nb.output(1).locator(".cm-bar .cm-note:visible").count() == 0
+    assert value(nb, 3) == "(1, 1)"
+
+
 def test_a_click_by_a_script_is_ignored(open_notebook):
     nb = start(open_notebook, RUN, "run.status")
     nb.wait_text(1, WAITS)
     nb.wait_until(lambda: nb.by_role("button", "Approve", cell=1).is_enabled())
-    nb.by_role("button", "Approve", cell=1).evaluate("node => node.click()")
-    nb.by_role("button", "Stop", cell=1).evaluate(
-        "node => { for (const key of 'ga') node.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})); }"
+    nb.by_role("button", "Approve", cell=1).evaluate(
+        "node => { node.click(); node.dispatchEvent(new KeyboardEvent('keydown', {key: 'a', bubbles: true})); }"
     )
     nb.page.wait_for_timeout(500)
     assert value(nb, 2) == "'waiting'"

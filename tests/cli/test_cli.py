@@ -7,7 +7,7 @@ import json
 import os
 import pty
 import re
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -560,7 +560,9 @@ class Terminal:
         return new
 
     def _more(self, deadline: float) -> bool:
-        ready, _, _ = select.select([self.screen], [], [], max(0.0, deadline - time.monotonic()))
+        with selectors.DefaultSelector() as screens:  # not select(), which refuses the high numbers of many open files
+            screens.register(self.screen, selectors.EVENT_READ)
+            ready = screens.select(max(0.0, deadline - time.monotonic()))
         try:
             data = os.read(self.screen, 65536) if ready else b""
         except OSError:  # the other end is closed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import socket
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +55,19 @@ def test_each_engine_is_listed_with_its_key_its_address_and_what_to_do(monkeypat
     monkeypatch.setenv("CM_ENGINE", "anthropic:claude-sonnet-5")
     assert said_of("engine anthropic")[0] == "look", "what is in force is needed"
     assert cm.doctor().problems
+
+
+def test_a_program_is_here_where_it_would_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert said_of("pytest") == ("ok", "is here", "")
+    other = tmp_path / "pytest"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "pytest", None)  # as where it is not installed
+    found = "not found; only needed for quality gates that run tests"
+    assert said_of("pytest") == ("off", found, "pip install pytest"), "another Python's does not count"
+    assert said_of("git")[0] == "off"
+    assert "git" not in [one.about for one in cm.doctor().problems]
 
 
 def test_a_server_on_this_machine_is_there_or_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1076,6 +1076,18 @@ def test_a_turn_that_is_not_next_cannot_start(attempt: int, turn: int) -> None:
     assert "attempt 1, turn 1 is next" in driver.refused(event, TransitionError)
 
 
+@pytest.mark.parametrize("later", ["b", "c"])
+def test_one_step_works_at_a_time(later: str) -> None:
+    workflow = Workflow("W", steps=[work(name) for name in "abc"], agents=[Agent(name, "work") for name in "abc"])
+    driver = Driver(workflow, {})
+    driver.advance()
+    assert list(driver.state.running) == ["a"]
+    started = driver.events[-1].model_dump() | {"step": later, "path": later}
+    with pytest.raises(TransitionError, match=f"'{later}' cannot start: a is at work"):
+        driver.record(TurnStarted(**started))
+    assert list(driver.state.running) == ["a"]
+
+
 def test_nothing_comes_before_the_start() -> None:
     assert "before RunStarted" in Driver().refused(RunPaused(), TransitionError)
 

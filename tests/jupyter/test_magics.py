@@ -351,6 +351,16 @@ def test_step_after_a_restart_is_shown_not_paid_and_its_gate_is_the_same(cells: 
     assert len(cells.run["planner"].attempts) == 1
 
 
+def test_a_finished_step_after_a_restart_is_shown_and_not_run_again(cells: Cells) -> None:
+    run = two_steps(cells)
+    before = gate(run, "implementer")
+    cells.restart()
+    cells(WORKFLOW, PLANNER)
+    assert cells.run.id == run.id
+    assert [opened.id for opened in cells.run.gates] == [before.id]
+    assert [event.type for event in cells.run.events if event.type in ("TurnStarted", "Rewound")] == 2 * ["TurnStarted"]
+
+
 def test_after_a_restart_nothing_starts_whose_cell_was_not_run(cells: Cells) -> None:
     start(cells)
     cells.restart()
@@ -960,9 +970,13 @@ def test_a_locked_workflow_says_so_also_when_it_is_over(cells: Cells) -> None:
 
 def test_resume_by_id(cells: Cells) -> None:
     run = start(cells)
+    cells("%cm resume r-")
+    assert cells.run.id == run.id
+    cells("%cm fork planner")
     cells.restart()
     assert "Did you mean" in error(cells, f"%cm resume {run.id}x")
-    cells(f"%cm resume {run.id}")
+    assert "'r-' begins the ids of several runs" in error(cells, "%cm resume r-")
+    cells(f"%cm resume {run.id[:-1]}")
     assert cells.run.id == run.id
     cells.to("planner")
 
