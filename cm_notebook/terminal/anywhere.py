@@ -435,8 +435,8 @@ def _gate(asked: dict[str, Any]) -> tuple[Run, Gate]:
             _found_step(state, asked["step"])
         try:
             gate = run.gate(asked["step"])
-        except AlreadyDecided as error:  # where it tells how to go on, it does not know which journal was named
-            raise AlreadyDecided(str(error).replace(shell_of(run, {}).goes_on, _goes_on(run, asked))) from error
+        except AlreadyDecided:
+            raise
         except TransitionError as error:
             if state.paused and not state.gates:
                 raise Refused(f"{error} Go on with it: {_goes_on(run, asked)}", NOTHING) from error
