@@ -593,23 +593,27 @@ def call_of(what: str, run_id: str, journal: AnyJournal, *options: str) -> str:
 
     A journal that is looked into anyway is not named; one in memory has no name.
     """
-    where = _named(journal)
+    where = _named(journal.path)
     return f"{what}({', '.join([repr(run_id), *([f'journal={where}'] if where else []), *options])})"
 
 
 def resuming(run_id: str, journal: AnyJournal) -> str:
     """What to type to go on with that run, where the reader is."""
-    where = ["--journal", journal.path] if _named(journal) else []
-    return typed(call_of("cm.resume", run_id, journal), shlex.join(["cm-notebook", "resume", run_id, *where]))
+    return typed(call_of("cm.resume", run_id, journal), command_of(journal.path, "resume", run_id))
 
 
-def _named(journal: AnyJournal) -> str:
-    if not journal.durable:
+def command_of(path: str, *words: str) -> str:
+    """How to type a command about the journal at `path`, so that it works as it stands."""
+    return shlex.join(["cm-notebook", *words, *(["--journal", path] if _named(path) else [])])
+
+
+def _named(path: str) -> str:
+    if path == MemoryJournal.path:
         return "…"
     with contextlib.suppress(CodeMachineError):  # what is configured may be no journal at all
-        if os.path.realpath(str(setting("journal"))) == journal.path:
+        if os.path.realpath(str(setting("journal"))) == path:
             return ""
-    return repr(journal.path)
+    return repr(path)
 
 
 def _read_rows(rows: sqlite3.Cursor, path: str) -> Iterator[AnyEvent]:

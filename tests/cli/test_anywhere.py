@@ -213,6 +213,11 @@ def test_a_stopped_run_of_another_journal_says_the_command_that_goes_on(here: He
     assert code == 5
     assert here(*shlex.split(command[1]))[0] == 3, "it waits again"
     assert [one.step for one in cm.runs("other.db")[0].gates] == ["planner"]
+    assert here("approve", run.id, "--journal", "other.db")[0] == 0
+    _, _, err = here("approve", "--journal", "other.db")
+    command = re.search(r"`cm-notebook (runs --all .*)` lists", err)
+    assert command is not None
+    assert run.id in here(*shlex.split(command[1]))[1]
 
 
 def test_edit_takes_the_text_from_stdin() -> None:
