@@ -254,7 +254,7 @@ class Answers:
                             f"run {self._driver.id!r} was given up here, so no gate is open: {self._driver.lost}"
                         )
                     if state.last_gate is not None:
-                        _check_answered(state, state.last_gate)
+                        self._check_answered(state, state.last_gate)
                     raise TransitionError(f"no gate is open: run {self._driver.id!r} is {state.status}.")
                 raise TransitionError(
                     f"several gates are open; name the step: {', '.join(gate.path for gate in opened)}."
@@ -280,15 +280,14 @@ class Answers:
             if last is not None and last.decision is not None:
                 raise AlreadyDecided(f"{found.path!r} was {meaning.already(last.decision)}")
             if state.last_gate is not None and state.last_gate.path == found.path:
-                _check_answered(state, state.last_gate)
+                self._check_answered(state, state.last_gate)
             raise TransitionError(f"{found.path!r} has no open gate: it {meaning.standing(state, found)}.")
 
-
-def _check_answered(state: RunState, gate: Gate) -> None:
-    """Say what became of a gate that is open no more."""
-    answer = state.decisions.get(gate.id)
-    step = state.steps.get(gate.path) or state.members.get(gate.path)
-    if answer is not None:
-        raise AlreadyDecided(f"{gate.path!r} was {meaning.already(answer)}")
-    if state.ended in ("stopped", "failed") and step is not None:
-        raise AlreadyDecided(meaning.closed(state, step))
+    def _check_answered(self, state: RunState, gate: Gate) -> None:
+        """Say what became of a gate that is open no more."""
+        answer = state.decisions.get(gate.id)
+        step = state.steps.get(gate.path) or state.members.get(gate.path)
+        if answer is not None:
+            raise AlreadyDecided(f"{gate.path!r} was {meaning.already(answer)}")
+        if state.ended in ("stopped", "failed") and step is not None:
+            raise AlreadyDecided(meaning.closed(state, step, self._driver.resuming))

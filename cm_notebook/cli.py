@@ -23,7 +23,7 @@ from . import config
 from . import run as runs
 from .allowed import permissions
 from .errors import CodeMachineError, GatePending, RunLocked, WorkflowError, did_you_mean, in_terminal
-from .journal import AnyJournal, open_journal
+from .journal import AnyJournal, command_of, open_journal
 from .options import COMMANDS, Argument, Command, Option
 from .presence import somebody
 from .prompts import check_read
@@ -182,7 +182,8 @@ def main(words: Sequence[str] | None = None) -> int:
         complain(str(error))
     except RunLocked as error:
         code = LOCKED
-        complain(f"{error} `cm-notebook runs` shows what it waits for.")
+        listing = command_of(error.path, "runs") if error.path is not None else "cm-notebook runs"
+        complain(f"{error} `{listing}` shows what it waits for.")
     except GatePending as error:
         code = WAITING
         complain(str(error))

@@ -55,7 +55,7 @@ from .events import (
     without_keys,
 )
 from .feed import Feed
-from .journal import AnyJournal
+from .journal import AnyJournal, resuming
 from .loops import SLICE_S, Pulse, quietly, running_loop
 from .presence import nobody_there
 from .prompts import digest, text_of
@@ -627,7 +627,12 @@ class Driver:
                 f"run {self.id!r} is driven elsewhere, by another process or by the run that cm.resume returned: ask "
                 "that one. Here it can be read and decided."
             )
-        return TransitionError(f"run {self.id!r} is not driven here. Go on with it: cm.resume({self.id!r}).")
+        return TransitionError(f"run {self.id!r} is not driven here. Go on with it: {self.resuming()}.")
+
+    def resuming(self) -> str:
+        """What to type to go on with it; one in memory goes on here or nowhere."""
+        here = not self.journal.durable and self.loop is not None and not self.loop.is_closed()
+        return "run.go_on()" if here else resuming(self.id, self.journal)
 
     def check_loop(self) -> None:
         """A run whose loop was closed is driven no more."""
@@ -639,7 +644,7 @@ class Driver:
                 self._lose(
                     CodeMachineError(
                         f"the event loop on which run {self.id!r} was driven has been closed. "
-                        f"Go on with it on another: cm.resume({self.id!r})."
+                        f"Go on with it on another: {self.resuming()}."
                     )
                 )
 

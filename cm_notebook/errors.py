@@ -27,7 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 _Callable = TypeVar("_Callable", bound=Callable[..., Any])
@@ -263,12 +263,16 @@ def did_you_mean(wrong: object, known: Iterable[str], label: str = "Known") -> s
     str
         ``"Did you mean 'planner'? Known: planner, reviewer."``
     """
+    names = list(known)
+    listed = ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+    return f"{nearest(wrong, names)}{label}: {listed or '(none)'}."
+
+
+def nearest(wrong: object, names: Sequence[str]) -> str:
+    """``"Did you mean 'planner'? "``, or nothing where no name is like it."""
     import difflib  # only for who makes a mistake
 
-    names = list(known)
     near = difflib.get_close_matches(str(wrong), names, n=3, cutoff=0.6)
     near.sort(key=lambda name: sorted(name) != sorted(str(wrong)))  # two letters changed places: "stpe" is no "stop"
     near = near or [name for name in names if wrong and name.startswith(f"{wrong}-")]
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    listed = ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
-    return f"{hint}{label}: {listed or '(none)'}."
+    return f"Did you mean {near[0]!r}? " if near else ""

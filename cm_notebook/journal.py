@@ -22,6 +22,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import shlex
 import sqlite3
 import threading
 import time
@@ -30,7 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import events as facts
-from .errors import JournalBusy, JournalError, RunLocked, did_you_mean
+from .config import setting
+from .errors import CodeMachineError, JournalBusy, JournalError, RunLocked, did_you_mean, typed
 from .events import AnyEvent
 
 if TYPE_CHECKING:
@@ -584,6 +586,34 @@ def open_journal(where: str | os.PathLike[str] | AnyJournal, *, make: bool = Tru
         if found is None or not found.in_place:
             found = _opened[key] = Journal(name)
         return found
+
+
+def call_of(what: str, run_id: str, journal: AnyJournal, *options: str) -> str:
+    """How to write a call about that run, so that it works as it stands: ``cm.resume('r-1', journal='runs.db')``.
+
+    A journal that is looked into anyway is not named; one in memory has no name.
+    """
+    where = _named(journal.path)
+    return f"{what}({', '.join([repr(run_id), *([f'journal={where}'] if where else []), *options])})"
+
+
+def resuming(run_id: str, journal: AnyJournal) -> str:
+    """What to type to go on with that run, where the reader is."""
+    return typed(call_of("cm.resume", run_id, journal), command_of(journal.path, "resume", run_id))
+
+
+def command_of(path: str, *words: str) -> str:
+    """How to type a command about the journal at `path`, so that it works as it stands."""
+    return shlex.join(["cm-notebook", *words, *(["--journal", path] if _named(path) else [])])
+
+
+def _named(path: str) -> str:
+    if path == MemoryJournal.path:
+        return "…"
+    with contextlib.suppress(CodeMachineError):  # what is configured may be no journal at all
+        if os.path.realpath(str(setting("journal"))) == path:
+            return ""
+    return repr(path)
 
 
 def _read_rows(rows: sqlite3.Cursor, path: str) -> Iterator[AnyEvent]:

@@ -55,7 +55,7 @@ from .events import (
     Usage,
 )
 from .feed import Feed, LiveText
-from .journal import AnyJournal, open_journal
+from .journal import AnyJournal, call_of, open_journal
 from .loops import engine_loop, quietly, run_sync, running_loop, wait_detached
 from .presence import kernel_host, somebody
 from .prompts import check_read, check_templates
@@ -550,7 +550,7 @@ class Run:
         decision = decision.model_copy(update=texts)
 
         def propose() -> list[AnyEvent]:
-            gate = meaning.gate_of(self._driver.state, gate_id)
+            gate = meaning.gate_of(self._driver.state, gate_id, self._driver.resuming)
             if digest is not None and digest != gate.digest:
                 raise AlreadyDecided(f"{gate.step!r} shows something else by now; nothing was changed. Look again.")
             kept = self._answers.checked(gate, decision)
@@ -752,7 +752,7 @@ class Run:
         with self.reading() as state:
             meaning.check_rewind(state, step)
             known = {**self._work.agents, **edits.by_id(agents)}
-            given = _given(state, known.values(), workflow, f"run.fork({step!r}")
+            given = _given(state, known.values(), workflow, f"run.fork({step!r})")
 
         def drive(fork: Run) -> None:
             fork._prepare(given.values(), **options)
@@ -1186,12 +1186,16 @@ def resume(
     check_options(**{name: value for name, value in options.items() if name != "loop"})
     limits = checked_limits(max_cost_usd=max_cost_usd, max_tokens=max_tokens, max_turns=max_turns)
     run = Run.open(run_id, journal)
+
+    def call(*more: str) -> str:
+        return call_of("cm.resume", run_id, run._journal, *more)
+
     if run._driver.driving:
         for name in ("engine", "tape", "record", "loop"):
             if options.get(name) is not None:
                 raise WorkflowError(
                     f"{name}= cannot be changed while run {run_id!r} is driven here. Stop it first: run.stop(), then "
-                    f"cm.resume({run_id!r}, {name}=…)."
+                    f"{call(f'{name}=…')}."
                 )
         answers = {name: options[name] for name in ("on_gate", "on_waiting") if name in options}
         back: dict[str, Any] = {"again": rewind, "afresh": True} if rewind is not None else {"until": until}
@@ -1200,11 +1204,11 @@ def resume(
         if rewind is not None:
             rewind = meaning.check_rewind(state, rewind).id
         elif state.ended == "completed":
+            earlier = call("rewind='STEP'")
             raise TransitionError(
-                f"run {run_id!r} is completed. Start a new one, add a step: run.add(…), or go back to one: "
-                f"cm.resume({run_id!r}, rewind='STEP')."
+                f"run {run_id!r} is completed. Start a new one, add a step: run.add(…), or go back to one: {earlier}."
             )
-        given = _given(state, agents, workflow, f"cm.resume({run_id!r}")
+        given = _given(state, agents, workflow, call())
         _check_steps(state, workflow, until)
     run._prepare(given.values(), **options)
     run._driver.drive()
@@ -1258,6 +1262,6 @@ def _given(state: RunState, agents: Iterable[Agent], workflow: Workflow | None, 
         if missing is not None:
             raise WorkflowError(
                 f"agent {agent.id!r} {missing}, which a journal cannot keep. "
-                f"Pass it: {call}, agents=[{agent.id.replace('-', '_')}]), or workflow=."
+                f"Pass it: {call[:-1]}, agents=[{agent.id.replace('-', '_')}]), or workflow=."
             )
     return given

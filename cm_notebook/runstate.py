@@ -12,6 +12,7 @@ Only ``rules/`` and ``state.py`` change any of this; everybody else reads.
 from __future__ import annotations
 
 import heapq
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -302,8 +303,12 @@ class StepState(Plain):
     stale: bool = False
     outdated_by: str | None = None
     """Why it is stale: the earlier step that ran again after it."""
+    kept: int = 0
+    """The event (``seq``) with which somebody kept it although it was stale; 0: nobody did."""
     changed: tuple[str, ...] = ()
     """Why it is stale: what of its own definition changed after it ran."""
+    added: int = 0
+    """The event (``seq``) that put it in while the run lived; 0: it was there from the start."""
     agents: tuple[Agent, ...] = ()
     """Who does it, as they were when the step was defined."""
     attempts: list[Attempt] = field(default_factory=list)
@@ -684,8 +689,18 @@ def why_stale(state: RunState, step: StepState) -> str:
         *most, last = step.changed
         return f"its {', '.join(most)} and {last} changed after it ran" if most else f"its {last} changed after it ran"
     before = step.outdated_by
-    became = "was removed" if before is not None and before not in state.steps else "changed"
-    return f"{before or 'something it builds on'} {became} after this ran"
+    if before is None:
+        return "something it builds on changed after this ran"
+    earlier = state.steps.get(before)
+    became = "was removed" if earlier is None else "was added" if earlier.added > _built(step) else "changed"
+    return f"{before} {became} after this ran"
+
+
+def _built(step: StepState) -> int:
+    """The event from which on what `step` gave says nothing of what is new: it began, or was kept as it is."""
+    if step.last is not None and step.last.turns:
+        return max(step.last.turns[0], step.kept)
+    return max(step.approved.seq, step.kept) if step.approved is not None else sys.maxsize
 
 
 def gate_path(gate_id: str) -> str:

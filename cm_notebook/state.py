@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from .errors import TransitionError
+from .errors import TransitionError, typed
 from .events import (
     NO_FILES,
     AgentsReturned,
@@ -207,9 +207,14 @@ def check_switch(state: RunState) -> None:
     """Refuse to switch the mode of a locked workflow."""
     if state.locked is not None:
         raise TransitionError(
-            f"workflow {state.name!r} is locked to autonomous_mode={state.locked!r}; its mode cannot be switched. "
-            "Define it with autonomous_mode=True to switch while it runs."
+            f"workflow {state.name!r} is locked to {_autonomy(state.locked)}; its mode cannot be switched. "
+            f"Define it with {_autonomy(True)} to switch while it runs."
         )
+
+
+def _autonomy(value: str | bool) -> str:
+    in_code = f"autonomous_mode={value!r}"
+    return typed(f"--autonomous {value}".lower(), in_code, in_code)
 
 
 def _mode_changed(state: RunState, event: ModeChanged) -> None:

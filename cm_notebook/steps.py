@@ -143,7 +143,7 @@ class StepView:
             if (ended := self.run._driver.state.ended) is not None:
                 raise GatePending(
                     f'"{step.id}" has no result: the run is {ended}. '
-                    f"Go on with it: `%cm run`, or cm.resume({self.run.id!r}).",
+                    f"Go on with it: `%cm run`, or {self.run._driver.resuming()}.",
                     run=self.run,
                 )
             raise GatePending(self._not_yet(step), run=self.run, step=step.id)

@@ -11,7 +11,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -168,25 +168,71 @@ class Verdict(Model):
         An object inside another one does not count. Only the last 64 kB are searched and at most 200 places tried, so
         hostile text costs nothing.
         """
-        tail, decoder = text[-65536:], json.JSONDecoder()
-        start, found, found_end = len(tail), None, 0
-        for _ in range(200):
-            start = tail.rfind("{", 0, start)
-            if start < 0:
-                break
-            try:
-                value, end = decoder.raw_decode(tail, start)
-            except (ValueError, RecursionError):
-                continue
-            if found is not None and end < found_end:
-                break  # it stands before the last one
-            found, found_end = value, end  # the last one, or one around it
-        if not isinstance(found, dict) or "action" not in found or re.compile(_MEANT).search(tail, found_end):
+        found, meant = _last_object(text)
+        if found is None or "action" not in found or meant:
             return None  # none, or a later one was meant and cannot be read
         try:
-            return cls(**{key: found[key] for key in ("action", "reason", "score") if found.get(key) is not None})
+            return cls(**_parts_of_verdict(found))
         except WorkflowError:
             return None  # the last word was meant as a verdict and is malformed: never guess an earlier one
+
+    @classmethod
+    def missed(cls, whose: str, text: str) -> str:
+        """Why ``from_text`` finds no verdict in the `text` of agent `whose`, in a sentence."""
+        found, meant = _last_object(text)
+        if meant:
+            return f"{whose}'s verdict is not JSON that can be read: “{meant}”. {_EXPECTED}"
+        if found is None:
+            return f"{whose} gave no verdict. {_EXPECTED}"
+        if "action" not in found:
+            return f'{whose} gave no verdict: the JSON at the end has no "action". {_EXPECTED}'
+        action = found["action"]
+        if not isinstance(action, str):
+            return f'{whose}\'s verdict cannot be followed: its "action" is no text. {_EXPECTED}'
+        known = get_args(cls.model_fields["action"].annotation)
+        if action not in known:
+            nearest = did_you_mean(action.lower(), known, "Possible")
+            return f"{whose}'s verdict says “{_excerpt(sound(action))}”. {nearest}"
+        try:
+            cls(**_parts_of_verdict(found))
+        except WorkflowError as error:
+            return f"{whose}'s {error}"
+        return ""
+
+
+_EXPECTED = 'Expected at the end: {"action": "continue" or "loop", "reason": "…"}.'
+
+
+def _parts_of_verdict(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: found[key] for key in ("action", "reason", "score") if found.get(key) is not None}
+
+
+def _last_object(text: str) -> tuple[dict[str, Any] | None, str]:
+    """The last JSON object in `text`; and how a later one begins that was meant as a verdict and cannot be read."""
+    tail, decoder = text[-65536:], json.JSONDecoder()
+    start, found, found_end = len(tail), None, 0
+    for _ in range(200):
+        start = tail.rfind("{", 0, start)
+        if start < 0:
+            break
+        try:
+            value, end = decoder.raw_decode(tail, start)
+        except (ValueError, RecursionError):
+            continue
+        if found is not None and end < found_end:
+            break  # it stands before the last one
+        found, found_end = value, end  # the last one, or one around it
+    meant = re.compile(_MEANT).search(tail, found_end)
+    if meant is None:
+        return found, ""
+    begins = tail.rfind("{", found_end, meant.start())
+    return found, _excerpt(tail[begins if begins >= 0 else meant.start() :])
+
+
+def _excerpt(text: str) -> str:
+    """The text on one line, and not long."""
+    line = " ".join(text[:400].split())
+    return line if len(line) <= 80 else f"{line[:79].rstrip()}…"
 
 
 def _tools(given: Any) -> tuple[Tool, ...]:

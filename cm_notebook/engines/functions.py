@@ -52,7 +52,8 @@ class Turn(Plain):
     attempt, iteration
         Which repeat of the step, and which pass of its loop; from 1.
     inputs, outputs
-        The run's inputs, and the approved texts of earlier steps, by their ids.
+        The run's inputs, and the approved texts of earlier steps, by their ids. ``outputs`` is a live view: in a turn
+        that is kept after its end it shows what was approved later; ``dict(turn.outputs)`` keeps what there is now.
     workspace
         The folder to work in; in a turn made by hand, the working folder.
     """

@@ -72,7 +72,7 @@ def step_added(state: RunState, event: StepAdded) -> None:
         _reindex(state)
     if not isinstance(item, Separator):
         added = state.steps[item.id]
-        added.fingerprint = event.fingerprint
+        added.fingerprint, added.added = event.fingerprint, event.seq
         added.gates = state.removed.pop(item.id, 0)
         state.cursor = min(state.cursor, added.index)
 

@@ -213,6 +213,7 @@ def _retry_exhausted(state: RunState, step: StepState, gate: Gate, decision: Dec
 
 def _keep_stale(state: RunState, step: StepState, gate: Gate, decision: Decision, seq: int) -> None:
     step.status = "finished" if step.approved is not None else "skipped"
+    step.kept = seq
     trust(step)
     advance(state)
 

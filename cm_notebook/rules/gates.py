@@ -7,10 +7,10 @@ Strategy: the event that opens a gate is made here (``opening``) and understood 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import AlreadyDecided, TransitionError, typed
+from ..errors import AlreadyDecided, TransitionError
 from ..events import (
     ACTIONS,
     ASKED_BY_TURNS,
@@ -149,8 +149,8 @@ def waits_for(state: RunState, gate_id: str) -> bool:
     return gate_id in state.gates or (member is not None and member.answered == gate_id)
 
 
-def gate_of(state: RunState, gate_id: str) -> Gate:
-    """The open gate of that id.
+def gate_of(state: RunState, gate_id: str, resuming: Callable[[], str] | None = None) -> Gate:
+    """The open gate of that id; `resuming` knows what to type to go on with the run.
 
     Raises
     ------
@@ -164,22 +164,27 @@ def gate_of(state: RunState, gate_id: str) -> Gate:
     if before is not None:
         raise AlreadyDecided(already(before))
     place, path = gate_id.split("/"), gate_path(gate_id)
+    if len(place) >= 4 and place[0] not in ("", state.run_id):
+        raise TransitionError(
+            f"{gate_id!r} is a gate of run {place[0]!r}, and this is run {state.run_id!r}. Nothing was changed; decide "
+            "it in its own run."
+        )
     earlier = state.steps.get(path) or state.members.get(path)
     if earlier is not None and place[-1] in map(str, range(1, earlier.gates + 1)):
         if place[-1] == str(earlier.gates) and state.ended in ("stopped", "failed"):
-            raise AlreadyDecided(closed(state, earlier))
+            raise AlreadyDecided(closed(state, earlier, resuming))
         raise AlreadyDecided(f"that gate of {earlier.id!r} is closed: its turn is over. Nothing was changed.")
     opened = ", ".join(state.gates) or "none"
     raise TransitionError(f"there is no gate {gate_id!r}. Open: {opened}.")
 
 
-def closed(state: RunState, step: StepState) -> str:
+def closed(state: RunState, step: StepState, resuming: Callable[[], str] | None) -> str:
     """That the gate of `step` was closed without an answer, as the run ended."""
     why = f": {state.reason}" if state.reason else ""
-    on = typed(f"cm.resume({state.run_id!r})", f"cm-notebook resume {state.run_id}")
+    on = f": {resuming()}" if resuming is not None else ""
     return (
         f"the gate of {step.id!r} is closed: run {state.run_id!r} is {state.ended}{why}. Nothing was changed. "
-        f"Go on with it, and it asks again: {on}."
+        f"Go on with it, and it asks again{on}."
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from ..events import ErrorInfo, Ref
 from ..runstate import Attempt, Due, Loop, RunState, StepState
-from ..workflow import Module
+from ..workflow import Module, Verdict
 from .moves import owe, settle
 from .places import owe_member
 
@@ -68,10 +68,7 @@ def _verdict_problem(step: StepState, last: Attempt) -> str | None:
     verdict = last.verdict
     if verdict is None:
         if isinstance(step.step, Module):
-            return (
-                f'{step.id} gave no verdict that can be read. Expected at the end: {{"action": "continue" or "loop", '
-                '"reason": "…"}.'
-            )
+            return Verdict.missed(step.id, last.text)
         return None
     if verdict.action == "pause":
         return verdict.reason or f"{step.id} asks you to decide."
@@ -116,9 +113,9 @@ def go_back(state: RunState, step: StepState, *, asked: bool = False) -> None:
         settle(state, step, "finished", answer)
         return
     used = loop.count
-    reason = f"Not good enough after {used} {'repeat' if used == 1 else 'repeats'}."
-    said = state.text(loop.reason) if isinstance(loop.reason, Ref) else loop.reason
-    payload = {"reason": f"{reason} {said}".strip(), "iterations": used}
+    said = (state.text(loop.reason) if isinstance(loop.reason, Ref) else loop.reason).strip()
+    reason = f"Not good enough after {used} {'repeat' if used == 1 else 'repeats'}{f': “{said}”' if said else '.'}"
+    payload = {"reason": reason, "iterations": used}
     owe(step, Due("exhausted", payload, (answer,) if answer is not None else ()))
     if module.on_exhausted == "fail":
         state.ending = ("failed", f"{step.id}: {payload['reason']}")

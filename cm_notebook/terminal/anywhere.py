@@ -23,7 +23,7 @@ from typing import Any
 from .. import config
 from ..errors import AlreadyDecided, CodeMachineError, JournalError, TransitionError, WorkflowError, did_you_mean
 from ..events import EDITABLE, Decision, Gate
-from ..journal import AnyJournal, begun_like, open_journal
+from ..journal import AnyJournal, begun_like, command_of, open_journal
 from ..options import COMMANDS, Argument, Command, Option
 from ..render import html
 from ..render import text as say
@@ -217,7 +217,8 @@ def _named_run(journal: AnyJournal, word: str) -> Run:
 def _only(journal: AnyJournal, ids: Sequence[str], wanted: Callable[[RunState], object], what: str) -> Run:
     found = [run for id in ids if wanted((run := Run.open(id, journal)).state)]
     if not found:
-        raise Refused(f"no run {what} in {journal.path}. `cm-notebook runs --all` lists those there are.", NOTHING)
+        listing = command_of(journal.path, "runs", "--all")
+        raise Refused(f"no run {what} in {journal.path}. `{listing}` lists those there are.", NOTHING)
     if len(found) > 1:
         ids = [run.id for run in found]
         raise Misunderstood(f"several runs could be meant, so name one: {_named(journal, ids)}.")
@@ -273,7 +274,7 @@ def _list(asked: dict[str, Any]) -> None:
         print("\n".join(say.table([["Run", "Workflow", "State", "Waits at", "Age", "Cost"], *map(_row, shown)])))
     if len(found) > len(shown):
         rest = len(found) - len(shown)
-        print(f"{rest} run{'s' if rest > 1 else ''} completed: cm-notebook runs --all")
+        print(f"{rest} run{'s' if rest > 1 else ''} completed: {command_of(journal.path, 'runs', '--all')}")
     elif not found:
         print("There are no runs yet.")
 
@@ -435,8 +436,8 @@ def _gate(asked: dict[str, Any]) -> tuple[Run, Gate]:
             _found_step(state, asked["step"])
         try:
             gate = run.gate(asked["step"])
-        except AlreadyDecided as error:  # where it tells how to go on, it does not know which journal was named
-            raise AlreadyDecided(str(error).replace(shell_of(run, {}).goes_on, _goes_on(run, asked))) from error
+        except AlreadyDecided:
+            raise
         except TransitionError as error:
             if state.paused and not state.gates:
                 raise Refused(f"{error} Go on with it: {_goes_on(run, asked)}", NOTHING) from error

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable
 
-from .. import config, options
-from ..errors import CodeMachineError, WorkflowError
+from .. import options
+from ..errors import CodeMachineError, WorkflowError, brief, nearest
 from ..events import (
     GATE_DEADLINE,
     Action,
@@ -34,6 +33,7 @@ from ..events import (
     TurnStarted,
 )
 from ..feed import LiveText
+from ..journal import call_of
 from ..loops import SLICE_S, engine_loop, run_sync
 from ..render import text as say
 from ..render.markdown import clean
@@ -223,11 +223,8 @@ class Session:
 
     def _in_python(self, what: str) -> str:
         """What shows something of this run in Python; where nothing is kept, what would keep it."""
-        path = self._run._driver.journal.path
-        if path == ":memory:":
-            return "--journal FILE"
-        usual = os.path.realpath(str(config.setting("journal"))) == path
-        return f"cm.Run.open({self._run.id!r}{'' if usual else f', {path!r}'}){what}"
+        journal = self._run._driver.journal
+        return call_of("cm.Run.open", self._run.id, journal) + what if journal.durable else "--journal FILE"
 
     def _is_written(self, place: TurnFinished | Gate, text: str) -> bool:
         """Whether all of `text` stands on the screen."""
@@ -301,9 +298,12 @@ class Session:
 
     def _closed_by(self, gate: Gate) -> str:
         with self._run.reading() as state:
-            decision = state.decisions.get(gate.id)
-        in_vain = decision is not None and decision.by == GATE_DEADLINE
-        return "(its time is over)" if in_vain else "(answered elsewhere)"
+            decision, ended = state.decisions.get(gate.id), state.ended
+        if decision is not None and decision.by == GATE_DEADLINE:
+            return "(its time is over)"
+        if ended == "stopped" and (decision is None or decision.action == "stop"):
+            return "(stopped elsewhere)"
+        return "(closed elsewhere)" if decision is None else "(answered elsewhere)"
 
     def _tray(self, gate: Gate) -> str:
         """Which gates are open, when it is more than one, and how to go to another."""
@@ -381,6 +381,9 @@ class Session:
             known |= {_KEYS[name]: name, name: name}
         action = known.get(word)
         if action is None:
+            if word:
+                words = [name for name in known if len(name) > 1]
+                self._console.say(f"{brief(word)} is none of them. {nearest(word, words)}".rstrip(), "yellow")
             self._console.say(self._choices(gate, step))
             return None
         if action == "diff":

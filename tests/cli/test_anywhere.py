@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -197,6 +199,25 @@ def test_a_run_that_went_back_or_was_stopped_says_the_command_that_goes_on(here:
     run.stop()
     code, _, err = here("approve", run.id)
     assert (code, err.count(f"and it asks again: cm-notebook resume {run.id}.\n")) == (5, 1)
+
+
+def test_a_stopped_run_of_another_journal_says_the_command_that_goes_on(here: Here, headless: None) -> None:
+    text = "import cm_notebook as cm\nwf = cm.Workflow('w', agents=[cm.Agent('planner', 'Plan.')], steps='planner?')\n"
+    Path("flow.py").write_text(text, encoding="utf-8")
+    assert here("run", "flow.py", "--journal", "other.db")[0] == 3
+    (run,) = cm.runs("other.db")
+    run.stop()
+    code, _, err = here("approve", run.id, "--journal", "other.db")
+    command = re.search(r"it asks again: cm-notebook (.*)\.\n", err)
+    assert command is not None
+    assert code == 5
+    assert here(*shlex.split(command[1]))[0] == 3, "it waits again"
+    assert [one.step for one in cm.runs("other.db")[0].gates] == ["planner"]
+    assert here("approve", run.id, "--journal", "other.db")[0] == 0
+    _, _, err = here("approve", "--journal", "other.db")
+    command = re.search(r"`cm-notebook (runs --all .*)` lists", err)
+    assert command is not None
+    assert run.id in here(*shlex.split(command[1]))[1]
 
 
 def test_edit_takes_the_text_from_stdin() -> None:

@@ -895,6 +895,18 @@ def test_where_a_limit_is_reached_a_person_may_permit_more(terminal: Open) -> No
     assert person.end() == 0
 
 
+def test_an_answer_that_is_none_is_named(terminal: Open) -> None:
+    person = terminal("run", write(TWO_STEPS))
+    person.answer("aprove it")
+    assert "'aprove' is none of them. Did you mean 'approve'?\n[a] Approve" in person.answer("foo")
+    seen = person.answer("")
+    assert "'foo' is none of them.\n[a] Approve" in seen
+    seen = person.answer("a")
+    assert "none of them" not in seen, "an empty line asks for the choices"
+    assert "[a] Approve" in seen
+    assert person.end() == 0
+
+
 def test_ctrl_c_at_the_question_stops_and_the_gate_comes_again(terminal: Open) -> None:
     person = terminal("run", write(TWO_STEPS))
     person.see("> ")
@@ -921,6 +933,20 @@ def test_somebody_else_may_answer(terminal: Open) -> None:
     last_run().approve()
     person.see("(answered elsewhere)")
     assert person.end() == 0
+
+
+@pytest.mark.parametrize("at_the_gate", [False, True])
+def test_somebody_else_may_stop(terminal: Open, *, at_the_gate: bool) -> None:
+    person = terminal("run", write(TWO_STEPS))
+    person.see("> ")
+    run = last_run()
+    if at_the_gate:
+        run.decide(run.gates[0].id, cm.Decision(action="stop"))
+    else:
+        run.stop()
+    person.see("(stopped elsewhere)")
+    assert person.end() == 4
+    assert "answered elsewhere" not in person.text
 
 
 def test_a_policy_means_that_nobody_is_asked(terminal: Open) -> None:

@@ -274,7 +274,7 @@ def test_a_gate_of_the_run_is_none_of_the_forks() -> None:
     run = start()
     theirs = run.gates[0].id
     fork = run.fork("c")
-    with pytest.raises(cm.AlreadyDecided, match="is closed"):
+    with pytest.raises(cm.TransitionError, match=f"is a gate of run '{run.id}', and this is run '{fork.id}'"):
         fork.decide(theirs, cm.Decision(action="approve"))
     fork.unpause()
     assert gate(fork).id.startswith(f"{fork.id}/c/2/")

@@ -536,6 +536,44 @@ def test_a_wrong_decision_is_refused_in_words_and_changes_nothing(decision: Any,
     assert run.gates
 
 
+@pytest.mark.parametrize("where", ["usual", "other.db", ":memory:"])
+def test_what_is_said_to_go_on_with_works_as_it_is_printed(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    journal = {} if where == "usual" else {"journal": where}
+    run = workflow("a? -> b").start(engine=cm.ScriptedEngine({"a": ["1"], "b": ["2"]}), **journal)
+    opened = gate(run)
+    run.stop()
+    refused: list[Callable[[], Any]] = [
+        lambda: run.decide(opened.id, cm.Decision(action="approve")),
+        lambda: run.approve(),
+        lambda: run.approve("a"),
+        lambda: run["b"].text,
+    ]
+    for ask in refused:
+        with pytest.raises(cm.CodeMachineError) as said:
+            ask()
+        call = re.search(r"(?:cm\.resume|run\.go_on)\([^)]*\)", str(said.value))
+        assert call is not None
+        assert ("journal=" in call[0]) == (where == "other.db")
+        again = eval(call[0], {"cm": cm, "run": run})
+        assert (again.id, gate(again).step) == (run.id, "a")
+        again.stop()
+        run = again
+
+
+def test_a_gate_of_another_run_is_said_to_be_that() -> None:
+    one, other = start("a?"), start("a?")
+    theirs, mine = gate(one), gate(other)
+    assert theirs.path == mine.path
+    with pytest.raises(cm.TransitionError, match=f"is a gate of run '{one.id}', and this is run '{other.id}'") as said:
+        other.decide(theirs.id, cm.Decision(action="approve"))
+    assert not isinstance(said.value, cm.AlreadyDecided)
+    assert one.gates
+    assert other.gates
+
+
 def test_a_gate_before_asks_about_the_prompt() -> None:
     flow = cm.Workflow(
         "g", agents=[cm.Agent("a", "Say {{ word }}.")], steps=[cm.step("a", gate="before", interactive=True)]
@@ -1090,6 +1128,23 @@ def test_a_later_step_says_that_the_one_before_was_removed() -> None:
     assert "b is stale: x was removed after this ran." in text.sentence(run.state)
 
 
+def test_an_added_step_that_runs_again_has_changed_for_who_knew_it() -> None:
+    agents = [cm.Agent(name, "x") for name in "abcd"]
+    flow = cm.Workflow("added", agents=agents, steps="a -> [b | c] -> d")
+    run = flow.start(engine=Echo(), journal=":memory:").wait(10)
+    run.add(cm.step("x", prompt="X."), after="a")
+    both, last = (step.id for step in run if step.id not in "ax")
+    assert gate(run).payload["reason"] == f"{both}: x was added after this ran."
+    run.approve()
+    assert gate(run).payload["reason"] == f"{last}: x was added after this ran."
+    run.retry().wait(10)
+    run.rerun("x")
+    assert gate(run).payload["reason"] == f"{both}: x changed after this ran.", "it was kept, with x there"
+    run.approve()
+    assert gate(run).payload["reason"] == f"{last}: x changed after this ran."
+    run.stop()
+
+
 def test_while_a_step_runs_again_later_ones_are_stale() -> None:
     run = start("a? -> b -> c")
     gate(run)
@@ -1373,14 +1428,15 @@ def test_a_bug_in_an_engine_surfaces_as_itself() -> None:
 def test_a_missing_verdict_never_opens_the_way() -> None:
     flow = cm.Workflow("v", agents=[cm.Agent("a", "x"), cm.Agent("judge", "y")], steps="a -> judge(loop 1)")
     run = flow.start(
-        engine=cm.ScriptedEngine({"a": ["1", "2"], "judge": ["looks good", "still {no json"]}), journal=":memory:"
+        engine=cm.ScriptedEngine({"a": ["1", "2"], "judge": ["looks good", '{"action": "lop"}']}), journal=":memory:"
     )
     opened = gate(run)
     assert opened.kind == "verdict"
-    assert "no verdict that can be read" in opened.payload["reason"]
+    assert opened.payload["reason"].startswith("judge gave no verdict. Expected at the end: ")
     run.reject("not good at all")
     until(lambda: run.gates and run.gates[0].attempt == 2, "the second pass")
     assert "not good at all" in run["a"].attempts[1].prompt
+    assert "judge's verdict says “lop”. Did you mean 'loop'?" in run.gates[0].payload["reason"]
     run.approve()
     assert run.wait(10).status == "completed"
 

@@ -597,7 +597,7 @@ def test_the_jumps_are_used_up(most: int, on_exhausted: Any) -> None:
     if on_exhausted == "continue":
         assert driver.text("gate") == "no"
     if on_exhausted == "fail":
-        assert "no" in driver.state.reason
+        assert driver.state.reason == f"gate: Not good enough after {most} {'repeat' if most == 1 else 'repeats'}: “no”"
         driver.record(RunResumed())
         assert driver.go().gate().kind == "exhausted", "resumed, it asks instead of failing again"
 
@@ -738,6 +738,34 @@ def test_verdict(text: str, kinds: list[str], end: str) -> None:
         assert driver.state.reason == "gate: enough"
     if "error" in text:
         assert driver.gate().payload["error"] == "no tests"
+
+
+EXPECTED = 'Expected at the end: {"action": "continue" or "loop", "reason": "…"}.'
+POSSIBLE = "Possible: continue, loop, pause, stop, error."
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", f"gate gave no verdict. {EXPECTED}"),
+        ("looks good", f"gate gave no verdict. {EXPECTED}"),
+        ('{"result": "loop"}', f'gate gave no verdict: the JSON at the end has no "action". {EXPECTED}'),
+        ('{"action": "lop"}', f"gate's verdict says “lop”. Did you mean 'loop'? {POSSIBLE}"),
+        ('{"action": "LOOP"}', f"gate's verdict says “LOOP”. Did you mean 'loop'? {POSSIBLE}"),
+        ('{"action": "\\ud800 again"}', f"gate's verdict says “? again”. {POSSIBLE}"),
+        (f'{{"action": "{"x" * 999}"}}', f"gate's verdict says “{'x' * 79}…”. {POSSIBLE}"),
+        ('{"action": ["loop"]}', f'gate\'s verdict cannot be followed: its "action" is no text. {EXPECTED}'),
+        ('{"action": "loop", "reason": 5}', "gate's verdict: reason=5 is not valid: Input should be a valid string."),
+        (
+            '{"action": "continue"}\n{"reason":\n "a "b"", "action": "lo',
+            f'gate\'s verdict is not JSON that can be read: “{{"reason": "a "b"", "action": "lo”. {EXPECTED}',
+        ),
+        ("'action': 'loop'", f"gate's verdict is not JSON that can be read: “'action': 'loop'”. {EXPECTED}"),
+    ],
+)
+def test_a_verdict_that_cannot_be_followed_is_named(text: str, words: str) -> None:
+    driver = run(work("a"), gate(1, 3), script={"gate": [text]})
+    assert (driver.gate().kind, driver.gate().payload["reason"]) == ("verdict", words)
 
 
 def test_only_a_module_goes_back() -> None:

@@ -961,10 +961,11 @@ def test_a_mode_chosen_while_the_run_is_paused_says_that_it_stays_paused(cells: 
 def test_a_locked_workflow_says_so_also_when_it_is_over(cells: Cells) -> None:
     cells(WORKFLOW, PLANNER)
     cells.to("planner")
-    assert "is locked to autonomous_mode='never'" in error(cells, "%cm mode gates")
+    assert "is locked to --autonomous never" in error(cells, "%cm mode gates")
+    assert "Define it with --autonomous true to switch" in error(cells, "%cm mode gates")
     cells("%cm approve")
     assert cells.run.wait(10).status == "completed"
-    assert "is locked to autonomous_mode='never'" in error(cells, "%cm mode gates")
+    assert "is locked to --autonomous never" in error(cells, "%cm mode gates")
 
 
 def test_resume_by_id(cells: Cells) -> None:

@@ -163,7 +163,7 @@ GATES = {
     ),
     "exhausted": (
         builder.exhausted,
-        "quality-gate: not good enough after 2 repeats. Tests still fail. "
+        "quality-gate: not good enough after 2 repeats: “Tests still fail.” "
         "Accept the last output, allow 2 more, or stop.",
     ),
     "failed": (
@@ -295,7 +295,7 @@ def test_what_state_the_run_is_in() -> None:
     assert text.sentence(again.state, again.now + 1) == "a: rate limited, again in 3 s (2 of 3)."
     lost = Story([step("a"), module("m", loop_max_iterations=0, on_exhausted="fail")]).answer("A").says("loop", "No.")
     assert (
-        text.sentence(lost.state) == "Failed: m: Not good enough after 0 repeats. No. 1 of 2 done. `%cm run` goes on."
+        text.sentence(lost.state) == "Failed: m: Not good enough after 0 repeats: “No.” 1 of 2 done. `%cm run` goes on."
     )
 
 
