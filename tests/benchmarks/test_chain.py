@@ -34,10 +34,10 @@ def durable(tmp_path_factory) -> dict[int, Rounds]:
 
         return paired(ours, floor, rounds=rounds)
 
-    return {100: figures(100, 20), 1_000: figures(1_000, 7), 10_000: figures(10_000, 3)}
+    return {10: figures(10, 40), 100: figures(100, 20), 1_000: figures(1_000, 7), 10_000: figures(10_000, 3)}
 
 
-@pytest.mark.parametrize("steps", [100, 1_000, 10_000])
+@pytest.mark.parametrize("steps", [10, 100, 1_000, 10_000])
 def test_durable_step(budget, durable, steps):
     pair = durable[steps].wall
     times = None if steps != 1_000 else 1.5 if pair.floor >= 0.25e-3 else 2
