@@ -155,8 +155,8 @@ class Run:
         on_gate
             Answers gates in place of a person: ``"approve"``, ``"reject"`` (each step once), ``"stop"``, or a function
             (sync or async; on a thread of its own) that gets the gate and returns a ``Decision``, an action's name, or
-            ``None`` to leave it open. ``"approve"``
-            approves gates of kind ``budget`` too, each time for the same amount again; mode ``unattended`` never does.
+            ``None`` to leave it open. ``"approve"`` approves gates of kind ``budget`` too, each time for the same
+            amount again; mode ``unattended`` never does.
         on_waiting
             Tells somebody that a gate is open: called once for each gate that a person has to answer, by each process
             that drives the run, so also for one that was open when it was resumed. A function that gets the gate (sync
